@@ -1,0 +1,175 @@
+"""Adapter directories on disk, read without a model: our own format, and that of the SPP authors' code.
+
+Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks;
+          adapter_model.safetensors: base_model.model.<module path>.spp_alpha (r, n) and .spp_beta (m, 1), float32.
+Authors'  adapter_config.json with lora_alpha, lora_dropout and an r that need not be the tensors';
+          adapter_model.safetensors or .bin: …<module path>.lora_A.weight (r, n), …lora_A.weight_col (m, 1) or (1, m).
+          r is the rows of the tensor; scaling = lora_alpha / the config's r.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.config import SPPConfig
+from spp.errors import AdapterError, CheckpointError, NonFiniteError
+from spp.files import CheckpointReader, read_json
+from spp.files.hub import local_directory
+from spp.rules import get_rule
+
+PEFT_TYPE = "SPP"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+OLD_WEIGHTS_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+_AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)$")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter directory holds.
+
+    Attributes:
+        source: the directory.
+        config: how the adapter was made.
+        tensors: {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)}, float32 or float64.
+        base_masks: {module path: mask hash} of the base that it was trained on; None for the authors' files.
+        base_name: where that base came from, or None.
+    """
+
+    source: Path
+    config: SPPConfig
+    tensors: dict[str, Tensor]
+    base_masks: dict[str, str] | None
+    base_name: str | None
+
+    def layers(self) -> dict[str, tuple[Tensor, ...]]:
+        """Return {module path: the rule's parameters in their order}; an AdapterError if a layer lacks one."""
+        names = get_rule(self.config.rule).attribute_names()
+        paths = list(dict.fromkeys(key.rsplit(".", 1)[0] for key in self.tensors))
+        missing = sorted(f"{path}.{name}" for path in paths for name in names if f"{path}.{name}" not in self.tensors)
+        if missing:
+            raise AdapterError(f"{self.source}: the adapter lacks {', '.join(missing)}; save or fetch it again")
+        return {path: tuple(self.tensors[f"{path}.{name}"] for name in names) for path in sorted(paths)}
+
+
+def read_adapter(path: str | Path) -> AdapterFiles:
+    """Read and check an adapter directory, or a hub id, without a model.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt, truncated or holds code.
+        AdapterError: it is another method's adapter, or keys do not belong.
+        ConfigError: its config makes no sense or is of a newer version.
+        NonFiniteError: NaN or infinity, with the keys.
+    """
+    directory = local_directory(path, "adapter")
+    values = read_json(directory / CONFIG_NAME, "adapter config")
+    tensors = _read_tensors(directory)
+    if values.get("peft_type") == PEFT_TYPE:
+        files = _ours(directory, values, tensors)
+    elif any(key.endswith("weight_col") for key in tensors):
+        files = _authors(directory, values, tensors)
+    else:
+        kind = values.get("peft_type", "unknown")
+        raise AdapterError(
+            f"{directory} holds an adapter of type {kind!r}, not SPP; load it with the library that made it"
+        )
+    bad = sorted(key for key, tensor in files.tensors.items() if not bool(torch.isfinite(tensor).all()))
+    if bad:
+        raise NonFiniteError(
+            f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
+        )
+    return files
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    weights, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
+    if weights.exists() or not old.exists():
+        with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
+            tensors = {key: reader.tensor(key).clone() for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
+    else:
+        tensors = _read_old(old)
+    wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in _FLOATS)
+    if wrong:
+        raise AdapterError(f"{directory}: not floating-point: {', '.join(wrong)}")
+    return {key: t if t.dtype == torch.float64 else t.float() for key, t in tensors.items()}
+
+
+def _read_old(path: Path) -> dict[str, Tensor]:
+    """Read the authors' pickle with tensors only: code in it is refused, not run."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, or is corrupt, and was not loaded (such a file can run code): {error}"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from None
+    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{path} is no mapping of names to tensors")
+    return {str(key): tensor for key, tensor in loaded.items()}
+
+
+def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
+    known = {f.name for f in fields(SPPConfig)}
+    config = SPPConfig.from_dict({k: v for k, v in values.items() if k in known or k == "format_version"})
+    names = get_rule(config.rule).attribute_names()
+    strange = sorted(k for k in tensors if not k.startswith(PREFIX) or k.rsplit(".", 1)[-1] not in names)
+    if strange:
+        raise AdapterError(f"{directory}: unexpected keys {', '.join(strange)}; SPP's end in {' or '.join(names)}")
+    masks, base = values.get("base_masks"), values.get("base_model_name_or_path")
+    if masks is not None and not (isinstance(masks, dict) and all(isinstance(m, str) for m in masks.values())):
+        raise CheckpointError(f"{directory / CONFIG_NAME}: base_masks must map module paths to hashes")
+    return AdapterFiles(
+        directory,
+        config,
+        {k.removeprefix(PREFIX): t for k, t in tensors.items()},
+        masks,
+        base if isinstance(base, str) else None,
+    )
+
+
+def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
+    found: dict[str, Tensor] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = _AUTHORS_KEY.match(key)
+        if match is None or tensor.ndim != 2:
+            strange.append(f"{key} {tuple(tensor.shape)}")
+            continue
+        path = match["path"].removeprefix(PREFIX)
+        if match["what"] == "weight":
+            found[f"{path}.spp_alpha"] = tensor
+        else:
+            found[f"{path}.spp_beta"] = tensor.reshape(-1, 1)
+    if strange:
+        raise AdapterError(
+            f"{directory}: unexpected keys in an adapter of the SPP authors' code: {', '.join(sorted(strange))}"
+        )
+    ranks = {k.removesuffix(".spp_alpha"): t.shape[0] for k, t in found.items() if k.endswith(".spp_alpha")}
+    if not ranks:
+        raise AdapterError(f"{directory}: no lora_A.weight in it")
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    try:
+        scaling = float(values["lora_alpha"]) / float(values["r"])
+        dropout = float(values.get("lora_dropout", 0.0))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: lora_alpha and r are needed for the scaling: {type(error).__name__} {error}"
+        ) from None
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    config = SPPConfig(
+        r=r, scaling=scaling, dropout=dropout, target_modules=tuple(sorted(ranks)), rank_pattern=others or None
+    )
+    base = values.get("base_model_name_or_path")
+    return AdapterFiles(directory, config, found, None, base if isinstance(base, str) else None)

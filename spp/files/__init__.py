@@ -1,0 +1,24 @@
+"""Files: atomic directories, the checked safetensors reader, a streaming writer, JSON and hashes."""
+
+from spp.files.atomic import atomic_directory, atomic_file, output_error
+from spp.files.hashes import content_crc32, content_sha256, dtype_name, mask_sha256
+from spp.files.jsonio import read_json, write_json
+from spp.files.leftovers import recover
+from spp.files.reader import CheckpointReader
+from spp.files.writer import save_tensors, write_tensors
+
+__all__ = [
+    "CheckpointReader",
+    "atomic_directory",
+    "atomic_file",
+    "content_crc32",
+    "content_sha256",
+    "dtype_name",
+    "mask_sha256",
+    "output_error",
+    "read_json",
+    "recover",
+    "save_tensors",
+    "write_json",
+    "write_tensors",
+]

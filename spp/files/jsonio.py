@@ -1,0 +1,69 @@
+"""JSON files: written with sorted keys, read with every way of being malformed turned into CheckpointError."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from spp.errors import CheckpointError
+from spp.files.atomic import output_error
+
+LARGEST_JSON = 200_000_000  # bytes; the index of the largest public models is below 10 MB
+
+
+def write_json(path: str | os.PathLike[str], obj: object) -> None:
+    """Write obj with sorted keys, two spaces of indentation and a newline at the end."""
+    text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise output_error(error, path) from error
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        path: the file.
+        what: its name for messages, such as "the adapter's config".
+
+    Raises:
+        CheckpointError: it is missing, no regular file, no JSON, names a key twice, or is not an object.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{what} is not a regular file: {path}")
+        if status.st_size > LARGEST_JSON:
+            raise CheckpointError(f"{what} has {status.st_size} bytes, which is too large to be true: {path}")
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{what} is missing: {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"{what} cannot be read: {path}: {error.strerror}") from error
+    return parse_object(data, f"{what} ({path})")
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object in data; anything else is a CheckpointError that starts with `what`."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} holds a JSON {type(value).__name__}; an object was expected")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
+        raise CheckpointError(f"the key {', '.join(map(repr, twice[:5]))} occurs twice")
+    return value

@@ -1,0 +1,190 @@
+"""CheckpointReader: a directory of safetensors files, every claim of which is checked before a tensor is handed out."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from spp.errors import CheckpointError
+from spp.files.header import TensorEntry, read_header
+from spp.files.jsonio import read_json
+from spp.files.leftovers import recover
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointReader:
+    """Read tensors, mapped from the disk, of model.safetensors or of the shards of its index.
+
+    Args:
+        directory: the folder. A file may be a symbolic link, if it stays in the folder or leads to the blobs of the
+            hub cache that the folder belongs to.
+        file: read this one safetensors file of the folder instead, such as "adapter_model.safetensors".
+
+    Raises:
+        CheckpointError: a file is missing, truncated, malformed, or outside the folder.
+
+    Example:
+        >>> with CheckpointReader("checkpoint") as reader:                 # doctest: +SKIP
+        ...     weight = reader.tensor("model.layers.0.mlp.up_proj.weight")
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, file: str | None = None) -> None:
+        self.directory = Path(directory)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._entries: dict[str, TensorEntry] = {}
+        self._file_of: dict[str, str] = {}
+        self.index: dict[str, object] | None = None
+        if not self.directory.exists():
+            recover(self.directory)
+        if not self.directory.is_dir():
+            state = "is no directory" if self.directory.exists() else "does not exist"
+            raise CheckpointError(f"the checkpoint {self.directory} {state}")
+        try:
+            self._open(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def close(self) -> None:
+        """Let go of the files; tensors that were handed out stay valid."""
+        self._maps.clear()  # the system unmaps a file when its last tensor goes
+
+    def keys(self) -> list[str]:
+        """Return the sorted names of all tensors."""
+        return sorted(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self._entry(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self._entry(key).dtype
+
+    def file_of(self, key: str) -> str:
+        """Return the name of the file that holds a tensor."""
+        self._entry(key)
+        return self._file_of[key]
+
+    def shards(self) -> dict[str, list[str]]:
+        """Return file name -> its tensors in the order in which they lie; files sorted."""
+        shards: dict[str, list[str]] = {name: [] for name in sorted(self._maps)}
+        for key, name in self._file_of.items():
+            shards[name].append(key)
+        return shards
+
+    def raw(self, key: str) -> memoryview:
+        """Return a tensor's bytes as they lie on the disk, not copied, read-only."""
+        entry = self._entry(key)
+        return memoryview(self._maps[self._file_of[key]])[entry.begin : entry.end].toreadonly()
+
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor on the CPU, mapped from the file; writing to it changes this process's copy only."""
+        entry = self._entry(key)
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        view = memoryview(self._maps[self._file_of[key]])[entry.begin : entry.end]
+        buffer = bytearray(view) if entry.begin % entry.dtype.itemsize else view
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+    def _entry(self, key: str) -> TensorEntry:
+        entry = self._entries.get(key)
+        if entry is None:
+            raise CheckpointError(f"{self.directory} has no tensor {key!r}")
+        return entry
+
+    def _open(self, file: str | None) -> None:
+        if file is not None:
+            self._map(file)
+        elif (self.directory / SINGLE).exists():
+            self._map(SINGLE)
+        elif (self.directory / INDEX).exists():
+            self._open_index()
+        else:
+            raise CheckpointError(self._nothing_found())
+
+    def _open_index(self) -> None:
+        path = self.directory / INDEX
+        require_inside(path, self.directory)
+        self.index = read_json(path, "the index of shards")
+        wanted = self.index.get("weight_map")
+        if not isinstance(wanted, dict) or not wanted or not all(isinstance(v, str) for v in wanted.values()):
+            raise CheckpointError(f"{path}: weight_map must map the names of tensors to the names of files")
+        for name in sorted(set(wanted.values())):
+            self._map(name)
+        missing = sorted(k for k, name in wanted.items() if self._file_of.get(k) != name)
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            listing = ", ".join(f"{k} ({wanted[k]})" for k in missing[:5])
+            raise CheckpointError(f"{path} names tensors that their files do not hold: {listing}{more}")
+
+    def _map(self, name: str) -> None:
+        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or os.path.isabs(name):
+            raise CheckpointError(
+                f"{self.directory}: {name!r} is no plain file name; files outside the folder are not read"
+            )
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{self.directory}: {name!r} is no safetensors file")
+        path = self.directory / name
+        require_inside(path, self.directory)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise CheckpointError(f"{path} is not a regular file")
+            with path.open("rb") as file:
+                entries = read_header(file, path)
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        twice = sorted(set(entries) & set(self._entries))
+        if twice:
+            raise CheckpointError(f"{path}: the tensor {twice[0]!r} is in {self._file_of[twice[0]]} too")
+        self._entries.update(entries)
+        self._file_of.update(dict.fromkeys(entries, name))
+
+    def _nothing_found(self) -> str:
+        names = sorted(p.name for p in self.directory.iterdir())
+        pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
+        if pickles:
+            return (
+                f"{self.directory} has no {SINGLE}, only {pickles[0]}: pickled checkpoints are not read; load it with "
+                f"transformers and save it with save_pretrained first"
+            )
+        listing = ", ".join(names[:10]) or "nothing"
+        return f"{self.directory} has neither {SINGLE} nor {INDEX}; it holds {listing}"
+
+
+def require_inside(path: Path, directory: Path) -> None:
+    """Raise a CheckpointError if a file of a directory is a link to elsewhere, a hub cache's blobs excepted."""
+    try:
+        real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if real.is_relative_to(folder):
+        return
+    for above in folder.parents:  # a hub cache: <model>/snapshots/<revision>/file -> <model>/blobs/<hash>
+        if above.name == "snapshots" and real.parent == above.parent / "blobs":
+            return
+    raise CheckpointError(f"{path} is a symbolic link to {real}, outside the checkpoint's folder; it is not read")

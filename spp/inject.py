@@ -1,0 +1,307 @@
+"""Put SPP layers into a model and take them out again: the model stays the same object of the same class."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spp.config import SPPConfig
+from spp.errors import ConfigError, SPPWarning, WrapError
+from spp.layer import SPPLinear, check_linear
+from spp.targets import linear_modules, resolve_targets
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+_STATE = "_spp_state"
+
+
+@dataclass
+class WrapState:
+    """What a wrapped model remembers: how it was wrapped, and what trained before."""
+
+    config: SPPConfig
+    requires_grad: dict[str, bool]
+
+
+def wrap(
+    model: Model,
+    r: int | SPPConfig = 16,
+    *,
+    scaling: float = 2.0,
+    dropout: float = 0.0,
+    dropout_mode: str = "input",
+    target_modules: str | list[str] | tuple[str, ...] | None = None,
+    exclude_modules: str | list[str] | tuple[str, ...] | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    init: str = "paper",
+    rule: str = "spp",
+    packed: bool = False,
+    seed: int | None = None,
+) -> Model:
+    """Adapt a pruned model in place: its projections become SPPLinear, everything but W_α and W_β is frozen.
+
+    With W_β zero at the start, the wrapped model computes exactly what the pruned one did.
+
+    Args:
+        model: any torch module with linears; Hugging Face causal language models need no further arguments.
+        r: rows of W_α in every layer, or a whole SPPConfig (then no other option).
+        scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, init, rule, packed, seed:
+            as in SPPConfig.
+
+    Returns:
+        The same object.
+
+    Raises:
+        WrapError: the model is wrapped already.
+        TargetError: nothing matches, or a match cannot be adapted.
+        ConfigError: an option makes no sense or does not fit a layer, which is named.
+        NonFiniteError: a base weight holds NaN or infinity; the layer is named.
+        In each case the model is left as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        >>> model = wrap(model, r=2, target_modules="all-linear")  # doctest: +SKIP
+    """
+    options: dict[str, Any] = {
+        "scaling": scaling,
+        "dropout": dropout,
+        "dropout_mode": dropout_mode,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "rank_pattern": rank_pattern,
+        "init": init,
+        "rule": rule,
+        "packed": packed,
+        "seed": seed,
+    }
+    config = _make_config(r, options)
+    if is_wrapped(model):
+        raise WrapError(
+            "the model is wrapped already; spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, "
+            "spp.load_adapter(model, path) replaces its values"
+        )
+    targets = resolve_targets(model, config.target_modules, config.exclude_modules)
+    for path, module in targets:
+        check_linear(module, config, path, config.rank_for(path))
+    _warn_dense(targets)
+    state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    try:
+        layers = {id(module): _make_layer(path, module, config) for path, module in targets}
+    except BaseException:
+        _restore_flags(model, state)
+        raise
+    model.requires_grad_(False)
+    _replace_modules(model, layers)
+    setattr(model, _STATE, state)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
+    _install_input_gradients(model)
+    logger.info(
+        "wrapped %d layers, %d trainable parameters", len(layers), sum(p.numel() for p in adapter_parameters(model))
+    )
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take the adapter out: the pruned model again, bit for bit, with the requires_grad flags that it had before wrap.
+
+    Raises:
+        WrapError: the model is not wrapped.
+    """
+    layers = require_layers(model)
+    _replace_modules(model, {id(layer): layer.restore() for layer in layers.values()})
+    _restore_flags(model, getattr(model, _STATE))
+    delattr(model, _STATE)
+    model.__dict__.pop("save_pretrained", None)
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
+            del module._forward_hooks[key]
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Compute as the pruned model does, without the adapter, inside a `with` block.
+
+    Raises:
+        WrapError: the model is not wrapped.
+
+    Example:
+        >>> with disabled(model):  # doctest: +SKIP
+        ...     pruned_logits = model(ids).logits
+    """
+    layers = list(require_layers(model).values())
+    before = [layer.disabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.disabled = True
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.disabled = flag
+
+
+def adapter_layers(model: nn.Module) -> dict[str, SPPLinear]:
+    """Return {module path: layer} of the adapted layers in module order; empty for a model that is not wrapped."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SPPLinear)}
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether the model holds SPP layers."""
+    return any(isinstance(module, SPPLinear) for module in model.modules())
+
+
+def require_layers(model: nn.Module) -> dict[str, SPPLinear]:
+    """Return `adapter_layers(model)`; a WrapError where `wrap` did not make it."""
+    if not hasattr(model, _STATE):
+        if is_wrapped(model):
+            raise WrapError("this is a part or a container of a wrapped model; pass the object that spp.wrap was given")
+        raise WrapError("the model is not wrapped; call spp.wrap(model) or spp.load_adapter(model, path) first")
+    return adapter_layers(model)
+
+
+def adapter_config(model: nn.Module) -> SPPConfig:
+    """Return the config that the model was wrapped with, its target_modules resolved to names.
+
+    The names are the last components of the module paths where these mean exactly the wrapped layers, else whole paths.
+    """
+    layers = require_layers(model)
+    config: SPPConfig = getattr(model, _STATE).config
+    names = sorted({path.rsplit(".", 1)[-1] for path in layers})
+    linears = [path for path, _ in linear_modules(model)]
+    meant = {path for path in linears if path.rsplit(".", 1)[-1] in names}
+    resolved = tuple(names) if meant == set(layers) else tuple(layers)
+    return replace(config, target_modules=resolved, exclude_modules=None)
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trained parameters in module order, of each layer W_α then W_β: what an optimizer is given.
+
+    Raises:
+        WrapError: the model is not wrapped.
+    """
+    return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, of how many."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    share = 100 * trainable / max(total, 1)
+    print(  # noqa: T201  the one function that prints, as PEFT's does
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+    )
+
+
+def refuse_save_pretrained(*args: object, **kwargs: object) -> NoReturn:
+    """Stand in for save_pretrained while a model is wrapped: what it would write, nothing could load."""
+    raise WrapError(
+        "the model is still wrapped, and save_pretrained would write a checkpoint that transformers cannot load. "
+        "Save the adapter with spp.save_adapter(model, path), or merge first: spp.merge(model), then "
+        "spp.save_model(model, path). Training with transformers' Trainer? spp.training.SPPTrainer saves adapters."
+    )
+
+
+class InputGradients:
+    """A forward hook on the input embedding: its output requires a gradient while the model checkpoints activations.
+
+    With everything below the first adapter frozen, a reentrant checkpoint would otherwise cut the graph.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        """Mark the embedding's output; in place, it has no history yet."""
+        if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
+            return
+        if self.model.training and torch.is_grad_enabled() and _checkpoints_activations(self.model):
+            output.requires_grad_(True)
+
+
+def _checkpoints_activations(model: nn.Module) -> bool:
+    """Whether a transformers model checkpoints activations (its property of that name changed, the flags did not)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def layer_generator(seed: int, path: str) -> torch.Generator:
+    """Return the generator of one layer, keyed by (seed, module path): the same on any device, in any order."""
+    digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _make_config(r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
+    if not isinstance(r, SPPConfig):
+        return SPPConfig(r=r, **options)
+    defaults = {f.name: f.default for f in fields(SPPConfig) if f.default is not MISSING}
+    given = sorted(name for name, value in options.items() if value != defaults[name])
+    if given:
+        raise ConfigError(f"wrap was given a whole SPPConfig and also {', '.join(given)}; put them into the config")
+    return r
+
+
+def _make_layer(path: str, module: nn.Module, config: SPPConfig) -> SPPLinear:
+    assert isinstance(module, nn.Linear)
+    return SPPLinear(
+        module,
+        r=config.rank_for(path),
+        scaling=config.scaling,
+        dropout=config.dropout,
+        dropout_mode=config.dropout_mode,
+        init=config.init,
+        rule=config.rule,
+        generator=None if config.seed is None else layer_generator(config.seed, path),
+        where=path,
+    )
+
+
+def _replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:
+    """Exchange submodules by identity, under every name that they have."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def _restore_flags(model: nn.Module, state: WrapState) -> None:
+    for name, parameter in model.named_parameters():
+        if name in state.requires_grad:
+            parameter.requires_grad_(state.requires_grad[name])
+
+
+def _install_input_gradients(model: nn.Module) -> None:
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    if isinstance(embedding, nn.Module):
+        embedding.register_forward_hook(InputGradients(model))
+
+
+def _warn_dense(targets: list[tuple[str, nn.Module]]) -> None:
+    weights = [(path, module.weight) for path, module in targets]
+    dense = [
+        p for p, w in weights if isinstance(w, Tensor) and not w.is_meta and int(torch.count_nonzero(w)) == w.numel()
+    ]
+    if not dense:
+        return
+    what = (
+        f"all {len(dense)} target layers are"
+        if len(dense) == len(targets)
+        else f"{len(dense)} of {len(targets)} target layers are"
+    )
+    warnings.warn(
+        f"{what} dense (no zeros), such as {dense[0]}: SPP trains them, but there is no mask to preserve. "
+        f"Prune first: spp.prune(model, method, pattern)",
+        SPPWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,8 @@
+"""The arithmetic of an adapted layer, for any rule: three products, blocked, in a shared workspace."""
+
+from __future__ import annotations
+
+from spp.kernels.three_products import linear
+from spp.kernels.workspace import release_workspace, workspace_bytes
+
+__all__ = ["linear", "release_workspace", "workspace_bytes"]

@@ -1,0 +1,49 @@
+"""How a product is cut into blocks, and in which dtype it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+BLOCK_ELEMENTS = 2**21  # measured on CPUs: W_eff's block, G's block and their operands stay in cache
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Yield consecutive slices that cover range(length); none for length 0."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def row_step(rows: int, cols: int, alignment: int) -> int:
+    """Return how many rows a block has: at most BLOCK_ELEMENTS elements, a multiple of `alignment` where that fits."""
+    if rows * cols <= BLOCK_ELEMENTS:
+        return max(rows, 1)
+    step = max(1, BLOCK_ELEMENTS // max(cols, 1))
+    return step - step % alignment if step >= alignment else step
+
+
+def col_step(rows: int, cols: int) -> int:
+    """Return how many columns a block of whole columns has, a multiple of 64 where that fits."""
+    if rows * cols <= BLOCK_ELEMENTS:
+        return max(cols, 1)
+    step = max(1, BLOCK_ELEMENTS // max(rows, 1))
+    return step - step % 64 if step >= 64 else step
+
+
+@cache
+def cpu_has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype in hardware; without, float32 is several times faster."""
+    if dtype == torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if dtype == torch.float16:
+        return bool(torch.cpu._is_amx_fp16_supported())
+    return True
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which products of `dtype` operands run on `device`."""
+    if device.type == "cpu" and not cpu_has_products(dtype):
+        return torch.float32
+    return dtype

@@ -1,0 +1,275 @@
+"""The adapted linear layer in three matrix products, with nothing of size m × n saved for backward.
+
+    forward    Y  = X W_effᵀ + b                                    one product; W_eff a block of rows at a time
+    backward   dX = dY W_eff                                        one product; W_eff a block of columns at a time
+               G  = dYᵀ X, and the rule reduces W ⊙ G into dθ       one product; G a block of columns at a time
+
+Input dropout in training, with X̃ the dropped X and W′ = W_eff − W:
+
+    forward    Y  = X Wᵀ + b + X̃ W′ᵀ                                two products
+    backward   dX = dY W + mask ⊙ (dY W′),   G = dYᵀ X̃              three products
+
+What backward needs (X, W, θ, the dropout bits) is saved by an identity that X passes first, not by the function that
+computes the product. Under activation checkpointing the recomputation stops at the last tensor that was saved, so the
+product behind it is not computed a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spp.errors import GradientError
+from spp.kernels.autocast import autocast_dtype, no_autocast
+from spp.kernels.blocks import col_step, product_dtype, row_step, slices
+from spp.kernels.dropout import draw_dropout, unpack_bits
+from spp.kernels.vanishing import may_vanish
+from spp.kernels.workspace import workspace
+from spp.rules.base import Rule
+from spp.rules.canonical import arithmetic_dtype, effective_block
+
+WHOLE = slice(None)
+
+
+class Call:
+    """One call of the layer: what its two autograd functions tell each other."""
+
+    def __init__(self, rule: Rule, scaling: float, dropout: float, needs_x: bool) -> None:
+        self.rule = rule
+        self.scaling = scaling
+        self.dropout = dropout
+        self.needs_x = needs_x
+        self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
+        self.saved: Any = None  # the identity's context, which holds what backward needs
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: Rule,
+    params: Sequence[Tensor],
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute the adapted layer; differentiable once in x, bias and the rule's parameters, never in the frozen weight.
+
+    Args:
+        x: (…, n) in the dtype of `weight`, or anything that autocast converts.
+        weight: (m, n), frozen: it gets no gradient.
+        bias: (m,) or None.
+        params: the rule's parameters; converted to the arithmetic's dtype.
+        scaling: s.
+        dropout: probability of dropping an entry of X in the residual branch; drawn from torch's generator, one mask
+            a call, the one that torch.nn.Dropout would draw.
+
+    Returns:
+        (…, m) in the dtype of x, under autocast in autocast's.
+    """
+    device_type = x.device.type
+    dtype = weight.dtype
+    if cast := autocast_dtype(device_type, dtype, x.dtype):
+        x, dtype = x.to(cast), cast
+    if x.dtype != dtype:
+        raise TypeError(
+            f"the input is {x.dtype} and the weight {weight.dtype}: convert one, or run the model under torch.autocast"
+        )
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"the input has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}")
+    bias = bias if bias is None else bias.to(dtype)
+    weight = weight.detach() if weight.requires_grad else weight
+    with no_autocast(device_type):
+        differentiable = [x, *params] if bias is None else [x, bias, *params]
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in differentiable):
+            call = Call(rule, scaling, dropout, False)
+            if dropout:
+                call.dropped, _ = draw_dropout(x, dropout)
+            return _forward(x, weight, bias, call, params)
+        call = Call(rule, scaling, dropout, x.requires_grad)
+        bits = None
+        if dropout:
+            call.dropped, bits = draw_dropout(x, dropout)
+        x = _Keep.apply(x, weight, bits, call, *params)
+        result: Tensor = _Linear.apply(x, weight, bias, call, *params)
+        return result
+
+
+class _Keep(torch.autograd.Function):
+    """The identity on X; it saves all that the backward of the product needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, call: Call, *params: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bits, *params)
+        call.saved = ctx
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None, None, *(None for _ in ctx.needs_input_grad[4:])
+
+
+class _Linear(torch.autograd.Function):
+    """The products; it saves nothing itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *params: Tensor) -> Tensor:
+        ctx.call = call
+        return _forward(x, weight, bias, call, params)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        call: Call = ctx.call
+        dy, needs_params = grads[0], ctx.needs_input_grad[4:]
+        with torch.no_grad(), no_autocast(dy.device.type):
+            d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+            d_x, d_params, sources = None, [None] * len(needs_params), [dy]
+            if call.needs_x or any(needs_params):
+                x, weight, bits, *params = call.saved.saved_tensors
+                d_x, d_params = _backward(dy, x, weight, bits, call, params, needs_params)
+                sources = [dy, x, *params]
+        results = (d_x, None, d_bias, None, *d_params)
+        if not torch.is_grad_enabled():
+            return results
+        return tuple(r if r is None else _Once.apply(r, *sources) for r in results)  # create_graph=True
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params: Sequence[Tensor]) -> Tensor:
+    rule, m = call.rule, weight.shape[0]
+    factors = rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
+    rows_2d = x.reshape(-1, x.shape[-1])  # (T, n)
+    dtype = product_dtype(x.dtype, x.device)
+    step = row_step(m, weight.shape[1], rule.row_alignment(factors))
+    if call.dropped is not None:
+        dropped, call.dropped = call.dropped.reshape(rows_2d.shape), None
+        y = _frozen(rows_2d, weight, bias, dtype, step)
+        dropped = dropped.to(dtype)
+        for rows in slices(m, step):
+            y[:, rows].addmm_(dropped, _delta(rule, weight, factors, rows, WHOLE, dtype).t())
+    else:
+        vanish = may_vanish(rule, weight, factors)
+        operand = rows_2d.to(dtype)
+        if step >= m:
+            block = _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, vanish)
+            y = F.linear(operand, block, bias if bias is None else bias.to(dtype))
+        else:
+            y = torch.empty(rows_2d.shape[0], m, dtype=dtype, device=x.device)
+            for rows in slices(m, step):
+                block = _effective(rule, weight, factors, rows, WHOLE, x.dtype, dtype, vanish)
+                torch.mm(operand, block.t(), out=y[:, rows])
+            if bias is not None:
+                y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], m)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bits: Tensor | None,
+    call: Call,
+    params: Sequence[Tensor],
+    needs_params: Sequence[bool],
+) -> tuple[Tensor | None, list[Any]]:
+    rule, (m, n) = call.rule, weight.shape
+    arithmetic = arithmetic_dtype(weight.dtype)
+    factors = rule.prepare(params, call.scaling, m, arithmetic)
+    dtype = product_dtype(x.dtype, x.device)
+    dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
+    d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=x.device) if call.needs_x else None
+    totals: list[Tensor | None] = [
+        total if needed else None for total, needed in zip(rule.zero_grads(factors), needs_params, strict=True)
+    ]
+    mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
+    keep_scale = 1.0 / (1.0 - call.dropout)
+    vanish = mask is None and call.needs_x and may_vanish(rule, weight, factors)
+    x_2d = x.reshape(-1, n)
+    for cols in slices(n, col_step(m, n)):
+        block = weight[:, cols]
+        if d_x is not None:
+            part = d_x[:, cols]
+            if mask is None:
+                torch.mm(dy_2d, _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, vanish), out=part)
+            else:
+                branch = dy_2d @ _delta(rule, block, factors, WHOLE, cols, dtype)
+                torch.mm(dy_2d, block.to(dtype), out=part)
+                part.addcmul_(branch, mask[:, cols].to(dtype), value=keep_scale)
+        if any(needs_params):
+            operand = x_2d[:, cols].to(dtype)
+            if mask is not None:
+                operand = operand * mask[:, cols] * keep_scale
+            gradient = workspace("gradient", (m, operand.shape[1]), dtype, x.device)
+            torch.mm(dy_2d.t(), operand, out=gradient)
+            if dtype != arithmetic:
+                gradient = workspace("gradient", gradient.shape, arithmetic, x.device).copy_(gradient)
+            rule.reduce(block, factors, WHOLE, cols, gradient, totals)
+    d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
+    return d_x if d_x is None else d_x.to(x.dtype).view(x.shape), d_params
+
+
+def _effective(
+    rule: Rule,
+    weight: Tensor,
+    factors: Any,
+    rows: slice,
+    cols: slice,
+    stored_as: torch.dtype,
+    dtype: torch.dtype,
+    vanish: bool,
+) -> Tensor:
+    """Return a block of W_eff for a product in `dtype`: rounded to the base's dtype, then to the input's.
+
+    Args:
+        weight: W for a row block whole (it is cut here), for a column block already cut.
+    """
+    block = weight[rows]
+    device = weight.device
+    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(weight.dtype), device)
+    same = scratch.dtype == weight.dtype
+    rounded = None if same else workspace("rounded", tuple(block.shape), weight.dtype, device)
+    result = effective_block(rule, block, factors, rows, cols, scratch, rounded=rounded, may_vanish=vanish)
+    if stored_as != result.dtype:  # autocast
+        result = workspace("autocast", tuple(block.shape), stored_as, device).copy_(result)
+    return result if result.dtype == dtype else scratch.copy_(result)
+
+
+def _delta(rule: Rule, weight: Tensor, factors: Any, rows: slice, cols: slice, dtype: torch.dtype) -> Tensor:
+    """Return a block of W′ = W_eff − W, rounded once to the dtype of the product; `weight` as for `_effective`."""
+    block = weight[rows]
+    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(weight.dtype), weight.device)
+    rule.delta(block, factors, rows, cols, scratch)
+    if scratch.dtype == dtype:
+        return scratch
+    return workspace("rounded", tuple(block.shape), dtype, weight.device).copy_(scratch)
+
+
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, step: int) -> Tensor:
+    """Return X Wᵀ + b in `dtype`, converting W a block at a time where it has another."""
+    bias = bias if bias is None else bias.to(dtype)
+    x = x.to(dtype)
+    if weight.dtype == dtype:
+        return F.linear(x, weight, bias)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    for rows in slices(weight.shape[0], step):
+        block = workspace("frozen", (weight[rows].shape[0], weight.shape[1]), dtype, x.device).copy_(weight[rows])
+        torch.mm(x, block.t(), out=y[:, rows])
+    return y if bias is None else y.add_(bias)
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient; differentiating it by what it was computed from is what has no formula here."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise GradientError(
+            "the fast SPP layer has first derivatives only, and a second one was asked for (create_graph=True, a "
+            "gradient penalty, a Hessian). Compute those layers with spp.functional.spp_linear_reference, which "
+            "autograd can differentiate any number of times"
+        )

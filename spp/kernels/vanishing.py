@@ -1,0 +1,46 @@
+"""Whether a kept weight can come out of the canonical arithmetic as zero; nearly always not, and that is cheap to show.
+
+|W_eff| ≥ min |W kept| · (1 − max |s·β| · max |α|). Where that bound is a normal number of the base's dtype, no weight
+of the layer needs the rescue, and the pass over the block that looks for one is skipped. min |W kept| is found once a
+weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from spp.patterns import nonzero_mask
+from spp.rules.base import Rule
+from spp.rules.canonical import smallest_kept
+
+_minima: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, address, min |W kept|)
+_ROUNDING = 1e-3  # far above what the roundings of the canonical order can take off the bound
+
+
+def may_vanish(rule: Rule, weight: Tensor, factors: Any) -> bool:
+    """Return False only if no kept weight of the layer can come out as zero.
+
+    Args:
+        weight: the whole W, or a part of it.
+        factors: from `rule.prepare`.
+    """
+    if weight.device.type != "cpu" or type(weight) not in (Tensor, torch.nn.Parameter):
+        return True  # reading the bound back would stall the device; there the rescue is always looked for
+    bound = _smallest_kept_weight(weight) * (1 - rule.largest_factor(factors) - _ROUNDING)
+    return not bound >= smallest_kept(weight.dtype)
+
+
+def _smallest_kept_weight(weight: Tensor) -> float:
+    state = (weight._version if not weight.is_inference() else -1, weight.data_ptr())
+    known = _minima.get(weight)
+    if known is None or known[:2] != state or state[0] < 0:
+        kept = weight.detach().abs().masked_fill_(~nonzero_mask(weight), math.inf)
+        smallest = float(kept.amin()) if kept.numel() else math.inf
+        known = (*state, smallest)
+        _minima[weight] = known
+    return float(known[2])

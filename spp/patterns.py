@@ -1,0 +1,302 @@
+"""Sparsity patterns, and masks read from bits.
+
+"N:M" keeps at most N of every M consecutive weights along the input dimension ("2:4" is 50 % sparse); a fraction p is
+unstructured: the share of weights that is pruned. A weight counts as zero when all its bits but the sign are 0, so -0.0
+is a zero, a subnormal is not, and a process that flushes denormals to zero sees the same mask as any other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spp.errors import PatternError
+
+DENSE = "dense"
+UNSTRUCTURED = "unstructured"
+USUAL_GROUPS = (
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # M of the patterns that detect_pattern looks for; N is a power of two up to M / 2
+_LARGEST_SUGGESTED_GROUP = 64  # a suggestion with a longer group would help nobody
+_CHUNK = 1 << 17  # weights looked at together: bits, bools and packed bytes of a chunk stay in a core's cache
+
+_BITS: dict[torch.dtype, torch.dtype] = {  # the integer type whose bits a floating type is read as
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
+}
+
+_BYTES = np.arange(256, dtype=np.uint8)
+_IN_BYTE = np.unpackbits(_BYTES[:, None], axis=1)  # (256, 8)
+_COUNT = _IN_BYTE.sum(axis=1, dtype=np.uint8)  # kept weights among the 8 of a byte
+_MOST = {m: _IN_BYTE.reshape(256, 8 // m, m).sum(axis=2, dtype=np.uint8).max(axis=1) for m in (2, 4, 8)}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern: N:M (`kept` of every `group`), or unstructured (`fraction` pruned).
+
+    Args:
+        kept: N, at least 1 and below `group`; None for an unstructured pattern.
+        group: M, at least 2.
+        fraction: share pruned, strictly between 0 and 1; None for an N:M pattern.
+
+    Raises:
+        PatternError: the numbers make no pattern.
+
+    Example:
+        >>> str(Pattern.parse("2:4")), Pattern.parse("2:8").sparsity, str(Pattern.parse(0.5))
+        ('2:4', 0.75, '0.5')
+    """
+
+    kept: int | None = None
+    group: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is None:
+            kept, group = self.kept, self.group
+            if type(kept) is not int or type(group) is not int or not 1 <= kept < group:
+                raise PatternError(
+                    f"pattern {kept}:{group} makes no sense: N:M keeps N of every M weights, so 1 <= N < M"
+                )
+        elif self.kept is not None or self.group is not None:
+            raise PatternError("a pattern is either N:M or a fraction, not both")
+        elif not 0 < self.fraction < 1:
+            hint = f"; did you mean {self.fraction / 100:g}?" if 1 < self.fraction < 100 else ""
+            raise PatternError(
+                f"pattern {self.fraction!r} makes no sense: an unstructured pattern is the fraction of weights to "
+                f"prune, above 0 and below 1{hint}"
+            )
+
+    @classmethod
+    def parse(cls, pattern: str | float | Pattern) -> Pattern:
+        """Read "2:4", "0.5", 0.5 or a Pattern; anything else is a PatternError."""
+        if isinstance(pattern, Pattern):
+            return pattern
+        if isinstance(pattern, str):
+            text = pattern.strip()
+            if match := re.fullmatch(r"(\d{1,9})\s*:\s*(\d{1,9})", text, re.ASCII):
+                return cls(kept=int(match[1]), group=int(match[2]))
+            percent = text.endswith("%")
+            try:
+                value = float(text.removesuffix("%"))
+            except ValueError:
+                value = math.nan
+            if percent and 0 < value < 100:
+                raise PatternError(f"pattern {pattern!r} is a percentage; write the fraction: {value / 100:g}")
+            if math.isnan(value) or percent:
+                raise PatternError(_nonsense(pattern))
+            return cls(fraction=value)
+        if isinstance(pattern, (bool, complex)) or not hasattr(pattern, "__float__") or np.ndim(pattern) != 0:
+            raise PatternError(_nonsense(pattern))
+        return cls(fraction=float(pattern))
+
+    @property
+    def is_nm(self) -> bool:
+        """Whether this is an N:M pattern."""
+        return self.fraction is None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that the pattern prunes."""
+        if self.kept is not None and self.group is not None:
+            return 1 - self.kept / self.group
+        assert self.fraction is not None
+        return self.fraction
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}" if self.is_nm else repr(self.fraction)
+
+    def require_fit(self, inputs: int, where: str = "the weight") -> None:
+        """Raise PatternError, offering the nearest pattern that fits, unless `inputs` splits into whole groups."""
+        if self.group is None or inputs % self.group == 0:
+            return
+        nearest = _nearest_fit(self, inputs)
+        ways = f'the nearest that fits is "{nearest}", or prune' if nearest else "prune"
+        raise PatternError(
+            f"pattern {self} needs an input dimension that {self.group} divides; {where} has {inputs}: "
+            f"{ways} unstructured with {self.sparsity:g}"
+        )
+
+
+def nonzero_mask(t: Tensor) -> Tensor:
+    """Return a bool tensor of t's shape, True where t is not zero, decided by its bits and never by arithmetic.
+
+    Args:
+        t: floating point (float64, 32, 16, bfloat16, float8), integer or bool, any strides and device.
+    """
+    if t.dtype == torch.bool:
+        return t.clone()
+    bits = _BITS.get(t.dtype)
+    if bits is None:
+        if t.dtype.is_floating_point or t.dtype.is_complex:
+            raise PatternError(f"a mask cannot be read from the bits of {t.dtype}")
+        return t.ne(0)
+    view = t.detach().view(bits)
+    if t.device.type != "cpu" or not t.is_contiguous():
+        return view.ne(0).logical_and_(view.ne(torch.iinfo(bits).min))
+    mask = torch.empty(t.shape, dtype=torch.bool)
+    flat, out = view.reshape(-1).numpy(), mask.view(-1).numpy()
+    for start in range(0, len(flat), _CHUNK):
+        _nonzero(flat[start : start + _CHUNK], out[start : start + _CHUNK])
+    return mask
+
+
+def magnitude_bits(t: Tensor) -> Tensor:
+    """Return the bits of |t| as integers: of finite numbers the larger one has the larger bits."""
+    bits = _BITS.get(t.dtype)
+    if bits is None:
+        raise PatternError(f"magnitudes cannot be read from the bits of {t.dtype}")
+    return t.detach().view(bits) & torch.iinfo(bits).max
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether t holds neither NaN nor infinity; one pass, nothing of t's size is allocated."""
+    if t.numel() == 0 or not (t.dtype.is_floating_point or t.dtype.is_complex):
+        return True
+    if t.dtype not in _BITS:
+        return bool(torch.isfinite(t).all())
+    if t.element_size() == 1:
+        return all(bool(torch.isfinite(part.float()).all()) for part in t.reshape(-1).split(_CHUNK))
+    low, high = torch.aminmax(t.detach())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
+    """Return the mask of t as packed bits: row-major, first weight in the highest bit, the last byte padded with 0."""
+    count = t.numel()
+    packed = np.empty((count + 7) // 8, dtype=np.uint8)
+    for start, part in _chunks(t.detach()):
+        if t.device.type == "cpu" and t.dtype in _BITS:  # numpy: no bool outlives the cache, no pool of threads to wake
+            mask = _nonzero(part.view(_BITS[t.dtype]).numpy())
+        else:
+            mask = nonzero_mask(part).cpu().numpy()
+        bits = np.packbits(mask)
+        packed[start // 8 : start // 8 + len(bits)] = bits
+    return packed
+
+
+def count_kept(packed: npt.NDArray[np.uint8]) -> int:
+    """Return how many bits of `pack_bits`'s answer are set."""
+    return sum(int(_COUNT[packed[i : i + _CHUNK]].sum(dtype=np.int64)) for i in range(0, len(packed), _CHUNK))
+
+
+def is_nm(mask: Tensor, kept: int, group: int, input_axis: int = -1) -> bool:
+    """Whether at most `kept` of each `group` consecutive entries along the input axis are kept.
+
+    Args:
+        mask: bool (True = kept) or a weight, whose mask is read from its bits.
+        kept: N.
+        group: M; a mask whose input dimension it does not divide is not N:M.
+        input_axis: the axis that groups run along.
+    """
+    if mask.dim() == 0 or mask.shape[input_axis] % group:
+        return False
+    mask = mask.movedim(input_axis, -1)
+    if group in USUAL_GROUPS:
+        return _most_in_a_group(pack_bits(mask), group, kept) <= kept
+    rows = max(1, _CHUNK // max(1, mask.shape[-1]))
+    parts = nonzero_mask(mask).reshape(-1, mask.shape[-1] // group, group).split(rows)
+    return all(part.numel() == 0 or int(part.sum(-1, dtype=torch.int32).max()) <= kept for part in parts)
+
+
+def detect_pattern(mask: Tensor, input_axis: int = -1) -> str:
+    """Return the most specific usual pattern that a mask has: "N:M", "unstructured" or "dense".
+
+    Usual are N = 1, 2, 4, … ≤ M / 2 of M = 2, 4, 8, 16, 32. Most specific is the lowest N / M, then the smallest M. A
+    mask without zeros is dense; one that is wholly zero is unstructured.
+
+    Args:
+        mask: bool (True = kept) or a weight, whose mask is read from its bits.
+        input_axis: the axis that groups run along.
+    """
+    mask = mask.movedim(input_axis, -1) if mask.dim() else mask.reshape(1)
+    return detect_packed(pack_bits(mask), mask.numel(), mask.shape[-1])
+
+
+def detect_packed(packed: npt.NDArray[np.uint8], count: int, inputs: int) -> str:
+    """`detect_pattern` of packed bits whose rows are `inputs` long; `count` weights in all."""
+    kept = count_kept(packed)
+    if kept == count:
+        return DENSE
+    if kept == 0:
+        return UNSTRUCTURED
+    best = (1.0, 0, 0)
+    lowest = 0.5  # the lowest N / M of a usual pattern that so many kept weights allow
+    while lowest * count / 2 >= kept:
+        lowest /= 2
+    for group in (m for m in USUAL_GROUPS if inputs % m == 0):
+        allowed = 1 << (_most_in_a_group(packed, group, group // 2) - 1).bit_length()  # a power of two
+        if 2 * allowed <= group:
+            best = min(best, (allowed / group, group, allowed))
+        if best[0] <= lowest:
+            break
+    return f"{best[2]}:{best[1]}" if best[1] else UNSTRUCTURED
+
+
+def _most_in_a_group(packed: npt.NDArray[np.uint8], group: int, enough: int) -> int:
+    """Return the largest number of kept weights in a usual group; stops at the first that is above `enough`."""
+    most = 0
+    for start in range(0, len(packed), _CHUNK):  # a chunk is a whole number of the longest groups
+        part = packed[start : start + _CHUNK]
+        counts = _MOST[min(group, 8)][part]
+        for _ in range(group.bit_length() - 4):  # rows are whole groups, so pairs never straddle two rows
+            counts = counts[0::2] + counts[1::2]
+        most = max(most, int(counts.max(initial=0)))
+        if most > enough:
+            break
+    return most
+
+
+def _nonzero(bits: npt.NDArray[Any], out: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
+    """Return which signed integers have a bit set beside the sign."""
+    result: npt.NDArray[np.bool_] = np.not_equal(np.bitwise_and(bits, np.iinfo(bits.dtype).max), 0, out=out)
+    return result
+
+
+def _chunks(t: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (offset, part) of t in row-major order; offsets are multiples of 8, and only a part is ever copied."""
+    if t.is_contiguous():
+        flat = t.view(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            yield start, flat[start : start + _CHUNK]
+        return
+    width = t[0].numel() if t.dim() and t.shape[0] else 1
+    step = 8 * max(1, _CHUNK // (8 * max(1, width)))
+    for first in range(0, t.shape[0], step):
+        yield first * width, t[first : first + step].reshape(-1)
+
+
+def _nearest_fit(pattern: Pattern, inputs: int) -> Pattern | None:
+    best: tuple[float, bool, int, int, int] | None = None
+    assert pattern.group is not None and pattern.kept is not None
+    for group in range(2, min(inputs, _LARGEST_SUGGESTED_GROUP) + 1):
+        if inputs % group == 0:
+            kept = min(max(1, round(group * pattern.kept / pattern.group)), group - 1)
+            distance = abs(kept / group - pattern.kept / pattern.group)
+            candidate = (distance, group not in USUAL_GROUPS, abs(group - pattern.group), group, kept)
+            best = min(best or candidate, candidate)
+    return Pattern(kept=best[4], group=best[3]) if best else None
+
+
+def _nonsense(pattern: Any) -> str:
+    return (
+        f'{pattern!r} is no sparsity pattern; write "N:M" (N kept of every M inputs, such as "2:4") '
+        f"or the fraction to prune (such as 0.5)"
+    )

@@ -1,0 +1,115 @@
+"""What a rule is.
+
+A rule turns W (m, n), frozen, and its parameters θ into W_eff (m, n), zero wherever W is zero. The three-product
+function needs two things of it: `build`, a block of W_eff, and `reduce`, what the same block of G = dYᵀ X adds to the
+gradients of θ. A block is a range of rows and a range of columns; it is what keeps anything of size m × n from being
+held.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spp.errors import AdapterError
+
+
+class Rule(ABC):
+    """The arithmetic of one mask-preserving adapter; stateless."""
+
+    name: ClassVar[str]
+    parameter_names: ClassVar[tuple[str, ...]]  # short; a layer's attribute is "<rule>_<name>"
+
+    def attribute_names(self) -> tuple[str, ...]:
+        """Return the names of the parameters on a layer and in files, such as ("spp_alpha", "spp_beta")."""
+        return tuple(f"{self.name}_{name}" for name in self.parameter_names)
+
+    @abstractmethod
+    def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
+        """Return the shape of each parameter, in the order of `parameter_names`."""
+
+    @abstractmethod
+    def rank(self, params: Sequence[Tensor]) -> int:
+        """Return r, read off the parameters' shapes."""
+
+    @abstractmethod
+    def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
+        """Raise a ConfigError that names `where` unless r fits the layer."""
+
+    @abstractmethod
+    def init_(self, params: Sequence[Tensor], init: str, generator: torch.Generator | None) -> None:
+        """Fill the parameters in place; `generator` None means torch's global one."""
+
+    @abstractmethod
+    def prepare(self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype) -> Any:
+        """Return what `build`, `delta`, `reduce` share for one call: small tensors in `dtype`, none of size m × n."""
+
+    @abstractmethod
+    def build(self, weight: Tensor, factors: Any, rows: slice, cols: slice, out: Tensor) -> None:
+        """Write W_eff[rows, cols], not yet rounded to the base's dtype, into `out`.
+
+        Args:
+            weight: W[rows, cols] in any dtype.
+            factors: from `prepare`.
+            rows, cols: where the block lies.
+            out: (rows, cols) of the arithmetic's dtype, contiguous.
+        """
+
+    @abstractmethod
+    def delta(self, weight: Tensor, factors: Any, rows: slice, cols: slice, out: Tensor) -> None:
+        """Write (W_eff − W)[rows, cols], not rounded, into `out`; arguments as in `build`."""
+
+    @abstractmethod
+    def zero_grads(self, factors: Any) -> list[Tensor]:
+        """Return one zero tensor per parameter, in the arithmetic's dtype, for `reduce` to add to."""
+
+    @abstractmethod
+    def reduce(
+        self, weight: Tensor, factors: Any, rows: slice, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None]
+    ) -> None:
+        """Add the block's part of the parameters' gradients to `grads`; `gradient` (G[rows, cols]) is overwritten.
+
+        Args:
+            grads: as from `zero_grads`; None for a parameter whose gradient is not wanted.
+        """
+
+    @abstractmethod
+    def largest_factor(self, factors: Any) -> float:
+        """Return an upper bound of |W_eff / W − 1| over the layer: it tells cheaply that nothing can round to zero."""
+
+    @abstractmethod
+    def row_alignment(self, factors: Any) -> int:
+        """Return the number of rows that a block's ends should be a multiple of, for `build` to be fastest."""
+
+    @abstractmethod
+    def oracle(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        params: Sequence[Tensor],
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Compute the layer as the paper writes it, with separate branches, differentiably, in the arguments' dtype.
+
+        Args:
+            x: (…, n); mask: None, or what input dropout multiplies x by, in the shape of x.
+        """
+
+    def check_shapes(self, params: Sequence[Tensor], out_features: int, in_features: int, where: str) -> None:
+        """Raise an AdapterError unless the parameters fit a layer of out_features × in_features."""
+        r = self.rank(params)
+        expected = self.shapes(out_features, in_features, r)
+        found = tuple(tuple(p.shape) for p in params)
+        if found != expected:
+            listing = ", ".join(
+                f"{name} is {tuple(f)}, expected {e}"
+                for name, f, e in zip(self.parameter_names, found, expected, strict=True)
+            )
+            raise AdapterError(f"{where}: weight is ({out_features}, {in_features}), but {listing} at r = {r}")
+        self.check_rank(out_features, in_features, r, where)

@@ -1,0 +1,92 @@
+"""Which modules are meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import spp
+from spp.errors import TargetError
+from spp.targets import PROJECTIONS, is_projection_key, projection_weights, resolve_targets
+from tests.models import tiny_llama
+
+
+def paths(model: nn.Module, *args: object, **kwargs: object) -> list[str]:
+    return [path for path, _ in resolve_targets(model, *args, **kwargs)]  # type: ignore[arg-type]
+
+
+def test_default_is_the_seven_projections_in_module_order() -> None:
+    found = paths(tiny_llama())
+    assert len(found) == 14 and found[0] == "model.layers.0.self_attn.q_proj"
+    assert {p.rsplit(".", 1)[1] for p in found} == set(PROJECTIONS)
+    assert found == [n for n, m in tiny_llama().named_modules() if n in found]
+
+
+def test_default_falls_back_to_the_architectures_own_names() -> None:
+    config = GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    found = paths(GPTNeoXForCausalLM(config))
+    assert [p.rsplit(".", 1)[1] for p in found] == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+def test_lists_regexes_exclusions_and_all_linear() -> None:
+    model = tiny_llama()
+    assert len(paths(model, ["q_proj", "mlp.up_proj"])) == 4
+    assert paths(model, r"model\.layers\.1\.mlp\..*") == [
+        f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")
+    ]
+    assert len(paths(model, "all-linear")) == 14
+    assert len(paths(model, None, ["down_proj"])) == 12
+    assert len(paths(model, None, r".*layers\.0\..*")) == 7
+    assert "lm_head" in paths(model, ["lm_head"])
+
+
+def test_nothing_matched_lists_what_there_is() -> None:
+    with pytest.raises(TargetError, match=r"(?s)target_modules=\['query'\].*q_proj \(64, 64\): 2 ×.*target_modules="):
+        resolve_targets(tiny_llama(), ["query"])
+    with pytest.raises(TargetError, match="no linear modules"):
+        resolve_targets(nn.Embedding(4, 4))
+
+
+def test_a_tied_head_is_refused_by_name() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    assert len(paths(model, "all-linear")) == 14
+    with pytest.raises(TargetError, match="tied"):
+        resolve_targets(model, ["lm_head"])
+    two = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    two["b"].weight = two["a"].weight
+    with pytest.raises(TargetError, match="same tensor"):
+        resolve_targets(two, "all-linear")
+
+
+def test_a_module_registered_twice_comes_once() -> None:
+    model = nn.Module()
+    model.first = nn.Sequential(nn.Linear(4, 4))
+    model.second = model.first[0]
+    assert paths(model, "all-linear") == ["first.0"]
+    torch.nn.init.zeros_(model.second.weight)
+    model.second.weight.data[0, 0] = 1
+    spp.wrap(model, r=2, target_modules="all-linear")
+    assert model.second is model.first[0] and isinstance(model.second, spp.SPPLinear)
+    assert len(spp.adapter_parameters(model)) == 2
+    spp.unwrap(model)
+    assert model.second is model.first[0] and type(model.second) is nn.Linear
+
+
+def test_projection_keys() -> None:
+    assert is_projection_key("model.layers.0.mlp.up_proj.weight", 2)
+    assert is_projection_key("model.layers.0.mlp.experts.gate_up_proj", 3)
+    for key, ndim in [
+        ("lm_head.weight", 2),
+        ("model.embed_tokens.weight", 2),
+        ("transformer.wte.weight", 2),
+        ("model.layers.0.input_layernorm.weight", 1),
+        ("model.layers.0.mlp.gate.weight", 2),
+        ("model.layers.0.mlp.up_proj.bias", 2),
+        ("model.layers.0.mlp.up_proj.spp_alpha", 2),
+    ]:
+        assert not is_projection_key(key, ndim), key
+    assert len(list(projection_weights(tiny_llama()))) == 14
