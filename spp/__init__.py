@@ -1,25 +1,51 @@
-"""spp: fine-tune pruned language models without losing their zeros."""
+"""spp: fine-tune pruned language models without losing their zeros.
+
+    import spp
+    spp.prune(model, "wanda", "2:4", calibration=texts, tokenizer=tokenizer)
+    spp.wrap(model, r=16)                    # train spp.adapter_parameters(model), or use spp.training.SPPTrainer
+    spp.merge(model)                         # the same zeros, asserted
+    spp.save_model(model, "out")             # a plain checkpoint, and the certificate of its zeros
+
+Imported by name: spp.training, spp.evaluation, spp.report, spp.bench.
+"""
 
 from __future__ import annotations
 
-from spp import functional
+from spp import functional, pruning
+from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter
+from spp.calibrate import prune
+from spp.certificate import SparsityReport
+from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, verify
 from spp.config import SPPConfig
+from spp.errors import SPPError, SPPWarning
 from spp.inject import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
 from spp.layer import SPPLinear
-from spp.merge import merge
+from spp.merge import MergeReport, merge
 
 __all__ = [
+    "MergeReport",
     "SPPConfig",
+    "SPPError",
     "SPPLinear",
+    "SPPWarning",
+    "SparsityReport",
+    "__version__",
     "adapter_parameters",
     "adapter_state_dict",
+    "certify",
     "disabled",
     "functional",
     "load_adapter",
     "merge",
+    "merge_checkpoint",
     "print_trainable_parameters",
+    "prune",
+    "pruning",
     "save_adapter",
+    "save_model",
+    "sparsity",
     "unwrap",
+    "verify",
     "wrap",
 ]

@@ -20,10 +20,10 @@ from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.files import mask_sha256
 from spp.inject import layer_generator, require_layers, unwrap
 from spp.layer import SPPLinear
-from spp.patterns import nonzero_mask
+from spp.patterns import all_finite, nonzero_mask
 from spp.rules import Rule, rescue_
 from spp.rules.canonical import arithmetic_dtype
-from spp.targets import projection_weights
+from spp.targets import is_projection_key, projection_weights
 
 logger = logging.getLogger(__name__)
 ROUNDINGS = ("nearest", "stochastic")
@@ -196,9 +196,9 @@ def merge_tensor(
         else:
             merged[rows] = exact
         rescued = rescue_(merged[rows], block)
-        _check_block(block, merged[rows], start, where)
+        kept = _check_block(block, merged[rows], start, where)
         rule.delta(block, factors, rows, slice(None), exact)
-        totals.add(block, merged[rows], exact, int(rescued.sum()))
+        totals.add(block, merged[rows], exact, kept, int(torch.count_nonzero(rescued)))
     return merged, totals.result()
 
 
@@ -234,27 +234,29 @@ def draw_seed(rounding: str, seed: int | None) -> int:
 
 
 class _Totals:
-    """Sums over the blocks of one layer, in float64."""
+    """Sums over the blocks of one layer: rows in the arithmetic's dtype, over the rows in float64."""
 
     def __init__(self) -> None:
         self.kept = self.rescued = 0
         self.inner = self.square = self.largest = 0.0
 
-    def add(self, weight: Tensor, merged: Tensor, update: Tensor, rescued: int) -> None:
-        kept = nonzero_mask(weight)
-        before, update = weight.double(), update.double()
-        change = merged.double() - before
-        self.kept += int(kept.sum())
+    def add(self, weight: Tensor, merged: Tensor, update: Tensor, kept: int, rescued: int) -> None:
+        before = weight.to(update.dtype)
+        change = merged.to(update.dtype) - before
+        self.kept += kept
         self.rescued += rescued
-        self.inner += float((change * update).sum())
-        self.square += float(update.square().sum())
-        relative = (change / before).abs_()[kept]
-        if relative.numel():
-            self.largest = max(self.largest, float(relative.max()))
+        self.inner += _sum(change * update)
+        self.square += _sum(update * update)
+        relative = change.div_(before).abs_().nan_to_num_(nan=0.0)  # 0 / 0 where pruned
+        self.largest = max(self.largest, float(relative.amax()) if relative.numel() else 0.0)
 
     def result(self) -> LayerMerge:
         survived = self.inner / self.square if self.square else 1.0
         return LayerMerge(self.kept, self.rescued, survived, self.largest, math.sqrt(self.square))
+
+
+def _sum(products: Tensor) -> float:
+    return float(products.sum(-1).double().sum())
 
 
 def _merge_layer(
@@ -272,23 +274,24 @@ def _merge_layer(
     )
 
 
-def _check_block(weight: Tensor, merged: Tensor, start: int, where: str) -> None:
-    """Raise unless the merged block is finite and zero exactly where the weight is."""
-    finite = torch.isfinite(merged)
-    if not bool(finite.all()):
-        row, col = (int(i) for i in (~finite).nonzero()[0])
+def _check_block(weight: Tensor, merged: Tensor, start: int, where: str) -> int:
+    """Return how many weights are kept; raise unless `merged` is finite and zero exactly where the weight is."""
+    if not all_finite(merged):
+        row, col = (int(i) for i in (~torch.isfinite(merged)).nonzero()[0])
         raise NonFiniteError(
             f"{where}: the merged weight at [{start + row}, {col}] is {float(merged[row, col])} in {merged.dtype} (the "
             f"pruned one is {float(weight[row, col])}); nothing was written. Merge to a wider dtype or take an "
             f"earlier adapter"
         )
-    differing = nonzero_mask(weight) ^ nonzero_mask(merged)
+    kept = nonzero_mask(weight)
+    differing = kept ^ nonzero_mask(merged)
     if bool(differing.any()):
         row, col = (int(i) for i in differing.nonzero()[0])
         raise MaskError(
             f"{where}: the merge would change the zero pattern in {int(differing.sum())} places, first at "
             f"[{start + row}, {col}]; nothing was written"
         )
+    return int(torch.count_nonzero(kept))
 
 
 def _write_weight(layer: SPPLinear, merged: Tensor) -> None:
@@ -300,13 +303,15 @@ def _write_weight(layer: SPPLinear, merged: Tensor) -> None:
 
 
 def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert what a checkpoint would hold, as transformers does: parameters and persistent buffers."""
+    """Convert what a checkpoint would hold, parameters and persistent buffers; projections keep their zeros."""
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                converted = parameter.data.to(dtype)
+                if is_projection_key(name, parameter.ndim):
+                    rescue_(converted, parameter.data)
+                parameter.data = converted
         for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point() and parameter.dtype != dtype:
-                    parameter.data = parameter.data.to(dtype)
-                    assert getattr(module, name) is parameter
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to(dtype)

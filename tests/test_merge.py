@@ -165,3 +165,15 @@ def test_bad_options() -> None:
         spp.merge(model, rounding="up")
     with pytest.raises(ConfigError, match=r"dtype is torch\.int8"):
         spp.merge(model, dtype=torch.int8)
+
+
+def test_converting_keeps_the_zeros_of_projections_that_the_adapter_leaves_alone() -> None:
+    model = pruned()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    row, col = (int(i) for i in (weight != 0).nonzero()[0])
+    weight.data[row, col] = -1e-10  # zero in float16
+    mask = weight != 0
+    stir(spp.wrap(model, r=4, target_modules=["q_proj"]))
+    spp.merge(model, dtype=torch.float16)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight != 0, mask)
+    assert model.model.layers[0].mlp.up_proj.weight[row, col].item() == -(2.0**-24)

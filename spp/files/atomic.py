@@ -30,6 +30,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _ATTEMPTS = 20  # writers that may get in between before a rename is given up
 
+_OTHERS_AT_WORK = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is used up: free some space or write elsewhere",
@@ -117,13 +119,14 @@ def _atomic(target: str | os.PathLike[str], overwrite: bool, *, directory: bool)
 
 
 def _check_target(path: Path, overwrite: bool, directory: bool) -> None:
-    if not os.path.lexists(path):
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
         return
-    kind = "directory" if path.is_dir() else "file"
     if not overwrite:
         raise OutputExistsError(f"{path} exists already; choose another path, or pass overwrite=True (--overwrite)")
-    if path.is_dir() != directory:
-        wanted = "directory" if directory else "file"
+    if stat.S_ISDIR(mode) != directory:
+        kind, wanted = ("file", "directory") if directory else ("directory", "file")
         raise OutputError(f"cannot write the {wanted} {path}: it is a {kind}; remove it or choose another path")
     if directory and Path.cwd().is_relative_to(path):
         raise OutputError(f"cannot replace {path}: it is, or contains, the current directory; choose another path")
@@ -180,17 +183,17 @@ def _commit(temporary: Path, path: Path, overwrite: bool) -> Path | None:
                 raise OutputExistsError(f"{path} was made by somebody else meanwhile; choose another path")
             try:
                 left = _replace(temporary, path)
-            except FileNotFoundError:
-                if not temporary.exists():
+            except OSError as error:
+                if error.errno not in _OTHERS_AT_WORK or not temporary.exists():
                     raise
-                continue  # whoever had the place left it
+                continue  # whoever had the place left it, or somebody else took it
         else:
             try:
                 os.rename(temporary, path)
             except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and path.exists():
-                    continue  # somebody took the place
-                raise
+                if error.errno not in _OTHERS_AT_WORK or not path.exists():
+                    raise
+                continue  # somebody took the place
             left = None
         _sync(path.parent)
         return left
@@ -212,7 +215,11 @@ def _replace(temporary: Path, path: Path) -> Path | None:
         try:
             os.rename(complete, path)
         except BaseException:
-            os.rename(aside, path)
+            try:
+                os.rename(aside, path)
+            except OSError:  # somebody took the place: what we put aside is the state before theirs
+                if path.exists():
+                    remove(aside)
             raise
     except BaseException:
         os.rename(complete, temporary)

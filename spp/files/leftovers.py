@@ -35,7 +35,10 @@ def make_temporary(path: Path, directory: bool) -> tuple[Path, int]:
         temporary = path.with_name(f"{prefix(path)}tmp-{secrets.token_hex(6)}")
         if directory:
             temporary.mkdir()
-            handle = os.open(temporary, os.O_RDONLY)
+            try:
+                handle = os.open(temporary, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
         else:
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if _lock(handle) is not False and _same_file(handle, temporary):

@@ -1,0 +1,210 @@
+"""A model's decoder blocks, run one at a time with exactly what the model itself passes to each.
+
+The model's own forward is called for every batch. Blocks before the one that is wanted are skipped (their forward
+hands its input on), the wanted one gets the stored hidden states in place of its input, and its output ends the call.
+So position ids, masks, rotary embeddings and whatever else an architecture passes, block by block, are its own, and
+nothing but the hidden states of one block is ever kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from spp.errors import NonFiniteError, TargetError
+from spp.patterns import all_finite
+
+_BATCH_TOKENS = 2048  # windows are run together up to this many tokens
+
+
+class Reached(Exception):
+    """Ends the model's forward once what was wanted is known."""
+
+    def __init__(self, output: Any = None) -> None:
+        self.output = output
+
+
+def find_blocks(model: nn.Module, targets: Sequence[str]) -> tuple[str, list[nn.Module]]:
+    """Return the path and the blocks of the decoder: the list with the most parameters that holds targets.
+
+    Args:
+        model: any module whose forward runs a list of blocks one after another.
+        targets: module paths, all of which must lie in the blocks.
+
+    Raises:
+        TargetError: there is no such list, or some targets lie outside it.
+    """
+    for kind in (nn.ModuleList, nn.Sequential):
+        found = [
+            (sum(p.numel() for p in module.parameters()), path, list(module))
+            for path, module in model.named_modules()
+            if isinstance(module, kind) and any(_inside(target, path) for target in targets)
+        ]
+        if found:
+            _, path, blocks = max(found, key=lambda item: item[0])
+            break
+    else:
+        raise TargetError(
+            "the model has no list of blocks (nn.ModuleList) that holds the target modules, so it cannot be "
+            'calibrated block by block; method="magnitude" needs no calibration'
+        )
+    outside = [target for target in targets if not _inside(target, path)]
+    if outside:
+        raise TargetError(
+            f"{len(outside)} target modules lie outside the decoder blocks {path!r} and cannot be calibrated with "
+            f"them: {', '.join(outside[:5])}{', …' if len(outside) > 5 else ''}; leave them out with exclude_modules, "
+            f'or use method="magnitude" for them'
+        )
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise TargetError(f"some blocks of {path!r} are the same module: pruning one would change the other")
+    return path, blocks
+
+
+def _inside(target: str, path: str) -> bool:
+    return not path or target.startswith(path + ".")
+
+
+class BlockRunner:
+    """Runs one block after another on batches of windows, keeping the hidden states between them.
+
+    Args:
+        model: in eval mode.
+        path: of the list of blocks, for messages.
+        blocks: in the order in which the model runs them.
+        windows: token ids (k, L).
+    """
+
+    def __init__(self, model: nn.Module, path: str, blocks: Sequence[nn.Module], windows: Tensor) -> None:
+        self._model = model
+        self._path = path
+        self._blocks = blocks
+        self._batches = windows.to(_input_device(model)).split(max(1, _BATCH_TOKENS // windows.shape[1]))
+        self._hidden: list[Tensor | None] = [None] * len(
+            self._batches
+        )  # None: what the model passes to its first block
+        self._rest: int | None = None  # entries of a block's output behind the hidden states; None for a bare tensor
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def run(self, index: int, *, keep: bool) -> Iterator[int]:
+        """Run block `index` on its inputs batch by batch; what is of interest in it, hooks have seen.
+
+        Args:
+            index: of the block that is next.
+            keep: take the outputs as the inputs of the next block; else drop them, and let hooks raise `Reached` to
+                spare the rest of the block.
+
+        Yields:
+            The number of each batch once it is through.
+
+        Raises:
+            NonFiniteError: an output that is to be kept holds NaN or infinity.
+        """
+        with self._skipped(index):
+            for batch in range(len(self._batches)):
+                output = self._run(index, batch)
+                if keep:
+                    self._keep(index, batch, output)
+                yield batch
+
+    def propagate(self, index: int) -> None:
+        """Run block `index` and keep its outputs as the inputs of the next one."""
+        for _ in self.run(index, keep=True):
+            pass
+
+    def _keep(self, index: int, batch: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor):
+            raise TargetError(f"{self._path}.{index} returns a {type(output).__name__}, not hidden states")
+        if not all_finite(hidden):
+            raise NonFiniteError(
+                f"the output of {self._path}.{index} holds NaN or infinity; load the model in a wider dtype, such as "
+                f"float32 (blocks up to this one may be pruned already: load it anew)"
+            )
+        self._rest = len(output) - 1 if isinstance(output, tuple) else None
+        self._hidden[batch] = hidden
+
+    def _run(self, index: int, batch: int) -> Any:
+        block = self._blocks[index]
+
+        def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = self._hidden[batch]
+            if hidden is None:
+                return None
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, _hidden_name(kwargs): hidden}
+
+        def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
+            raise Reached(output)
+
+        hooks = [block.register_forward_pre_hook(replace, with_kwargs=True), block.register_forward_hook(finish)]
+        try:
+            _forward(self._model, self._batches[batch])
+        except Reached as reached:
+            return reached.output
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise TargetError(f"the model's forward does not run {self._path}.{index}; it cannot be calibrated")
+
+    @contextlib.contextmanager
+    def _skipped(self, count: int) -> Iterator[None]:
+        """Let the first `count` blocks hand their input on, in the form of their output."""
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs[_hidden_name(kwargs)]
+            return hidden if self._rest is None else (hidden, *[None] * self._rest)
+
+        before = [block.__dict__.get("forward") for block in self._blocks[:count]]
+        try:
+            for block in self._blocks[:count]:
+                block.__dict__["forward"] = hand_on
+            yield
+        finally:
+            for block, forward in zip(self._blocks, before, strict=False):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = forward
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _forward(model: nn.Module, ids: Tensor) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if "use_cache" in parameters else {}
+    if "input_ids" in parameters:
+        model(input_ids=ids, **options)
+    else:
+        model(ids, **options)
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    parameters = (embedding if isinstance(embedding, nn.Module) else model).parameters()
+    return next(parameters, torch.empty(0)).device

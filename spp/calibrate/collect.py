@@ -1,0 +1,156 @@
+"""Statistics of the inputs of a block's layers, gathered by hooks while the block runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from spp.calibrate.blocks import BlockRunner, Reached
+from spp.calibrate.methods import LayerInputs, Method
+from spp.errors import NonFiniteError
+from spp.pruning.stats import StatsCollector
+
+_SAMPLED = 512  # inputs kept to measure an output error on; a few hundred give it to a few percent
+
+
+class _NotSharedError(Exception):
+    """Two layers read one tensor in some calls and different ones in others."""
+
+
+def gather_inputs(
+    runner: BlockRunner,
+    index: int,
+    layers: Mapping[str, nn.Module],
+    method: Method,
+    windows: Tensor,
+    *,
+    keep: bool = False,
+) -> dict[str, LayerInputs]:
+    """Run block `index` over all batches and return what its layers read; layers that read one tensor share an entry.
+
+    Args:
+        runner: at the state in which block `index` is next.
+        index: of the block.
+        layers: {module path: linear} in the block.
+        method: what says which statistics are needed.
+        windows: token ids (k, L).
+        keep: take the block's outputs as the inputs of the next one, in the same run.
+
+    Raises:
+        NonFiniteError: a layer's inputs hold NaN or infinity.
+    """
+    tokens = windows.numel()
+    try:  # a run that keeps its outputs cannot be repeated, so it does not count on inputs being shared
+        collectors = _gather(runner, index, layers, method, tokens, share=not keep, keep=keep)
+    except _NotSharedError:
+        collectors = _gather(runner, index, layers, method, tokens, share=False, keep=False)
+    shared = {id(collector): LayerInputs(collector, len(windows)) for collector in collectors.values()}
+    for path, collector in collectors.items():
+        try:
+            if collector.count:
+                collector.stats()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{path}: its {error}; load the model in a wider dtype, such as float32, and check the calibration "
+                f"data (blocks before this one are pruned already: load the model anew)"
+            ) from None
+    return {path: shared[id(collector)] for path, collector in collectors.items()}
+
+
+def _gather(
+    runner: BlockRunner,
+    index: int,
+    layers: Mapping[str, nn.Module],
+    method: Method,
+    tokens: int,
+    *,
+    share: bool,
+    keep: bool,
+) -> dict[str, StatsCollector]:
+    hooks = _Hooks(layers, method, tokens, share=share, whole=keep)
+    with hooks.installed():
+        for _ in runner.run(index, keep=keep):
+            hooks.end_batch()
+    return hooks.collectors
+
+
+class _Hooks:
+    """Forward pre-hooks on the layers of a block; `whole` runs it to its end, else only as far as there is to read."""
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], method: Method, tokens: int, *, share: bool, whole: bool
+    ) -> None:
+        self.collectors: dict[str, StatsCollector] = {}
+        self._layers = layers
+        self._method = method
+        self._tokens = tokens
+        self._share = share
+        self._whole = whole
+        self._first_batch = True
+        self._calls: list[str] = []  # paths in the order of the first batch's calls
+        self._last: str | None = None  # the layer after which a block has nothing left to tell
+        self._leader: dict[str, str] = {}  # {path: the path of the layer that reads the same tensor first}
+        self._seen: dict[str, Tensor] = {}  # {leader: what it read in this batch}
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the hooks in place."""
+        handles = [
+            layer.register_forward_pre_hook(self._hook(path), with_kwargs=True) for path, layer in self._layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path, layer in self._layers.items():
+            if path not in self.collectors:  # never called
+                self.collectors[path] = self._collector(layer)
+
+    def end_batch(self) -> None:
+        """Take note that a batch is through."""
+        if self._first_batch and not self._whole and sorted(self._calls) == sorted(self._layers):
+            self._last = self._calls[-1]
+        self._first_batch = False
+        self._seen.clear()
+
+    def _hook(self, path: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read(path, layer, args[0] if args else kwargs["input"])
+            if path == self._last:
+                raise Reached
+
+        return hook
+
+    def _read(self, path: str, layer: nn.Module, x: Tensor) -> None:
+        if self._first_batch:
+            self._calls.append(path)
+        if path not in self._leader:
+            same = (leader for leader, seen in self._seen.items() if seen is x) if self._share else iter(())
+            self._leader[path] = next(same, path)
+            if self._leader[path] != path:
+                self.collectors[path] = self.collectors[self._leader[path]]
+            else:
+                self.collectors[path] = self._collector(layer)
+        leader = self._leader[path]
+        if leader != path:
+            if self._seen.get(leader) is not x:
+                raise _NotSharedError
+            return
+        self._seen[path] = x
+        self.collectors[path].add(x)
+
+    def _collector(self, layer: nn.Module) -> StatsCollector:
+        hessian = self._method.mask == "sparsegpt"
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return StatsCollector(
+            weight.shape[1],
+            moments=self._method.refined,
+            hessian=hessian,
+            sample=0 if hessian else _SAMPLED,
+            expected=self._tokens,
+        )

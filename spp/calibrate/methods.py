@@ -1,0 +1,164 @@
+"""Which statistics each pruning method needs, and how it prunes one layer with them, in place.
+
+relative error = ‖X (W − Ŵ)ᵀ‖_F / ‖X Wᵀ‖_F, where ‖X Dᵀ‖²_F = tr(D H Dᵀ) with H = XᵀX, or summed over sampled rows of X.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spp.calibrate.report import LayerReport
+from spp.errors import ConfigError
+from spp.patterns import Pattern, nonzero_mask
+from spp.pruning.dsnot import dsnot
+from spp.pruning.magnitude import magnitude_mask
+from spp.pruning.select import work_dtype
+from spp.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt_factored
+from spp.pruning.stats import StatsCollector
+from spp.pruning.wanda import wanda_mask
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune.
+
+    Args:
+        name: what the user calls it.
+        mask: where the mask comes from: "magnitude", "wanda" or "sparsegpt".
+        refined: whether DSnoT refines it.
+    """
+
+    name: str
+    mask: str
+    refined: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration inputs."""
+        return self.refined or self.mask != "magnitude"
+
+    @property
+    def updates(self) -> bool:
+        """Whether it changes the weights that stay."""
+        return self.mask == "sparsegpt" and not self.refined
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("magnitude", "magnitude"),
+        Method("wanda", "wanda"),
+        Method("sparsegpt", "sparsegpt"),
+        Method("dsnot", "wanda", refined=True),
+        Method("magnitude+dsnot", "magnitude", refined=True),
+        Method("wanda+dsnot", "wanda", refined=True),
+        Method("sparsegpt+dsnot", "sparsegpt", refined=True),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """Return the method of that name, or raise a ConfigError that lists them."""
+    if name not in METHODS:
+        raise ConfigError(f"method is {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+class LayerInputs:
+    """What is known of the inputs of one or several layers that read the same tensor.
+
+    Args:
+        collector: their statistics.
+        windows: calibration windows, by which the Hessian is scaled as its authors do.
+    """
+
+    def __init__(self, collector: StatsCollector, windows: int) -> None:
+        self.collector = collector
+        self._windows = windows
+        self._factor: InverseFactor | None = None
+
+    def factor(self, where: str) -> InverseFactor:
+        """Return the factor of the damped Hessian, computed once."""
+        if self._factor is None:
+            assert self.collector.hessian is not None
+            self._factor = inverse_factor(
+                self.collector.hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
+            )
+        return self._factor
+
+    def square_norm(self, weight: Tensor) -> float:
+        """Return ‖X Wᵀ‖²_F of a weight (m, n), on all inputs or on the sample."""
+        hessian = self.collector.hessian
+        w = weight.to(work_dtype(weight))
+        if hessian is not None:
+            w = w.to(hessian.dtype)
+            return float(((w @ hessian) * w).sum().clamp_min(0))
+        output = self.collector.sample().to(w.dtype) @ w.T  # (t, m)
+        return float(output.square().sum())
+
+
+@torch.no_grad()
+def prune_layer(
+    path: str, layer: nn.Module, inputs: LayerInputs | None, method: Method, pattern: Pattern
+) -> LayerReport:
+    """Prune a layer's weight in place; the Parameter stays the same object.
+
+    Args:
+        path: of the layer, for messages.
+        layer: with a weight (m, n).
+        inputs: what is known of its inputs; None, or none seen, prunes by magnitude.
+        method: how.
+        pattern: to what.
+    """
+    started = time.perf_counter()
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    before = _sparsity(weight)
+    tokens = inputs.collector.count if inputs is not None else 0
+    note, error = "", None
+    if inputs is None or tokens == 0:
+        if method.calibrated:
+            note = "no calibration token reached it: pruned by magnitude"
+        weight.masked_fill_(~magnitude_mask(weight, pattern), 0)
+    else:
+        pruned, note = _pruned(path, weight, inputs, method, pattern)
+        whole = inputs.square_norm(weight)
+        error = (inputs.square_norm(weight - pruned) / whole) ** 0.5 if whole > 0 else 0.0
+        weight.copy_(pruned)
+    return LayerReport(
+        shape=(weight.shape[0], weight.shape[1]),
+        pattern=str(pattern),
+        sparsity=_sparsity(weight),
+        sparsity_before=before,
+        relative_error=error,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        note=note,
+    )
+
+
+def _pruned(path: str, weight: Tensor, inputs: LayerInputs, method: Method, pattern: Pattern) -> tuple[Tensor, str]:
+    """Return the pruned weight (m, n) and a note."""
+    note = ""
+    if method.mask == "sparsegpt":
+        factor = inputs.factor(path)
+        if factor.raised:
+            note = f"damping raised to {factor.damping:g}"
+        updated, mask = sparsegpt_factored(weight, factor, pattern)
+        if method.updates:
+            return updated, note
+    elif method.mask == "wanda":
+        mask = wanda_mask(weight, inputs.collector.stats().norm, pattern)
+    else:
+        mask = magnitude_mask(weight, pattern)
+    if method.refined:
+        mask = dsnot(weight, mask, inputs.collector.stats(), pattern)
+    return weight.masked_fill(~mask, 0), note
+
+
+def _sparsity(weight: Tensor) -> float:
+    return 1 - int(nonzero_mask(weight).sum()) / max(1, weight.numel())

@@ -1,0 +1,65 @@
+"""What pruning did: one line a layer, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What pruning did to one weight.
+
+    Args:
+        shape: (m, n).
+        pattern: what was asked for: "2:4", or the fraction pruned.
+        sparsity: share of zeros that the weight has now.
+        sparsity_before: share of zeros that it had.
+        relative_error: ‖X (W − Ŵ)ᵀ‖ / ‖X Wᵀ‖ on calibration inputs (SparseGPT: all, other methods: an even sample), or
+            None without calibration.
+        tokens: calibration tokens that reached the layer.
+        seconds: spent on choosing and writing its weights, without the forward passes.
+        note: anything out of the ordinary, such as a fall-back; else "".
+    """
+
+    shape: tuple[int, int]
+    pattern: str
+    sparsity: float
+    sparsity_before: float
+    relative_error: float | None
+    tokens: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did.
+
+    Args:
+        method: the method's name.
+        pattern: the pattern, or {name: pattern}.
+        layers: {module path: what was done}, in module order.
+        sparsity: share of zeros in all pruned weights together.
+        windows: calibration windows used; 0 without calibration.
+        seqlen: their length in tokens.
+        seed: with which they were drawn.
+        seconds: the whole took.
+    """
+
+    method: str
+    pattern: str | Mapping[str, str]
+    layers: Mapping[str, LayerReport]
+    sparsity: float
+    windows: int
+    seqlen: int
+    seed: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        values = asdict(self)
+        for layer in values["layers"].values():
+            layer["shape"] = list(layer["shape"])
+        return values

@@ -1,0 +1,282 @@
+"""Merge an adapter into a checkpoint shard by shard: one tensor at a time in memory, never the model.
+
+    for each shard of the base: for each tensor: read → merge and check, or copy → write → hash; then the certificate
+
+The tensors are bit for bit those of `spp.merge` in memory; what the adapter does not touch is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spp.adapter_files import AdapterFiles, read_adapter
+from spp.certificate import (
+    CERTIFICATE_NAME,
+    BaseRecord,
+    Certificate,
+    TensorRecord,
+    certify_tensor,
+    fingerprint,
+    input_axis_of,
+)
+from spp.checkpoint.sources import checkpoint_directory
+from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError
+from spp.files import CheckpointReader, atomic_directory, dtype_name, mask_sha256, read_json, write_json, write_tensors
+from spp.files.hashes import tensor_bytes
+from spp.files.header import size_of
+from spp.files.reader import INDEX, require_inside
+from spp.inject import layer_generator
+from spp.merge import LayerMerge, MergeReport, check_rounding, draw_seed, merge_tensor
+from spp.patterns import all_finite
+from spp.rules import get_rule, rescue_
+from spp.targets import is_projection_key
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what `dtype` converts, and a merge can change
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart
+_LARGEST_CARRIED = 256 * 2**20  # bytes of a file beside the weights; the largest tokenizers have a tenth
+
+
+def merge_checkpoint(
+    base_dir: str | os.PathLike[str],
+    adapter_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
+
+    Args:
+        base_dir: the pruned checkpoint (safetensors), or a hub id.
+        adapter_dir: the adapter, ours or the SPP authors', or a hub id.
+        out_dir: a directory outside both that does not exist yet, unless `overwrite`.
+        dtype: convert all floating tensors; None keeps each tensor's own.
+        rounding: "nearest" or "stochastic"; as for `spp.merge`.
+        seed: of stochastic rounding; None draws one from torch's global generator.
+        overwrite: replace what is at `out_dir`.
+
+    Returns:
+        MergeReport, its layers by module path.
+
+    Raises:
+        AdapterError: the adapter does not fit; all missing, unexpected and misshapen layers in one message.
+        MaskError: the base's zeros are not those that the adapter was trained on, or a merge would change one.
+        NonFiniteError: NaN or infinity in the adapter, a projection or a result.
+        CheckpointError: files are bad.
+        OutputError: `out_dir` exists, lies inside a source, or cannot be written.
+
+    Example:
+        >>> spp.merge_checkpoint("pruned-2of4", "adapter", "tuned-2of4").survived  # doctest: +SKIP
+        0.98
+    """
+    check_rounding(dtype, rounding)
+    base, files = checkpoint_directory(base_dir), read_adapter(Path(adapter_dir))
+    _refuse_overlap(Path(out_dir), base, "the base")
+    _refuse_overlap(Path(out_dir), files.source, "the adapter")
+    with atomic_directory(out_dir, overwrite=overwrite) as directory, CheckpointReader(base) as reader:
+        job = _Job(reader, files, _match(reader, files), dtype, rounding, draw_seed(rounding, seed))
+        shards = reader.shards()
+        with tqdm(total=len(reader.keys()), desc="merging", unit="tensor", disable=None) as bar:
+            for name, keys in shards.items():
+                layout = {key: (_stored(reader, key, dtype), reader.shape(key)) for key in keys}
+                write_tensors(directory / name, layout, lambda key: job.produce(key, bar))
+        _carry_files(base, directory, set(shards))
+        _write_index(reader, directory, dtype)
+        if dtype is not None:
+            _update_config(directory, dtype)
+        base_record = BaseRecord(os.fspath(base_dir), fingerprint(job.base_masks))
+        certificate = Certificate(job.tensors, job.other, base_record)
+        if certificate.fingerprint() != base_record.fingerprint:
+            raise MaskError(
+                "the masks of the merged checkpoint do not reproduce the base's fingerprint; nothing was written"
+            )
+        certificate.write(directory)
+    logger.info("merged %d layers into %s", len(job.merges), out_dir)
+    return MergeReport.from_layers(dict(sorted(job.merges.items())), certificate.report())
+
+
+@dataclass
+class _Job:
+    """What a merge needs while it runs, and what it has found so far."""
+
+    reader: CheckpointReader
+    files: AdapterFiles
+    paths: dict[str, str]  # key on disk -> module path, of the layers that the adapter changes
+    dtype: torch.dtype | None
+    rounding: str
+    seed: int
+    merges: dict[str, LayerMerge] = field(default_factory=dict)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    other: dict[str, int] = field(default_factory=dict)
+    base_masks: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rule = get_rule(self.files.config.rule)
+        self.layers = self.files.layers()
+
+    def produce(self, key: str, bar: Any) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor of the output, and keep the certificate's record of it."""
+        bar.update()
+        shape = self.reader.shape(key)
+        if not is_projection_key(key, len(shape)):
+            yield from self._produce_other(key)
+            return
+        weight = self.reader.tensor(key)
+        if not all_finite(weight):
+            raise NonFiniteError(f"{key} of {self.reader.directory} holds NaN or infinity; mend the base first")
+        self.base_masks[key] = mask_sha256(weight)
+        path = self.paths.get(key)
+        if path is not None:
+            result = self._merge(key, path, weight)
+        elif _stored(self.reader, key, self.dtype) != weight.dtype:
+            result = weight.to(_stored(self.reader, key, self.dtype))
+            rescue_(result, weight)
+        else:
+            result = weight
+        if not all_finite(result):
+            raise NonFiniteError(f"{key} overflows in {result.dtype}; merge to a wider dtype")
+        self.tensors[key] = certify_tensor(result, input_axis_of(len(shape)))
+        yield from tensor_bytes(result)
+
+    def _produce_other(self, key: str) -> Iterator[memoryview]:
+        if _stored(self.reader, key, self.dtype) == self.reader.dtype(key):
+            pieces: list[memoryview] = [self.reader.raw(key)]
+        else:
+            before = self.reader.tensor(key)
+            result = before.to(_stored(self.reader, key, self.dtype))
+            if all_finite(before) and not all_finite(result):
+                raise NonFiniteError(f"{key} overflows in {result.dtype}; merge to a wider dtype")
+            pieces = list(tensor_bytes(result))
+        self.other[key] = 0
+        for piece in pieces:
+            self.other[key] = zlib.crc32(piece, self.other[key])
+        yield from pieces
+
+    def _merge(self, key: str, path: str, weight: Tensor) -> Tensor:
+        masks = self.files.base_masks
+        if masks is not None and masks.get(path) != self.base_masks[key]:
+            self._raise_masks(masks)
+        merged, self.merges[path] = merge_tensor(
+            self.rule,
+            weight,
+            self.layers[path],
+            self.files.config.scaling,
+            dtype=self.dtype,
+            rounding=self.rounding,
+            generator=layer_generator(self.seed, path),
+            where=path,
+        )
+        return merged
+
+    def _raise_masks(self, masks: dict[str, str]) -> None:
+        differing = sorted(p for k, p in self.paths.items() if mask_sha256(self.reader.tensor(k)) != masks.get(p))
+        raise MaskError(
+            f"the zeros of {self.reader.directory} are not those that the adapter in {self.files.source} was trained "
+            f"on in {len(differing)} layers: {', '.join(differing)}. It belongs to "
+            f"{self.files.base_name or 'another base'}: pass that one"
+        )
+
+
+def _stored(reader: CheckpointReader, key: str, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that a tensor of the output has."""
+    found = reader.dtype(key)
+    return dtype if dtype is not None and found in _FLOATS else found
+
+
+def _match(reader: CheckpointReader, files: AdapterFiles) -> dict[str, str]:
+    """Return {key on disk: module path} for every layer of the adapter; AdapterError with all that does not fit."""
+    rule = get_rule(files.config.rule)
+    layers = files.layers()
+    paths: dict[str, str] = {}
+    problems = [f"{path}: the adapter lacks it" for path in (files.base_masks or {}).keys() - layers.keys()]
+    for path, params in layers.items():
+        key = f"{path}.weight"
+        if key not in reader:
+            problems.append(f"{path}: the base has no {key}")
+            continue
+        shape, stored = reader.shape(key), reader.dtype(key)
+        if len(shape) != 2 or stored not in _FLOATS:
+            problems.append(f"{path}: {key} is {dtype_name(stored)} {shape}; expected a floating-point matrix")
+            continue
+        try:
+            rule.check_shapes(params, *shape, where=path)
+        except (AdapterError, ConfigError) as error:
+            problems.append(str(error))
+        paths[key] = path
+    if problems:
+        listing = "\n  ".join(sorted(problems))
+        raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
+    return paths
+
+
+def _refuse_overlap(out: Path, source: Path, what: str) -> None:
+    out, source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if out.is_relative_to(source) or source.is_relative_to(out):
+        where = "is" if out == source else "lies inside" if out.is_relative_to(source) else "contains"
+        raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
+
+
+def _carry_files(base: Path, directory: Path, shards: set[str]) -> None:
+    """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …"""
+    for folder, subfolders, names in os.walk(base):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        here = Path(folder).relative_to(base)
+        for name in sorted(names):
+            source = Path(folder, name)
+            if name.startswith(".") or name in shards or name in _NOT_CARRIED or name.endswith(_WEIGHT_ENDINGS):
+                continue
+            require_inside(source, base)
+            status = source.stat()
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if status.st_size > _LARGEST_CARRIED:
+                logger.warning("%s has %d bytes and is not carried along", source, status.st_size)
+                continue
+            (directory / here).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, directory / here / name)
+
+
+def _write_index(reader: CheckpointReader, directory: Path, dtype: torch.dtype | None) -> None:
+    if reader.index is None:
+        return
+    if dtype is None:
+        shutil.copyfile(reader.directory / INDEX, directory / INDEX)
+        return
+    metadata = reader.index.get("metadata")
+    sizes = (size_of(_stored(reader, key, dtype), reader.shape(key)) for key in reader)
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": sum(sizes)}
+    write_json(directory / INDEX, {**reader.index, "metadata": metadata})
+
+
+def _update_config(directory: Path, dtype: torch.dtype) -> None:
+    path = directory / "config.json"
+    if path.exists():
+        config = read_json(path, "config.json")
+        _set_dtype(config, dtype_name(dtype))
+        config.setdefault("dtype", dtype_name(dtype))
+        write_json(path, config)
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            config[key] = name
+        elif isinstance(value, dict):
+            _set_dtype(value, name)

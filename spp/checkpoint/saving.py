@@ -1,0 +1,138 @@
+"""Save a model with the certificate of its zeros, or certify a checkpoint that exists."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spp.certificate import BaseRecord, Certificate, SparsityReport, certify_tensor, input_axis_of
+from spp.checkpoint.sources import checkpoint_directory, open_source, projection_keys
+from spp.checkpoint.verifying import compare, require_same_masks
+from spp.errors import ConfigError, NonFiniteError, SPPWarning, WrapError
+from spp.files import CheckpointReader, atomic_directory, content_crc32, content_sha256, mask_sha256
+from spp.inject import is_wrapped
+from spp.patterns import all_finite
+
+logger = logging.getLogger(__name__)
+
+
+def save_model(
+    model: nn.Module, dir: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write a plain Hugging Face checkpoint and its certificate; the directory appears whole or not at all.
+
+    The certificate is made from the files as they were written, whose masks must be those in memory.
+
+    Args:
+        model: a transformers model that is not wrapped.
+        dir: a directory that does not exist yet, unless `overwrite`.
+        tokenizer: saved beside the model, if given.
+        overwrite: replace what is there.
+
+    Returns:
+        The directory.
+
+    Raises:
+        WrapError: the model is still wrapped.
+        NonFiniteError: a projection weight holds NaN or infinity.
+        MaskError: the files' zeros are not those in memory.
+        OutputError: the directory exists, or cannot be written.
+
+    Example:
+        >>> spp.save_model(model, "pruned-2of4", tokenizer=tokenizer)  # doctest: +SKIP
+    """
+    if is_wrapped(model):
+        raise WrapError(
+            "the model is still wrapped: spp.save_adapter(model, path) saves the adapter alone; to save the merged "
+            "model, call spp.merge(model) first, then spp.save_model"
+        )
+    if not hasattr(model, "save_pretrained"):
+        raise ConfigError(f"a {type(model).__name__} has no save_pretrained; spp.save_model saves transformers models")
+    with atomic_directory(dir, overwrite=overwrite) as directory:
+        model.save_pretrained(directory)  # type: ignore[operator]  # nn.Module says every attribute may be a tensor
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        with open_source(model) as memory, CheckpointReader(directory) as reader:
+            certificate = make_certificate(reader, base=None)
+            written = certificate.tensors.keys() & memory.axes.keys()
+            changed = [key for key in written if mask_sha256(memory.get(key)) != certificate.tensors[key].mask_sha256]
+            if changed:
+                with open_source(directory) as disk:
+                    require_same_masks(compare(memory, disk, sorted(changed)), memory.name, str(dir))
+        _with_base(certificate, getattr(model, "_spp_base", None)).write(directory)
+    logger.info("saved the model to %s", dir)
+    return Path(dir)
+
+
+def certify(
+    dir: str | os.PathLike[str], base: str | os.PathLike[str] | nn.Module | None = None, *, deep: bool = False
+) -> SparsityReport:
+    """Write sparsity.json into a checkpoint directory, in place of one that is there.
+
+    Args:
+        dir: a checkpoint of safetensors files.
+        base: the pruned model (or directory, or hub id) that this one was tuned from; its zeros must be the same.
+        deep: add the sha256 of every tensor's contents.
+
+    Returns:
+        What the certificate says.
+
+    Raises:
+        NonFiniteError: a projection weight holds NaN or infinity; such a checkpoint gets no certificate.
+        MaskError: the zeros are not those of `base`; every differing tensor is listed.
+        CheckpointError: the files are bad.
+        OutputError: the certificate cannot be written.
+    """
+    directory = checkpoint_directory(dir)
+    record = None
+    with CheckpointReader(directory) as reader:
+        certificate = make_certificate(reader, base=None, deep=deep)
+    if base is not None:
+        with open_source(base) as before, open_source(directory) as after:
+            require_same_masks(compare(before, after), before.name, after.name)
+        name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
+        name = name if isinstance(base, nn.Module) else os.fspath(base)
+        record = BaseRecord(name, certificate.fingerprint())  # same keys, same masks: the base's fingerprint too
+        certificate = Certificate(certificate.tensors, certificate.other, record, certificate.content_sha256)
+    certificate.write(directory)
+    return certificate.report()
+
+
+def make_certificate(reader: CheckpointReader, base: BaseRecord | None, *, deep: bool = False) -> Certificate:
+    """Return the certificate of a checkpoint's files.
+
+    Raises:
+        NonFiniteError: projection weights hold NaN or infinity; all are named.
+    """
+    projections = projection_keys(reader)
+    bad = [key for key in projections if not all_finite(reader.tensor(key))]
+    if bad:
+        raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: a checkpoint like that gets no certificate")
+    others = sorted(set(reader.keys()) - set(projections))
+    return Certificate(
+        tensors={key: certify_tensor(reader.tensor(key), input_axis_of(len(reader.shape(key)))) for key in projections},
+        other={key: content_crc32(reader.tensor(key)) for key in others},
+        base=base,
+        content_sha256={key: content_sha256(reader.tensor(key)) for key in reader} if deep else None,
+    )
+
+
+def _with_base(certificate: Certificate, base: Any) -> Certificate:
+    """Add what the model was merged into, if its zeros still are what they were then."""
+    if not base:
+        return certificate
+    if certificate.fingerprint() != base["fingerprint"]:
+        warnings.warn(
+            f"the zeros are not those of {base['name_or_path'] or 'the base'} that this model was merged into (it was "
+            f"changed since); its certificate names no base",
+            SPPWarning,
+            stacklevel=3,
+        )
+        return certificate
+    record = BaseRecord(base["name_or_path"], base["fingerprint"])
+    return Certificate(certificate.tensors, certificate.other, record, certificate.content_sha256)

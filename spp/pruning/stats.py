@@ -1,0 +1,140 @@
+"""What a layer's calibration inputs X (T, n) leave behind: count, mean, variance and norm of each feature, and XᵀX.
+
+    mean_j = Σ_t X_tj / T        var_j = Σ_t (X_tj − mean_j)² / T        norm_j = (Σ_t X_tj²)^½        H = Xᵀ X
+
+Batches are merged pairwise (Chan, Golub, LeVeque 1983): with d = mean_b − mean_a, the summed squared deviations of
+both are S_a + S_b + d² T_a T_b / (T_a + T_b), so nothing is lost where the mean is large beside the deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spp.errors import ConfigError, DataError, NonFiniteError
+
+_CHUNK = 1 << 19  # inputs squared together: the temporary stays in a core's cache
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Statistics of a layer's inputs over T calibration tokens.
+
+    Args:
+        count: T.
+        mean: (n,).
+        var: (n,), the population's.
+        norm: (n,), ‖X_j‖₂ over the tokens.
+    """
+
+    count: int
+    mean: Tensor
+    var: Tensor
+    norm: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("mean", "var", "norm")}
+        if len(set(shapes.values())) != 1 or self.mean.dim() != 1:
+            raise ConfigError(f"mean, var and norm must be vectors of one length (n,); found {shapes}")
+        if self.count < 1:
+            raise DataError(f"statistics of {self.count} tokens say nothing; at least one is needed")
+
+    @classmethod
+    def of(cls, x: Tensor) -> InputStats:
+        """Return the statistics of inputs x (…, n).
+
+        Example:
+            >>> InputStats.of(torch.tensor([[3.0, 0.0], [-3.0, 0.0]])).var
+            tensor([9., 0.])
+        """
+        gathered = StatsCollector(x.shape[-1], moments=True)
+        gathered.add(x)
+        return gathered.stats()
+
+
+class StatsCollector:
+    """Gathers the statistics of one input, batch by batch.
+
+    Sums over tokens are in the inputs' precision but at least float32; sums over batches in float64 (XᵀX: float32).
+
+    Args:
+        features: n.
+        moments: gather mean and variance too (else the statistics hold NaN there).
+        hessian: gather XᵀX (n, n) too.
+        sample: keep about this many tokens, evenly spread over the first `expected` ones.
+        expected: tokens that will come, as far as known.
+    """
+
+    def __init__(
+        self, features: int, *, moments: bool = False, hessian: bool = False, sample: int = 0, expected: int = 0
+    ) -> None:
+        self.features = features
+        self.count = 0
+        self.hessian: Tensor | None = None
+        self._moments = moments
+        self._hessian = hessian
+        self._stride = max(1, expected // sample) if sample else 0
+        self._rows: list[Tensor] = []
+        self._square = torch.zeros(())  # becomes (n,)
+        self._mean = torch.zeros(())
+        self._deviation = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Take in a batch of inputs x (…, n)."""
+        x = x.detach().reshape(-1, self.features)  # (T, n)
+        tokens = x.shape[0]
+        if tokens == 0:
+            return
+        if self.count == 0:
+            exact = torch.float32 if x.device.type == "mps" else torch.float64
+            self._square = torch.zeros(self.features, dtype=exact, device=x.device)
+            self._mean, self._deviation = self._square.clone(), self._square.clone()
+        if self._stride:
+            first = -self.count % self._stride
+            self._rows.append(x[first :: self._stride].clone())
+        if x.dtype != torch.float64:
+            x = x.float()
+        self._square += _sum_of_squares(x).to(self._square.dtype)
+        if self._moments:
+            mean = x.mean(dim=0)
+            deviation = _sum_of_squares(x - mean).to(self._square.dtype)
+            shift = mean.to(self._square.dtype) - self._mean
+            total = self.count + tokens
+            self._deviation += deviation + shift.square() * (self.count * tokens / total)
+            self._mean += shift * (tokens / total)
+        if self._hessian:
+            if self.hessian is None:
+                self.hessian = torch.zeros(self.features, self.features, dtype=x.dtype, device=x.device)
+            self.hessian.addmm_(x.T, x)
+        self.count += tokens
+
+    def stats(self) -> InputStats:
+        """Return the statistics so far.
+
+        Raises:
+            DataError: no token came.
+            NonFiniteError: NaN or infinity came.
+        """
+        if self.count == 0:
+            raise DataError("no calibration token reached this layer")
+        norm = self._square.sqrt().float()
+        if not torch.isfinite(norm).all():
+            bad = int((~torch.isfinite(norm)).sum())
+            raise NonFiniteError(f"inputs hold NaN or infinity in {bad} of {self.features} features")
+        if self._moments:
+            mean, var = self._mean.float(), (self._deviation / self.count).float()
+        else:
+            mean = var = torch.full_like(norm, torch.nan)
+        return InputStats(self.count, mean, var, norm)
+
+    def sample(self) -> Tensor:
+        """Return the sampled inputs (about `sample`, n), in the dtype that came."""
+        return torch.cat(self._rows) if self._rows else torch.empty(0, self.features)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Return Σ_t x_tj² (n,); summing a temporary by columns is several times faster than a norm along them."""
+    step = max(1, _CHUNK // max(1, x.shape[1]))
+    return torch.stack([part.square().sum(dim=0) for part in x.split(step)]).sum(dim=0)

@@ -1,0 +1,31 @@
+"""One pruned checkpoint and one adapter, made once; tests that change them copy them first."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import spp
+from spp.checkpoint import save_model
+from tests.checkpoint.helpers import pruned_model, wrapped_model
+from tests.models import tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save_model(pruned_model(), folder / "base", tokenizer=tiny_tokenizer())
+    spp.save_adapter(wrapped_model(), folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def base(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "base", tmp_path / "base"))
+
+
+@pytest.fixture
+def adapter(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "adapter", tmp_path / "adapter"))

@@ -1,0 +1,84 @@
+"""Run as a script: kill -9 a merge or a save at many moments of its work, and look at what is left.
+
+    kills.py FOLDER WORK STEP       WORK: merge, save
+
+As tests/files/kills.py: a fork is killed at the k-th event that touches FOLDER, k = 1, 1 + STEP, … After each kill the
+output must be the old checkpoint or the new one, whole by its own certificate, a rerun must succeed, and nothing may be
+left beside it. Prints how many kills there were.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import spp
+from spp.certificate import Certificate
+from spp.checkpoint import merge_checkpoint, save_model, verify
+from tests.checkpoint.helpers import pruned_model, shard, wrapped_model
+
+
+def killed(folder: Path, at: int, work: object) -> bool:
+    child = os.fork()
+    if child == 0:
+        left = at
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal left
+            if any(str(folder) in str(a) for a in arguments[:2]):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        work()  # type: ignore[operator]
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"the work failed at event {at}"
+    return os.WIFSIGNALED(status)
+
+
+def main(sources: Path, kind: str, step: int) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder = sources / "outputs"
+    folder.mkdir()
+    target = folder / "out"
+    old, model = pruned_model(torch.float16), pruned_model()
+    if kind == "merge":
+        save_model(model, sources / "whole")
+        shard(sources / "whole", sources / "base")
+        spp.save_adapter(wrapped_model(), sources / "adapter")
+    work = {
+        "save": lambda: save_model(model, target, overwrite=True),
+        "merge": lambda: merge_checkpoint(sources / "base", sources / "adapter", target, overwrite=True),
+    }[kind]
+    save_model(old, sources / "old")
+    work()
+    states = {"old": Certificate.read(sources / "old"), "new": Certificate.read(target)}
+    at, kills = 1, 0
+    while True:
+        shutil.rmtree(target)
+        shutil.copytree(sources / "old", target)
+        died = killed(folder, at, work)
+        verify(target)
+        found = Certificate.read(target)
+        assert found in (list(states.values()) if died else [states["new"]]), f"event {at}"
+        work()
+        assert Certificate.read(target) == states["new"]
+        assert os.listdir(folder) == ["out"], f"event {at}: {os.listdir(folder)}"
+        if not died:
+            break
+        kills += 1
+        at += step
+    print(kills)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
