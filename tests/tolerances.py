@@ -18,6 +18,7 @@ LOGITS = {
     torch.bfloat16: 0.08,
     torch.float16: 0.02,
 }  # of a whole small model
+STEP_LOSS = 1e-3  # of a training step, relative, against the published formula in plain torch
 ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 PLAIN_FACTOR = 2.0
 

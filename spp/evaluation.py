@@ -1,0 +1,254 @@
+"""Perplexity of a language model on a text, by the protocol of the pruning papers.
+
+The whole text is tokenised once and cut into non-overlapping windows of `window` tokens; each window predicts its
+`window − 1` last tokens from those before them, and
+
+    perplexity = exp( Σ −log p(token) / number of predicted tokens )
+
+over all windows. A last window that is shorter is dropped, as the field does. Perplexities are comparable only at the
+same window, tokenizer and text: state the window with every number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from spp.errors import ConfigError, DataError, NonFiniteError, SPPWarning
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token that is not predicted; PyTorch's and transformers' convention
+_LOSS_ELEMENTS = 1 << 24  # logits turned to float32 at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What a perplexity measurement found.
+
+    Args:
+        perplexity: exp(loss).
+        loss: mean negative log-likelihood of the predicted tokens, in nats.
+        tokens: number of predicted tokens.
+        windows: number of windows, or of rows.
+        window: tokens of one window; None where rows of their own length were measured.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    windows: int
+    window: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return asdict(self)
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 1024,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: bool = False,
+) -> float:
+    """Return the perplexity of `model` on `text`; see `perplexity_result` for the arguments.
+
+    Example:
+        >>> perplexity(model, tokenizer, open("valid.txt").read(), window=1024)  # doctest: +SKIP
+        20.6
+    """
+    return perplexity_result(
+        model, tokenizer, text, window=window, batch_size=batch_size, max_windows=max_windows, progress=progress
+    ).perplexity
+
+
+def perplexity_result(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 1024,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: bool = False,
+) -> PerplexityResult:
+    """Measure the perplexity of `model` on `text`.
+
+    Args:
+        model: a causal language model; its train / eval mode is as before afterwards.
+        tokenizer: the model's own; adds the special tokens that it always adds, once for the whole text.
+        text: the text, not a path.
+        window: tokens of one window, at least 2.
+        batch_size: windows of one forward pass.
+        max_windows: measure the first windows only; None for all.
+        progress: show a progress bar if standard error is a terminal.
+
+    Raises:
+        ConfigError: an option makes no sense.
+        DataError: the text has fewer tokens than one window, or the tokenizer is another model's.
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    return token_perplexity(
+        model,
+        tokenize(tokenizer, text),
+        window=window,
+        batch_size=batch_size,
+        max_windows=max_windows,
+        progress=progress,
+    )
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Return the token ids (T,) of a text of any length, without the tokenizer's warning about its model's length."""
+    if not isinstance(text, str):
+        raise DataError(f"the text is a {type(text).__name__}; it must be a str (read the file first)")
+    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def token_perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    window: int = 1024,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: bool = False,
+) -> PerplexityResult:
+    """Measure the perplexity on a text that is tokenised already.
+
+    Args:
+        model: a causal language model.
+        tokens: token ids (T,).
+        window: see `perplexity_result`, also for the rest.
+        batch_size: windows of one forward pass.
+        max_windows: measure the first windows only.
+        progress: show a progress bar if standard error is a terminal.
+    """
+    for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
+    if len(tokens) < window:
+        raise DataError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {window}: "
+            "use a longer text or a shorter window"
+        )
+    _check_positions(model, window)
+    windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]  # (k, window)
+    batches = ({"input_ids": rows, "labels": rows} for rows in windows.split(batch_size))
+    loss, count = mean_loss(model, batches, total=math.ceil(len(windows) / batch_size), progress=progress)
+    return PerplexityResult(_exp(loss), loss, count, len(windows), window)
+
+
+def rows_perplexity(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, total: int | None = None, progress: bool = False
+) -> PerplexityResult:
+    """Measure the perplexity of the labelled tokens of instruction rows: exp of the mean loss over all of them.
+
+    Args:
+        model: a causal language model.
+        batches: "input_ids", "labels" (−100: not predicted) and, for padded rows, "attention_mask", each (B, T).
+        total: number of batches, for the progress bar.
+        progress: show a progress bar if standard error is a terminal.
+    """
+    rows = 0
+
+    def counted() -> Iterator[Mapping[str, Tensor]]:
+        nonlocal rows
+        for batch in batches:
+            rows += len(batch["input_ids"])
+            yield batch
+
+    loss, count = mean_loss(model, counted(), total=total, progress=progress)
+    return PerplexityResult(_exp(loss), loss, count, rows, None)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, total: int | None = None, progress: bool = False
+) -> tuple[float, int]:
+    """Return (mean loss in nats, number of predicted tokens) over all batches; only one batch's logits exist at a time.
+
+    Raises:
+        DataError: nothing is predicted, or a token id is beyond the model's vocabulary.
+        NonFiniteError: a loss is NaN or infinite; the message names the batch.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    device = weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
+    loss_sum, count = 0.0, 0
+    bar = tqdm(batches, total=total, desc="perplexity", disable=not (progress and sys.stderr.isatty()), leave=False)
+    with _eval_mode(model), bar:
+        for number, batch in enumerate(bar):
+            if isinstance(weight, Tensor) and int(batch["input_ids"].max()) >= len(weight):
+                raise DataError(
+                    f"token id {int(batch['input_ids'].max())} is beyond the model's {len(weight)} embeddings: "
+                    "is this another model's tokenizer?"
+                )
+            inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+            logits = model(**inputs, use_cache=False).logits  # (B, T, V)
+            part, predicted = _sum_loss(logits, batch["labels"].to(logits.device))
+            if not math.isfinite(part):
+                raise NonFiniteError(
+                    f"the loss of batch {number} is {part}: the model's weights or activations are not finite "
+                    "(half precision may overflow: try bfloat16 or float32)"
+                )
+            loss_sum, count = loss_sum + part, count + predicted
+    if count == 0:
+        raise DataError("there is no token to predict: every label is masked, or every row has one token")
+    return loss_sum / count, count
+
+
+def _sum_loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Return the summed loss and the number of predicted tokens, with logits (B, T, V) turned to float32 in chunks."""
+    logits = logits[:, :-1].flatten(0, 1)  # (B (T - 1), V)
+    labels = labels[:, 1:].flatten()  # (B (T - 1),)
+    kept = labels != IGNORED
+    rows = max(1, _LOSS_ELEMENTS // logits.shape[-1])
+    total = torch.zeros((), dtype=torch.float64)
+    for some, wanted in zip(logits.split(rows), labels.split(rows), strict=True):
+        # Sums of float32 losses in float64: a long text has 10⁵ of them.
+        losses = functional.cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="none")
+        total += losses.sum(dtype=torch.float64).cpu()
+    return float(total), int(kept.sum())
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 709 else math.inf  # beyond, math.exp raises
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and each back into its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_positions(model: nn.Module, window: int) -> None:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and window > positions:
+        warnings.warn(
+            f"window is {window}, but the model was made for {positions} positions: the perplexity says little",
+            SPPWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,120 @@
+"""What a tuning run shows and writes while it trains: log.jsonl and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from spp.errors import DataError, NonFiniteError
+from spp.files import atomic_file, output_error
+
+_FIELDS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "sparsity": "sparsity"}
+
+
+class LogFile(TrainerCallback):
+    """Appends one JSON object to log.jsonl for each log: step, loss, lr, grad_norm, sparsity, seconds.
+
+    `seconds` is the time spent in training up to that line, that of the runs before an interruption included.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        logged = read_log(path)
+        self.seconds = self._before = logged[-1]["seconds"] if logged else 0.0
+        self._start = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Drop the lines after the step that training starts from: a killed run logs steps that it never saved."""
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
+        with atomic_file(self.path, overwrite=True) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        self._before = self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Take the time."""
+        self.seconds = round(self._before + time.perf_counter() - self._start, 3)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **options: Any) -> None:
+        """Write a line.
+
+        Raises:
+            NonFiniteError: the loss or the gradient's norm is NaN or infinite.
+        """
+        if not logs or "loss" not in logs:
+            return
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
+        if bad:
+            raise NonFiniteError(
+                f"{bad[0]} is {logs[bad[0]]} at step {state.global_step}: training diverged; use a lower lr, "
+                "a max_grad_norm above 0, or bf16 / float32 instead of float16. Earlier checkpoints are intact"
+            )
+        entry: dict[str, float] = {ours: logs[theirs] for theirs, ours in _FIELDS.items() if theirs in logs}
+        line = json.dumps({"step": state.global_step, **entry, "seconds": self.seconds})
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise output_error(error, self.path) from error
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a log.jsonl; a last line that a kill cut off is left out.
+
+    Raises:
+        DataError: a line is no entry of a log; the message has its number.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")  # what follows the last newline is empty or cut off
+    entries = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error.msg}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise DataError(f"{path}, line {number}: not a line of a training log")
+        entries.append(entry)
+    return entries
+
+
+class ProgressBar(TrainerCallback):
+    """A bar on standard error with the last loss.
+
+    Args:
+        show: True, False, or None: if standard error is a terminal.
+    """
+
+    def __init__(self, show: bool | None = None) -> None:
+        self._show = sys.stderr.isatty() if show is None else show
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Open the bar at the step that training starts from."""
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="tuning", unit="step", disable=not self._show
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Advance."""
+        self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **options: Any) -> None:
+        """Show the loss."""
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Close the bar."""
+        self._bar.close()

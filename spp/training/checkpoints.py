@@ -1,0 +1,134 @@
+"""Which checkpoints of a run are whole: a marker file, written last, lists every other file and its size.
+
+transformers writes checkpoint-N in place, so a kill leaves half a folder that looks like a whole one. Here a folder
+counts only with its marker, and only while every file that the marker lists is there at its full size.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+from spp.errors import CheckpointError, SPPWarning
+from spp.files import read_json, write_json
+
+MARKER_NAME = "spp_complete.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def mark_complete(directory: str | Path, step: int) -> None:
+    """Write the marker of a checkpoint, after everything else in it has reached the disk.
+
+    Args:
+        directory: the checkpoint.
+        step: optimizer steps done.
+    """
+    directory = Path(directory)
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MARKER_NAME)
+    for file in files:
+        _sync(file)
+    sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
+    write_json(directory / MARKER_NAME, {"step": step, "files": sizes})
+
+
+def unmark(directory: str | Path) -> None:
+    """Remove the marker, before the checkpoint is written anew or deleted."""
+    (Path(directory) / MARKER_NAME).unlink(missing_ok=True)
+
+
+def why_incomplete(directory: str | Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None for a whole one."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return "there is no such directory"
+    if not (directory / MARKER_NAME).is_file():
+        return f"{MARKER_NAME} is missing: writing it was cut off, or SPPTrainer did not write it"
+    try:
+        files = read_json(directory / MARKER_NAME, "checkpoint marker").get("files")
+    except CheckpointError as error:
+        return str(error)
+    if not isinstance(files, dict) or not files:
+        return f"{MARKER_NAME} lists no files"
+    for name, size in sorted(files.items()):
+        file = directory / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def require_complete(directory: str | Path) -> Path:
+    """Return the path of a checkpoint that is whole.
+
+    Raises:
+        CheckpointError: it is not; the message says what is missing and which one of the run is whole.
+    """
+    problem = why_incomplete(directory)
+    if problem is None:
+        return Path(directory)
+    whole = last_complete(Path(directory).parent, warn=False)
+    remedy = f"the last whole one there is {whole}" if whole else "there is no whole one beside it: start anew"
+    raise CheckpointError(f"{directory} cannot be resumed from: {problem}; {remedy}")
+
+
+def last_complete(run: str | Path, *, warn: bool = True) -> Path | None:
+    """Return the whole checkpoint of the most steps in a run directory, or None.
+
+    Args:
+        run: holds folders checkpoint-N.
+        warn: warn of each later one that is skipped because it is not whole.
+    """
+    for _, directory in sorted(_folders(run), reverse=True):
+        problem = why_incomplete(directory)
+        if problem is None:
+            return directory
+        if warn:
+            warnings.warn(f"skipping {directory}: {problem}", SPPWarning, stacklevel=3)
+    return None
+
+
+def rotate(run: str | Path, limit: int | None, best: str | Path | None = None) -> list[Path]:
+    """Delete the oldest whole checkpoints beyond `limit` and return them.
+
+    The last whole one and the best are never deleted, nor is any folder without a marker: who knows whose it is.
+
+    Args:
+        run: holds folders checkpoint-N.
+        limit: how many to keep; None keeps all.
+        best: a checkpoint to keep in any case.
+    """
+    if limit is None or limit <= 0:
+        return []
+    whole = [directory for _, directory in sorted(_folders(run)) if why_incomplete(directory) is None]
+    kept = {whole[-1]} if whole else set()
+    if best is not None:
+        kept |= {directory for directory in whole if directory.resolve() == Path(best).resolve()}
+    deleted: list[Path] = []
+    for directory in whole:
+        if len(whole) - len(deleted) <= max(limit, len(kept)):
+            break
+        if directory not in kept:
+            unmark(directory)  # first: a kill in the middle of rmtree must not leave a marked half
+            shutil.rmtree(directory)
+            deleted.append(directory)
+    return deleted
+
+
+def _folders(run: str | Path) -> list[tuple[int, Path]]:
+    run = Path(run)
+    if not run.is_dir():
+        return []
+    matches = [(_FOLDER.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir()]
+    return [(int(match.group(1)), path) for match, path in matches if match]
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

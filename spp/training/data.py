@@ -1,0 +1,293 @@
+"""Token data sets for tuning: text packed into blocks, or conversations in rows of their own length.
+
+Text is one long sequence (documents joined by the end-of-text token) cut into blocks of `block_length`; what is left
+at the end is dropped. Conversations stay one to a row, cut at `block_length`, and are padded to the longest of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from spp.errors import DataError
+from spp.evaluation import IGNORED, tokenize
+from spp.training.chat import encode
+from spp.training.rows import Source, read_source
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, Tensor]  # "input_ids", "labels": (T,)
+Batch = dict[str, Tensor]  # "input_ids", "labels", "attention_mask": (B, T)
+
+
+class TokenBlocks(Dataset[Item]):
+    """Blocks of equal length, every token of which is learned.
+
+    Args:
+        blocks: token ids (k, L).
+    """
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Item:
+        """Return one block."""
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+
+class TokenRows(Dataset[Item]):
+    """Rows of different lengths with labels.
+
+    Args:
+        rows: (input_ids, labels), each (T,).
+    """
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        """Return one row."""
+        input_ids, labels = self.rows[index]
+        return {"input_ids": input_ids, "labels": labels}
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What became of the training data.
+
+    Args:
+        kind: "text" or "instruction".
+        rows: blocks or rows to train on.
+        tokens: tokens in them.
+        labelled: tokens that are learned.
+        truncated: rows that were cut at the block length.
+        unlearnable: rows left out because nothing to learn was left of them: an answer beyond the block length.
+        empty: rows left out because they were empty.
+        held_out: rows, or tokens of text, held back for the perplexity.
+        sha256: of the token ids and labels to train on.
+    """
+
+    kind: str
+    rows: int
+    tokens: int
+    labelled: int
+    truncated: int
+    unlearnable: int
+    empty: int
+    held_out: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Data ready to train on.
+
+    Args:
+        train: the rows.
+        held_out_tokens: (T,) tokens of text held back; None where there are none.
+        held_out_rows: instruction rows held back; None where there are none.
+        summary: counts.
+        collate: makes a batch of items.
+    """
+
+    train: TokenBlocks | TokenRows
+    held_out_tokens: Tensor | None
+    held_out_rows: TokenRows | None
+    summary: DataSummary
+    collate: Collator
+
+
+class Collator:
+    """Pads items on the right to the longest: input_ids with the pad token, labels with −100, the mask with 0.
+
+    Args:
+        pad_token_id: any valid id: padding is masked and not learned.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        """Return one batch."""
+        longest = max(len(item["input_ids"]) for item in items)
+
+        def padded(name: str, fill: int) -> Tensor:
+            rows = [torch.nn.functional.pad(item[name], (0, longest - len(item[name])), value=fill) for item in items]
+            return torch.stack(rows)
+
+        mask = torch.tensor([[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items])
+        return {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "labels": padded("labels", IGNORED),
+            "attention_mask": mask,
+        }
+
+
+def batches(rows: TokenBlocks | TokenRows, collate: Collator, batch_size: int) -> Iterator[Batch]:
+    """Yield batches in order."""
+    for start in range(0, len(rows), batch_size):
+        yield collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+
+
+def load_data(
+    paths: Sequence[str],
+    tokenizer: Any,
+    *,
+    block_length: int,
+    data_format: str = "auto",
+    split: str = "train",
+    text_field: str = "text",
+    completions_only: bool = True,
+    held_out: float = 0.0,
+    least_held_out: int = 0,
+    seed: int = 0,
+) -> TrainingData:
+    """Read and tokenise training data.
+
+    Args:
+        paths: files or hub ids.
+        tokenizer: the model's.
+        block_length: tokens of a block, and the longest row.
+        data_format: "auto", "text", "alpaca" or "chat".
+        split: split of a hub data set.
+        text_field: field of plain text in a row.
+        completions_only: learn only the answers of instruction data.
+        held_out: part held back, in [0, 1): the last tokens of text, or rows drawn with `seed`.
+        least_held_out: for text, hold back at least this many tokens if anything is held back: one window.
+        seed: draws the rows held back.
+
+    Raises:
+        DataError: the data is malformed, or too short for one block and what is held back.
+    """
+    source = read_source(paths, data_format=data_format, split=split, text_field=text_field)
+    names = ", ".join(paths)
+    if source.is_text:
+        data = _text_data(source, tokenizer, names, block_length, held_out, least_held_out)
+    else:
+        data = _row_data(source, tokenizer, names, block_length, completions_only, held_out, seed)
+    s = data.summary
+    logger.info("%s: %d rows of %s, %d tokens, %d to learn", names, s.rows, s.kind, s.tokens, s.labelled)
+    if s.truncated or s.unlearnable or s.empty:
+        logger.warning(
+            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers lie beyond it, %d empty ones",
+            names,
+            s.truncated,
+            block_length,
+            s.unlearnable,
+            s.empty,
+        )
+    return data
+
+
+def _text_data(
+    source: Source, tokenizer: Any, names: str, block_length: int, held_out: float, least_held_out: int
+) -> TrainingData:
+    parts = []
+    for document in source.documents:
+        parts.append(tokenize(tokenizer, document))
+        if len(source.documents) > 1 and tokenizer.eos_token_id is not None:
+            parts.append(torch.tensor([tokenizer.eos_token_id]))
+    tokens = torch.cat(parts)  # (T,)
+    kept_back = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
+    if len(tokens) - kept_back < block_length:
+        raise DataError(
+            f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {kept_back} "
+            "held back for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
+        )
+    train, rest = tokens[: len(tokens) - kept_back], tokens[len(tokens) - kept_back :]
+    blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
+    summary = DataSummary(
+        kind="text",
+        rows=len(blocks),
+        tokens=blocks.numel(),
+        labelled=len(blocks) * (block_length - 1),
+        truncated=0,
+        unlearnable=0,
+        empty=source.empty,
+        held_out=kept_back,
+        sha256=_sha256(blocks.flatten()),
+    )
+    return TrainingData(TokenBlocks(blocks), rest if kept_back else None, None, summary, Collator(_pad_id(tokenizer)))
+
+
+def _row_data(
+    source: Source,
+    tokenizer: Any,
+    names: str,
+    block_length: int,
+    completions_only: bool,
+    held_out: float,
+    seed: int,
+) -> TrainingData:
+    encoded = [
+        row
+        for where, messages in source.conversations
+        for row in encode(
+            tokenizer, messages, where=where, block_length=block_length, completions_only=completions_only
+        )
+    ]
+    usable = [row for row in encoded if row.has_labels]
+    if not usable:
+        raise DataError(
+            f"{names}: in all {len(encoded)} rows the answer lies beyond block_length {block_length}: raise it"
+        )
+    kept_back = math.ceil(held_out * len(usable))
+    if kept_back >= len(usable):
+        raise DataError(
+            f"{names}: {len(usable)} rows are too few to hold back {kept_back} for the perplexity and train on the "
+            "rest: use more rows, a text of its own (eval_text), or eval_fraction 0"
+        )
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = set(order[:kept_back])
+    train = [row for i, row in enumerate(usable) if i not in aside]
+    summary = DataSummary(
+        kind="instruction",
+        rows=len(train),
+        tokens=sum(len(row.input_ids) for row in train),
+        labelled=sum(int((row.labels[1:] != IGNORED).sum()) for row in train),
+        truncated=sum(row.is_cut for row in usable),
+        unlearnable=len(encoded) - len(usable),
+        empty=source.empty,
+        held_out=kept_back,
+        sha256=_sha256(*(t for row in train for t in (row.input_ids, row.labels))),
+    )
+    rest = TokenRows([(usable[i].input_ids, usable[i].labels) for i in sorted(aside)]) if kept_back else None
+    return TrainingData(
+        TokenRows([(row.input_ids, row.labels) for row in train]), None, rest, summary, Collator(_pad_id(tokenizer))
+    )
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0  # padding is masked and not learned: any row of the embedding will do
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(len(tensor).to_bytes(8, "little"))
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""The directory of a tuning run: what is in it, and who may write there.
+
+config.json     format, version, the options of the run, counts and hash of its data
+log.jsonl       one object a log
+checkpoints/    checkpoint-N, to resume from
+adapter/        the final adapter
+eval.json       perplexity before and after
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spp._version import __version__
+from spp.errors import CheckpointError, ConfigError, OutputExistsError
+from spp.files import atomic_file, output_error, read_json, write_json
+from spp.training.config import TuneConfig
+
+FORMAT = "spp-tune-1"
+
+# Options that do not change what is computed, and so may differ when a run is resumed.
+_FREE = ("output_dir", "overwrite", "resume", "progress", "log_every", "save_every", "save_limit")
+
+
+class RunDirectory:
+    """Paths in the directory of a run; creating this object checks, and writes nothing.
+
+    Args:
+        config: options of the run.
+
+    Raises:
+        OutputExistsError: the directory holds something, and neither `overwrite` nor `resume` fits that.
+    """
+
+    def __init__(self, config: TuneConfig) -> None:
+        self.config = config
+        self.path = Path(config.output_dir)
+        self.config_file = self.path / "config.json"
+        self.log = self.path / "log.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.eval_file = self.path / "eval.json"
+        self.earlier = self._check()
+
+    def begin(self, data: dict[str, Any]) -> None:
+        """Create the directory, or compare with the run that is resumed.
+
+        Args:
+            data: counts and hash of the training data.
+
+        Raises:
+            ConfigError: a resumed run had other options or other data.
+            OutputError: the directory cannot be written.
+        """
+        if self.earlier is not None and self.config.resume:
+            self._compare(self.earlier, data)
+            return
+        try:
+            if self.earlier is not None:  # overwrite: only what a run writes, and its config.json last
+                for path in (self.checkpoints, self.adapter):
+                    if path.exists():
+                        shutil.rmtree(path)
+                for path in (self.log, self.eval_file, self.config_file):
+                    path.unlink(missing_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(error, self.path) from error
+        options = self.config.to_dict()
+        self._write(self.config_file, {"format": FORMAT, "spp_version": __version__, "tune": options, "data": data})
+
+    def write_eval(self, values: dict[str, Any]) -> None:
+        """Write eval.json."""
+        self._write(self.eval_file, values)
+
+    def read_eval(self) -> dict[str, Any]:
+        """Return eval.json, or {} where there is none yet."""
+        return read_json(self.eval_file, "the run's perplexities") if self.eval_file.exists() else {}
+
+    def _write(self, path: Path, values: dict[str, Any]) -> None:
+        with atomic_file(path, overwrite=True) as temporary:
+            write_json(temporary, values)
+
+    def _check(self) -> dict[str, Any] | None:
+        """Return config.json of the run that is here already, or None."""
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise OutputExistsError(f"{self.path} is a file; the run needs a directory: choose another output_dir")
+        if not any(self.path.iterdir()):
+            return None
+        try:
+            earlier = read_json(self.config_file, "the run's config")
+        except CheckpointError:
+            earlier = {}
+        if earlier.get("format") != FORMAT:
+            raise OutputExistsError(
+                f"{self.path} is not empty and no earlier run of this kind (its config.json does not say {FORMAT}): "
+                "choose another output_dir; nothing there is overwritten"
+            )
+        if not (self.config.overwrite or self.config.resume):
+            raise OutputExistsError(
+                f"{self.path} holds an earlier run: continue it with resume=True (--resume), replace it with "
+                "overwrite=True (--overwrite), or choose another output_dir"
+            )
+        return earlier
+
+    def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
+        before, now = dict(earlier.get("tune") or {}), self.config.to_dict()
+        differing = [
+            f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+            for name in sorted(set(before) | set(now))
+            if name not in _FREE and before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"the run in {self.path} cannot be resumed with other options:\n  " + "\n  ".join(differing) + "\n"
+                "use the same options, or overwrite=True to start anew"
+            )
+        if earlier.get("data") != data:
+            raise ConfigError(
+                f"the run in {self.path} cannot be resumed: its training data was another then ({earlier.get('data')}) "
+                f"than now ({data}); restore the data, or use overwrite=True to start anew"
+            )

@@ -1,0 +1,279 @@
+"""tune: the whole recipe on a pruned model, from files to a final adapter and its perplexities."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+from spp.adapters import save_adapter
+from spp.errors import ConfigError, WrapError
+from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
+from spp.inject import is_wrapped, unwrap, wrap
+from spp.training.callbacks import LogFile, ProgressBar
+from spp.training.checkpoints import last_complete
+from spp.training.config import TuneConfig
+from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data
+from spp.training.interrupt import StopOnSignal, TrainingInterrupted
+from spp.training.loading import load_model, load_tokenizer
+from spp.training.rows import read_text
+from spp.training.run_directory import RunDirectory
+from spp.training.trainer import SPPTrainer
+
+logger = logging.getLogger(__name__)
+
+_EVAL_TOKENS = 2048  # tokens of one forward pass of the perplexity: bounds its logits
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a tuning run made.
+
+    Args:
+        model: the tuned model, still wrapped: `spp.merge(result.model)` merges it.
+        tokenizer: its tokenizer.
+        run_dir: the run directory.
+        adapter_dir: the final adapter in it.
+        perplexity_before: of the pruned model on the held-out text; None where none is measured.
+        perplexity_after: of the tuned model on the same.
+        eval_window: the window of both; None where instruction rows were measured, on the tokens to be learned.
+        steps: optimizer steps of the whole run.
+        seconds: time spent in them.
+        sparsity: fraction of zeros in the tuned layers, in [0, 1].
+        data: what became of the training data.
+    """
+
+    model: Any
+    tokenizer: Any
+    run_dir: Path
+    adapter_dir: Path
+    perplexity_before: float | None
+    perplexity_after: float | None
+    eval_window: int | None
+    steps: int
+    seconds: float
+    sparsity: float
+    data: DataSummary
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the model and the tokenizer as JSON-ready values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "tokenizer", "data")}
+        values |= {"run_dir": str(self.run_dir), "adapter_dir": str(self.adapter_dir), "data": self.data.to_dict()}
+        return values
+
+
+def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> TuneResult:
+    """Tune a pruned model and write a run directory (config.json, log.jsonl, checkpoints/, adapter/, eval.json).
+
+    Args:
+        config: all options; `config.model` names what to load, unless a model is given.
+        model: a pruned causal language model in memory, not wrapped; it comes back wrapped and tuned in the result,
+            or as it was if anything fails. Goes with `tokenizer`.
+        tokenizer: its tokenizer.
+
+    Returns:
+        The tuned model, still wrapped, and the numbers of the run.
+
+    Raises:
+        ConfigError: options contradict each other, or those of the run that is resumed.
+        DataError: the data is missing, malformed or too short; nothing has been written then.
+        CheckpointError: the model cannot be loaded.
+        OutputExistsError: the run directory holds something already.
+        NonFiniteError: training diverged.
+        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint to resume from was saved first.
+
+    Example:
+        >>> config = TuneConfig(data="train.txt", output_dir="run", steps=100, lr=2e-2)  # doctest: +SKIP
+        >>> result = tune(config, model=pruned, tokenizer=tokenizer)  # doctest: +SKIP
+        >>> spp.merge(result.model)  # doctest: +SKIP
+    """
+    _check_model(config, model, tokenizer)
+    run = RunDirectory(config)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
+    data = _load_data(config, tokenizer)
+    measure = _Measure(config, tokenizer, data)
+    model = model if model is not None else load_model(str(config.model), config.dtype)
+    wrap(model, config.adapter_config())
+    try:
+        run.begin(data.summary.to_dict())
+        with _settings_kept(model):
+            return _run(config, run, model, tokenizer, data, measure)
+    except BaseException:
+        unwrap(model)
+        raise
+
+
+def _run(
+    config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any, data: TrainingData, measure: _Measure
+) -> TuneResult:
+    log = LogFile(run.log)
+    stop = StopOnSignal()
+    trainer = SPPTrainer(
+        model,
+        _arguments(config, run, len(data.train)),
+        train_dataset=data.train,
+        data_collator=data.collate,
+        callbacks=[log, ProgressBar(config.progress), stop],
+    )
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    checkpoint = last_complete(run.checkpoints) if config.resume else None
+    perplexities = run.read_eval() if checkpoint is not None else {}
+    if "before" not in perplexities:
+        perplexities = {"text": measure.text, "before": measure(model), "after": None}
+        run.write_eval(perplexities)
+    with stop:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.received is not None:
+        saved = last_complete(run.checkpoints)
+        assert saved is not None, "the callback asked for a checkpoint"
+        raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
+    trainer.check_masks()
+    save_adapter(model, run.adapter, overwrite=True)
+    perplexities["after"] = measure(model)
+    run.write_eval(perplexities)
+    before, after = perplexities["before"], perplexities["after"]
+    return TuneResult(
+        model=model,
+        tokenizer=tokenizer,
+        run_dir=run.path,
+        adapter_dir=run.adapter,
+        perplexity_before=before and before["perplexity"],
+        perplexity_after=after and after["perplexity"],
+        eval_window=after and after["window"],
+        steps=trainer.state.global_step,
+        seconds=log.seconds,
+        sparsity=trainer.sparsity,
+        data=data.summary,
+    )
+
+
+class _Measure:
+    """Measures the perplexity on the held-out text, which it prepares first so that too short a text fails early."""
+
+    def __init__(self, config: TuneConfig, tokenizer: Any, data: TrainingData) -> None:
+        self._config = config
+        self._collate = data.collate
+        self._tokens: Tensor | None = data.held_out_tokens
+        self._rows: TokenRows | None = data.held_out_rows
+        self.text = f"held out: {data.summary.held_out} {'tokens' if self._rows is None else 'rows'}"
+        if config.eval_text is not None:
+            self._tokens, self._rows = tokenize(tokenizer, read_text(str(config.eval_text))), None
+            self.text = str(config.eval_text)
+
+    def __call__(self, model: nn.Module) -> dict[str, Any] | None:
+        """Return the fields of a PerplexityResult, or None where nothing is held out."""
+        found: PerplexityResult
+        if self._rows is not None:
+            size = max(1, _EVAL_TOKENS // self._config.block_length)
+            found = rows_perplexity(
+                model,
+                batches(self._rows, self._collate, size),
+                total=math.ceil(len(self._rows) / size),
+                progress=self._config.progress is not False,
+            )
+        elif self._tokens is not None:
+            found = token_perplexity(
+                model,
+                self._tokens,
+                window=self._config.eval_window,
+                batch_size=max(1, _EVAL_TOKENS // self._config.eval_window),
+                max_windows=self._config.eval_windows,
+                progress=self._config.progress is not False,
+            )
+        else:
+            return None
+        logger.info("perplexity %.4f on %s", found.perplexity, self.text)
+        return found.to_dict()
+
+
+def _check_model(config: TuneConfig, model: Any, tokenizer: Any) -> None:
+    if (model is None) != (tokenizer is None):
+        missing = "tokenizer" if tokenizer is None else "model"
+        raise ConfigError(f"tune was given only one of model and tokenizer; give the {missing} too, or neither")
+    if model is None and config.model is None:
+        raise ConfigError("there is no model: set TuneConfig(model=…) to a directory or hub id, or pass model= to tune")
+    if model is not None and config.model is not None:
+        raise ConfigError(f"two models: TuneConfig(model={config.model!r}) and model= of tune; give one of them")
+    if model is not None and config.dtype != "auto":
+        raise ConfigError(
+            f"dtype={config.dtype!r} is for a model that tune loads; this one is in memory: use model.to()"
+        )
+    if model is not None and is_wrapped(model):
+        raise WrapError(
+            "the model is wrapped already, and tune wraps it itself: pass the pruned model (spp.unwrap), or train the "
+            "wrapped one with SPPTrainer"
+        )
+
+
+def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
+    return load_data(
+        config.data_files,
+        tokenizer,
+        block_length=config.block_length,
+        data_format=config.data_format,
+        split=config.data_split,
+        text_field=config.text_field,
+        completions_only=config.completions_only,
+        held_out=0.0 if config.eval_text is not None else config.eval_fraction,
+        least_held_out=config.eval_window,
+        seed=config.seed,
+    )
+
+
+def _arguments(config: TuneConfig, run: RunDirectory, rows: int) -> Any:
+    """Return transformers' options for this run."""
+    passes = math.ceil(rows / config.batch_size)  # forward passes of an epoch
+    steps = config.steps or math.ceil(config.epochs * math.ceil(passes / config.gradient_accumulation))
+    known = {f.name for f in fields(TrainingArguments)}
+    # The option was renamed within transformers 5.
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=config.bf16,
+        use_cpu=config.device == "cpu",
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # LogFile stops a run whose loss is not finite
+        save_strategy="steps",  # which also saves at the end
+        save_steps=config.save_every or steps,
+        save_total_limit=config.save_limit,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+        **{checkpointing: config.gradient_checkpointing},
+    )
+
+
+@contextlib.contextmanager
+def _settings_kept(model: Any) -> Iterator[None]:
+    """Undo what the Trainer changes on a model beyond its parameters: mode, config.use_cache, checkpointing."""
+    training, had = model.training, [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = any(module is one for one in had)

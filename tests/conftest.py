@@ -1,0 +1,28 @@
+"""What every test finds: no hub, no tokenizer threads, and the real model where a test asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before anything imports huggingface_hub: an id that is no directory fails at once instead of being looked for.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct; downloaded once, the test is skipped where that cannot be."""
+    spec = importlib.util.spec_from_file_location("smollm2", EXAMPLES / "smollm2.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    try:
+        return example.smollm2()
+    except RuntimeError as error:
+        pytest.skip(f"SmolLM2 is not here: {error}")

@@ -1,0 +1,72 @@
+"""The examples run, as a reader would run them, on a small model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "\n".join(["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs!"] * 40)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    prune_nm_(tiny_llama(initializer_range=0.2)).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_same_zeros_but_tuned(base: Path, merged: Path) -> None:
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    projections = [key for key in before if key.endswith("_proj.weight")]
+    assert projections
+    for key in projections:
+        assert torch.equal(before[key] == 0, after[key] == 0), key
+        assert not torch.equal(before[key], after[key]), key
+
+
+@pytest.mark.slow
+def test_trainer(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ("--model", model, "--text", text, "--out", tmp_path / "out", "--block-length", "32")
+    out = run("trainer.py", *arguments, "--steps", "12")
+    assert "trainable params" in out
+    assert_same_zeros_but_tuned(model, tmp_path / "out/merged")
+    adapter = (tmp_path / "out/adapter/adapter_model.safetensors").read_bytes()
+    run("trainer.py", *arguments, "--steps", "12", "--resume")
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.slow
+def test_own_loop(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out = run(
+        *("own_loop.py", "--model", model, "--text", text, "--out", tmp_path / "out"),
+        *("--steps", "12", "--block-length", "32"),
+    )
+    assert "before" in out
+    assert_same_zeros_but_tuned(model, tmp_path / "out/merged")

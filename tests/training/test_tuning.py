@@ -1,0 +1,484 @@
+"""tune: from a pruned model and a file to a run directory, interrupted and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from spp.adapters import adapter_state_dict, load_adapter
+from spp.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    OutputError,
+    OutputExistsError,
+    SPPWarning,
+    TargetError,
+    WrapError,
+)
+from spp.evaluation import perplexity
+from spp.inject import is_wrapped
+from spp.merge import merge
+from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
+from spp.training.callbacks import ProgressBar, read_log
+from spp.training.checkpoints import MARKER_NAME
+from spp.training.interrupt import StopOnSignal
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.training.helpers import bytes_of, pruned
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen liquor jugs!",
+    "How vexingly quick daft zebras jump?",
+]
+TEXT = "\n".join(SENTENCES[i * i % 3] for i in range(60))
+ROWS = [{"instruction": f"Say {i}.", "output": f"{i}, {i} and again {i}"} for i in range(24)]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "train.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def config(data_file: Path, run: Path, **options: Any) -> TuneConfig:
+    defaults: dict[str, Any] = {
+        "data": data_file,
+        "output_dir": run,
+        "block_length": 32,
+        "eval_window": 32,
+        "steps": 6,
+        "lr": 2e-2,
+        "r": 4,
+        "device": "cpu",
+        "progress": False,
+    }
+    return TuneConfig(**{**defaults, **options})
+
+
+def run_tune(c: TuneConfig) -> TuneResult:
+    return tune(c, model=pruned(), tokenizer=tiny_tokenizer())
+
+
+class SignalAt(ProgressBar):
+    """Stands in for the progress bar and sends this process a signal at a step."""
+
+    step, number, times = 3, signal.SIGINT, 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        super().on_step_end(args, state, control, **options)
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+
+
+def test_the_whole_run(text: Path, tmp_path: Path) -> None:
+    model, run = pruned(), tmp_path / "run"
+    c = config(text, run, steps=40, save_every=None)
+    result = tune(c, model=model, tokenizer=tiny_tokenizer())
+    assert result.model is model
+    assert is_wrapped(model)
+    assert result.steps == 40
+    assert result.sparsity == 0.5
+    assert result.perplexity_after < 0.9 * result.perplexity_before
+    assert {p.name for p in run.iterdir()} == {"config.json", "log.jsonl", "eval.json", "adapter", "checkpoints"}
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["checkpoint-40"]
+
+    saved = json.loads((run / "config.json").read_text())
+    assert TuneConfig.from_dict(saved["tune"]) == c
+    assert saved["data"] == result.data.to_dict()
+    log = read_log(run / "log.jsonl")
+    assert [entry["step"] for entry in log] == list(range(1, 41))
+    assert all(set(entry) == {"step", "loss", "lr", "grad_norm", "sparsity", "seconds"} for entry in log)
+    assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
+    assert result.seconds >= log[-1]["seconds"] > 0
+    evaluation = json.loads((run / "eval.json").read_text())
+    assert evaluation["before"]["perplexity"] == result.perplexity_before
+    assert evaluation["after"]["perplexity"] == result.perplexity_after
+    assert evaluation["after"]["window"] == result.eval_window == 32
+    loaded = adapter_state_dict(load_adapter(pruned(), result.adapter_dir))
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in adapter_state_dict(model).items())
+    assert json.loads(json.dumps(result.to_dict()))["run_dir"] == str(run)
+
+
+def test_the_learning_rate_is_the_recipes(text: Path, tmp_path: Path) -> None:
+    run_tune(config(text, tmp_path / "run", lr=4e-3, steps=40, warmup_ratio=0.03, eval_fraction=0.0))
+    rates = [entry["lr"] for entry in read_log(tmp_path / "run" / "log.jsonl")]
+    warmup = math.ceil(0.03 * 40)
+    expected = [4e-3 * min(k / warmup, (40 - k) / (40 - warmup)) for k in range(40)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 4e-3), ("cosine", 0.0)])
+def test_other_schedules(text: Path, tmp_path: Path, schedule: str, last: float) -> None:
+    run_tune(config(text, tmp_path / "run", lr=4e-3, schedule=schedule, eval_fraction=0.0, steps=20))
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["lr"] == pytest.approx(last, abs=1e-4)
+
+
+def test_epochs_are_counted_in_steps(text: Path, tmp_path: Path) -> None:
+    result = run_tune(
+        config(text, tmp_path / "run", steps=None, epochs=1.5, batch_size=3, gradient_accumulation=2, eval_fraction=0.0)
+    )
+    per_epoch = math.ceil(math.ceil(result.data.rows / 3) / 2)
+    assert result.steps == math.ceil(1.5 * per_epoch)
+
+
+def test_log_every(text: Path, tmp_path: Path) -> None:
+    run_tune(config(text, tmp_path / "run", log_every=2, eval_fraction=0.0))
+    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl")] == [2, 4, 6]
+
+
+def test_perplexity_on_a_text_of_its_own(text: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text("Sphinx of black quartz, judge my vow. " * 5)
+    result = run_tune(config(text, tmp_path / "run", eval_text=held, eval_window=24, eval_windows=3))
+    tokenizer = tiny_tokenizer()
+    options: dict[str, Any] = {"window": 24, "max_windows": 3}
+    assert result.data.held_out == 0
+    assert result.perplexity_before == pytest.approx(perplexity(pruned(), tokenizer, held.read_text(), **options))
+    assert result.perplexity_after == pytest.approx(perplexity(result.model, tokenizer, held.read_text(), **options))
+    merge(result.model)
+    assert result.perplexity_after == pytest.approx(
+        perplexity(result.model, tokenizer, held.read_text(), **options), rel=1e-5
+    )
+
+
+def test_instruction_data(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in ROWS))
+    result = run_tune(config(data, tmp_path / "run", block_length=64, steps=30, eval_fraction=0.2))
+    assert result.data.kind == "instruction"
+    assert result.data.held_out == 5
+    assert result.eval_window is None
+    assert result.perplexity_after < result.perplexity_before
+
+
+def test_nothing_held_out(text: Path, tmp_path: Path) -> None:
+    result = run_tune(config(text, tmp_path / "run", eval_fraction=0.0))
+    assert result.perplexity_before is None
+    assert result.perplexity_after is None
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["after"] is None
+
+
+def test_a_model_from_a_directory(text: Path, tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    from_files = tune(config(text, tmp_path / "a", model=tmp_path / "model"))
+    run_tune(config(text, tmp_path / "b"))
+    assert from_files.perplexity_after is not None
+    assert (tmp_path / "a/adapter/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b/adapter/adapter_model.safetensors"
+    ).read_bytes()
+    half = tune(config(text, tmp_path / "c", model=tmp_path / "model", dtype="bfloat16"))
+    assert half.model.dtype == torch.bfloat16
+
+
+def test_the_same_run_gives_the_same_bytes_and_another_seed_others(text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name) % 1000)
+        run_tune(config(text, tmp_path / name, seed=seed, dropout=0.1, eval_fraction=0.0))
+    assert bytes_of(tmp_path / "a/adapter") == bytes_of(tmp_path / "b/adapter")
+    assert bytes_of(tmp_path / "a/adapter") != bytes_of(tmp_path / "c/adapter")
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}, {"dropout": 0.05}])
+def test_other_ways_to_compute(text: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    result = run_tune(config(text, tmp_path / "run", steps=20, **options))
+    assert result.perplexity_after < result.perplexity_before
+
+
+def test_the_models_settings_are_as_before(text: Path, tmp_path: Path) -> None:
+    model = pruned()
+    model.config.use_cache = True
+    tune(config(text, tmp_path / "run", gradient_checkpointing=True), model=model, tokenizer=tiny_tokenizer())
+    assert model.config.use_cache is True
+    assert not model.training
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_quiet_when_asked(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_tune(config(text, tmp_path / "run"))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_a_bar_when_asked(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_tune(config(text, tmp_path / "run", progress=True, eval_fraction=0.0))
+    captured = capfd.readouterr()
+    assert "tuning" in captured.err
+    assert "6/6" in captured.err
+    assert captured.out == ""
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_saves_and_resumes_to_the_same_bytes(
+        self, text: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options: dict[str, Any] = {"steps": 8, "gradient_accumulation": 2, "dropout": 0.2, "save_every": None}
+        run_tune(config(text, tmp_path / "whole", **options))
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        with monkeypatch.context() as patch:
+            patch.setattr("spp.training.tuning.ProgressBar", SignalAt)
+            patch.setattr(SignalAt, "number", number)
+            model = pruned()
+            with pytest.raises(
+                TrainingInterrupted, match=rf"{number.name} after step 3; .*checkpoint-3: .*--resume"
+            ) as caught:
+                tune(config(text, tmp_path / "cut", **options), model=model, tokenizer=tiny_tokenizer())
+        assert isinstance(caught.value, KeyboardInterrupt)
+        assert (caught.value.step, caught.value.signal_number) == (3, number)
+        assert caught.value.checkpoint == tmp_path / "cut/checkpoints/checkpoint-3"
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+        assert not is_wrapped(model)
+        assert not (tmp_path / "cut/adapter").exists()
+
+        result = tune(config(text, tmp_path / "cut", resume=True, **options), model=model, tokenizer=tiny_tokenizer())
+        assert result.steps == 8
+        assert bytes_of(tmp_path / "cut/adapter") == bytes_of(tmp_path / "whole/adapter")
+        whole, cut = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut"))
+        for entry in whole + cut:
+            del entry["seconds"]
+        assert cut == whole
+        assert (tmp_path / "cut/eval.json").read_bytes() == (tmp_path / "whole/eval.json").read_bytes()
+
+    def test_twice_stops_at_once(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("spp.training.tuning.ProgressBar", SignalAt)
+        monkeypatch.setattr(SignalAt, "times", 2)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run_tune(config(text, tmp_path / "run"))
+        assert not isinstance(caught.value, TrainingInterrupted)
+
+    def test_resuming_a_finished_run_changes_nothing(self, text: Path, tmp_path: Path) -> None:
+        first = run_tune(config(text, tmp_path / "run"))
+        before = bytes_of(tmp_path / "run/adapter"), bytes_of(tmp_path / "run")
+        again = run_tune(config(text, tmp_path / "run", resume=True))
+        assert again.steps == first.steps
+        assert again.perplexity_after == first.perplexity_after
+        assert (bytes_of(tmp_path / "run/adapter"), bytes_of(tmp_path / "run")) == before
+
+    def test_resuming_nothing_starts(self, text: Path, tmp_path: Path) -> None:
+        assert run_tune(config(text, tmp_path / "run", resume=True)).steps == 6
+
+    def test_a_run_killed_before_its_first_checkpoint_starts_anew(self, text: Path, tmp_path: Path) -> None:
+        whole = run_tune(config(text, tmp_path / "whole"))
+        run_tune(config(text, tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run/checkpoints")
+        shutil.rmtree(tmp_path / "run/adapter")
+        result = run_tune(config(text, tmp_path / "run", resume=True))
+        assert result.perplexity_after == whole.perplexity_after
+        assert [entry["step"] for entry in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+    def test_logged_steps_after_the_checkpoint_are_dropped(self, text: Path, tmp_path: Path) -> None:
+        run_tune(config(text, tmp_path / "run", save_every=2, save_limit=9))
+        (tmp_path / "run/checkpoints/checkpoint-6" / MARKER_NAME).unlink()
+        log = tmp_path / "run/log.jsonl"
+        whole = read_log(log)
+        log.write_text(log.read_text() + '{"step": 7, "lo')  # cut off by a kill
+        with pytest.warns(SPPWarning, match="skipping .*checkpoint-6"):
+            run_tune(config(text, tmp_path / "run", resume=True, save_every=2, save_limit=9))
+        now = read_log(log)
+        assert [(e["step"], e["loss"]) for e in now] == [(e["step"], e["loss"]) for e in whole]
+
+    def test_outside_the_main_thread_no_handler_is_installed(self) -> None:
+        import threading
+
+        seen: list[Any] = []
+
+        def work() -> None:
+            with StopOnSignal():
+                seen.append(signal.getsignal(signal.SIGINT))
+
+        before = signal.getsignal(signal.SIGINT)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen == [before]
+
+    @pytest.mark.slow
+    def test_a_killed_process_resumes_to_the_same_bytes(self, text: Path, tmp_path: Path) -> None:
+        pruned().save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        options: dict[str, Any] = {"model": tmp_path / "model", "steps": 60, "save_every": 1, "dropout": 0.1}
+        tune(config(text, tmp_path / "whole", **options))
+        program = textwrap.dedent(
+            """
+            import json, sys
+            from spp.training import TuneConfig, tune
+            tune(TuneConfig.from_dict(json.loads(sys.argv[1])))
+            """
+        )
+        victim = config(text, tmp_path / "cut", **options)
+        process = subprocess.Popen([sys.executable, "-c", program, json.dumps(victim.to_dict())])
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "cut/checkpoints/checkpoint-5").exists() and time.monotonic() < deadline:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+        assert not (tmp_path / "cut/adapter").exists()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SPPWarning)  # a half-written checkpoint may have been left, or not
+            tune(config(text, tmp_path / "cut", **options, resume=True))
+        assert bytes_of(tmp_path / "cut/adapter") == bytes_of(tmp_path / "whole/adapter")
+
+
+class TestRefused:
+    def test_an_earlier_run(self, text: Path, tmp_path: Path) -> None:
+        run_tune(config(text, tmp_path / "run"))
+        before = bytes_of(tmp_path / "run")
+        with pytest.raises(OutputExistsError, match=r"--resume.*--overwrite"):
+            run_tune(config(text, tmp_path / "run"))
+        assert bytes_of(tmp_path / "run") == before
+
+    def test_overwriting_replaces_what_a_run_writes_and_nothing_else(self, text: Path, tmp_path: Path) -> None:
+        run_tune(config(text, tmp_path / "run", steps=9, save_every=3))
+        (tmp_path / "run/notes.txt").write_text("mine")
+        run_tune(config(text, tmp_path / "run", overwrite=True, steps=4))
+        assert (tmp_path / "run/notes.txt").read_text() == "mine"
+        assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-4"]
+        assert len(read_log(tmp_path / "run/log.jsonl")) == 4
+
+    @pytest.mark.parametrize("option", ["overwrite", "resume"])
+    def test_a_directory_that_is_no_run(self, text: Path, tmp_path: Path, option: str) -> None:
+        model = tmp_path / "model"
+        pruned().save_pretrained(model)
+        before = bytes_of(model)
+        with pytest.raises(OutputExistsError, match="no earlier run"):
+            run_tune(config(text, model, **{option: True}))
+        assert bytes_of(model) == before
+
+    def test_an_output_that_is_a_file(self, text: Path) -> None:
+        with pytest.raises(OutputExistsError, match="is a file"):
+            run_tune(config(text, text))
+
+    def test_a_place_that_cannot_be_written(self, text: Path) -> None:
+        model = pruned()
+        with pytest.raises(OutputError, match="a part of the path is a file"):
+            tune(config(text, text / "run"), model=model, tokenizer=tiny_tokenizer())
+        assert not is_wrapped(model)
+
+    @pytest.mark.parametrize("name", ["_save_rng_state", "_save_optimizer_and_scheduler"])
+    def test_a_full_disk(self, text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = getattr(SPPTrainer, name)
+
+        def full(self: SPPTrainer, output_dir: str) -> None:
+            if self.state.global_step < 4:
+                real(self, output_dir)
+            elif name == "_save_rng_state":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            else:
+                raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SPPTrainer, name, full)
+            with pytest.raises(OutputError, match=r"cannot write .*checkpoint-4"):
+                run_tune(config(text, tmp_path / "run", save_every=2))
+        whole = run_tune(config(text, tmp_path / "whole"))
+        with pytest.warns(SPPWarning, match="skipping .*checkpoint-4"):
+            result = run_tune(config(text, tmp_path / "run", save_every=2, resume=True))
+        assert result.perplexity_after == whole.perplexity_after
+
+    def test_resuming_with_other_options(self, text: Path, tmp_path: Path) -> None:
+        run_tune(config(text, tmp_path / "run"))
+        with pytest.raises(ConfigError, match=r"lr: 0\.02 then, 0\.01 now\n  steps: 6 then, 9 now"):
+            run_tune(config(text, tmp_path / "run", resume=True, lr=1e-2, steps=9))
+        run_tune(config(text, tmp_path / "run", resume=True, save_every=5, log_every=2))
+
+    def test_resuming_with_other_data(self, text: Path, tmp_path: Path) -> None:
+        run_tune(config(text, tmp_path / "run"))
+        text.write_text(TEXT.replace("fox", "fux"))
+        with pytest.raises(ConfigError, match="its training data was another"):
+            run_tune(config(text, tmp_path / "run", resume=True))
+
+    def test_a_diverging_run_stops_and_leaves_the_model_as_it_was(self, text: Path, tmp_path: Path) -> None:
+        model = pruned()
+        with torch.no_grad():
+            model.lm_head.weight[:] = torch.inf
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        with pytest.raises(NonFiniteError, match="loss is nan at step 1"):
+            tune(config(text, tmp_path / "run", eval_fraction=0.0), model=model, tokenizer=tiny_tokenizer())
+        assert not is_wrapped(model)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        assert not list((tmp_path / "run/checkpoints").iterdir())
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"data": "nowhere.txt"}, DataError, "there is no file nowhere.txt"),
+            ({"block_length": 5000}, DataError, "one block of 5000"),
+            ({"eval_window": 5000}, DataError, "5000 held back"),
+            ({"eval_text": "nowhere.txt"}, DataError, "nowhere.txt cannot be read"),
+            ({"target_modules": ("nothing",)}, TargetError, "nothing"),
+            ({"r": 4096}, ConfigError, "4096"),
+            ({"model": "somewhere"}, ConfigError, "two models"),
+            ({"dtype": "float16"}, ConfigError, "in memory"),
+        ],
+    )
+    def test_before_anything_is_written(
+        self, text: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        model = pruned()
+        with pytest.raises(error, match=message):
+            tune(config(text, tmp_path / "run", **options), model=model, tokenizer=tiny_tokenizer())
+        assert not (tmp_path / "run").exists()
+        assert not is_wrapped(model)
+
+    def test_models_that_are_missing_doubled_or_wrapped(self, text: Path, tmp_path: Path) -> None:
+        c = config(text, tmp_path / "run")
+        with pytest.raises(ConfigError, match="there is no model"):
+            tune(c)
+        with pytest.raises(ConfigError, match="give the tokenizer too"):
+            tune(c, model=pruned())
+        with pytest.raises(ConfigError, match="give the model too"):
+            tune(c, tokenizer=tiny_tokenizer())
+        import spp
+
+        with pytest.raises(WrapError, match="wrapped already"):
+            tune(c, model=spp.wrap(pruned(), r=4), tokenizer=tiny_tokenizer())
+
+    def test_a_model_that_cannot_be_loaded(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(CheckpointError, match="from the directory"):
+            tune(config(text, tmp_path / "run", model=tmp_path / "empty"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(CheckpointError, match=r"someone/nothing as a hub id.*\n.*needs the network"):
+            tune(config(text, tmp_path / "run", model="someone/nothing"))
+
+    def test_a_dense_model_is_tuned_with_a_warning(self, text: Path, tmp_path: Path) -> None:
+        with pytest.warns(SPPWarning, match="dense"):
+            result = tune(config(text, tmp_path / "run"), model=tiny_llama(), tokenizer=tiny_tokenizer())
+        assert result.sparsity == 0.0
+
+    def test_a_log_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step"}\n')
+        with pytest.raises(DataError, match="line 2: not JSON"):
+            read_log(tmp_path / "log.jsonl")
+        (tmp_path / "log.jsonl").write_text("[]\n")
+        with pytest.raises(DataError, match="line 1: not a line"):
+            read_log(tmp_path / "log.jsonl")
+
+
+def test_the_callbacks_are_trainer_callbacks() -> None:
+    assert issubclass(StopOnSignal, TrainerCallback)
