@@ -17,6 +17,7 @@ from spp.adapters import adapter_state_dict, load_adapter, save_adapter
 from spp.calibrate import prune
 from spp.certificate import SparsityReport
 from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint_prune import prune_checkpoint
 from spp.config import SPPConfig
 from spp.errors import SPPError, SPPWarning
 from spp.inject import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
@@ -41,6 +42,7 @@ __all__ = [
     "merge_checkpoint",
     "print_trainable_parameters",
     "prune",
+    "prune_checkpoint",
     "pruning",
     "save_adapter",
     "save_model",

@@ -1,8 +1,8 @@
 """Which modules of a model are adapted or pruned: the projections of its decoder blocks.
 
-`None` means q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj where the model has them, else the
-architecture's own names for the same projections (the tables below). Embeddings and output heads are never meant by
-default, nor are routers: they have few rows and decide which expert works.
+`None` means q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and, where an architecture has other names
+for the same projections, those (the tables below). Embeddings and output heads are never meant by default, nor are
+routers: they have few rows and decide which expert works.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def resolve_targets(
 
     Args:
         model: any module; a layer that is wrapped already counts as its linear.
-        target_modules: None (default projections), "all-linear" (every linear but the output head), a sequence of
+        target_modules: None (the projections), "all-linear" (every linear but the output head), a sequence of
             name suffixes, or a regular expression for the whole path.
         exclude_modules: name suffixes or a regular expression of what to leave out.
 
@@ -52,12 +52,6 @@ def resolve_targets(
     linears = dict(linear_modules(model))
     head = output_head(model)
     chosen = {path: module for path, module in linears.items() if _is_target(path, module, target_modules, head)}
-    if target_modules is None and not chosen:
-        chosen = {
-            path: module
-            for path, module in linears.items()
-            if module is not head and path.rsplit(".", 1)[-1] in OTHER_PROJECTIONS and not _is_never(path)
-        }
     if exclude_modules is not None:
         names = (exclude_modules,) if isinstance(exclude_modules, str) else tuple(exclude_modules)
         chosen = {path: module for path, module in chosen.items() if not any(name_matches(path, n) for n in names)}
@@ -109,16 +103,13 @@ def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None, head: nn.Module | None) -> bool:
     last = path.rsplit(".", 1)[-1]
     if wanted is None:
-        return last in PROJECTIONS and module is not head
+        never = module is head or any(part in _NEVER for part in path.split("."))
+        return (last in PROJECTIONS or last in OTHER_PROJECTIONS) and not never
     if wanted == ALL_LINEAR:
         return module is not head and last not in _NEVER
     if isinstance(wanted, str):
         return re.fullmatch(wanted, path) is not None
     return any(path == name or path.endswith("." + name) for name in wanted)
-
-
-def _is_never(path: str) -> bool:
-    return any(part in _NEVER for part in path.split("."))
 
 
 def _nothing_matched(linears: dict[str, nn.Module], wanted: object, excluded: object) -> str:

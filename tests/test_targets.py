@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import spp
 from spp.errors import TargetError
@@ -30,6 +30,14 @@ def test_default_falls_back_to_the_architectures_own_names() -> None:
     )
     found = paths(GPTNeoXForCausalLM(config))
     assert [p.rsplit(".", 1)[1] for p in found] == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+def test_default_takes_both_kinds_of_names_where_a_model_mixes_them() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    phi3 = Phi3ForCausalLM(Phi3Config(**small, intermediate_size=64, num_key_value_heads=2, pad_token_id=0))
+    assert {p.rsplit(".", 1)[1] for p in paths(phi3)} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    opt = OPTForCausalLM(OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32))
+    assert {p.rsplit(".", 1)[1] for p in paths(opt)} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
 
 
 def test_lists_regexes_exclusions_and_all_linear() -> None:

@@ -88,8 +88,8 @@ def merge_checkpoint(
     """
     check_rounding(dtype, rounding)
     base, files = checkpoint_directory(base_dir), read_adapter(Path(adapter_dir))
-    _refuse_overlap(Path(out_dir), base, "the base")
-    _refuse_overlap(Path(out_dir), files.source, "the adapter")
+    refuse_overlap(Path(out_dir), base, "the base")
+    refuse_overlap(Path(out_dir), files.source, "the adapter")
     with atomic_directory(out_dir, overwrite=overwrite) as directory, CheckpointReader(base) as reader:
         job = _Job(reader, files, _match(reader, files), dtype, rounding, draw_seed(rounding, seed))
         shards = reader.shards()
@@ -97,7 +97,7 @@ def merge_checkpoint(
             for name, keys in shards.items():
                 layout = {key: (_stored(reader, key, dtype), reader.shape(key)) for key in keys}
                 write_tensors(directory / name, layout, lambda key: job.produce(key, bar))
-        _carry_files(base, directory, set(shards))
+        carry_files(base, directory, set(shards))
         _write_index(reader, directory, dtype)
         if dtype is not None:
             _update_config(directory, dtype)
@@ -226,14 +226,14 @@ def _match(reader: CheckpointReader, files: AdapterFiles) -> dict[str, str]:
     return paths
 
 
-def _refuse_overlap(out: Path, source: Path, what: str) -> None:
+def refuse_overlap(out: Path, source: Path, what: str) -> None:
     out, source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if out.is_relative_to(source) or source.is_relative_to(out):
         where = "is" if out == source else "lies inside" if out.is_relative_to(source) else "contains"
         raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
 
 
-def _carry_files(base: Path, directory: Path, shards: set[str]) -> None:
+def carry_files(base: Path, directory: Path, shards: set[str]) -> None:
     """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …"""
     for folder, subfolders, names in os.walk(base):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))

@@ -64,6 +64,7 @@ def dsnot(
         NonFiniteError: the weight or the statistics hold NaN or infinity.
 
     Example:
+        >>> from spp.pruning import wanda_mask
         >>> x = torch.randn(64, 8) + 1
         >>> w = torch.randn(4, 8)
         >>> refined = dsnot(w, wanda_mask(w, x.norm(dim=0), "2:4"), InputStats.of(x), "2:4")
