@@ -150,7 +150,7 @@ def test_a_run_that_was_killed_at_the_very_end_only_commits(tmp_path: Path, monk
         raise _Killed
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr(streaming, "_carry_files", killed)
+        patch.setattr(streaming, "carry_files", killed)
         prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
     with monkeypatch.context() as patch:
         patch.setattr(streaming.BlockRunner, "run", killed)

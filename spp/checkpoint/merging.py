@@ -227,6 +227,7 @@ def _match(reader: CheckpointReader, files: AdapterFiles) -> dict[str, str]:
 
 
 def refuse_overlap(out: Path, source: Path, what: str) -> None:
+    """Raise a ConfigError where the output is, contains or lies inside a source."""
     out, source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if out.is_relative_to(source) or source.is_relative_to(out):
         where = "is" if out == source else "lies inside" if out.is_relative_to(source) else "contains"

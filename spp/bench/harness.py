@@ -1,0 +1,256 @@
+"""What every benchmark shares: interleaved rounds, ratios of medians, peak memory of a fresh process, the environment.
+
+A ratio between two contenders is taken round by round, both having run seconds apart in one process, and given as
+median with 20th and 80th percentile: a machine that slows down or is shared slows both. Each row names the machine,
+the versions, the dtype and the threads it was measured with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spp._version import __version__
+from spp.errors import ConfigError, DependencyError, SPPError
+from spp.files import atomic_file, write_json
+
+PACKAGES = ("transformers", "peft", "triton")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds that one call took: on the wall clock, and of processor time over all threads of the process."""
+
+    wall: float
+    process: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median with 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.p20:.3f} … {self.p80:.3f})"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a fresh process, or of a GPU: at rest before the first call, and at the highest point of the calls."""
+
+    rest: int
+    peak: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the median, 20th and 80th percentile of `values`, linearly interpolated."""
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    median, p20, p80 = quantiles.tolist()
+    return Spread(median, p20, p80)
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, list[Sample]]:
+    """Time every contender once a round, in an order that rotates from round to round.
+
+    Args:
+        contenders: what to call, by name.
+        rounds: rounds that count.
+        warmup: rounds before them that do not.
+        device: "cpu" or "cuda"; on a GPU each call is waited for.
+    """
+    names = list(contenders)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    gc.collect()
+    for i in range(warmup + rounds):
+        for j in range(len(names)):
+            name = names[(i + j) % len(names)]
+            sample = time_call(contenders[name], device)
+            if i >= warmup:
+                samples[name].append(sample)
+    return samples
+
+
+def time_call(call: Callable[[], object], device: str = "cpu") -> Sample:
+    """Time one call, synchronised with the device."""
+    synchronise(device)
+    wall, process = time.perf_counter(), time.process_time()
+    call()
+    synchronise(device)
+    return Sample(time.perf_counter() - wall, time.process_time() - process)
+
+
+def ratio(numerator: Sequence[Sample], denominator: Sequence[Sample], clock: str = "wall") -> Spread:
+    """Return the ratio of two contenders' times, taken round by round."""
+    pairs = zip(numerator, denominator, strict=True)
+    return spread([getattr(a, clock) / max(getattr(b, clock), 1e-9) for a, b in pairs])
+
+
+def synchronise(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def measure_memory(call: Callable[[], object], *, calls: int, device: str = "cpu") -> Memory:
+    """Call `calls` times and return the memory at rest before and at the peak; meant for a process of its own.
+
+    On a CPU this is the resident set of the process: on Linux the peak is reset first, so that loading a model does
+    not count; elsewhere it is the peak since the process started.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        rest = torch.cuda.memory_allocated(device)
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize(device)
+        return Memory(rest, torch.cuda.max_memory_allocated(device))
+    _reset_peak()
+    rest = _resident("VmRSS:")
+    for _ in range(calls):
+        call()
+    return Memory(rest, _resident("VmHWM:"))
+
+
+def in_child(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run `python -m module arguments` and return the JSON object on its last line of output.
+
+    Raises:
+        SPPError: the child failed; its last words are in the message.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        words = (run.stderr or run.stdout).strip().splitlines()[-1:]
+        raise SPPError(f"{' '.join(command)} failed with exit code {run.returncode}: {' '.join(words)}")
+    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return found
+
+
+def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what a number is worth nothing without: machine, threads, dtype, versions."""
+    versions = {"spp": __version__, "torch": torch.__version__}  # torch tells its build: +cpu, +cu130
+    versions |= {name: found for name in PACKAGES if (found := installed(name))}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def environment_line(found: Mapping[str, Any]) -> str:
+    """Return `environment` on one line, to stand under a table."""
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items())
+    threads = f"{found['threads']} threads on {found['cores']} cores"
+    return f"{found['device']}, {threads}, {found['dtype']}; Python {found['python']}, {versions}"
+
+
+def processor() -> str:
+    """Return the processor's name, as Linux tells it or as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def require_peft() -> Any:
+    """Import peft, or say which extra brings it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise DependencyError("the contenders lora and hira need peft: pip install 'spp[peft]'") from error
+    return peft
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every benchmark has."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    parser.add_argument("--threads", type=int, help="threads of the processor (default: torch's own choice)")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds that count (default: 10)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that do not (default: 2)")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
+
+
+def check_common_options(options: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, and set the number of threads.
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it.
+    """
+    for name in ("rounds", "warmup", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < (name != "warmup"):
+            raise ConfigError(f"--{name} is {value}; it must be at least {int(name != 'warmup')}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {options.device}, but this torch ({torch.__version__}) finds no CUDA device")
+    if not options.device.startswith(("cpu", "cuda")):
+        raise ConfigError(f"--device is {options.device!r}; known: cpu, cuda, cuda:N")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool) -> None:
+    """Write rows of measurements as JSON, atomically; an existing file is kept unless `overwrite`."""
+    with atomic_file(path, overwrite=overwrite) as temporary:
+        write_json(temporary, {"rows": [dict(row) for row in rows]})
+
+
+def spread_row(found: Spread) -> dict[str, float]:
+    """Return a spread as a JSON value."""
+    return asdict(found)
+
+
+def _reset_peak() -> None:
+    """Give freed memory back and restart the high-water mark, where the system can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        pass
+
+
+def _resident(field: str) -> int:
+    """Bytes of VmRSS: or VmHWM:; the process's peak where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource  # not on every system
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

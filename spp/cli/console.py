@@ -1,0 +1,144 @@
+"""What the commands share: printing tables and paths, warnings on one line, progress, which device."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
+from spp.report import Table, time_text
+
+
+def say(text: str = "") -> None:
+    """Print a line of results."""
+    print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Print a line about progress or a problem, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(table: Table) -> None:
+    """Print a table: drawn on a terminal, plain aligned columns into a pipe or file."""
+    if not sys.stdout.isatty():
+        return say(table.text())
+    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(table.columns):
+        drawn.add_column(escape(column), justify="right" if table.numeric(i) else "left")
+    for row in table.rows:
+        drawn.add_row(*map(escape, row))
+    Console().print(drawn)
+
+
+def wrote(path: Path | str) -> None:
+    """Say where an output is."""
+    say(f"wrote {path}")
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Say on standard error that something long begins, and how long it took."""
+    note(f"{text} …")
+    start = time.perf_counter()
+    yield
+    note(f"{text}: {time_text(time.perf_counter() - start)}")
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' progress bars out of pipes and logs."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def show_warnings_on_one_line() -> None:
+    """Print spp's own warnings as `warning: …`, without file and source line."""
+    before = warnings.showwarning
+
+    def showwarning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, SPPWarning):
+            note(f"warning: {message}")
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = showwarning
+
+
+def pick_device(device: str) -> str:
+    """Return the device that `auto`, `cpu` or `cuda` stands for.
+
+    Raises:
+        ConfigError: it is none of these, or there is no such device.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is {device!r}; known: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is cuda, but this torch ({torch.__version__}) finds no CUDA device")
+    return device
+
+
+def pick_dtype(dtype: str, *, auto: bool = True) -> str:
+    """Check the name of a dtype; `auto` (the checkpoint's own) is one where it is allowed.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    known = (*(["auto"] if auto else []), "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise ConfigError(f"--dtype is {dtype!r}; known: {', '.join(known)}")
+    return dtype
+
+
+def names(values: list[str] | None) -> str | list[str] | None:
+    """Return what `--target-modules` means: nothing, `all-linear`, one regular expression, or several names."""
+    if not values:
+        return None
+    if len(values) == 1 and (values[0] == "all-linear" or not values[0].replace("_", "").replace(".", "").isalnum()):
+        return values[0]
+    return values
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse an output that exists before any work is done; who writes it checks again.
+
+    Raises:
+        OutputExistsError: it exists and is not to be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
+
+
+def read_text_file(path: Path) -> str:
+    """Return a text file's contents.
+
+    Raises:
+        DataError: it is not there, or is no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no UTF-8 text: {error}"
+        raise DataError(f"cannot read the text file {path}: {reason}") from error

@@ -1,0 +1,62 @@
+"""spp inspect: what is in a checkpoint or an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spp.cli import console
+from spp.report import Table, byte_text, kind_of
+
+NAME = "inspect"
+
+
+def run(
+    path: Annotated[str, typer.Argument(help="Directory or hub id of a model or an adapter.")],
+    every: Annotated[bool, typer.Option("--all", help="List every tensor in the table.")] = False,
+) -> None:
+    """Show the sparsity of a model's projections, or an adapter's options and sizes.
+
+    Example: spp inspect pruned
+    """
+    from spp.checkpoint import sparsity
+    from spp.files.hub import local_directory
+    from spp.report import sparsity_table
+
+    directory = local_directory(path, "model or adapter")
+    if (directory / "adapter_config.json").exists():
+        for table in adapter_tables(directory, every=every):
+            console.show(table)
+        return
+    with console.step(f"reading {path}"):
+        report = sparsity(directory)
+    console.show(sparsity_table(report, every=every))
+
+
+def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
+    """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
+    from spp.adapter_files import read_adapter
+
+    adapter = read_adapter(directory)
+    options = [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
+    tensors = adapter.tensors.values()
+    options += [
+        ("base", adapter.base_name or "unknown"),
+        ("base masks", str(len(adapter.base_masks or {}))),
+        ("parameters", str(sum(t.numel() for t in tensors))),
+        ("size", byte_text(sum(t.numel() * t.element_size() for t in tensors))),
+    ]
+    groups: dict[str, list[str]] = {}
+    for name in adapter.tensors:
+        groups.setdefault(name if every else kind_of(name), []).append(name)
+    rows = []
+    for group, names in groups.items():
+        shapes = dict.fromkeys("×".join(map(str, adapter.tensors[name].shape)) for name in names)
+        count = sum(adapter.tensors[name].numel() for name in names)
+        rows.append((group, str(len(names)), ", ".join(shapes), str(count)))
+    return [
+        Table(f"adapter {directory}", ("option", "value"), tuple(options)),
+        Table("tensors", ("name", "tensors", "shape", "parameters"), tuple(rows)),
+    ]

@@ -1,0 +1,61 @@
+"""The program `spp`: its commands, and how its errors look."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from spp._version import __version__
+from spp.cli import bench, console, eval, inspect, merge, prune, tune, verify
+from spp.errors import SPPError
+
+app = typer.Typer(
+    name="spp",
+    help="Fine-tune pruned language models and keep every zero.\n\n"
+    "Models are directories or hub ids; outputs are new directories, replaced only with --overwrite.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (prune, tune, merge, verify, inspect, eval):
+    app.command(name=command.NAME)(command.run)
+app.add_typer(bench.app, name="bench")
+
+_debug = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"spp {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Set what holds for every command."""
+    global _debug
+    _debug = debug
+    console.show_warnings_on_one_line()
+
+
+def main() -> None:
+    """Run the program; an error of spp is one message and exit code 1, an interruption exit code 130."""
+    try:
+        app(prog_name="spp")
+    except SPPError as error:
+        if _debug:
+            raise
+        console.note(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt as interruption:
+        console.note(str(interruption) or "interrupted")
+        sys.exit(130)

@@ -1,0 +1,177 @@
+"""Tables of what was found: sparsity, merges and pruning, as plain text or markdown.
+
+A model has hundreds of projections, so a table groups them by the last parts of their names (`self_attn.q_proj`, …)
+unless every one is asked for. Sparsity is a fraction, never a percentage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from spp.calibrate import PruneReport
+    from spp.certificate import SparsityReport, TensorSparsity
+    from spp.merge import LayerMerge, MergeReport
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text.
+
+    Example:
+        >>> print(Table("sizes", ("name", "size"), (("a", "1"), ("bb", "20"))).text())
+        sizes
+        name  size
+        ----  ----
+        a        1
+        bb      20
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"a row of {self.title!r} has {len(row)} cells, not {len(self.columns)}: {row}")
+
+    def numeric(self, column: int) -> bool:
+        """Return whether every cell of a column begins like a number; such a column is set flush right."""
+        return all(re.match(r"[-+−]?[\d.]|[–-]?$", row[column]) for row in self.rows)
+
+    def text(self) -> str:
+        """Return the table in aligned columns; no line ends in blanks."""
+        widths = [max(len(line[i]) for line in (self.columns, *self.rows)) for i in range(len(self.columns))]
+        aligned = [str.rjust if self.numeric(i) else str.ljust for i in range(len(self.columns))]
+        lines = [self.columns, tuple("-" * width for width in widths), *self.rows]
+        body = ["  ".join(f(c, w) for f, c, w in zip(aligned, line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([self.title, *body] if self.title else body)
+
+    def markdown(self) -> str:
+        """Return the table in markdown, without its title."""
+        rule = ["--:" if self.numeric(i) else "---" for i in range(len(self.columns))]
+        return "\n".join("| " + " | ".join(line) + " |" for line in (self.columns, tuple(rule), *self.rows))
+
+
+def kind_of(name: str) -> str:
+    """Return the part of a module path or key behind the last number, without `.weight`.
+
+    Example:
+        >>> kind_of("model.layers.3.self_attn.q_proj.weight")
+        'self_attn.q_proj'
+    """
+    return re.split(r"(?:^|\.)\d+\.", name.removesuffix(".weight"))[-1]
+
+
+def sparsity_table(report: SparsityReport, *, every: bool = False) -> Table:
+    """Return the zeros of a model's projections, by kind or, with `every`, one row a tensor."""
+    if every:
+        columns = ("tensor", "shape", "dtype", "zeros", "sparsity", "pattern")
+        return Table("sparsity", columns, tuple(_tensor_row(name, t) for name, t in report.tensors.items()))
+    rows = []
+    for kind, group in _grouped(report.tensors).items():
+        rows.append(
+            (
+                kind,
+                str(len(group)),
+                _joined("×".join(map(str, t.shape)) for t in group),
+                _joined(t.dtype for t in group),
+                _spread([t.sparsity for t in group], "{:.4f}".format),
+                _joined(t.pattern for t in group),
+            )
+        )
+    total = ("all", str(len(report.tensors)), "", "", f"{report.sparsity:.4f}", report.pattern)
+    columns = ("projection", "tensors", "shape", "dtype", "sparsity", "pattern")
+    return Table("sparsity", columns, (*rows, total))
+
+
+def merge_table(report: MergeReport, *, every: bool = False) -> Table:
+    """Return what a merge did to the weights, by kind of layer or, with `every`, one row a layer.
+
+    kept: non-zero weights; rescued: those that rounding would have turned to zero; survived: the share of the
+    update that is left after rounding to the stored dtype; change: the largest relative change of a weight.
+    """
+    columns = ("layer", "layers", "kept", "rescued", "survived", "largest change")
+    groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
+    rows = tuple(_merge_row(name, layers) for name, layers in groups.items())
+    every_layer = list(report.layers.values())
+    total = _merge_row("all", every_layer)
+    return Table("merge", columns, (*rows, (*total[:4], f"{report.survived:.4f}", total[5])))
+
+
+def prune_table(report: PruneReport, *, every: bool = False) -> Table:
+    """Return what pruning did, by kind of layer or, with `every`, one row a layer.
+
+    error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where the method measures it.
+    """
+    columns = ("layer", "layers", "sparsity", "pattern", "error", "seconds")
+    groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
+    rows = []
+    for name, layers in groups.items():
+        errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
+        rows.append(
+            (
+                name,
+                str(len(layers)),
+                _spread([layer.sparsity for layer in layers], "{:.4f}".format),
+                _joined(str(layer.pattern) for layer in layers),
+                _spread(errors, "{:.4f}".format),
+                f"{sum(layer.seconds for layer in layers):.1f}",
+            )
+        )
+    return Table(f"pruned by {report.method} to {report.pattern}", columns, tuple(rows))
+
+
+def byte_text(count: float) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def time_text(seconds: float) -> str:
+    """Return a duration as a person would say it: 0.42 s, 12.3 s, 4 min 05 s."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def _tensor_row(name: str, tensor: TensorSparsity) -> tuple[str, ...]:
+    shape = "×".join(map(str, tensor.shape))
+    return name, shape, tensor.dtype, str(tensor.zeros), f"{tensor.sparsity:.4f}", tensor.pattern
+
+
+def _merge_row(name: str, layers: Sequence[LayerMerge]) -> tuple[str, ...]:
+    return (
+        name,
+        str(len(layers)),
+        str(sum(layer.kept for layer in layers)),
+        str(sum(layer.rescued for layer in layers)),
+        _spread([layer.survived for layer in layers], "{:.4f}".format),
+        f"{max((layer.max_relative_change for layer in layers), default=0.0):.3f}",
+    )
+
+
+def _grouped(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:
+    groups: dict[str, list[Entry]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(kind_of(name), []).append(entry)
+    return groups
+
+
+def _joined(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """One number, or `lowest … highest`; empty for no number."""
+    if not values:
+        return ""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} … {high}"

@@ -1,0 +1,63 @@
+"""The harness takes turns, takes ratios round by round and measures memory of its own process only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spp.bench import harness
+from spp.bench.harness import Sample, Spread
+from spp.errors import OutputExistsError, SPPError
+
+
+def test_contenders_take_turns_in_a_rotating_order() -> None:
+    calls: list[str] = []
+    samples = harness.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=3, warmup=1)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    slow, fast = [Sample(2, 20), Sample(60, 6), Sample(8, 8)], [Sample(1, 10), Sample(20, 2), Sample(2, 2)]
+    assert harness.ratio(slow, fast) == Spread(3.0, pytest.approx(2.4), pytest.approx(3.6))
+    assert harness.ratio(slow, fast, "process").median == 3.0
+
+
+def test_spread_of_one_value() -> None:
+    assert harness.spread([2.0]) == Spread(2.0, 2.0, 2.0)
+    assert str(harness.spread([1.0, 2.0, 3.0])) == "2.000 (1.400 … 2.600)"
+
+
+def test_memory_of_a_process_sees_what_a_call_allocates() -> None:
+    size = 64 << 20
+
+    def allocate() -> None:
+        torch.ones(size, dtype=torch.uint8)
+
+    memory = harness.measure_memory(allocate, calls=2)
+    assert size * 0.9 < memory.peak - memory.rest < size * 2
+
+
+def test_a_child_that_fails_is_an_error_with_its_last_words() -> None:
+    with pytest.raises(SPPError, match=r"--tokens is 0; it must be at least 1"):
+        harness.in_child("spp.bench.step", ["--shape", "tiny", "--tokens", "0"])
+
+
+def test_rows_are_not_overwritten_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    harness.write_rows([{"a": 1}], path, overwrite=False)
+    with pytest.raises(OutputExistsError):
+        harness.write_rows([{"a": 2}], path, overwrite=False)
+    assert json.loads(path.read_text()) == {"rows": [{"a": 1}]}
+    harness.write_rows([{"a": 3}], path, overwrite=True)
+    assert json.loads(path.read_text()) == {"rows": [{"a": 3}]}
+
+
+def test_the_environment_names_machine_threads_dtype_and_versions() -> None:
+    found = harness.environment("cpu", torch.bfloat16)
+    assert found["dtype"] == "bfloat16" and found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__
+    assert f"torch {torch.__version__}" in harness.environment_line(found)

@@ -1,0 +1,63 @@
+"""The step benchmark compares like with like: the same pruned weights, the same targets, real training steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spp.bench import step
+from spp.patterns import is_nm, nonzero_mask
+from tests.models import projections
+
+TINY = ["--shape", "tiny", "--batch", "2", "--tokens", "8", "--rank", "4", "--peft-rank", "2", "--threads"]
+SHAPES = {
+    "q": (64, 64),
+    "k": (32, 64),
+    "v": (32, 64),
+    "o": (64, 64),
+    "gate": (160, 64),
+    "up": (160, 64),
+    "down": (64, 160),
+}
+
+
+def options(*arguments: str):
+    return step.parse([*TINY, str(torch.get_num_threads()), *arguments], "step")
+
+
+def test_every_contender_trains_what_it_says_on_the_same_targets() -> None:
+    pytest.importorskip("peft")
+    sizes = {name: step.make_step(options(), name)[1] for name in step.contenders(1, 1)}
+    spp = 2 * sum(4 * n + m for m, n in SHAPES.values())
+    peft = 2 * sum(2 * (m + n) for m, n in SHAPES.values())
+    assert sizes == {"spp": spp, "spp-input-dropout": spp, "spp-alpha-dropout": spp, "lora": peft, "hira": peft}
+
+
+def test_the_model_is_pruned_to_the_pattern() -> None:
+    weights = [module.weight for module in projections(step.load_model(options())).values()]
+    assert len(weights) == 14
+    assert all(is_nm(nonzero_mask(weight), 2, 4) for weight in weights)
+
+
+def test_a_step_trains() -> None:
+    call, _ = step.make_step(options(), "spp")
+    cells = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
+    betas = [p for n, p in cells["model"].named_parameters() if n.endswith("spp_beta")]
+    assert all(bool((beta == 0).all()) for beta in betas)
+    call()
+    assert all(bool((beta != 0).any()) for beta in betas)
+
+
+def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    path = tmp_path / "rows.json"
+    step.main(
+        [*TINY, "1", "--rounds", "2", "--warmup", "0", "--contenders", "spp", "spp-alpha-dropout", "--out", str(path)]
+    )
+    out = capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert f"wrote {path}" in out and "spp-alpha-dropout" in out
+    assert rows[0]["reference_to_this_wall"]["median"] == 1.0
+    assert all(row["peak_bytes"] >= row["rest_bytes"] > 0 for row in rows)
+    assert {"device", "dtype", "threads", "versions", "batch", "tokens", "model", "rank"} <= set(rows[0])

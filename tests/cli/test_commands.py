@@ -1,0 +1,129 @@
+"""Each command does its work, says where it wrote, and leaves an existing output alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spp._version import __version__
+from tests.cli.conftest import Outcome
+
+Call = Callable[..., Outcome]
+COMMANDS = ["prune", "tune", "merge", "verify", "inspect", "eval"]
+WANDA = ("--nsamples", 4, "--seqlen", 64)
+
+
+def ok(outcome: Outcome) -> Outcome:
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def test_the_installed_program_runs() -> None:
+    code = "import sys; from spp.cli.main import main; sys.argv = ['spp', '--version']; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, f"spp {__version__}\n")
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from spp.cli.main import main; sys.argv = ['spp', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([n for n in ('transformers.trainer', 'transformers.modeling_utils', 'peft') if n in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert all(command in run.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(spp: Call, command: str) -> None:
+    assert f"Example: spp {command} " in ok(spp(command, "--help")).out
+
+
+def test_prune_by_magnitude(spp: Call, dense: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pruned"
+    found = ok(spp("prune", dense, output, "--method", "magnitude", "--pattern", "1:4"))
+    assert f"wrote {output}" in found.out
+    assert "1:4" in found.out and "0.7500" in found.out
+    weight = load_file(output / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal((weight != 0).view(weight.shape[0], -1, 4).sum(-1), torch.ones(64, 16, dtype=torch.long))
+    ok(spp("verify", output))
+
+
+def test_prune_by_wanda(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pruned"
+    found = ok(spp("prune", dense, output, "--calibration", text, *WANDA))
+    assert "pruned by wanda to 2:4" in found.out
+    assert "0.5000" in ok(spp("inspect", output)).out
+
+
+def test_merge_verify_eval(spp: Call, pruned: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    found = ok(spp("merge", pruned, adapter, output))
+    assert f"wrote {output}" in found.out and "survived" in found.out
+    assert f"verified: {output} has exactly the zeros of {pruned}" in ok(spp("verify", pruned, output)).out
+    assert "is what its certificate says" in ok(spp("verify", output)).out
+    AutoModelForCausalLM.from_pretrained(output)
+
+    measure = ("--text", text, "--window", 128, "--json")
+    unmerged = json.loads(ok(spp("eval", pruned, "--adapter", adapter, *measure)).out)
+    merged = json.loads(ok(spp("eval", output, *measure)).out)
+    base = json.loads(ok(spp("eval", pruned, *measure)).out)
+    assert merged["perplexity"] == pytest.approx(unmerged["perplexity"], rel=1e-5)
+    assert abs(merged["perplexity"] / base["perplexity"] - 1) > 1e-3
+    assert merged["window"] == 128
+
+
+def test_eval_prints_a_table(spp: Call, pruned: Path, text: Path) -> None:
+    out = ok(spp("eval", pruned, "--text", text, "--window", 64, "--max-windows", 2)).out
+    assert out.startswith(f"perplexity on {text}\nmodel")
+    assert out.splitlines()[3].split()[2:] == ["64", "2", "126"]
+
+
+def test_tune(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--data", text, "--eval-text", text, "--steps", 3, "--lr", 0.02, "--r", 4, "--batch-size", 2)
+    sizes = ("--block-length", 64, "--window", 64, "--eval-windows", 4, "--device", "cpu", "--no-progress")
+    found = ok(spp("tune", pruned, run, *options, *sizes))
+    assert f"wrote {run}" in found.out and f"wrote {run / 'adapter'}" in found.out
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert len((run / "log.jsonl").read_text().splitlines()) >= 3
+    ok(spp("merge", pruned, run / "adapter", tmp_path / "merged"))
+
+    refused = spp("tune", pruned, run, *options, *sizes)
+    assert refused.code == 1 and "--resume" in refused.err and "--overwrite" in refused.err
+
+
+def test_inspect_a_model(spp: Call, pruned: Path) -> None:
+    grouped = ok(spp("inspect", pruned)).out
+    assert "self_attn.q_proj" in grouped and "layers.1" not in grouped
+    listed = ok(spp("inspect", pruned, "--all")).out
+    assert "model.layers.1.self_attn.q_proj.weight" in listed and "2:4" in listed
+
+
+def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
+    out = ok(spp("inspect", adapter)).out
+    assert "scaling" in out and "self_attn.q_proj.spp_alpha" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
+    assert rows["parameters"] == [str(2 * sum(4 * n + m for m, n in shapes))]
+    assert rows["self_attn.k_proj.spp_beta"] == ["2", "32×1", "64"]
+
+
+def test_bench_step(spp: Call, tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    options = ("--shape", "tiny", "--batch", 1, "--tokens", 8, "--rounds", 2, "--warmup", 1, "--rank", 4)
+    found = ok(spp("bench", "step", *options, "--no-memory", "--contenders", "spp", "spp-input-dropout", "--out", path))
+    assert f"wrote {path}" in found.out and "threads" in found.out
+    assert [row["contender"] for row in json.loads(path.read_text())["rows"]] == ["spp", "spp-input-dropout"]
+    assert "usage: spp bench step" in ok(spp("bench", "step", "--help")).out

@@ -1,0 +1,204 @@
+"""The house keeps its shape: imports go down the levels, heavy packages stay in place, import stays light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "spp").rglob("*.py"))
+LONGEST_FILE = 350
+
+# A room is a file or a folder right under spp/; `calibrate_statistics.py` belongs to the room `calibrate`.
+# A file imports from rooms of lower levels and from its own room only.
+LEVELS = {
+    "errors": 0,
+    "_version": 0,
+    "config": 1,
+    "patterns": 1,
+    "files": 1,
+    "rules": 2,
+    "packed": 2,
+    "targets": 2,
+    "certificate": 2,
+    "pruning": 2,
+    "kernels": 3,
+    "adapter_files": 3,
+    "functional": 4,
+    "layer": 5,
+    "experts": 5,
+    "inject": 6,
+    "adapters": 7,
+    "merge": 7,
+    "calibrate": 7,
+    "pst": 7,
+    "checkpoint": 8,
+    "evaluation": 9,
+    "report": 9,
+    "training": 10,
+    "integrations": 11,
+    "bench": 11,
+    "cli": 12,
+}
+BESIDE = {("files", "patterns")}  # within a level: the hash of a mask is a file's matter, its bits a pattern's
+PUBLIC_LEVEL = 8  # what spp/__init__.py may import: the names of `import spp`, which must stay light
+TRANSFORMERS_LEVEL = 9  # from here up, Trainer and modelling files may be imported at module level
+
+ONLY_IN = {  # third-party packages that belong to some rooms, wherever in a file they are imported
+    "typer": ("cli/",),
+    "click": ("cli/",),
+    "rich": ("cli/",),
+    "peft": ("integrations/peft.py", "bench/"),
+}
+NEVER_AT_MODULE_LEVEL = {"datasets", "trl", "matplotlib", "gguf", "triton", "lm_eval", "peft"}
+NOT_LOADED_BY_IMPORT = [
+    "transformers.trainer",
+    "transformers.modeling_utils",
+    "datasets",
+    "peft",
+    "trl",
+    "triton",
+    "matplotlib",
+    "typer",
+    "rich",
+    "gguf",
+]
+
+
+def room_of(name: str) -> str | None:
+    """The room that `name`, the first part of a path below spp/, belongs to."""
+    if name in LEVELS:
+        return name
+    return next((room for room in LEVELS if name.startswith(room + "_")), None)
+
+
+def imports_of(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, dotted name, whether it runs when the module is imported) of every import in a file."""
+
+    def walk(node: ast.AST, at_import: bool) -> Iterator[tuple[int, str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield child.lineno, alias.name, at_import
+            elif isinstance(child, ast.ImportFrom):
+                module = "." * child.level + (child.module or "")
+                for alias in child.names:
+                    yield child.lineno, f"{module}:{alias.name}", at_import
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for part in child.body:
+                    yield from walk(ast.Module([part], []), False)
+                for part in child.orelse:
+                    yield from walk(ast.Module([part], []), at_import)
+            else:
+                deferred = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                yield from walk(child, at_import and not deferred)
+
+    yield from walk(tree, True)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What the imports of a file break; `path` is relative to spp/, with forward slashes."""
+    parts = path.removesuffix(".py").split("/")
+    is_root = parts == ["__init__"]
+    room = room_of(parts[0])
+    if room is None and not is_root:
+        return [f"{path}: no level for {parts[0]!r} in LEVELS"]
+    level = PUBLIC_LEVEL + 1 if is_root else LEVELS[str(room)]
+    found = []
+    for line, name, at_import in imports_of(ast.parse(source)):
+        where = f"{path}:{line}"
+        module, _, attribute = name.partition(":")
+        package = module.split(".")[0]
+        if module.startswith("."):
+            found.append(f"{where}: relative import; write the full name")
+        elif module == "spp" and not (is_root and LEVELS.get(attribute, level) < level):
+            found.append(f"{where}: imports the package root")
+        elif package == "spp" and module != "spp":
+            target = room_of(module.split(".")[1])
+            if target is None:
+                found.append(f"{where}: no level for {module}")
+            elif target != room and LEVELS[target] >= level and (room, target) not in BESIDE:
+                found.append(f"{where}: level {level} imports {module} of level {LEVELS[target]}")
+        elif package in ONLY_IN and not path.startswith(ONLY_IN[package]):
+            found.append(f"{where}: {package} belongs to {' and '.join(ONLY_IN[package])}")
+        elif package in NEVER_AT_MODULE_LEVEL and at_import:
+            found.append(f"{where}: {package} at module level; import it where it is used")
+        elif package == "transformers" and at_import and level < TRANSFORMERS_LEVEL and name != "transformers":
+            found.append(f"{where}: {name} at module level below level {TRANSFORMERS_LEVEL}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_the_levels(path: Path) -> None:
+    assert violations(path.relative_to(ROOT / "spp").as_posix(), path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE, f"{path.name} is asking to be two files"
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("layer.py", "import spp", "imports the package root"),
+        ("layer.py", "from spp import targets", "imports the package root"),
+        ("layer.py", "from . import targets", "relative import"),
+        ("layer.py", "from spp.inject import wrap", "level 5 imports spp.inject of level 6"),
+        ("layer.py", "from spp.experts import Experts", "level 5 imports spp.experts of level 5"),
+        ("merge.py", "def f():\n    import spp.cli.main", "level 7 imports spp.cli.main of level 12"),
+        ("__init__.py", "from spp import training", "imports the package root"),
+        ("__init__.py", "import spp.training", "level 9 imports spp.training of level 10"),
+        ("training/tune.py", "import rich.table", "rich belongs to cli/"),
+        ("training/tune.py", "def f():\n    import peft", "peft belongs to"),
+        ("bench/step.py", "import peft", "peft at module level"),
+        ("training/data.py", "import datasets", "datasets at module level"),
+        ("merge.py", "from transformers import Trainer", "transformers:Trainer at module level"),
+        ("merge.py", "if True:\n    import transformers.trainer", "transformers.trainer at module level"),
+        ("merge.py", "class A:\n    from transformers import Bert", "transformers:Bert at module level"),
+        ("unheard_of.py", "", "no level for 'unheard_of'"),
+        ("merge.py", "import spp.unheard_of", "no level for spp.unheard_of"),
+    ],
+)
+def test_the_walk_finds_what_is_wrong(path: str, source: str, complaint: str) -> None:
+    (found,) = violations(path, source)
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("layer.py", "from spp.functional import spp_linear"),
+        ("__init__.py", "from spp import functional"),
+        ("files/hashes.py", "from spp.patterns import nonzero_mask"),
+        ("training/tune.py", "from spp.training.config import TuneConfig"),
+        ("calibrate.py", "from spp.calibrate_statistics import Statistics"),
+        ("training/data.py", "def f():\n    import datasets"),
+        ("merge.py", "if TYPE_CHECKING:\n    from transformers import Trainer"),
+        ("merge.py", "def f():\n    from transformers import PreTrainedModel"),
+        ("training/trainer.py", "from transformers import Trainer"),
+        ("bench/step.py", "def f():\n    import peft"),
+    ],
+)
+def test_the_walk_allows_what_is_right(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+def test_import_spp_stays_light() -> None:
+    code = (
+        "import json, sys\n"
+        "import spp, torch\n"
+        f"loaded = [name for name in {NOT_LOADED_BY_IMPORT!r} if name in sys.modules]\n"
+        "print(json.dumps([loaded, torch.cuda.is_initialized()]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    loaded, cuda = json.loads(run.stdout)
+    assert loaded == []
+    assert cuda is False

@@ -1,0 +1,93 @@
+"""Tables say what the reports hold, grouped or one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spp.certificate import report_from_tensors
+from spp.inject import wrap
+from spp.merge import merge
+from spp.report import Table, byte_text, kind_of, merge_table, sparsity_table, time_text
+from tests.models import prune_nm_, tiny_llama
+
+
+def test_columns_are_aligned_and_numbers_flush_right() -> None:
+    table = Table("sizes", ("name", "size", "share"), (("a", "1", "0.5 … 0.7"), ("long name", "200", "–")))
+    assert table.text() == (
+        "sizes\n"
+        "name       size      share\n"
+        "---------  ----  ---------\n"
+        "a             1  0.5 … 0.7\n"
+        "long name   200          –"
+    )
+    assert table.markdown() == (
+        "| name | size | share |\n| --- | --: | --: |\n| a | 1 | 0.5 … 0.7 |\n| long name | 200 | – |"
+    )
+
+
+def test_no_line_ends_in_blanks() -> None:
+    text = Table("", ("a", "b"), (("x", ""), ("", "y"))).text()
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert text.startswith("a")
+
+
+def test_a_row_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 cells, not 1"):
+        Table("t", ("a",), (("x", "y"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "self_attn.q_proj"),
+        ("model.layers.12.mlp.experts.7.w1.weight", "w1"),
+        ("lm_head.weight", "lm_head"),
+        ("0.weight", "0"),
+        ("model.layers.3.self_attn.q_proj.spp_alpha", "self_attn.q_proj.spp_alpha"),
+    ],
+)
+def test_kinds(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.421, "0.42 s"), (12.34, "12.3 s"), (245.2, "4 min 05 s"), (3600, "60 min 00 s")]
+)
+def test_times(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(1 << 20, "1.0 MiB"), (3 << 29, "1.50 GiB"), (0, "0.0 MiB")])
+def test_bytes(count: int, text: str) -> None:
+    assert byte_text(count) == text
+
+
+def test_sparsity_by_kind_and_one_by_one() -> None:
+    weights = {
+        "layers.0.q.weight": torch.tensor([[1.0, 0, 0, 2]]),
+        "layers.1.q.weight": torch.tensor([[1.0, 3, 0, 2]]),
+    }
+    report = report_from_tensors((name, t, 1) for name, t in weights.items())
+    grouped = sparsity_table(report)
+    assert grouped.rows[0][:5] == ("q", "2", "1×4", "float32", "0.2500 … 0.5000")
+    assert grouped.rows[-1][4] == "0.3750"
+    listed = sparsity_table(report, every=True)
+    assert [row[:5] for row in listed.rows] == [
+        ("layers.0.q.weight", "1×4", "float32", "2", "0.5000"),
+        ("layers.1.q.weight", "1×4", "float32", "1", "0.2500"),
+    ]
+
+
+def test_a_merge_adds_up() -> None:
+    model = wrap(prune_nm_(tiny_llama()), r=4, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("spp_beta"):
+                parameter.fill_(0.1)
+    report = merge(model)
+    grouped, listed = merge_table(report), merge_table(report, every=True)
+    assert len(grouped.rows) == 8 and len(listed.rows) == 15
+    assert grouped.rows[-1][2] == str(sum(int(row[2]) for row in listed.rows[:-1]))
+    assert grouped.rows[-1] == listed.rows[-1]
+    assert grouped.rows[0][0] == "self_attn.q_proj" and listed.rows[0][0] == "model.layers.0.self_attn.q_proj"
