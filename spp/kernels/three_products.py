@@ -17,6 +17,7 @@ product behind it is not computed a second time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Call:
         self.scaling = scaling
         self.dropout = dropout
         self.needs_x = needs_x
+        self.vanish = True  # whether the rescue has to be looked for; found in forward
         self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
         self.saved: Any = None  # the identity's context, which holds what backward needs
 
@@ -124,7 +126,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         call: Call = ctx.call
         dy, needs_params = grads[0], ctx.needs_input_grad[4:]
-        with torch.no_grad(), no_autocast(dy.device.type):
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), no_autocast(dy.device.type):
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
             d_x, d_params, sources = None, [None] * len(needs_params), [dy]
             if call.needs_x or any(needs_params):
@@ -150,7 +152,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params:
         for rows in slices(m, step):
             y[:, rows].addmm_(dropped, _delta(rule, weight, factors, rows, WHOLE, dtype).t())
     else:
-        vanish = may_vanish(rule, weight, factors)
+        vanish = call.vanish = may_vanish(rule, weight, factors)
         operand = rows_2d.to(dtype)
         if step >= m:
             block = _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, vanish)
@@ -180,19 +182,22 @@ def _backward(
     dtype = product_dtype(x.dtype, x.device)
     dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
     d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=x.device) if call.needs_x else None
-    totals: list[Tensor | None] = [
-        total if needed else None for total, needed in zip(rule.zero_grads(factors), needs_params, strict=True)
-    ]
+    step = col_step(m, n)
+    totals = rule.empty_grads(factors, needs_params)
+    accumulate = step < n  # with several blocks; a single one writes its sums at once
+    if accumulate:
+        for total in totals:
+            if total is not None:
+                total.zero_()
     mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
     keep_scale = 1.0 / (1.0 - call.dropout)
-    vanish = mask is None and call.needs_x and may_vanish(rule, weight, factors)
     x_2d = x.reshape(-1, n)
-    for cols in slices(n, col_step(m, n)):
+    for cols in slices(n, step):
         block = weight[:, cols]
         if d_x is not None:
             part = d_x[:, cols]
             if mask is None:
-                torch.mm(dy_2d, _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, vanish), out=part)
+                torch.mm(dy_2d, _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, call.vanish), out=part)
             else:
                 branch = dy_2d @ _delta(rule, block, factors, WHOLE, cols, dtype)
                 torch.mm(dy_2d, block.to(dtype), out=part)
@@ -205,7 +210,7 @@ def _backward(
             torch.mm(dy_2d.t(), operand, out=gradient)
             if dtype != arithmetic:
                 gradient = workspace("gradient", gradient.shape, arithmetic, x.device).copy_(gradient)
-            rule.reduce(block, factors, WHOLE, cols, gradient, totals)
+            rule.reduce(block, factors, WHOLE, cols, gradient, totals, accumulate=accumulate)
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
     return d_x if d_x is None else d_x.to(x.dtype).view(x.shape), d_params
 

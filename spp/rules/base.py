@@ -64,17 +64,28 @@ class Rule(ABC):
         """Write (W_eff − W)[rows, cols], not rounded, into `out`; arguments as in `build`."""
 
     @abstractmethod
-    def zero_grads(self, factors: Any) -> list[Tensor]:
-        """Return one zero tensor per parameter, in the arithmetic's dtype, for `reduce` to add to."""
+    def empty_grads(self, factors: Any, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Return one uninitialised tensor per parameter in the arithmetic's dtype; None where it is not needed."""
 
     @abstractmethod
     def reduce(
-        self, weight: Tensor, factors: Any, rows: slice, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None]
+        self,
+        weight: Tensor,
+        factors: Any,
+        rows: slice,
+        cols: slice,
+        gradient: Tensor,
+        grads: Sequence[Tensor | None],
+        *,
+        accumulate: bool,
     ) -> None:
-        """Add the block's part of the parameters' gradients to `grads`; `gradient` (G[rows, cols]) is overwritten.
+        """Write the block's part of the parameters' gradients into `grads`; `gradient` (G[rows, cols]) is overwritten.
 
         Args:
-            grads: as from `zero_grads`; None for a parameter whose gradient is not wanted.
+            weight, factors, rows, cols: as in `build`.
+            gradient: G[rows, cols] in the arithmetic's dtype, contiguous.
+            grads: as from `empty_grads`; None for a parameter whose gradient is not wanted.
+            accumulate: add to what is there; False writes over it.
         """
 
     @abstractmethod

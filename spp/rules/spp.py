@@ -32,7 +32,7 @@ def row_groups(out_features: int, r: int, device: torch.device | str | None = No
     return ((i + 1) * r - 1) // out_features
 
 
-@dataclass(frozen=True)
+@dataclass
 class Factors:
     """What one call needs: α (r, n), t = s·β (m, 1), β (m, 1), and g (m,) where the row blocks are not all equal."""
 
@@ -90,8 +90,9 @@ class SPPRule(Rule):
         _write_update(factors, rows, cols, out)
         out.mul_(weight)
 
-    def zero_grads(self, factors: Factors) -> list[Tensor]:
-        return [torch.zeros_like(factors.alpha), torch.zeros_like(factors.beta)]
+    def empty_grads(self, factors: Factors, needed: Sequence[bool]) -> list[Tensor | None]:
+        pairs = zip((factors.alpha, factors.beta), needed, strict=True)
+        return [torch.empty_like(like) if wanted else None for like, wanted in pairs]
 
     def reduce(
         self,
@@ -101,34 +102,36 @@ class SPPRule(Rule):
         cols: slice,
         gradient: Tensor,
         grads: Sequence[Tensor | None],
+        *,
+        accumulate: bool,
     ) -> None:
         d_alpha, d_beta = grads
         h = gradient.mul_(weight)  # (rows, cols)
-        alpha = factors.alpha[:, cols]
         groups, size = _block_groups(factors, rows, h.shape[0])
-        scaled = factors.scaled_beta[rows]
+        scaled, old = factors.scaled_beta[rows], 1.0 if accumulate else 0.0
         if groups is None:  # the block is a whole number of equal groups, or lies inside one
             k0, k1 = _group_range(factors, rows, h.shape[0])
-            h3 = h.view(k1 - k0, size, h.shape[1])
+            count = k1 - k0
+            h3 = h.view(count, size, h.shape[1])
             if d_alpha is not None:
-                d_alpha[k0:k1, cols] += torch.bmm(scaled.view(k1 - k0, 1, size), h3).squeeze(1)
+                target = d_alpha[k0:k1, cols].unsqueeze(1)  # (groups, 1, cols)
+                target.baddbmm_(scaled.view(count, 1, size), h3, beta=old)
             if d_beta is not None:
-                product = torch.bmm(h3, alpha[k0:k1].unsqueeze(2))  # (groups, size, 1)
-                d_beta[rows] += product.view(-1, 1).mul_(factors.scaling)
+                target = d_beta[rows].view(count, size, 1)
+                target.baddbmm_(h3, factors.alpha[k0:k1, cols].unsqueeze(2), beta=old, alpha=factors.scaling)
         else:
             if d_alpha is not None:
-                spread = torch.zeros(h.shape[0], alpha.shape[0], dtype=h.dtype, device=h.device)
+                spread = torch.zeros(h.shape[0], d_alpha.shape[0], dtype=h.dtype, device=h.device)
                 spread.scatter_(1, groups.unsqueeze(1), scaled)  # (rows, r): s·β in its group's column
-                d_alpha[:, cols] += spread.t() @ h
+                d_alpha[:, cols].addmm_(spread.t(), h, beta=old)
             if d_beta is not None:
-                products = h @ alpha.t()  # (rows, r)
-                d_beta[rows] += products.gather(1, groups.unsqueeze(1)).mul_(factors.scaling)
+                products = h @ factors.alpha[:, cols].t()  # (rows, r)
+                part = products.gather(1, groups.unsqueeze(1)).mul_(factors.scaling)
+                d_beta[rows] = d_beta[rows] + part if accumulate else part
 
     def largest_factor(self, factors: Factors) -> float:
-        largest = torch.linalg.vector_norm(factors.scaled_beta, math.inf) * torch.linalg.vector_norm(
-            factors.alpha, math.inf
-        )
-        return float(largest)
+        largest = (float(torch.linalg.vector_norm(t, math.inf)) for t in (factors.scaled_beta, factors.alpha))
+        return math.prod(largest)
 
     def row_alignment(self, factors: Factors) -> int:
         return max(1, factors.group_rows)
