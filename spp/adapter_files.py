@@ -31,7 +31,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
-_AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)$")
+_AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)(?:\.default)?$")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,7 +77,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
     tensors = _read_tensors(directory)
     if values.get("peft_type") == PEFT_TYPE:
         files = _ours(directory, values, tensors)
-    elif any(key.endswith("weight_col") for key in tensors):
+    elif any(_AUTHORS_KEY.match(k) and "weight_col" in k for k in tensors):
         files = _authors(directory, values, tensors)
     else:
         kind = values.get("peft_type", "unknown")
@@ -151,7 +151,7 @@ def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]
         if match["what"] == "weight":
             found[f"{path}.spp_alpha"] = tensor
         else:
-            found[f"{path}.spp_beta"] = tensor.reshape(-1, 1)
+            found[f"{path}.spp_beta"] = tensor.reshape(-1, 1) if 1 in tensor.shape else tensor  # else misshapen
     if strange:
         raise AdapterError(
             f"{directory}: unexpected keys in an adapter of the SPP authors' code: {', '.join(sorted(strange))}"

@@ -14,7 +14,7 @@ from spp.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, Adap
 from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError
 from spp.files import atomic_directory, mask_sha256, save_tensors, write_json
-from spp.inject import adapter_config, adapter_layers, is_wrapped, require_layers, wrap
+from spp.inject import adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
 from spp.rules import get_rule
 from spp.targets import resolve_targets
 
@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 def write_adapter(model: nn.Module, directory: Path) -> None:
     """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole)."""
     check_finite(model)
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    name = getattr(getattr(uncompiled(model), "config", None), "_name_or_path", None) or None
     config = {
         **adapter_config(model).to_dict(),
         "peft_type": PEFT_TYPE,
@@ -99,6 +99,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
         In each case the model is left as it was.
     """
     files = read_adapter(path)
+    given, model = model, uncompiled(model)
     wrapped = is_wrapped(model)
     targets: dict[str, nn.Module] = dict(require_layers(model)) if wrapped else _targets(model, files)
     if wrapped:
@@ -119,7 +120,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
                 else:
                     parameter.copy_(tensor)
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
-    return model
+    return given
 
 
 def check_finite(model: nn.Module) -> None:

@@ -58,9 +58,14 @@ class SPPConfig:
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
-        for name, r in dict(self.rank_pattern or {}).items():
-            _check_rank(f"rank_pattern[{name!r}]", r)
-            _check_regex("rank_pattern", name)
+        if self.rank_pattern is not None:
+            if not isinstance(self.rank_pattern, Mapping) or not all(isinstance(k, str) for k in self.rank_pattern):
+                raise ConfigError(
+                    f"rank_pattern is {self.rank_pattern!r}; it must map names or regular expressions to r"
+                )
+            for name, r in self.rank_pattern.items():
+                _check_rank(f"rank_pattern[{name!r}]", r)
+                _check_regex("rank_pattern", name)
         if not _is_number(self.scaling) or not math.isfinite(self.scaling) or self.scaling <= 0:
             raise ConfigError(f"scaling is {self.scaling!r}; it must be a finite number above 0 (the paper's is 2.0)")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -80,17 +85,22 @@ class SPPConfig:
                 f"this adapter config has format_version {self.format_version!r}; this version of spp reads "
                 f"1 to {FORMAT_VERSION}: install a newer spp"
             )
+        object.__setattr__(self, "scaling", float(self.scaling))
+        object.__setattr__(self, "dropout", float(self.dropout))
         for field in ("target_modules", "exclude_modules"):
             object.__setattr__(self, field, _normalise_names(field, getattr(self, field)))
         if self.rank_pattern is not None:
             object.__setattr__(self, "rank_pattern", dict(sorted(self.rank_pattern.items())))
 
     def rank_for(self, path: str) -> int:
-        """Return the rank for a module path: the first `rank_pattern` entry that matches, else `r`."""
-        for name, r in (self.rank_pattern or {}).items():
-            if name_matches(path, name):
-                return r
-        return self.r
+        """Return the rank for a module path: its `rank_pattern` entry, or `r` where it has none.
+
+        A name comes before a regular expression, a longer entry before a shorter one.
+        """
+        ranks = self.rank_pattern or {}
+        matching = [name for name in ranks if name_matches(path, name)]
+        matching = [name for name in matching if is_suffix(path, name)] or matching
+        return ranks[max(matching, key=lambda name: (len(name), name))] if matching else self.r
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -113,9 +123,14 @@ class SPPConfig:
         return cls(**dict(values))
 
 
+def is_suffix(path: str, name: str) -> bool:
+    """Whether `name` is the module path or its last components."""
+    return path == name or path.endswith("." + name)
+
+
 def name_matches(path: str, name: str) -> bool:
     """Whether `name` means the module at `path`: its last components, or a regular expression for the whole path."""
-    return path == name or path.endswith("." + name) or re.fullmatch(name, path) is not None
+    return is_suffix(path, name) or re.fullmatch(name, path) is not None
 
 
 def _is_number(value: object) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from spp.errors import ConfigError
 from spp.kernels import linear
 from spp.rules import effective_weight as _effective_weight
 from spp.rules import get_rule
@@ -50,6 +51,8 @@ def spp_linear(
         True
     """
     _RULE.check_shapes((alpha, beta), weight.shape[0], weight.shape[1], "spp_linear")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout is {dropout!r}; it must be in [0, 1)")
     return linear(x, weight, bias, _RULE, (alpha, beta), scaling, dropout)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
+from spp.config import SPPConfig, name_matches
 from spp.errors import ConfigError, SPPWarning, WrapError
 from spp.layer import SPPLinear, check_linear
 from spp.targets import linear_modules, resolve_targets
@@ -83,12 +83,14 @@ def wrap(
         "seed": seed,
     }
     config = _make_config(r, options)
+    given, model = model, uncompiled(model)
     if is_wrapped(model):
         raise WrapError(
             "the model is wrapped already; spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, "
             "spp.load_adapter(model, path) replaces its values"
         )
     targets = resolve_targets(model, config.target_modules, config.exclude_modules)
+    _check_rank_pattern(config, targets)
     for path, module in targets:
         check_linear(module, config, path, config.rank_for(path))
     _warn_dense(targets)
@@ -107,7 +109,7 @@ def wrap(
     logger.info(
         "wrapped %d layers, %d trainable parameters", len(layers), sum(p.numel() for p in adapter_parameters(model))
     )
-    return model
+    return given
 
 
 def unwrap(model: Model) -> Model:
@@ -116,6 +118,7 @@ def unwrap(model: Model) -> Model:
     Raises:
         WrapError: the model is not wrapped.
     """
+    given, model = model, uncompiled(model)
     layers = require_layers(model)
     _replace_modules(model, {id(layer): layer.restore() for layer in layers.values()})
     _restore_flags(model, getattr(model, _STATE))
@@ -124,7 +127,7 @@ def unwrap(model: Model) -> Model:
     for module in model.modules():
         for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
             del module._forward_hooks[key]
-    return model
+    return given
 
 
 @contextlib.contextmanager
@@ -151,7 +154,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def adapter_layers(model: nn.Module) -> dict[str, SPPLinear]:
     """Return {module path: layer} of the adapted layers in module order; empty for a model that is not wrapped."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SPPLinear)}
+    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, SPPLinear)}
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -159,8 +162,15 @@ def is_wrapped(model: nn.Module) -> bool:
     return any(isinstance(module, SPPLinear) for module in model.modules())
 
 
+def uncompiled(model: Any) -> Any:
+    """Return the model that torch.compile(model) stands for, any other model as it is: names and state are its own."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
+
+
 def require_layers(model: nn.Module) -> dict[str, SPPLinear]:
     """Return `adapter_layers(model)`; a WrapError where `wrap` did not make it."""
+    model = uncompiled(model)
     if not hasattr(model, _STATE):
         if is_wrapped(model):
             raise WrapError("this is a part or a container of a wrapped model; pass the object that spp.wrap was given")
@@ -173,6 +183,7 @@ def adapter_config(model: nn.Module) -> SPPConfig:
 
     The names are the last components of the module paths where these mean exactly the wrapped layers, else whole paths.
     """
+    model = uncompiled(model)
     layers = require_layers(model)
     config: SPPConfig = getattr(model, _STATE).config
     names = sorted({path.rsplit(".", 1)[-1] for path in layers})
@@ -247,6 +258,14 @@ def _make_config(r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
     if given:
         raise ConfigError(f"wrap was given a whole SPPConfig and also {', '.join(given)}; put them into the config")
     return r
+
+
+def _check_rank_pattern(config: SPPConfig, targets: list[tuple[str, nn.Module]]) -> None:
+    unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path, _ in targets)]
+    if unused:
+        raise ConfigError(
+            f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {targets[0][0]}"
+        )
 
 
 def _make_layer(path: str, module: nn.Module, config: SPPConfig) -> SPPLinear:

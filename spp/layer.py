@@ -84,7 +84,7 @@ class SPPLinear(nn.Module):
         self.out_features = linear.out_features
         self.disabled = False
         self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
-        self._cached: tuple[tuple[Any, ...], Tensor] | None = None
+        self._cached: _Cached | None = None
         self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]  # a Parameter, by its base class
         self.register_parameter("bias", linear.bias)
         for hooks in _HOOKS:
@@ -164,22 +164,23 @@ class SPPLinear(nn.Module):
         return linear(x, self.weight, self.bias, self.spp_rule, params, self.scaling, dropout)
 
     def _may_cache(self, x: Tensor) -> bool:
+        if self.training or torch.is_grad_enabled():
+            self._cached = None  # an optimizer's step may follow, and not every one leaves a trace on the tensors
+            return False
         return (
-            not self.training
-            and not torch.is_grad_enabled()
+            not self.weight.is_meta
             and x.numel() <= CACHED_TOKENS * self.in_features
             and not torch.is_autocast_enabled(x.device.type)
         )
 
     def _cached_weight(self) -> Tensor:
-        tensors = [self.weight, *self.adapter_parameters()]
-        if any(t.is_inference() for t in tensors):
+        params = self.adapter_parameters()
+        if any(t.is_inference() for t in (self.weight, *params)):
             return self.effective_weight()  # such tensors have no version to tell whether they changed
-        key = (self.scaling, *((t.data_ptr(), t._version) for t in tensors))
-        if self._cached is None or self._cached[0] != key:
+        if self._cached is None or not self._cached.is_current(self.weight, params, self.scaling):
             with torch.inference_mode(False):
-                self._cached = (key, self.effective_weight())
-        return self._cached[1]
+                self._cached = _Cached(self.weight, params, self.scaling, self.effective_weight())
+        return self._cached.effective
 
     def train(self, mode: bool = True) -> SPPLinear:
         """Set the mode; a cached W_eff is dropped."""
@@ -213,6 +214,29 @@ class SPPLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
         )
+
+
+class _Cached:
+    """W_eff, and what it was computed from.
+
+    A write through `.data` or by a fused optimizer changes no version counter, so α and β, which are small, are
+    compared by value where that does not stall a device; W, which is frozen, by address and version.
+    """
+
+    def __init__(self, weight: Tensor, params: Sequence[Tensor], scaling: float, effective: Tensor) -> None:
+        self.effective = effective
+        self.state = self._state(weight, params, scaling)
+        self.values = [p.detach().clone() for p in params]
+
+    def is_current(self, weight: Tensor, params: Sequence[Tensor], scaling: float) -> bool:
+        """Whether W_eff computed anew would be the same."""
+        if self.state != self._state(weight, params, scaling):
+            return False
+        return weight.device.type != "cpu" or all(torch.equal(p, v) for p, v in zip(params, self.values, strict=True))
+
+    @staticmethod
+    def _state(weight: Tensor, params: Sequence[Tensor], scaling: float) -> tuple[object, ...]:
+        return (scaling, *((t.data_ptr(), t._version) for t in (weight, *params)))
 
 
 def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None = None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spp.certificate import SparsityReport, fingerprint, report_from_tensors
 from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.files import mask_sha256
-from spp.inject import layer_generator, require_layers, unwrap
+from spp.inject import layer_generator, require_layers, uncompiled, unwrap
 from spp.layer import SPPLinear
 from spp.patterns import all_finite, nonzero_mask
 from spp.rules import Rule, rescue_
@@ -119,7 +119,7 @@ def merge(
 
     Raises:
         WrapError: the model is not wrapped.
-        NonFiniteError: the adapter or a merged weight holds NaN or infinity; the layer is named.
+        NonFiniteError: the adapter or a merged weight holds NaN or infinity, or a tensor overflows in `dtype`; named.
         MaskError: a zero would not stay one, or a kept weight would become one.
 
     Example:
@@ -127,6 +127,7 @@ def merge(
         >>> report.sparsity_report.pattern  # doctest: +SKIP
         '2:4'
     """
+    model = uncompiled(model)
     layers = require_layers(model)
     check_rounding(dtype, rounding)
     seed = draw_seed(rounding, seed)
@@ -134,9 +135,15 @@ def merge(
     if check:
         for path, layer in layers.items():
             results[path] = _merge_layer(path, layer, dtype, rounding, seed)[1]
+    if dtype is not None:
+        _check_conversion(model, layers, dtype)
+    weights = {name: weight for name, weight, _ in projection_weights(model)}
+    extra = sorted({f"{path}.weight" for path in layers} - weights.keys())  # merged, but no projection by its name
+    weights |= {name: layers[name.removesuffix(".weight")].weight for name in extra}
     base = {
         "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "fingerprint": fingerprint({name: mask_sha256(w) for name, w, _ in projection_weights(model)}),
+        "fingerprint": fingerprint({name: mask_sha256(weight) for name, weight in weights.items()}),
+        "keys": extra,
     }
     for path, layer in layers.items():
         merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
@@ -215,7 +222,9 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     high_value = (low + 1).view(dtype).to(exact.dtype).abs()
     share = (exact.abs() - low_value) / (high_value - low_value)
     draw = torch.rand(exact.shape, generator=generator, dtype=torch.float32).to(exact.device)
-    return (low + (draw < share).to(torch.int16)).view(dtype)
+    rounded = (low + (draw < share).to(torch.int16)).view(dtype)
+    nearest = bits.view(dtype)
+    return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
 
 
 def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
@@ -300,6 +309,16 @@ def _write_weight(layer: SPPLinear, merged: Tensor) -> None:
             layer.weight.copy_(merged)  # the Parameter keeps its identity
         else:
             layer.weight = nn.Parameter(merged, requires_grad=False)
+
+
+def _check_conversion(model: nn.Module, layers: dict[str, SPPLinear], dtype: torch.dtype) -> None:
+    """Raise a NonFiniteError where a tensor that the adapter leaves alone does not fit the dtype."""
+    merged = {f"{path}.weight" for path in layers}
+    for name, tensor in model.state_dict().items():
+        if name in merged or not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if all_finite(tensor) and not all_finite(tensor.to(dtype)):
+            raise NonFiniteError(f"{name} overflows in {dtype}; nothing was merged. Merge to a wider dtype")
 
 
 def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from spp.config import name_matches
+from spp.config import is_suffix, name_matches
 from spp.errors import TargetError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,6 +25,7 @@ OTHER_PROJECTIONS = (
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
 )
 ALL_LINEAR = "all-linear"
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 _NEVER = ("embed", "wte", "wpe", "lm_head", "embed_out", "score", "classifier")
 _NOT_PROJECTION = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|router|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
@@ -41,7 +42,7 @@ def resolve_targets(
 
     Args:
         model: any module; a layer that is wrapped already counts as its linear.
-        target_modules: None (the projections), "all-linear" (every linear but the output head), a sequence of
+        target_modules: None (the projections), "all-linear" (every linear but the head and routers), a sequence of
             name suffixes, or a regular expression for the whole path.
         exclude_modules: name suffixes or a regular expression of what to leave out.
 
@@ -53,8 +54,10 @@ def resolve_targets(
     head = output_head(model)
     chosen = {path: module for path, module in linears.items() if _is_target(path, module, target_modules, head)}
     if exclude_modules is not None:
-        names = (exclude_modules,) if isinstance(exclude_modules, str) else tuple(exclude_modules)
-        chosen = {path: module for path, module in chosen.items() if not any(name_matches(path, n) for n in names)}
+        excluded = _excluded(linears, exclude_modules)
+        chosen = {path: module for path, module in chosen.items() if path not in excluded}
+    if "" in chosen:
+        raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
     if not chosen:
         raise TargetError(_nothing_matched(linears, target_modules, exclude_modules))
     _refuse_tied(model, chosen)
@@ -68,6 +71,8 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention's own: it reads the weight and never calls the module
     return isinstance(module, nn.Linear) or hasattr(module, "spp_rule")
 
 
@@ -106,10 +111,20 @@ def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None,
         never = module is head or any(part in _NEVER for part in path.split("."))
         return (last in PROJECTIONS or last in OTHER_PROJECTIONS) and not never
     if wanted == ALL_LINEAR:
-        return module is not head and last not in _NEVER
+        return module is not head and last not in _NEVER and last not in _ROUTERS
     if isinstance(wanted, str):
         return re.fullmatch(wanted, path) is not None
-    return any(path == name or path.endswith("." + name) for name in wanted)
+    return any(is_suffix(path, name) for name in wanted)
+
+
+def _excluded(linears: dict[str, nn.Module], names: str | Sequence[str]) -> set[str]:
+    """Return the paths that `exclude_modules` means; a TargetError where a name of a list means none."""
+    if isinstance(names, str):
+        return {path for path in linears if name_matches(path, names)}
+    unknown = sorted(name for name in names if not any(is_suffix(path, name) for path in linears))
+    if unknown:
+        raise TargetError(f"exclude_modules: no linear module is called {', '.join(unknown)}")
+    return {path for path in linears if any(is_suffix(path, name) for name in names)}
 
 
 def _nothing_matched(linears: dict[str, nn.Module], wanted: object, excluded: object) -> str:

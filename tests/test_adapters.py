@@ -279,6 +279,14 @@ def test_the_authors_adapters_load(tmp_path: Path, binary: bool, flat: bool) -> 
         assert_same_bits(found[key], tensor, key)
 
 
+def test_the_authors_adapters_with_a_misshapen_column(tmp_path: Path) -> None:
+    folder = tmp_path / "authors"
+    authors_adapter(folder, binary=False, flat=False)
+    rewrite(folder, **{f"base_model.model.{UP}.lora_A.weight_col".replace(".", "__"): torch.zeros(4, 40)})
+    with pytest.raises(AdapterError, match=r"misshapen .*up_proj\.spp_beta: adapter \(4, 40\), model needs \(160, 1\)"):
+        spp.load_adapter(pruned(), folder)
+
+
 def test_the_authors_adapters_with_strange_keys_or_no_scaling(tmp_path: Path) -> None:
     folder = tmp_path / "authors"
     authors_adapter(folder, binary=False, flat=False)

@@ -74,6 +74,18 @@ def test_rank_for_takes_the_entry_that_matches() -> None:
     assert config.rank_for("model.layers.0.self_attn.q_proj") == 16
 
 
+def test_names_come_before_expressions_and_longer_ones_before_shorter() -> None:
+    config = SPPConfig(r=16, rank_pattern={".*": 4, "self_attn.q_proj": 8, "q_proj": 2})
+    assert SPPConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True))) == config
+    assert config.rank_for("model.layers.0.self_attn.q_proj") == 8
+    assert config.rank_for("model.layers.0.cross_attn.q_proj") == 2
+    assert config.rank_for("model.layers.0.mlp.up_proj") == 4
+
+
+def test_numbers_are_floats_whatever_was_given() -> None:
+    assert json.dumps(SPPConfig(scaling=2, dropout=0).to_dict()) == json.dumps(SPPConfig(scaling=2.0).to_dict())
+
+
 def test_a_name_matches_components_and_not_parts_of_them() -> None:
     assert name_matches("model.layers.0.mlp.up_proj", "up_proj")
     assert not name_matches("model.layers.0.mlp.gate_up_proj", "up_proj")

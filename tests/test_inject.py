@@ -272,6 +272,11 @@ def test_unwrapped_models_are_refused_by_name() -> None:
         ({"target_modules": ["nothing"]}, TargetError, "q_proj"),
         ({"rule": "lora"}, ConfigError, "no rule"),
         ({"packed": True}, ConfigError, "packed"),
+        ({"rank_pattern": {"q_prj": 4}}, ConfigError, "q_prj matches none"),
+        ({"rank_pattern": {3: 4}}, ConfigError, "rank_pattern"),
+        ({"rank_pattern": [1]}, ConfigError, "rank_pattern"),
+        ({"exclude_modules": ["nope", "q_proj"]}, TargetError, "called nope"),
+        ({"exclude_modules": ["*foo"]}, TargetError, "foo"),
         ({"r": SPPConfig(), "scaling": 3.0}, ConfigError, "scaling; put them into the config"),
     ],
 )
@@ -292,6 +297,32 @@ def test_non_finite_base_weights_are_named(value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 NaN"):
         spp.wrap(model, r=4)
     assert_untouched(model, before)
+
+
+def test_a_model_that_is_itself_a_linear() -> None:
+    linear = nn.Linear(8, 8)
+    with pytest.raises(TargetError, match=r"spp\.SPPLinear"):
+        spp.wrap(linear, r=2, target_modules="all-linear")
+    assert linear.weight.requires_grad
+
+
+def test_attention_modules_that_never_call_their_projection_are_left_alone() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(TargetError, match="no linear modules"):
+        spp.wrap(attention, r=2)
+
+
+def test_a_compiled_model_stands_for_its_own() -> None:
+    model = pruned()
+    compiled = torch.compile(model, backend="eager")
+    assert spp.wrap(compiled, r=4, seed=0) is compiled
+    expected = spp.adapter_state_dict(spp.wrap(pruned(), r=4, seed=0))
+    assert spp.adapter_state_dict(compiled).keys() == expected.keys() == spp.adapter_state_dict(model).keys()
+    for key, tensor in expected.items():
+        assert_same_bits(spp.adapter_state_dict(compiled)[key], tensor)
+    stir(compiled)
+    spp.merge(compiled)
+    assert "save_pretrained" not in vars(model) and not hasattr(model, "_spp_state")
 
 
 def test_a_model_without_linears() -> None:

@@ -141,6 +141,7 @@ def test_eval_cache_follows_every_change() -> None:
             lambda: setattr(layer, "scaling", 1.0),
             lambda: layer.load_state_dict({**layer.state_dict(), "spp_beta": torch.full((12, 1), 0.7)}),
             lambda: setattr(layer, "spp_alpha", nn.Parameter(torch.ones(4, 8))),
+            lambda: layer.spp_beta.data.fill_(0.4),
         ):
             change()
             for _ in range(2):
@@ -155,6 +156,27 @@ def test_eval_cache_follows_every_change() -> None:
     layer.float()
     layer(x)
     assert layer._cached is None  # with gradients on, nothing is kept
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_eval_cache_follows_an_optimizer_in_a_loop_that_never_calls_train(fused: bool) -> None:
+    layer = trained(sparse_linear()).eval()
+    optimizer = torch.optim.AdamW(layer.adapter_parameters(), lr=0.1, fused=fused)
+    x = torch.randn(1, 8)
+    for _ in range(3):
+        with torch.no_grad():
+            y = layer(x)
+        assert_matches(y, layer(x), torch.float32)
+        layer(x).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_untrained_is_the_linear_bit_for_bit_beyond_one_block_too(dtype: torch.dtype) -> None:
+    linear = sparse_linear(1500, 1500).to(dtype)
+    x = torch.randn(70, 1500, dtype=dtype)
+    expected = linear(x)
+    assert_same_bits(SPPLinear(linear, r=4, dropout=0.5)(x), expected)
 
 
 def test_a_large_batch_does_not_fill_the_cache() -> None:

@@ -177,3 +177,29 @@ def test_converting_keeps_the_zeros_of_projections_that_the_adapter_leaves_alone
     spp.merge(model, dtype=torch.float16)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight != 0, mask)
     assert model.model.layers[0].mlp.up_proj.weight[row, col].item() == -(2.0**-24)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("place", ["merged", "plain", "embedding"])
+def test_a_value_too_large_for_the_dtype_is_refused_before_anything_is_written(rounding: str, place: str) -> None:
+    model = pruned()
+    tensor = {
+        "merged": model.model.layers[1].self_attn.q_proj.weight,
+        "plain": model.model.layers[1].mlp.up_proj.weight,
+        "embedding": model.model.embed_tokens.weight,
+    }[place]
+    row, col = (int(i) for i in (tensor != 0).nonzero()[0])
+    tensor.data[row, col] = 1e8
+    stir(spp.wrap(model, r=4, target_modules=["q_proj"]))
+    before = snapshot(model)
+    with pytest.raises(NonFiniteError):
+        spp.merge(model, dtype=torch.float16, rounding=rounding, seed=1)
+    assert_untouched(model, before)
+
+
+def test_a_head_that_is_named_is_merged_and_remembered() -> None:
+    model = pruned()
+    model.lm_head.weight.data[:, ::2] = 0
+    stir(spp.wrap(model, r=4, target_modules=["lm_head", "q_proj"]))
+    report = spp.merge(model)
+    assert "lm_head" in report.layers and model._spp_base["keys"] == ["lm_head.weight"]

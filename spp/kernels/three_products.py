@@ -16,6 +16,7 @@ product behind it is not computed a second time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -142,7 +143,13 @@ class _Linear(torch.autograd.Function):
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params: Sequence[Tensor]) -> Tensor:
     rule, m = call.rule, weight.shape[0]
     factors = rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
-    rows_2d = x.reshape(-1, x.shape[-1])  # (T, n)
+    # Reading a bound back would stall a device; there, W_eff is built whatever the factors are.
+    largest = rule.largest_factor(factors) if x.device.type == "cpu" else math.nan
+    call.vanish = may_vanish(weight, largest)
+    if largest == 0:  # an untrained adapter: exactly the pruned layer, in the same call
+        call.dropped = None
+        return F.linear(x, weight.to(x.dtype), bias)
+    rows_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (T, n)
     dtype = product_dtype(x.dtype, x.device)
     step = row_step(m, weight.shape[1], rule.row_alignment(factors))
     if call.dropped is not None:
@@ -152,15 +159,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params:
         for rows in slices(m, step):
             y[:, rows].addmm_(dropped, _delta(rule, weight, factors, rows, WHOLE, dtype).t())
     else:
-        vanish = call.vanish = may_vanish(rule, weight, factors)
         operand = rows_2d.to(dtype)
         if step >= m:
-            block = _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, vanish)
+            block = _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, call.vanish)
             y = F.linear(operand, block, bias if bias is None else bias.to(dtype))
         else:
             y = torch.empty(rows_2d.shape[0], m, dtype=dtype, device=x.device)
             for rows in slices(m, step):
-                block = _effective(rule, weight, factors, rows, WHOLE, x.dtype, dtype, vanish)
+                block = _effective(rule, weight, factors, rows, WHOLE, x.dtype, dtype, call.vanish)
                 torch.mm(operand, block.t(), out=y[:, rows])
             if bias is not None:
                 y += bias
@@ -191,7 +197,7 @@ def _backward(
                 total.zero_()
     mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
     keep_scale = 1.0 / (1.0 - call.dropout)
-    x_2d = x.reshape(-1, n)
+    x_2d = x.reshape(dy_2d.shape[0], n)
     for cols in slices(n, step):
         block = weight[:, cols]
         if d_x is not None:

@@ -8,30 +8,28 @@ weight.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spp.patterns import nonzero_mask
-from spp.rules.base import Rule
 from spp.rules.canonical import smallest_kept
 
 _minima: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, address, min |W kept|)
 _ROUNDING = 1e-3  # far above what the roundings of the canonical order can take off the bound
 
 
-def may_vanish(rule: Rule, weight: Tensor, factors: Any) -> bool:
+def may_vanish(weight: Tensor, largest_factor: float) -> bool:
     """Return False only if no kept weight of the layer can come out as zero.
 
     Args:
-        weight: the whole W, or a part of it.
-        factors: from `rule.prepare`.
+        weight: W.
+        largest_factor: upper bound of |W_eff / W − 1|.
     """
     if weight.device.type != "cpu" or type(weight) not in (Tensor, torch.nn.Parameter):
         return True  # reading the bound back would stall the device; there the rescue is always looked for
-    bound = _smallest_kept_weight(weight) * (1 - rule.largest_factor(factors) - _ROUNDING)
+    bound = _smallest_kept_weight(weight) * (1 - largest_factor - _ROUNDING)
     return not bound >= smallest_kept(weight.dtype)
 
 
