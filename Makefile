@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     prune, tune, merge and verify a real model (examples/quickstart.py)
-#   make test     the whole suite; `make test ARGS="-k merge"` passes options to pytest
+#   make test     the whole suite in two processes; `make test ARGS="-k merge"` passes options to pytest
 #   make lint     ruff and mypy
 #   make bench    one training step against PEFT's LoRA and HiRA, on the demo's model
 #   make clean    remove what the other targets made
@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes of the tests; the largest tests need about 4 GB each.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -31,7 +33,7 @@ demo: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

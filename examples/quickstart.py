@@ -84,17 +84,19 @@ def main(model_dir: Path, out: Path, steps: int) -> None:
     plain = AutoModelForCausalLM.from_pretrained(out / "merged")
     merged = perplexity(plain, tokenizer, held_out, window=WINDOW, progress=True)
 
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [
-        ("dense", f"{dense:.2f}"),
-        ("pruned to 2:4", f"{tuned.perplexity_before:.2f}"),
-        (f"tuned {tuned.steps} steps", f"{tuned.perplexity_after:.2f}"),
-        ("merged, reloaded", f"{merged:.2f}"),
+        ("perplexity, dense", f"{dense:.2f}"),
+        ("perplexity, pruned to 2:4", f"{tuned.perplexity_before:.2f}"),
+        (f"perplexity, tuned {tuned.steps} steps", f"{tuned.perplexity_after:.2f}"),
+        ("perplexity, merged and reloaded", f"{merged:.2f}"),
+        ("sparsity", f"{report.sparsity:.4f} ({report.pattern})"),
+        ("mask", f"verified: every zero of {len(report.tensors)} weights is where it was"),
+        ("time", f"{time_text(seconds)}, of it tuning {time_text(tuned.seconds)}"),
+        ("peak memory", byte_text(peak)),
     ]
-    print(Table(f"\nperplexity on held-out topics, window {WINDOW}", ("model", "perplexity"), tuple(rows)).text())
-    print(f"\nsparsity       {report.sparsity:.4f}, pattern {report.pattern}")
-    print(f"mask           every zero of {len(report.tensors)} weights is where it was: verified")
-    print(f"time           {time_text(time.perf_counter() - start)}, of it tuning {time_text(tuned.seconds)}")
-    print(f"peak memory    {byte_text(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}")
+    title = f"\nSmolLM2-135M; perplexity on held-out topics, window {WINDOW}"
+    print(Table(title, ("what", "result"), tuple(rows)).text())
     print(f"\npruned says:   {before!r}\ntuned says:    {sample(plain, tokenizer)!r}")
     print(f"\nwrote {out / 'merged'}")
 

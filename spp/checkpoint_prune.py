@@ -251,7 +251,7 @@ class _Work:
             size = sum(reader.tensor(key).nbytes for key in reader)
             write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
             with CheckpointReader(directory) as pruned:
-                make_certificate(pruned, base=None).write(directory)
+                make_certificate(pruned).write(directory)
         shutil.rmtree(self._folder)
 
     def _shard(self, number: int) -> str:

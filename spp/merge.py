@@ -153,7 +153,8 @@ def merge(
         _convert_model(model, dtype)
     model._spp_base = base  # type: ignore[assignment]  # spp.save_model puts it into the certificate
     logger.info("merged %d layers", len(results))
-    return MergeReport.from_layers(results, report_from_tensors(projection_weights(model)))
+    merged_others = [(name, model.get_parameter(name).detach(), -1) for name in extra]
+    return MergeReport.from_layers(results, report_from_tensors([*projection_weights(model), *merged_others]))
 
 
 def merge_tensor(

@@ -202,4 +202,5 @@ def test_a_head_that_is_named_is_merged_and_remembered() -> None:
     model.lm_head.weight.data[:, ::2] = 0
     stir(spp.wrap(model, r=4, target_modules=["lm_head", "q_proj"]))
     report = spp.merge(model)
+    assert "lm_head.weight" in report.sparsity_report.tensors
     assert "lm_head" in report.layers and model._spp_base["keys"] == ["lm_head.weight"]

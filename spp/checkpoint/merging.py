@@ -3,6 +3,7 @@
     for each shard of the base: for each tensor: read → merge and check, or copy → write → hash; then the certificate
 
 The tensors are bit for bit those of `spp.merge` in memory; what the adapter does not touch is copied byte for byte.
+Whatever the adapter holds a layer for is merged and certified, the output head too, if it was adapted by name.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def merge_checkpoint(
         MaskError: the base's zeros are not those that the adapter was trained on, or a merge would change one.
         NonFiniteError: NaN or infinity in the adapter, a projection or a result.
         CheckpointError: files are bad.
-        OutputError: `out_dir` exists, lies inside a source, or cannot be written.
+        ConfigError: `out_dir` is, contains or lies inside a source, or an option or the adapter's config is wrong.
+        OutputError: `out_dir` exists, or cannot be written.
 
     Example:
         >>> spp.merge_checkpoint("pruned-2of4", "adapter", "tuned-2of4").survived  # doctest: +SKIP
@@ -97,6 +99,7 @@ def merge_checkpoint(
             for name, keys in shards.items():
                 layout = {key: (_stored(reader, key, dtype), reader.shape(key)) for key in keys}
                 write_tensors(directory / name, layout, lambda key: job.produce(key, bar))
+        job.require_all_merged()
         carry_files(base, directory, set(shards))
         _write_index(reader, directory, dtype)
         if dtype is not None:
@@ -135,14 +138,14 @@ class _Job:
         """Yield the bytes of a tensor of the output, and keep the certificate's record of it."""
         bar.update()
         shape = self.reader.shape(key)
-        if not is_projection_key(key, len(shape)):
+        path = self.paths.get(key)
+        if path is None and not is_projection_key(key, len(shape)):
             yield from self._produce_other(key)
             return
         weight = self.reader.tensor(key)
         if not all_finite(weight):
             raise NonFiniteError(f"{key} of {self.reader.directory} holds NaN or infinity; mend the base first")
         self.base_masks[key] = mask_sha256(weight)
-        path = self.paths.get(key)
         if path is not None:
             result = self._merge(key, path, weight)
         elif _stored(self.reader, key, self.dtype) != weight.dtype:
@@ -154,6 +157,12 @@ class _Job:
             raise NonFiniteError(f"{key} overflows in {result.dtype}; merge to a wider dtype")
         self.tensors[key] = certify_tensor(result, input_axis_of(len(shape)))
         yield from tensor_bytes(result)
+
+    def require_all_merged(self) -> None:
+        """Raise an AdapterError unless every layer of the adapter was merged."""
+        left = sorted(self.layers.keys() - self.merges.keys())
+        if left:
+            raise AdapterError(f"the adapter in {self.files.source} was not merged into {', '.join(left)}")
 
     def _produce_other(self, key: str) -> Iterator[memoryview]:
         if _stored(self.reader, key, self.dtype) == self.reader.dtype(key):
@@ -171,7 +180,7 @@ class _Job:
 
     def _merge(self, key: str, path: str, weight: Tensor) -> Tensor:
         masks = self.files.base_masks
-        if masks is not None and masks.get(path) != self.base_masks[key]:
+        if masks is not None and masks.get(path, self.base_masks[key]) != self.base_masks[key]:
             self._raise_masks(masks)
         merged, self.merges[path] = merge_tensor(
             self.rule,
@@ -186,7 +195,8 @@ class _Job:
         return merged
 
     def _raise_masks(self, masks: dict[str, str]) -> None:
-        differing = sorted(p for k, p in self.paths.items() if mask_sha256(self.reader.tensor(k)) != masks.get(p))
+        recorded = {key: path for key, path in self.paths.items() if path in masks}
+        differing = sorted(p for k, p in recorded.items() if mask_sha256(self.reader.tensor(k)) != masks[p])
         raise MaskError(
             f"the zeros of {self.reader.directory} are not those that the adapter in {self.files.source} was trained "
             f"on in {len(differing)} layers: {', '.join(differing)}. It belongs to "
@@ -205,7 +215,12 @@ def _match(reader: CheckpointReader, files: AdapterFiles) -> dict[str, str]:
     rule = get_rule(files.config.rule)
     layers = files.layers()
     paths: dict[str, str] = {}
-    problems = [f"{path}: the adapter lacks it" for path in (files.base_masks or {}).keys() - layers.keys()]
+    masks = files.base_masks or {}
+    unknown = sorted(layers.keys() - masks.keys())
+    if unknown:
+        which = "" if files.base_masks is None else f" in {', '.join(unknown)}"
+        logger.warning("%s does not say which zeros it was trained on%s; they are not checked", files.source, which)
+    problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
     for path, params in layers.items():
         key = f"{path}.weight"
         if key not in reader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import nn
 
 from spp.certificate import BaseRecord, Certificate, SparsityReport, certify_tensor, input_axis_of
 from spp.checkpoint.sources import checkpoint_directory, open_source, projection_keys
-from spp.checkpoint.verifying import compare, require_same_masks
-from spp.errors import ConfigError, NonFiniteError, SPPWarning, WrapError
+from spp.checkpoint.verifying import compare, pruned_matrices, require_same_masks
+from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
 from spp.files import CheckpointReader, atomic_directory, content_crc32, content_sha256, mask_sha256
 from spp.inject import is_wrapped
 from spp.patterns import all_finite
@@ -26,7 +27,8 @@ def save_model(
 ) -> Path:
     """Write a plain Hugging Face checkpoint and its certificate; the directory appears whole or not at all.
 
-    The certificate is made from the files as they were written, whose masks must be those in memory.
+    The certificate is made from the files as they were written, whose masks must be those in memory. Its tensors are
+    the projections, and whatever else `spp.merge` merged into (an output head that was adapted by name).
 
     Args:
         model: a transformers model that is not wrapped.
@@ -58,13 +60,15 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         with open_source(model) as memory, CheckpointReader(directory) as reader:
-            certificate = make_certificate(reader, base=None)
-            written = certificate.tensors.keys() & memory.axes.keys()
+            base = getattr(model, "_spp_base", None) or {}
+            keys = {*memory.axes, *base.get("keys", ())}
+            certificate = make_certificate(reader, also=base.get("keys", ()))
+            written = [key for key in certificate.tensors if memory.axis(key) is not None]
             changed = [key for key in written if mask_sha256(memory.get(key)) != certificate.tensors[key].mask_sha256]
             if changed:
                 with open_source(directory) as disk:
                     require_same_masks(compare(memory, disk, sorted(changed)), memory.name, str(dir))
-        _with_base(certificate, getattr(model, "_spp_base", None)).write(directory)
+        _with_base(certificate, base, keys).write(directory)
     logger.info("saved the model to %s", dir)
     return Path(dir)
 
@@ -73,6 +77,9 @@ def certify(
     dir: str | os.PathLike[str], base: str | os.PathLike[str] | nn.Module | None = None, *, deep: bool = False
 ) -> SparsityReport:
     """Write sparsity.json into a checkpoint directory, in place of one that is there.
+
+    Its tensors are the projections, with what else a certificate that is there names, and with the other matrices of
+    `base` (not embeddings) of which a tenth or more is zero.
 
     Args:
         dir: a checkpoint of safetensors files.
@@ -90,11 +97,16 @@ def certify(
     """
     directory = checkpoint_directory(dir)
     record = None
+    also = _named_before(directory)
+    if base is not None:
+        with open_source(base) as before:
+            also |= set(pruned_matrices(before))
     with CheckpointReader(directory) as reader:
-        certificate = make_certificate(reader, base=None, deep=deep)
+        certificate = make_certificate(reader, deep=deep, also=also)
     if base is not None:
         with open_source(base) as before, open_source(directory) as after:
-            require_same_masks(compare(before, after), before.name, after.name)
+            keys = {*before.axes, *also, *certificate.tensors}
+            require_same_masks(compare(before, after, keys), before.name, after.name)
         name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
         name = name if isinstance(base, nn.Module) else os.fspath(base)
         record = BaseRecord(name, certificate.fingerprint())  # same keys, same masks: the base's fingerprint too
@@ -103,13 +115,19 @@ def certify(
     return certificate.report()
 
 
-def make_certificate(reader: CheckpointReader, base: BaseRecord | None, *, deep: bool = False) -> Certificate:
-    """Return the certificate of a checkpoint's files.
+def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Collection[str] = ()) -> Certificate:
+    """Return the certificate of a checkpoint's files, which names no base.
+
+    Args:
+        reader: of the files.
+        deep: with the sha256 of every tensor's contents.
+        also: keys of matrices that are to be among its tensors, besides the projections; others are passed over.
 
     Raises:
         NonFiniteError: projection weights hold NaN or infinity; all are named.
     """
-    projections = projection_keys(reader)
+    matrices = {k for k in also if k in reader and len(reader.shape(k)) == 2 and reader.dtype(k).is_floating_point}
+    projections = sorted({*projection_keys(reader), *matrices})
     bad = [key for key in projections if not all_finite(reader.tensor(key))]
     if bad:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: a checkpoint like that gets no certificate")
@@ -117,14 +135,36 @@ def make_certificate(reader: CheckpointReader, base: BaseRecord | None, *, deep:
     return Certificate(
         tensors={key: certify_tensor(reader.tensor(key), input_axis_of(len(reader.shape(key)))) for key in projections},
         other={key: content_crc32(reader.tensor(key)) for key in others},
-        base=base,
+        base=None,
         content_sha256={key: content_sha256(reader.tensor(key)) for key in reader} if deep else None,
     )
 
 
-def _with_base(certificate: Certificate, base: Any) -> Certificate:
-    """Add what the model was merged into, if its zeros still are what they were then."""
+def _named_before(directory: Path) -> set[str]:
+    """Return the keys of the tensors of a certificate that is there and can be read."""
+    try:
+        return set(Certificate.read(directory).tensors)
+    except CheckpointError:
+        return set()
+
+
+def _with_base(certificate: Certificate, base: Mapping[str, Any], keys: Set[str]) -> Certificate:
+    """Add what the model was merged into, if its zeros still are what they were then.
+
+    Args:
+        certificate: of the files.
+        base: what `spp.merge` recorded of the pruned model; empty if it never ran.
+        keys: the parameters that the fingerprint in `base` covers.
+    """
     if not base:
+        return certificate
+    if certificate.tensors.keys() != keys:
+        strange = sorted(certificate.tensors.keys() ^ keys)
+        logger.warning(
+            "the certificate names no base: memory and disk name tensors differently (%s, …), so that the masks on "
+            "disk cannot be compared with the fingerprint of the base in memory",
+            strange[0],
+        )
         return certificate
     if certificate.fingerprint() != base["fingerprint"]:
         warnings.warn(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from spp.certificate import input_axis_of
@@ -18,20 +20,28 @@ from spp.targets import is_projection_key, projection_weights
 
 ModelOrPath = nn.Module | str | os.PathLike[str]
 
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|(?!embed_out\.)[^.]*embed[^.]*)\.[^.]*$")
+
 
 @dataclass(frozen=True)
 class Source:
-    """The projection weights of a model or a checkpoint.
+    """The projection weights of a model or a checkpoint, and its other matrices.
 
     Attributes:
         name: for messages.
-        axes: {name of a weight: its input axis}, in the order of the model, or sorted.
+        axes: {name of a projection weight: its input axis}, in the order of the model, or sorted.
+        matrices: the same of the other 2-D floating weights but embeddings: an output head, routers.
         get: returns the weight of a name; from a directory, mapped from its file.
     """
 
     name: str
     axes: dict[str, int]
+    matrices: dict[str, int]
     get: Callable[[str], Tensor]
+
+    def axis(self, key: str) -> int | None:
+        """Return the input axis of a weight of either kind; None for a name that is not here."""
+        return self.axes.get(key, self.matrices.get(key))
 
 
 def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "model") -> Path:
@@ -45,9 +55,15 @@ def projection_keys(reader: CheckpointReader) -> list[str]:
     return [key for key in reader if is_projection_key(key, len(reader.shape(key)))]
 
 
+def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
+    """Whether a key names a 2-D floating weight that is neither a projection by its name nor an embedding."""
+    wanted = ndim == 2 and dtype.is_floating_point and key.endswith(".weight")
+    return wanted and not is_projection_key(key, ndim) and not _EMBEDDING.search(key)
+
+
 @contextlib.contextmanager
 def open_source(what: ModelOrPath) -> Iterator[Source]:
-    """Give the projection weights of a model (of a wrapped one, its frozen base weights) or of a directory or hub id.
+    """Give the weights of a model (of a wrapped one, its frozen base weights) or of a directory or hub id.
 
     Raises:
         CheckpointError: the directory is none, or its files are bad.
@@ -58,8 +74,10 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         empty = sorted(name for name, (weight, _) in weights.items() if weight.is_meta)
         if empty:
             raise ConfigError(f"the model is on the meta device and has no values, such as {empty[0]}; load it first")
-        name = f"the {type(what).__name__}"
-        yield Source(name, {k: axis for k, (_, axis) in weights.items()}, lambda key: weights[key][0])
+        name, axes = f"the {type(what).__name__}", {k: axis for k, (_, axis) in weights.items()}
+        others = {n: p for n, p in what.named_parameters() if is_other_matrix(n, p.ndim, p.dtype) and not p.is_meta}
+        weights |= {n: (p.detach(), 1) for n, p in others.items()}
+        yield Source(name, axes, dict.fromkeys(others, 1), lambda key: weights[key][0])
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
@@ -68,4 +86,5 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         axes = {key: input_axis_of(len(reader.shape(key))) for key in projection_keys(reader)}
         if not axes:
             raise CheckpointError(f"{directory} holds no projection weight; is it a language model's checkpoint?")
-        yield Source(str(directory), axes, reader.tensor)
+        keys = [k for k in reader if is_other_matrix(k, len(reader.shape(k)), reader.dtype(k))]
+        yield Source(str(directory), axes, dict.fromkeys(keys, 1), reader.tensor)

@@ -22,6 +22,8 @@ from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError
 from spp.files import CheckpointReader, content_sha256
 from spp.patterns import all_finite, count_kept, pack_bits
 
+PRUNED_FROM = 0.1  # the fraction of zeros from which a matrix that is no projection by its name counts as pruned
+
 
 def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
     """Count the zeros of every projection weight.
@@ -46,6 +48,9 @@ def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
 def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False) -> SparsityReport:
     """Check a checkpoint against its certificate, or that two models have the same zeros in every projection.
 
+    Two models are compared in all projections, and in every other matrix of `before` (such as an output head; not an
+    embedding) of which a tenth or more is zero. A certificate names its tensors: the projections, and what was merged.
+
     Args:
         before: with `after` a model, a directory or a hub id (of a wrapped model, its frozen weights count); alone, a
             directory with a certificate.
@@ -53,7 +58,7 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
         deep: compare the sha256 of contents too (needs a certificate that was made with deep=True).
 
     Returns:
-        The report on `after`, or on the directory.
+        The report on what was compared of `after`, or on what the certificate names.
 
     Raises:
         MaskError: zeros differ; every differing tensor is listed, sorted, with what became non-zero and zero.
@@ -68,8 +73,10 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
         if deep:
             raise ConfigError("deep=True compares a directory with its certificate; it needs one argument, not two")
         with open_source(before) as one, open_source(after) as other:
-            require_same_masks(compare(one, other), one.name, other.name)
-            return report_from_tensors((name, other.get(name), axis) for name, axis in other.axes.items())
+            pruned = pruned_matrices(one)
+            require_same_masks(compare(one, other, {*one.axes, *other.axes, *pruned}), one.name, other.name)
+            axes = other.axes | {key: other.matrices[key] for key in pruned}
+            return report_from_tensors((name, other.get(name), axis) for name, axis in axes.items())
     if isinstance(before, nn.Module):
         raise ConfigError(
             "a model in memory has no certificate; pass what to compare it with: spp.verify(before, after)"
@@ -86,12 +93,21 @@ class Difference:
     finite: bool = True
 
 
-def compare(before: Source, after: Source, keys: Iterable[str] | None = None) -> list[Difference]:
-    """Return where the zeros of projections differ, sorted by name; also what is missing, misshapen or not finite."""
+def pruned_matrices(source: Source) -> list[str]:
+    """Return the matrices besides the projections of which a tenth or more is zero, such as a pruned output head."""
+
+    def is_pruned(t: Tensor) -> bool:
+        return t.numel() > 0 and t.numel() - count_kept(pack_bits(t)) >= PRUNED_FROM * t.numel()
+
+    return [key for key in source.matrices if is_pruned(source.get(key))]
+
+
+def compare(before: Source, after: Source, keys: Iterable[str]) -> list[Difference]:
+    """Return where the zeros of these weights differ, sorted; also what is missing, misshapen or not finite."""
     differences = []
-    for key in sorted(keys if keys is not None else before.axes.keys() | after.axes.keys()):
-        if key not in before.axes or key not in after.axes:
-            differences.append(Difference(key, f"only in {(after if key in after.axes else before).name}"))
+    for key in sorted(keys):
+        if before.axis(key) is None or after.axis(key) is None:
+            differences.append(Difference(key, f"only in {(before if after.axis(key) is None else after).name}"))
             continue
         one, other = before.get(key), after.get(key)
         if one.shape != other.shape:

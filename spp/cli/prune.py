@@ -43,6 +43,7 @@ def run(
     """
     from spp.calibrate import prune
     from spp.checkpoint import save_model
+    from spp.errors import CheckpointError
     from spp.files.hub import local_directory
     from spp.report import prune_table
     from spp.training.loading import load_model, load_tokenizer
@@ -53,7 +54,13 @@ def run(
     with console.step(f"loading {model}"):
         directory = local_directory(model, "model")
         loaded = load_model(directory, console.pick_dtype(dtype)).to(where)
-        tokenizer = load_tokenizer(directory)
+        try:
+            tokenizer = load_tokenizer(directory)
+        except CheckpointError as error:
+            if calibration is not None:
+                raise
+            tokenizer = None
+            console.note(f"no tokenizer is saved: {str(error).splitlines()[0]}")
     with console.step(f"pruning by {method} to {pattern}"):
         report = prune(
             loaded,

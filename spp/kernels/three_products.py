@@ -29,6 +29,7 @@ from spp.errors import GradientError
 from spp.kernels.autocast import autocast_dtype, no_autocast
 from spp.kernels.blocks import col_step, product_dtype, row_step, slices
 from spp.kernels.dropout import draw_dropout, unpack_bits
+from spp.kernels.products import input_product, linear_product
 from spp.kernels.vanishing import may_vanish
 from spp.kernels.workspace import workspace
 from spp.rules.base import Rule
@@ -162,7 +163,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params:
         operand = rows_2d.to(dtype)
         if step >= m:
             block = _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, call.vanish)
-            y = F.linear(operand, block, bias if bias is None else bias.to(dtype))
+            y = linear_product(operand, block, bias if bias is None else bias.to(dtype))
         else:
             y = torch.empty(rows_2d.shape[0], m, dtype=dtype, device=x.device)
             for rows in slices(m, step):
@@ -187,20 +188,24 @@ def _backward(
     factors = rule.prepare(params, call.scaling, m, arithmetic)
     dtype = product_dtype(x.dtype, x.device)
     dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
-    d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=x.device) if call.needs_x else None
+    mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
+    keep_scale = 1.0 / (1.0 - call.dropout)
     step = col_step(m, n)
+    one_block = step >= n
+    d_x = None
+    if call.needs_x and one_block and mask is None:
+        d_x = input_product(dy_2d, _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, call.vanish))
+    elif call.needs_x:
+        d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=x.device)
     totals = rule.empty_grads(factors, needs_params)
-    accumulate = step < n  # with several blocks; a single one writes its sums at once
-    if accumulate:
+    if not one_block:  # a single one writes its sums at once
         for total in totals:
             if total is not None:
                 total.zero_()
-    mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
-    keep_scale = 1.0 / (1.0 - call.dropout)
     x_2d = x.reshape(dy_2d.shape[0], n)
     for cols in slices(n, step):
         block = weight[:, cols]
-        if d_x is not None:
+        if d_x is not None and not (one_block and mask is None):
             part = d_x[:, cols]
             if mask is None:
                 torch.mm(dy_2d, _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, call.vanish), out=part)
@@ -216,7 +221,7 @@ def _backward(
             torch.mm(dy_2d.t(), operand, out=gradient)
             if dtype != arithmetic:
                 gradient = workspace("gradient", gradient.shape, arithmetic, x.device).copy_(gradient)
-            rule.reduce(block, factors, WHOLE, cols, gradient, totals, accumulate=accumulate)
+            rule.reduce(block, factors, WHOLE, cols, gradient, totals, accumulate=not one_block)
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
     return d_x if d_x is None else d_x.to(x.dtype).view(x.shape), d_params
 

@@ -1,4 +1,6 @@
-"""Which checkpoints of a run are whole: a marker file, written last, lists every other file and its size.
+"""Writing the checkpoints of a run, and which of them are whole.
+
+A marker file, written last, lists every other file and its size.
 
 transformers writes checkpoint-N in place, so a kill leaves half a folder that looks like a whole one. Here a folder
 counts only with its marker, and only while every file that the marker lists is there at its full size.
@@ -12,11 +14,51 @@ import shutil
 import warnings
 from pathlib import Path
 
+from torch import nn
+
+from spp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from spp.adapters import write_adapter
 from spp.errors import CheckpointError, SPPWarning
-from spp.files import read_json, write_json
+from spp.files import output_error, read_json, recover, write_json
+from spp.files.leftovers import make_temporary
 
 MARKER_NAME = "spp_complete.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def replace_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter into a directory that holds other things too, in place of one that is there.
+
+    Both files are made whole beside the old ones, and then renamed. A kill leaves the old adapter, the new one, or,
+    where their configs differ, weights without a config, which are refused: never half a file, never a mixture.
+
+    Args:
+        model: wrapped.
+        directory: is made where it is missing.
+
+    Raises:
+        NonFiniteError: the adapter holds NaN or infinity.
+        OutputError: the directory cannot be written.
+    """
+    directory = Path(directory)
+    weights, config = directory / WEIGHTS_NAME, directory / CONFIG_NAME
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        recover(weights)  # what a killed process left
+        folder, lock = make_temporary(weights, directory=True)
+        try:
+            write_adapter(model, folder)
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                _sync(folder / name)
+            if config.exists() and config.read_bytes() != (folder / CONFIG_NAME).read_bytes():
+                config.unlink()
+            os.replace(folder / WEIGHTS_NAME, weights)
+            os.replace(folder / CONFIG_NAME, config)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    except OSError as error:
+        raise output_error(error, directory) from error
 
 
 def mark_complete(directory: str | Path, step: int) -> None:

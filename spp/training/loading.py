@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from spp.errors import CheckpointError
+from spp.files.hub import local_directory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,10 +25,13 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    directory = local_directory(name, "model")
     try:
-        return AutoModelForCausalLM.from_pretrained(os.fspath(name), dtype=_DTYPES.get(dtype, dtype))
-    except Exception as error:  # OSError, ValueError, KeyError, those of safetensors and of the HTTP client
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype))
+    except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
+    model.config._name_or_path = os.fspath(name)  # a hub id, not its folder in the cache: adapters name their base
+    return model
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
@@ -42,20 +45,16 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoTokenizer
 
+    directory = local_directory(name, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(name))
+        return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # as above
         raise _error("tokenizer", name, error) from error
 
 
 def _error(what: str, name: str | os.PathLike[str], error: Exception) -> CheckpointError:
     reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    if Path(name).is_dir():
-        place, remedy = (
-            "from the directory",
-            "is it a Hugging Face checkpoint (config.json, *.safetensors, tokenizer files)?",
-        )
-    else:
-        place = "as a hub id, for there is no such directory here,"
-        remedy = "check the spelling; a download needs the network, and a private or gated model a login"
-    return CheckpointError(f"cannot load the {what} {os.fspath(name)} {place}: {reason}\n{remedy}")
+    return CheckpointError(
+        f"cannot load the {what} from {os.fspath(name)}: {reason}\n"
+        f"is it a Hugging Face checkpoint (config.json, *.safetensors, tokenizer files)?"
+    )

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.adapters import base_masks, load_adapter, write_adapter
+from spp.adapters import base_masks, load_adapter
 from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.files import output_error
 from spp.inject import adapter_layers, adapter_parameters, is_wrapped
 from spp.patterns import nonzero_mask
-from spp.training.checkpoints import last_complete, mark_complete, require_complete, rotate, unmark
+from spp.training.checkpoints import last_complete, mark_complete, replace_adapter, require_complete, rotate, unmark
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +147,7 @@ class SPPTrainer(Trainer):
         if not self.args.should_save:
             return
         self.check_masks()
-        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_adapter(self._bare_model(), directory)
+        replace_adapter(self._bare_model(), output_dir if output_dir is not None else str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))

@@ -222,6 +222,23 @@ def test_a_small_update_is_reported(tmp_path: Path) -> None:
     verify(base, tmp_path / "out")
 
 
+def test_a_layer_of_unknown_zeros_is_merged_with_a_warning(
+    base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = adapter / "adapter_config.json"
+    config = read_json(path, "config")
+    del config["base_masks"]["model.layers.0.self_attn.q_proj"]
+    write_json(path, config)
+    with caplog.at_level("WARNING", logger="spp"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert "which zeros it was trained on in model.layers.0.self_attn.q_proj;" in caplog.text
+    in_memory(base, adapter, tmp_path / "expected")
+    assert same_tensors(tmp_path / "out", tmp_path / "expected")
+    rewrite(base, {UP1: grown(tensors_of(base)[UP1])})
+    with pytest.raises(MaskError, match=r"in 1 layers: model\.layers\.1\.mlp\.up_proj"):
+        merge_checkpoint(base, adapter, tmp_path / "other")
+
+
 # What must fail, and leave everything as it was.
 
 

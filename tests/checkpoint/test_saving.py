@@ -77,6 +77,23 @@ def test_a_merged_model_that_was_changed_names_no_base(tmp_path: Path) -> None:
     verify(tmp_path / "out")
 
 
+def test_names_that_differ_on_disk_are_no_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = wrapped_model()
+    spp.merge(model)
+    real = model.save_pretrained
+
+    def renaming(folder: Path) -> None:
+        real(folder)
+        rewrite(folder, {Q0: None, Q0.replace("q_proj", "query_proj"): model.get_parameter(Q0).detach()})
+
+    model.save_pretrained = renaming
+    with caplog.at_level("WARNING", logger="spp"):
+        save_model(model, tmp_path / "out")  # and no warning that it was changed
+    assert "memory and disk name tensors differently" in caplog.text
+    assert Certificate.read(tmp_path / "out").base is None
+    verify(tmp_path / "out")
+
+
 def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WrapError, match=r"spp\.save_adapter.*spp\.merge"):
         save_model(wrapped_model(), tmp_path / "out")

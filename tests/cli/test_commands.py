@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,18 @@ def test_prune_by_magnitude(spp: Call, dense: Path, tmp_path: Path) -> None:
     weight = load_file(output / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal((weight != 0).view(weight.shape[0], -1, 4).sum(-1), torch.ones(64, 16, dtype=torch.long))
     ok(spp("verify", output))
+
+
+def test_prune_without_a_tokenizer(spp: Call, dense: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
+    bare, output = tmp_path / "bare", tmp_path / "pruned"
+    shutil.copytree(dense, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_template*"))
+    assert "no tokenizer is saved" in ok(spp("prune", bare, output, "--method", "magnitude")).err
+    assert not list(output.glob("tokenizer*"))
+    ok(spp("merge", output, adapter, tmp_path / "merged"))
+    refused = spp("prune", bare, tmp_path / "other", "--calibration", text, *WANDA)
+    assert refused.code == 1 and f"cannot load the tokenizer from {bare}" in refused.err
+    refused = spp("prune", bare, tmp_path / "other")
+    assert refused.code == 1 and "calibration" in refused.err
 
 
 def test_prune_by_wanda(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from spp.errors import GradientError
 from spp.functional import effective_weight, spp_linear
 from spp.kernels import blocks, release_workspace, workspace_bytes
+from spp.kernels.products import linear_product
 from tests.layers import SHAPES, Case, make_case
 from tests.tolerances import ROUNDING, assert_matches, assert_same_bits
 
@@ -106,7 +107,7 @@ def test_forward_multiplies_by_the_effective_weight_bit_for_bit() -> None:
         merged = effective_weight(case.weight, case.alpha, case.beta, 2.0)
         has = blocks.cpu_has_products(dtype)
         expected = (
-            torch.nn.functional.linear(case.x, merged, case.bias)
+            linear_product(case.x, merged, case.bias)
             if has
             else torch.nn.functional.linear(case.x.float(), merged.float(), case.bias.float()).to(dtype)  # type: ignore[union-attr]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 
 import spp
 from spp.adapters import adapter_state_dict, base_masks, load_adapter, save_adapter
-from spp.errors import AdapterError, CheckpointError, ConfigError, MaskError, SPPWarning, WrapError
+from spp.errors import AdapterError, CheckpointError, ConfigError, MaskError, OutputError, SPPWarning, WrapError
 from spp.inject import adapter_layers
 from spp.training import SPPTrainer
 from spp.training.checkpoints import MARKER_NAME, last_complete, mark_complete, rotate, why_incomplete
@@ -157,6 +158,71 @@ def test_save_model_writes_the_adapter(tmp_path: Path) -> None:
     assert set(bytes_of(tmp_path / "out")) == {"adapter_config.json", "adapter_model.safetensors"}
     save_adapter(made.model, tmp_path / "saved")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "saved")
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Make a function of `spp.training.checkpoints`, or of its `os`, fail at one of its calls."""
+    from spp.training import checkpoints
+
+    where = checkpoints.os if name == "replace" else checkpoints
+    real, calls = getattr(where, name), iter(range(100))
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+@pytest.mark.parametrize(("name", "call"), [("_sync", 0), ("_sync", 1), ("replace", 0)])
+def test_a_save_that_fails_leaves_the_old_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
+) -> None:
+    made, out = trainer(tmp_path), tmp_path / "out"
+    made.save_model(str(out))
+    (out / "notes.txt").write_text("mine")
+    before = bytes_of(out)
+    with torch.no_grad():
+        for parameter in spp.adapter_parameters(made.model):
+            parameter.fill_(0.5)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="disk is full"):
+        fail_at(patch, name, call)
+        made.save_model(str(out))
+    assert bytes_of(out) == before and len(list(out.iterdir())) == 3
+    load_adapter(pruned(), out)
+    made.save_model(str(out))
+    assert all((t == 0.5).all() for t in adapter_of(load_adapter(pruned(), out)).values())
+    assert (out / "notes.txt").read_text() == "mine" and len(list(out.iterdir())) == 3
+
+
+@pytest.mark.parametrize("same_config", [True, False])
+def test_a_save_cut_off_between_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_config: bool) -> None:
+    out = tmp_path / "out"
+    trainer(tmp_path, wrapped(scaling=2.0)).save_model(str(out))
+    second = trainer(tmp_path, wrapped(scaling=2.0 if same_config else 3.0))
+    with torch.no_grad():
+        for parameter in spp.adapter_parameters(second.model):
+            parameter.fill_(0.5)
+    with monkeypatch.context() as patch, pytest.raises(OutputError):
+        fail_at(patch, "replace", 1)
+        second.save_model(str(out))
+    if same_config:  # what is there is the new adapter
+        found = adapter_of(load_adapter(pruned(), out))
+        assert all(torch.equal(found[key], t) for key, t in adapter_of(second.model).items())
+    else:
+        with pytest.raises(CheckpointError, match="missing"):
+            load_adapter(pruned(), out)
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
+    made, out = trainer(tmp_path), tmp_path / "out"
+    made.save_model(str(out))
+    left = out / ".adapter_model.safetensors.spp-tmp-0123456789ab"
+    left.mkdir()
+    (left / "adapter_model.safetensors").write_text("half")
+    made.save_model(str(out))
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

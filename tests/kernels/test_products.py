@@ -1,0 +1,36 @@
+"""Both vendors' products are the product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spp.kernels import products
+from tests.tolerances import assert_matches
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize(("rows", "m", "n"), [(5, 7, 3), (1, 64, 48), (0, 4, 2), (33, 1, 17)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_match_float64(
+    rows: int, m: int, n: int, dtype: torch.dtype, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if faster and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: faster)
+    generator = torch.Generator().manual_seed(0)
+    x, dy, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, n), (rows, m), (m, n), (m,))
+    )
+    for given in (weight, weight.t().contiguous().t()):
+        for b in (bias, None):
+            found = products.linear_product(*(t if t is None else t.to(dtype) for t in (x, given, b)))
+            assert_matches(found, torch.nn.functional.linear(x, weight, b), dtype)
+        assert_matches(products.input_product(dy.to(dtype), given.to(dtype)), dy @ weight, dtype)
+
+
+def test_the_choice_survives_a_machine_that_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    products.onednn_is_faster.cache_clear()
+    monkeypatch.setattr(products, "_CPUINFO", tmp_path / "missing")  # type: ignore[operator]
+    assert products.onednn_is_faster() is False
+    products.onednn_is_faster.cache_clear()
