@@ -9,9 +9,8 @@ from pathlib import Path
 # Before anything imports huggingface_hub: an id that is no directory fails at once instead of being looked for.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several processes share the cores: one thread each, theirs and their children's
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores: one thread each, and for what they start.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
