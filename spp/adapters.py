@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spp.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
 from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError
-from spp.files import atomic_directory, mask_sha256, save_tensors, write_json
+from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
 from spp.inject import adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
 from spp.rules import get_rule
 from spp.targets import resolve_targets
@@ -58,6 +58,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         OutputError: the directory exists, or cannot be written.
     """
     check_finite(model)
+    require_replaceable(path)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
     return Path(path)

@@ -60,7 +60,7 @@ class TensorSparsity:
     valid: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparsityReport:
     """The zeros of a model's projections.
 
@@ -73,6 +73,9 @@ class SparsityReport:
     sparsity: float
     pattern: str
     tensors: dict[str, TensorSparsity]
+
+    def __repr__(self) -> str:
+        return f"SparsityReport({len(self.tensors)} tensors, pattern {self.pattern}, sparsity {self.sparsity:.4f})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

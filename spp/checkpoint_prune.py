@@ -32,6 +32,7 @@ from spp.calibrate.model import (
     Patterns,
     check_ids,
     check_layer,
+    common_inputs,
     describe,
     fitting_seqlen,
     resolve_patterns,
@@ -43,7 +44,15 @@ from spp.checkpoint.merging import carry_files, refuse_overlap
 from spp.checkpoint.saving import make_certificate
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import CheckpointError, ConfigError, OutputError, OutputExistsError
-from spp.files import CheckpointReader, atomic_directory, atomic_file, read_json, save_tensors, write_json
+from spp.files import (
+    CheckpointReader,
+    atomic_directory,
+    atomic_file,
+    read_json,
+    require_replaceable,
+    save_tensors,
+    write_json,
+)
 from spp.files.atomic import output_error
 from spp.files.reader import INDEX
 from spp.patterns import Pattern
@@ -104,13 +113,14 @@ def prune_checkpoint(
         raise ConfigError(f'method {method!r} needs calibration data: pass calibration=, or method="magnitude"')
     source, target = checkpoint_directory(directory), Path(os.path.realpath(out))
     refuse_overlap(target, source, "the model")
+    require_replaceable(target)
     if target.exists() and not overwrite:
         raise OutputExistsError(f"{target} exists already; choose another path, or pass overwrite=True (--overwrite)")
     model = _skeleton(source)
     layers = dict(resolve_targets(model, target_modules, exclude_modules))
     patterns = resolve_patterns(layers, pattern)
     for path, layer in layers.items():
-        patterns[path].require_fit(layer.get_parameter("weight").shape[1], path)
+        patterns[path].require_fit(layer.get_parameter("weight").shape[1], path, common=common_inputs(layers))
     warn_of_experts(model)
     root, blocks = find_blocks(model, list(layers))
     windows = torch.empty(0, 0, dtype=torch.int64)

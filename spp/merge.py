@@ -51,7 +51,7 @@ class LayerMerge:
     update_norm: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
     """What a merge did: per layer by module path, over all, and the sparsity of the result."""
 
@@ -74,6 +74,10 @@ class MergeReport:
                 stacklevel=3,
             )
         return cls(layers, survived, sparsity_report)
+
+    def __repr__(self) -> str:
+        found = f"{len(self.layers)} layers, survived {self.survived:.4f}, rescued {self.rescued}"
+        return f"MergeReport({found}, pattern {self.sparsity_report.pattern})"
 
     @property
     def kept(self) -> int:

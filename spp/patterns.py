@@ -123,11 +123,16 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.is_nm else repr(self.fraction)
 
-    def require_fit(self, inputs: int, where: str = "the weight") -> None:
-        """Raise PatternError, offering the nearest pattern that fits, unless `inputs` splits into whole groups."""
+    def require_fit(self, inputs: int, where: str = "the weight", *, common: int | None = None) -> None:
+        """Raise PatternError, offering the nearest pattern that fits, unless `inputs` splits into whole groups.
+
+        Args:
+            inputs: the input dimension; where: whose, for the message.
+            common: what the pattern that is offered has to divide; None for `inputs`.
+        """
         if self.group is None or inputs % self.group == 0:
             return
-        nearest = _nearest_fit(self, inputs)
+        nearest = _nearest_fit(self, common or inputs)
         ways = f'the nearest that fits is "{nearest}", or prune' if nearest else "prune"
         raise PatternError(
             f"pattern {self} needs an input dimension that {self.group} divides; {where} has {inputs}: "

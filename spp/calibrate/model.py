@@ -9,6 +9,7 @@ states exist at a time.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -95,12 +96,12 @@ def prune(
         who = f"method {method!r}" if chosen.calibrated else "owl="
         raise ConfigError(
             f"{who} needs calibration data: pass calibration= token ids (k, L), a list of texts, or the path of a text "
-            f'or JSONL file (with tokenizer=); method="magnitude" alone needs none'
+            f'or JSONL file (with tokenizer=; spp prune: --calibration FILE); method="magnitude" alone needs none'
         )
     layers = dict(resolve_targets(model, target_modules, exclude_modules))
     patterns = resolve_patterns(layers, pattern)
     for path, layer in layers.items():
-        check_layer(path, layer, patterns[path])
+        check_layer(path, layer, patterns[path], common_inputs(layers))
     warn_of_experts(model)
     windows = torch.empty(0, 0, dtype=torch.int64)
     if calibration is not None:
@@ -205,7 +206,12 @@ def _owl_patterns(
     }
 
 
-def check_layer(path: str, layer: nn.Module, pattern: Pattern) -> None:
+def common_inputs(layers: Mapping[str, nn.Module]) -> int:
+    """Return the greatest common divisor of the input dimensions: a group that divides it fits every layer."""
+    return math.gcd(*(int(layer.get_parameter("weight").shape[1]) for layer in layers.values()))
+
+
+def check_layer(path: str, layer: nn.Module, pattern: Pattern, common: int | None = None) -> None:
     """Raise what speaks against pruning a layer: quantized, not in memory, does not fit the pattern, not finite."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -216,7 +222,7 @@ def check_layer(path: str, layer: nn.Module, pattern: Pattern) -> None:
         )
     if weight.device.type == "meta":
         raise ConfigError(f"{path}.weight is not in memory (meta device): load the model without offloading")
-    pattern.require_fit(weight.shape[1], path)
+    pattern.require_fit(weight.shape[1], path, common=common)
     if not all_finite(weight):
         raise NonFiniteError(f"{path}.weight holds NaN or infinity; nothing was pruned")
 

@@ -34,7 +34,16 @@ from spp.certificate import (
 )
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError
-from spp.files import CheckpointReader, atomic_directory, dtype_name, mask_sha256, read_json, write_json, write_tensors
+from spp.files import (
+    CheckpointReader,
+    atomic_directory,
+    dtype_name,
+    mask_sha256,
+    read_json,
+    require_replaceable,
+    write_json,
+    write_tensors,
+)
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
 from spp.files.reader import INDEX, require_inside
@@ -92,6 +101,7 @@ def merge_checkpoint(
     base, files = checkpoint_directory(base_dir), read_adapter(Path(adapter_dir))
     refuse_overlap(Path(out_dir), base, "the base")
     refuse_overlap(Path(out_dir), files.source, "the adapter")
+    require_replaceable(out_dir)
     with atomic_directory(out_dir, overwrite=overwrite) as directory, CheckpointReader(base) as reader:
         job = _Job(reader, files, _match(reader, files), dtype, rounding, draw_seed(rounding, seed))
         shards = reader.shards()

@@ -15,7 +15,14 @@ from spp.certificate import BaseRecord, Certificate, SparsityReport, certify_ten
 from spp.checkpoint.sources import checkpoint_directory, open_source, projection_keys
 from spp.checkpoint.verifying import compare, pruned_matrices, require_same_masks
 from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
-from spp.files import CheckpointReader, atomic_directory, content_crc32, content_sha256, mask_sha256
+from spp.files import (
+    CheckpointReader,
+    atomic_directory,
+    content_crc32,
+    content_sha256,
+    mask_sha256,
+    require_replaceable,
+)
 from spp.inject import is_wrapped
 from spp.patterns import all_finite
 
@@ -55,6 +62,7 @@ def save_model(
         )
     if not hasattr(model, "save_pretrained"):
         raise ConfigError(f"a {type(model).__name__} has no save_pretrained; spp.save_model saves transformers models")
+    require_replaceable(dir)
     with atomic_directory(dir, overwrite=overwrite) as directory:
         model.save_pretrained(directory)  # type: ignore[operator]  # nn.Module says every attribute may be a tensor
         if tokenizer is not None:
@@ -69,6 +77,9 @@ def save_model(
                 with open_source(directory) as disk:
                     require_same_masks(compare(memory, disk, sorted(changed)), memory.name, str(dir))
         _with_base(certificate, base, keys).write(directory)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "_name_or_path"):
+        config._name_or_path = os.fspath(dir)  # what an adapter trained from here on belongs to
     logger.info("saved the model to %s", dir)
     return Path(dir)
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
+from spp.files import require_replaceable
 from spp.report import Table, time_text
 
 
@@ -129,6 +130,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
+    require_replaceable(path)
 
 
 def read_text_file(path: Path) -> str:

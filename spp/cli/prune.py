@@ -43,6 +43,7 @@ def run(
     """
     from spp.calibrate import prune
     from spp.checkpoint import save_model
+    from spp.checkpoint.merging import refuse_overlap
     from spp.errors import CheckpointError
     from spp.files.hub import local_directory
     from spp.report import prune_table
@@ -53,6 +54,7 @@ def run(
     console.quiet_libraries()
     with console.step(f"loading {model}"):
         directory = local_directory(model, "model")
+        refuse_overlap(output, directory, "the model")
         loaded = load_model(directory, console.pick_dtype(dtype)).to(where)
         try:
             tokenizer = load_tokenizer(directory)

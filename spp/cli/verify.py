@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ def run(
 
     Example: spp verify pruned merged
     """
+    from spp.certificate import CERTIFICATE_NAME
     from spp.checkpoint import verify
     from spp.report import sparsity_table
 
@@ -31,5 +33,11 @@ def run(
     console.show(sparsity_table(report, every=every))
     if after is None:
         console.say(f"verified: {before} is what its certificate says")
+        return
+    console.say(f"verified: {after} has exactly the zeros of {before}")
+    if (Path(after) / CERTIFICATE_NAME).is_file():
+        with console.step("verifying its contents"):
+            verify(after, deep=deep)
+        console.say(f"verified: {after} is what its certificate says")
     else:
-        console.say(f"verified: {after} has exactly the zeros of {before}")
+        console.say(f"{after} has no {CERTIFICATE_NAME}: its values were not checked")

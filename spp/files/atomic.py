@@ -46,6 +46,9 @@ _REMEDIES = {
 }
 
 
+_MARKS = ("config.json", "adapter_config.json", "sparsity.json")  # one of them is in every directory that is replaced
+
+
 def output_error(error: BaseException, target: str | os.PathLike[str]) -> OutputError:
     """Return the OutputError, with a remedy, that stands for a failure to write `target`."""
     if isinstance(error, OutputError):
@@ -130,6 +133,23 @@ def _check_target(path: Path, overwrite: bool, directory: bool) -> None:
         raise OutputError(f"cannot write the {wanted} {path}: it is a {kind}; remove it or choose another path")
     if directory and Path.cwd().is_relative_to(path):
         raise OutputError(f"cannot replace {path}: it is, or contains, the current directory; choose another path")
+
+
+def require_replaceable(target: str | os.PathLike[str]) -> None:
+    """Refuse to replace a directory that holds folders and is no checkpoint: a home or a project would be lost.
+
+    Raises:
+        OutputExistsError: the directory is like that; a folder in it is named.
+    """
+    path = Path(target)
+    entries = sorted(os.scandir(path), key=lambda entry: entry.name) if path.is_dir() else []
+    folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    ours = any(entry.name in _MARKS or entry.name.endswith(".safetensors") for entry in entries)
+    if folders and not ours:
+        raise OutputExistsError(
+            f"{path} holds the folder {folders[0]} and is neither a checkpoint nor an adapter, so it is not replaced: "
+            f"choose another path"
+        )
 
 
 def _make_parents(parent: Path) -> list[Path]:

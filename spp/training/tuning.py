@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from spp.adapters import save_adapter
-from spp.errors import ConfigError, WrapError
+from spp.errors import ConfigError, DataError, WrapError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.training.callbacks import LogFile, ProgressBar
@@ -167,6 +167,11 @@ class _Measure:
         self.text = f"held out: {data.summary.held_out} {'tokens' if self._rows is None else 'rows'}"
         if config.eval_text is not None:
             self._tokens, self._rows = tokenize(tokenizer, read_text(str(config.eval_text))), None
+            if self._tokens.numel() < config.eval_window:
+                raise DataError(
+                    f"{config.eval_text} has {self._tokens.numel()} tokens, fewer than one window of "
+                    f"{config.eval_window}: give a longer text, or a smaller eval_window (--window)"
+                )
             self.text = str(config.eval_text)
 
     def __call__(self, model: nn.Module) -> dict[str, Any] | None:

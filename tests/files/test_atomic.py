@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from spp.errors import OutputError, OutputExistsError
-from spp.files import atomic, atomic_directory, atomic_file, leftovers, output_error, recover, save_tensors
+from spp.files import (
+    atomic,
+    atomic_directory,
+    atomic_file,
+    leftovers,
+    output_error,
+    recover,
+    require_replaceable,
+    save_tensors,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -371,3 +380,13 @@ def test_writers_that_never_stop_end_in_an_error(tmp_path: Path, monkeypatch: py
     with pytest.raises(OutputError, match="let only one write"), atomic_directory(tmp_path / "out", overwrite=True):
         pass
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_of_folders_that_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "project").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="project"):
+        require_replaceable(home)
+    (home / "config.json").write_text("{}")
+    require_replaceable(home)  # a checkpoint with a folder beside its weights
+    require_replaceable(tmp_path / "nowhere")

@@ -155,14 +155,15 @@ def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
 
     steps = 10
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    tokens = tokenize(AutoTokenizer.from_pretrained(smollm2), text)[: 2 * steps * 128].view(-1, 128)
+    rows = tokenize(AutoTokenizer.from_pretrained(smollm2), text)[: 2 * 128].view(-1, 128)
+    tokens = rows.repeat(steps, 1)  # the same rows again and again, so that so few steps learn something
 
     def model() -> Any:
         return prune_nm_(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32))
 
     ours, alphas, batches = train_ours(model(), TokenBlocks(tokens), tmp_path, steps, LR)
     theirs = train_reference(model(), alphas, batches, LR)
-    assert theirs[-1] < theirs[0], "nothing was learned to compare"
+    assert theirs[-1] < theirs[0] - 0.1, "nothing was learned to compare"
     check(ours, theirs, steps)
 
 
