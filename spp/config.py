@@ -88,7 +88,7 @@ class SPPConfig:
         object.__setattr__(self, "scaling", float(self.scaling))
         object.__setattr__(self, "dropout", float(self.dropout))
         for field in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, field, _normalise_names(field, getattr(self, field)))
+            object.__setattr__(self, field, check_names(field, getattr(self, field)))
         if self.rank_pattern is not None:
             object.__setattr__(self, "rank_pattern", dict(sorted(self.rank_pattern.items())))
 
@@ -149,7 +149,8 @@ def _check_regex(field: str, pattern: str) -> None:
         raise ConfigError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _normalise_names(field: str, names: object) -> str | tuple[str, ...] | None:
+def check_names(field: str, names: object) -> str | tuple[str, ...] | None:
+    """Return what `target_modules` or `exclude_modules` is, names as a tuple; a ConfigError where it makes no sense."""
     if names is None:
         return None
     if isinstance(names, str):

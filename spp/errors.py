@@ -9,6 +9,7 @@
     ├── MaskError (ValueError)            a zero pattern is not the one that it must be
     ├── AdapterError (ValueError)         an adapter does not fit its model
     ├── CheckpointError (ValueError)      a file is missing, truncated, corrupt, unsafe or from a newer version
+    │   └── StreamingError                its weights cannot be taken from the disk part by part
     ├── OutputError (OSError)             a path cannot be written: read-only, disk full
     │   └── OutputExistsError (FileExistsError)
     ├── DataError (ValueError)            training, calibration or evaluation data is empty or malformed
@@ -56,6 +57,10 @@ class AdapterError(SPPError, ValueError):
 
 class CheckpointError(SPPError, ValueError):
     """A file that is read is missing, truncated, corrupt, unsafe or of an unknown version."""
+
+
+class StreamingError(CheckpointError):
+    """A checkpoint stores its weights otherwise than its model has them, so parts of it cannot be loaded alone."""
 
 
 class OutputError(SPPError, OSError):

@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import spp.calibrate.loop as loop
 import spp.checkpoint_prune as streaming
+import spp.checkpoint_prune_work as work
 from spp.calibrate import prune
 from spp.checkpoint import verify
 from spp.checkpoint_prune import prune_checkpoint
@@ -94,7 +96,7 @@ class _Killed(BaseException):
 def _kill_at(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[str]:
     """Let `prune_layer` die at the given call; return the paths that it is called with."""
     seen: list[str] = []
-    real = streaming.prune_layer
+    real = loop.prune_layer
 
     def counting(path: str, *args: Any) -> Any:
         seen.append(path)
@@ -102,7 +104,7 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[str]:
             raise _Killed
         return real(path, *args)
 
-    monkeypatch.setattr(streaming, "prune_layer", counting)
+    monkeypatch.setattr(loop, "prune_layer", counting)
     return seen
 
 
@@ -124,7 +126,7 @@ def test_a_killed_run_goes_on_at_the_last_finished_block(tmp_path: Path, monkeyp
 
 
 def test_a_full_disk_is_said_and_what_is_finished_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, real, written = _source(tmp_path), streaming.save_tensors, []
+    source, real, written = _source(tmp_path), work.save_tensors, []
 
     def full(path: Path, tensors: Any) -> None:
         written.append(path)
@@ -133,7 +135,7 @@ def test_a_full_disk_is_said_and_what_is_finished_stays(tmp_path: Path, monkeypa
         real(path, tensors)
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="space"):
-        patch.setattr(streaming, "save_tensors", full)
+        patch.setattr(work, "save_tensors", full)
         prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
@@ -150,7 +152,7 @@ def test_a_run_that_was_killed_at_the_very_end_only_commits(tmp_path: Path, monk
         raise _Killed
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr(streaming, "carry_files", killed)
+        patch.setattr(work, "carry_files", killed)
         prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
     with monkeypatch.context() as patch:
         patch.setattr(streaming.BlockRunner, "run", killed)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.errors import ConfigError, DataError, SPPWarning
+from spp.errors import DataError, SPPWarning
 
 logger = logging.getLogger(__name__)
 
@@ -42,28 +42,15 @@ def calibration_windows(
 
     Raises:
         DataError: no such file, empty or malformed data, text shorter than one window, no tokenizer.
-        ConfigError: `nsamples` or `seqlen` makes no sense.
     """
-    for name, value in (("nsamples", nsamples), ("seqlen", seqlen)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must be an int of at least 1")
+    check_calibration(calibration)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(calibration, Tensor):
         return _drawn_rows(calibration, nsamples, generator)
     if isinstance(calibration, (str, os.PathLike)):
-        path = Path(calibration)
-        if not path.is_file():
-            raise DataError(
-                f"calibration is {str(calibration)[:200]!r}, which is no file; pass the path of a text or JSONL file, "
-                f"a list of texts, or token ids (k, L)"
-            )
-        where, documents = str(path), _read(path)
-    elif isinstance(calibration, Sequence) and all(isinstance(text, str) for text in calibration):
-        where, documents = "the list of texts", list(calibration)
+        where, documents = str(calibration), _read(Path(calibration))
     else:
-        raise DataError(
-            f"calibration is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a path"
-        )
+        where, documents = "the list of texts", list(calibration)
     if not any(text.strip() for text in documents):
         raise DataError(f"calibration text is empty: {where}")
     if tokenizer is None:
@@ -73,9 +60,27 @@ def calibration_windows(
     return _cut(documents, where, tokenizer, nsamples, seqlen, generator)
 
 
+def check_calibration(calibration: Calibration) -> None:
+    """Raise a DataError for what can be no calibration data; nothing is read."""
+    if isinstance(calibration, Tensor):
+        kind = calibration.dtype
+        if calibration.dim() != 2 or calibration.numel() == 0 or kind.is_floating_point or kind == torch.bool:
+            raise DataError(
+                f"calibration is a {tuple(calibration.shape)} {kind} tensor; expected token ids (k, L), integers"
+            )
+    elif isinstance(calibration, (str, os.PathLike)):
+        if not Path(calibration).is_file():
+            raise DataError(
+                f"calibration is {str(calibration)[:200]!r}, which is no file; pass the path of a text or JSONL file, "
+                f"a list of texts, or token ids (k, L)"
+            )
+    elif not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
+        raise DataError(
+            f"calibration is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a path"
+        )
+
+
 def _drawn_rows(ids: Tensor, nsamples: int, generator: torch.Generator) -> Tensor:
-    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise DataError(f"calibration is a {tuple(ids.shape)} {ids.dtype} tensor; expected token ids (k, L), integers")
     ids = ids.detach().to("cpu", torch.int64)
     if len(ids) <= nsamples:
         return ids
@@ -141,7 +146,7 @@ def _cut(
         warnings.warn(
             f"{where} gives {windows} calibration windows of {seqlen} tokens, not the {nsamples} asked for",
             SPPWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return torch.tensor(tokens[: windows * seqlen]).view(windows, seqlen)
 

@@ -113,7 +113,7 @@ def merge_checkpoint(
         carry_files(base, directory, set(shards))
         _write_index(reader, directory, dtype)
         if dtype is not None:
-            _update_config(directory, dtype)
+            update_config(directory, dtype)
         base_record = BaseRecord(os.fspath(base_dir), fingerprint(job.base_masks))
         certificate = Certificate(job.tensors, job.other, base_record)
         if certificate.fingerprint() != base_record.fingerprint:
@@ -291,7 +291,8 @@ def _write_index(reader: CheckpointReader, directory: Path, dtype: torch.dtype |
     write_json(directory / INDEX, {**reader.index, "metadata": metadata})
 
 
-def _update_config(directory: Path, dtype: torch.dtype) -> None:
+def update_config(directory: Path, dtype: torch.dtype) -> None:
+    """Have a checkpoint's config.json say which dtype its weights have."""
     path = directory / "config.json"
     if path.exists():
         config = read_json(path, "config.json")

@@ -1,0 +1,120 @@
+"""The passes over a model's blocks: the pruning one, and OWL's count of outliers before it.
+
+for each block: statistics of what its layers read → prune them → run it again for the inputs of the next block
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spp.calibrate.blocks import BlockRunner
+from spp.calibrate.collect import gather_inputs
+from spp.calibrate.methods import METHODS, LayerInputs, Method, prune_layer
+from spp.calibrate.report import LayerReport
+from spp.patterns import Pattern
+from spp.pruning.owl import OWL, outlier_share, owl_fractions
+from spp.pruning.wanda import wanda_score
+
+Layers = Mapping[str, nn.Module]
+
+
+class BlockStore:
+    """Where blocks come from and go to; this one is for a model in memory, where there is nothing to do."""
+
+    def resident(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Have the weights of a block in memory."""
+        return contextlib.nullcontext()
+
+    def has(self, index: int) -> bool:
+        """Whether a block is pruned already."""
+        return False
+
+    def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
+        """Take a resident block that was pruned just now."""
+
+
+def layers_by_block(layers: Layers, root: str, count: int) -> list[dict[str, nn.Module]]:
+    """Return the layers in each of the blocks `root`.0, `root`.1, …"""
+    starts = [f"{root}.{index}" if root else str(index) for index in range(count)]
+    return [
+        {path: layer for path, layer in layers.items() if path == start or path.startswith(start + ".")}
+        for start in starts
+    ]
+
+
+def prune_blocks(
+    runner: BlockRunner | None,
+    of_block: Sequence[Layers],
+    method: Method,
+    patterns: Mapping[str, Pattern],
+    windows: Tensor,
+    store: BlockStore | None = None,
+) -> dict[str, LayerReport]:
+    """Prune block by block and return what was done to each layer, finished blocks excepted.
+
+    Args:
+        runner: at the first block; None prunes without calibration.
+        of_block: each block's layers by path.
+        method: how.
+        patterns: {path: to what}.
+        windows: token ids (k, L).
+        store: of the blocks.
+    """
+    store = store or BlockStore()
+    last = max((index for index in range(len(of_block)) if not store.has(index)), default=-1)
+    done: dict[str, LayerReport] = {}
+    bar = tqdm(range(last + 1), desc=f"pruning ({method.name})", unit="block", disable=None)
+    for index in bar:
+        with store.resident(index):
+            if not store.has(index):
+                inputs: dict[str, LayerInputs] = {}
+                if runner is not None and of_block[index]:
+                    inputs = gather_inputs(runner, index, of_block[index], method, windows)
+                found = {
+                    path: prune_layer(path, layer, inputs.pop(path, None), method, patterns[path])
+                    for path, layer in of_block[index].items()
+                }
+                store.finish(index, found)
+                done |= found
+                if found:
+                    error = max(layer.relative_error or 0.0 for layer in found.values())
+                    bar.set_postfix(error=f"{error:.3f}", refresh=False)
+            if runner is not None and index < last:
+                runner.propagate(index)
+    return done
+
+
+def owl_patterns(
+    runner: BlockRunner,
+    of_block: Sequence[Layers],
+    owl: OWL,
+    fraction: float,
+    windows: Tensor,
+    store: BlockStore | None = None,
+) -> dict[str, Pattern]:
+    """Return each layer's pattern from the outliers of its block in the dense model, `fraction` on average."""
+    store = store or BlockStore()
+    held = [index for index, inside in enumerate(of_block) if inside]
+    outliers = []
+    for index in tqdm(range(held[-1] + 1), desc="counting outliers", unit="block", disable=None):
+        with store.resident(index):
+            if of_block[index]:
+                inputs = gather_inputs(runner, index, of_block[index], METHODS["wanda"], windows, keep=True)
+                scores = [
+                    wanda_score(layer.get_parameter("weight"), inputs[path].collector.stats().norm)
+                    for path, layer in of_block[index].items()
+                    if inputs[path].collector.count
+                ]
+                outliers.append(outlier_share(scores, owl.threshold))
+            else:
+                runner.propagate(index)
+    fractions = owl_fractions(outliers, fraction, owl.spread)
+    return {
+        path: Pattern(fraction=round(block_fraction, 6))
+        for index, block_fraction in zip(held, fractions, strict=True)
+        for path in of_block[index]
+    }

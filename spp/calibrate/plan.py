@@ -1,0 +1,261 @@
+"""What pruning is to do: options that are checked before there is a model, and the plan that they make for one.
+
+`spp.prune` and the pruning of checkpoints begin and end with these steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.calibrate.methods import Method, get_method
+from spp.calibrate.report import LayerReport, PruneReport
+from spp.calibrate.windows import Calibration, calibration_windows, check_calibration
+from spp.config import check_names, name_matches
+from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning
+from spp.patterns import Pattern, all_finite
+from spp.pruning.owl import OWL
+from spp.targets import is_projection_key, resolve_targets
+
+logger = logging.getLogger(__name__)
+
+Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
+Names = str | list[str] | tuple[str, ...] | None
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """The options of `spp.prune`, whose fields they are.
+
+    Raises:
+        ConfigError, PatternError, DataError: what is wrong with them whatever the model.
+
+    Example:
+        >>> PruneOptions("magnitude", "2:4").method
+        'magnitude'
+    """
+
+    method: str = "wanda"
+    pattern: Patterns = "2:4"
+    calibration: Calibration | None = None
+    target_modules: Names = None
+    exclude_modules: Names = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    owl: OWL | None = None
+
+    def __post_init__(self) -> None:
+        method, owl = get_method(self.method), self.owl
+        check_patterns(self.pattern)
+        if owl is not None and (isinstance(self.pattern, Mapping) or Pattern.parse(self.pattern).is_nm):
+            raise ConfigError(
+                f"owl= gives blocks different fractions, so pattern must be one fraction; it is {self.pattern!r}"
+            )
+        for name, value in (("nsamples", self.nsamples), ("seqlen", self.seqlen)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be an int of at least 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed is {self.seed!r}; it must be an int")
+        check_names("target_modules", self.target_modules)
+        check_names("exclude_modules", self.exclude_modules)
+        if self.calibration is not None:
+            check_calibration(self.calibration)
+        elif method.calibrated or owl is not None:
+            who = f"method {self.method!r}" if method.calibrated else "owl="
+            raise ConfigError(
+                f"{who} needs calibration data: pass calibration= token ids (k, L), a list of texts, or the path of a "
+                f'text or JSONL file (with tokenizer=; spp prune: --calibration FILE); method="magnitude" alone needs '
+                f"none"
+            )
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What is done to a model.
+
+    Args:
+        options: what was asked for.
+        method: how layers are pruned.
+        layers: {module path: layer} in module order.
+        patterns: the pattern of each.
+        windows: token ids (k, L); (0, 0) without calibration.
+    """
+
+    options: PruneOptions
+    method: Method
+    layers: dict[str, nn.Module]
+    patterns: dict[str, Pattern]
+    windows: Tensor
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are windows to run the model on."""
+        return self.options.calibration is not None
+
+    def report(self, done: Mapping[str, LayerReport], started: float) -> PruneReport:
+        """Return the report of what was done to the layers since `started`, by time.perf_counter, and log it."""
+        report = PruneReport(
+            method=self.options.method,
+            pattern=describe(self.options.pattern),
+            layers={path: done[path] for path in self.layers},
+            sparsity=share_of(done, "sparsity"),
+            windows=self.windows.shape[0],
+            seqlen=self.windows.shape[1],
+            seed=self.options.seed,
+            seconds=time.perf_counter() - started,
+        )
+        _log(report, self.method)
+        return report
+
+
+def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> PrunePlan:
+    """Return the plan for a model, whose weights need not be in memory.
+
+    Raises:
+        PatternError, TargetError, DataError: the options do not fit the model, or the data not its tokenizer.
+    """
+    layers = dict(resolve_targets(model, options.target_modules, options.exclude_modules))
+    patterns = resolve_patterns(layers, options.pattern)
+    common = common_inputs(layers)
+    for path, layer in layers.items():
+        patterns[path].require_fit(layer.get_parameter("weight").shape[1], path, common=common)
+    warn_of_experts(model)
+    windows = torch.empty(0, 0, dtype=torch.int64)
+    if options.calibration is not None:
+        length = fitting_seqlen(model, options.calibration, options.seqlen)
+        windows = calibration_windows(
+            options.calibration, tokenizer, nsamples=options.nsamples, seqlen=length, seed=options.seed
+        )
+        check_ids(model, windows)
+    return PrunePlan(options, get_method(options.method), layers, patterns, windows)
+
+
+def check_patterns(pattern: Patterns) -> None:
+    """Raise a PatternError where a pattern, or a name in a mapping of them, makes no sense."""
+    for name, value in pattern.items() if isinstance(pattern, Mapping) else [(".*", pattern)]:
+        Pattern.parse(value)
+        try:
+            re.compile(name)
+        except (re.error, TypeError) as error:
+            raise PatternError(f"pattern: the name {name!r} is not a regular expression: {error}") from None
+
+
+def resolve_patterns(layers: Mapping[str, nn.Module], pattern: Patterns) -> dict[str, Pattern]:
+    """Return the pattern of each layer.
+
+    Raises:
+        PatternError: a pattern makes no sense, a layer matches no name, or a name no layer.
+    """
+    if not isinstance(pattern, Mapping):
+        parsed = Pattern.parse(pattern)
+        return dict.fromkeys(layers, parsed)
+    parsed_by_name = {name: Pattern.parse(value) for name, value in pattern.items()}
+    found: dict[str, str] = {}
+    for path in layers:
+        name = next((name for name in parsed_by_name if name_matches(path, name)), None)
+        if name is None:
+            raise PatternError(f'no name in pattern={dict(pattern)} matches {path}; add ".*" for all others')
+        found[path] = name
+    unused = sorted(set(parsed_by_name) - set(found.values()))
+    if unused:
+        raise PatternError(f"names in pattern= that decide about no target module: {', '.join(unused)}")
+    return {path: parsed_by_name[name] for path, name in found.items()}
+
+
+def common_inputs(layers: Mapping[str, nn.Module]) -> int:
+    """Return the greatest common divisor of the input dimensions: a group that divides it fits every layer."""
+    return math.gcd(*(int(layer.get_parameter("weight").shape[1]) for layer in layers.values()))
+
+
+def check_layer(path: str, layer: nn.Module) -> None:
+    """Raise what speaks against pruning a layer as it is: quantized, not in memory, not finite."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype not in FLOATS:
+        raise ConfigError(
+            f"{path}.weight is {weight.dtype}: a quantized model cannot be pruned; load it in float32, float16 or "
+            f"bfloat16"
+        )
+    if weight.device.type == "meta":
+        raise ConfigError(f"{path}.weight is not in memory (meta device): load the model without offloading")
+    if not all_finite(weight):
+        raise NonFiniteError(f"{path}.weight holds NaN or infinity; nothing was pruned")
+
+
+def fitting_seqlen(model: nn.Module, calibration: Calibration, seqlen: int) -> int:
+    """Return seqlen, or what the model's positions allow; windows that are given must fit as they are."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return seqlen
+    if isinstance(calibration, Tensor):
+        if calibration.dim() == 2 and calibration.shape[1] > positions:
+            raise DataError(f"calibration windows have {calibration.shape[1]} tokens; the model takes {positions}")
+        return seqlen
+    if seqlen > positions:
+        logger.info("seqlen %d is more than the model's %d positions: windows of %d", seqlen, positions, positions)
+    return min(seqlen, positions)
+
+
+def warn_of_experts(model: nn.Module) -> None:
+    """Warn of expert weights that are kept as one 3-D parameter: they are not pruned."""
+    left = [name for name, p in model.named_parameters() if p.dim() == 3 and is_projection_key(name, 3)]
+    if left:
+        warnings.warn(
+            f"{len(left)} three-dimensional parameters, such as {left[0]}, are not pruned and stay dense: only linear "
+            f"modules are",
+            SPPWarning,
+            stacklevel=4,
+        )
+
+
+def check_ids(model: nn.Module, windows: Tensor) -> None:
+    """Raise a DataError for token ids that the model's embedding does not have."""
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    if isinstance(embedding, nn.Embedding):
+        low, high = int(windows.min()), int(windows.max())
+        if low < 0 or high >= embedding.num_embeddings:
+            bad = low if low < 0 else high
+            raise DataError(
+                f"calibration holds token id {bad}; the model's vocabulary has {embedding.num_embeddings}: was it made "
+                f"with another tokenizer?"
+            )
+
+
+def describe(pattern: Patterns) -> str | dict[str, str]:
+    """Return what a report says of the pattern that was asked for."""
+    if isinstance(pattern, Mapping):
+        return {name: str(Pattern.parse(value)) for name, value in pattern.items()}
+    return str(Pattern.parse(pattern))
+
+
+def share_of(layers: Mapping[str, LayerReport], field: str) -> float:
+    """Return `field`, a share of each layer's weights, as a share of all weights together."""
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers.values()]
+    zeros = sum(size * getattr(layer, field) for size, layer in zip(sizes, layers.values(), strict=True))
+    return float(zeros / max(1, sum(sizes)))
+
+
+def _log(report: PruneReport, method: Method) -> None:
+    before = share_of(report.layers, "sparsity_before")
+    if before > 0:
+        fate = "were weights like any other and may have been filled" if method.updates else "stay zeros"
+        logger.info("%.2f %% of the weights were zero before; these %s", 100 * before, fate)
+    for path, layer in report.layers.items():
+        if layer.note:
+            logger.warning("%s: %s", path, layer.note)
+    logger.info(
+        "%s: %d layers pruned to %.4f sparsity in %.1f s (%d windows of %d tokens)",
+        *(report.method, len(report.layers), report.sparsity, report.seconds, report.windows, report.seqlen),
+    )

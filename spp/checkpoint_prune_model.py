@@ -1,0 +1,159 @@
+"""A model of which only some parts are in memory: what a checkpoint holds, given to a skeleton and taken back.
+
+Every tensor has the dtype that transformers would load it in: the one that was asked for, else the config's, else that
+of the first floating tensor; and what an architecture keeps in float32 stays there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.calibrate.plan import FLOATS
+from spp.errors import ConfigError, NonFiniteError, StreamingError
+from spp.files import CheckpointReader, dtype_name
+from spp.patterns import all_finite
+from spp.targets import output_head
+
+
+class StreamedModel:
+    """A transformers model on the meta device, and the checkpoint that its weights come from.
+
+    Args:
+        reader: of the checkpoint.
+        dtype: of all floating tensors; None is the checkpoint's own.
+        device: where weights go that are loaded.
+
+    Raises:
+        ConfigError: the checkpoint is quantized, or `dtype` is none that can be pruned in.
+        StreamingError: the weights on disk are not those of the model, name for name and shape for shape.
+    """
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype | None, device: str | torch.device) -> None:
+        if dtype is not None and dtype not in FLOATS:
+            raise ConfigError(f"dtype is {dtype}; known: {', '.join(dtype_name(known) for known in FLOATS)}")
+        self._reader = reader
+        self._wanted = dtype
+        self._device = device
+        self.model: nn.Module = _skeleton(reader, dtype)
+        self._modules = dict(self.model.named_modules())
+        self._require_keys()
+
+    def is_heads(self, key: str) -> bool:
+        """Whether a key is the output head's own: the blocks never need it."""
+        head = output_head(self.model)
+        return head is not None and self._modules.get(key.rpartition(".")[0]) is head
+
+    def require_floats(self, keys: Iterable[str]) -> None:
+        """Raise a ConfigError where weights that are to be pruned are stored as something else than floats."""
+        bad = [key for key in keys if key in self._reader and self._reader.dtype(key) not in FLOATS]
+        if bad:
+            raise ConfigError(
+                f"{bad[0]} is stored as {dtype_name(self._reader.dtype(bad[0]))}: a quantized checkpoint cannot be "
+                f"pruned; prune the one that it was made from"
+            )
+
+    def load(self, keys: Iterable[str], origin: CheckpointReader) -> None:
+        """Give the model's tensors the values on disk; keys that it does not have are left out."""
+        for key in keys:
+            module, name = self._place(key)
+            if module is None:
+                continue
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(self._converted(key, origin), requires_grad=False)
+            elif module._buffers.get(name) is not None:
+                module._buffers[name] = self._converted(key, origin)
+
+    def unload(self, block: nn.Module) -> None:
+        """Put a block's parameters back on the meta device."""
+        for module in block.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+    def value(self, key: str) -> Tensor:
+        """Return what the pruned checkpoint holds under a key: the model's tensor, or what the disk holds."""
+        found = self._tensor(key)
+        if found is not None and not found.is_meta:
+            return found.detach().cpu()
+        return self._converted(key, self._reader, copy=False)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype that the pruned checkpoint holds a key in."""
+        found, stored = self._tensor(key), self._reader.dtype(key)
+        if found is not None:
+            return found.dtype
+        return self._wanted if self._wanted is not None and stored in FLOATS else stored
+
+    def _converted(self, key: str, origin: CheckpointReader, *, copy: bool = True) -> Tensor:
+        before, dtype = origin.tensor(key), self.dtype(key)
+        after = before.to(self._device if copy else "cpu", dtype, copy=copy)
+        if dtype != before.dtype and all_finite(before) and not all_finite(after):
+            raise NonFiniteError(f"{key} overflows in {dtype_name(dtype)}; take a wider dtype, such as bfloat16")
+        return after
+
+    def _place(self, key: str) -> tuple[nn.Module | None, str]:
+        path, _, name = key.rpartition(".")
+        return self._modules.get(path), name
+
+    def _tensor(self, key: str) -> Tensor | None:
+        module, name = self._place(key)
+        if module is None:
+            return None
+        value = module._parameters.get(name)
+        return value if value is not None else module._buffers.get(name)
+
+    def _require_keys(self) -> None:
+        reader = self._reader
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}  # a tied weight once
+        missing = sorted(name for name in shapes if name not in reader)
+        wrong = sorted(name for name, shape in shapes.items() if name in reader and reader.shape(name) != shape)
+        if missing or wrong:
+            what = f"lacks {', '.join(missing[:3])}" if missing else f"holds {wrong[0]} in another shape"
+            raise StreamingError(
+                f"{reader.directory} {what}{', …' if len(missing) > 3 else ''}: its weights are stored otherwise than "
+                f"the model has them, so it cannot be streamed; load it with transformers and use spp.prune"
+            )
+
+
+def load_config(source: Path) -> Any:
+    """Return the config of a checkpoint that is not quantized."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # OSError, ValueError, KeyError, those of configs with code of their own
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise StreamingError(f"cannot read the model's config in {source}: {reason}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
+    return config
+
+
+def _skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
+    """Return the model without weights, its buffers computed as its own code does."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(reader.directory)
+    dtype = wanted or getattr(config, "dtype", None) or _first_dtype(reader)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}  # what stays in float32
+    for part, kept in plan.items():
+        for name, parameter in list(model.named_parameters()):
+            if re.search(part.replace("*", ".*"), name):
+                owner = model.get_submodule(name.rpartition(".")[0])
+                owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.to(kept), requires_grad=False)
+    model.tie_weights()
+    return model
+
+
+def _first_dtype(reader: CheckpointReader) -> torch.dtype | None:
+    dtypes = (reader.dtype(key) for keys in reader.shards().values() for key in keys)
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)

@@ -1,0 +1,178 @@
+"""The folder beside an output where the finished blocks of a checkpoint wait until all of it is pruned.
+
+    .NAME.pruning/progress.json                      what the blocks belong to, and what was done to their layers
+    .NAME.pruning/model-00002-of-00005.safetensors   a finished block, as it goes into the output
+
+A run that was killed finds its blocks there. The folder vanishes when the output appears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.calibrate import LayerReport
+from spp.checkpoint.merging import carry_files, update_config
+from spp.checkpoint.saving import make_certificate
+from spp.errors import OutputError
+from spp.files import (
+    CheckpointReader,
+    atomic_directory,
+    atomic_file,
+    output_error,
+    read_json,
+    save_tensors,
+    write_json,
+    write_tensors,
+)
+from spp.files.hashes import tensor_bytes
+from spp.files.header import size_of
+from spp.files.reader import INDEX, SINGLE
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS = "progress.json"
+_LARGEST_SINGLE = 5 * 10**9  # bytes of weights that are written as one file
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Work:
+    """The folder of finished blocks.
+
+    Args:
+        target: the output.
+        job: all that decides what a finished block holds; finished blocks of another job are thrown away.
+        blocks: how many there are.
+    """
+
+    def __init__(self, target: Path, job: Mapping[str, Any], blocks: int) -> None:
+        self._target = target
+        self._blocks = blocks
+        self._folder = work_folder(target)
+        self._progress: dict[str, Any] = {"job": dict(job), "blocks": {}}
+        with self._writing():
+            if (self._folder / _PROGRESS).exists():
+                found = read_json(self._folder / _PROGRESS, "the progress of an earlier run")
+                if found.get("job") == self._progress["job"]:
+                    self._progress = found
+                    logger.info("going on behind %d finished blocks in %s", len(found["blocks"]), self._folder)
+                else:
+                    logger.warning("%s holds blocks of another job; starting anew", self._folder)
+                    shutil.rmtree(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, index: int) -> bool:
+        """Whether a block is finished."""
+        return str(index) in self._progress["blocks"]
+
+    def reader(self, index: int) -> CheckpointReader:
+        """Return a reader of a finished block."""
+        return CheckpointReader(self._folder, file=self._shard(index + 1))
+
+    def finish(self, index: int, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerReport]) -> None:
+        """Write a finished block, then the note that it is finished."""
+        with self._writing():
+            with atomic_file(self._folder / self._shard(index + 1), overwrite=True) as path:
+                save_tensors(path, tensors)
+            self._progress["blocks"][str(index)] = {path: asdict(layer) for path, layer in layers.items()}
+            self._note()
+
+    def recall(self, name: str) -> Any:
+        """Return what an earlier run remembered under a name, or None."""
+        return self._progress.get(name)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a JSON-ready value for a run that goes on here."""
+        with self._writing():
+            self._progress[name] = value
+            self._note()
+
+    def reports(self) -> dict[str, LayerReport]:
+        """Return what was done to each layer."""
+        return {
+            path: LayerReport(**{**values, "shape": tuple(values["shape"])})
+            for layers in self._progress["blocks"].values()
+            for path, values in layers.items()
+        }
+
+    def commit(
+        self,
+        source: CheckpointReader,
+        rest: Layout,
+        value: Callable[[str], Tensor],
+        *,
+        dtype: torch.dtype | None,
+        overwrite: bool,
+    ) -> None:
+        """Make the output of the finished blocks and the rest, certify it, and remove the folder.
+
+        Args:
+            source: of the dense checkpoint, whose other files are carried along.
+            rest: dtype and shape of every tensor outside the blocks.
+            value: gives such a tensor.
+            dtype: what the config is to say; None leaves it as it is.
+            overwrite: replace what is there.
+        """
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(atomic_directory(self._target, overwrite=overwrite))
+            carry_files(source.directory, directory, set(source.shards()))
+            if dtype is not None:
+                update_config(directory, dtype)
+            readers = [stack.enter_context(self.reader(index)) for index in range(self._blocks)]
+            of = {key: reader for reader in readers for key in reader}
+            layout = {**rest, **{key: (reader.dtype(key), reader.shape(key)) for key, reader in of.items()}}
+            size = sum(size_of(*entry) for entry in layout.values())
+
+            def produce(key: str) -> Iterator[memoryview]:
+                return tensor_bytes(of[key].tensor(key) if key in of else value(key))
+
+            if size <= _LARGEST_SINGLE:
+                write_tensors(directory / SINGLE, layout, produce)
+            else:
+                write_tensors(directory / self._shard(0), rest, produce)
+                for index in range(self._blocks):
+                    _link(self._folder / self._shard(index + 1), directory / self._shard(index + 1))
+                files = [(rest, 0), *((reader.keys(), index) for index, reader in enumerate(readers, start=1))]
+                file_of = {key: self._shard(number) for keys, number in files for key in keys}
+                write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
+            with CheckpointReader(directory) as pruned:
+                make_certificate(pruned).write(directory)
+        shutil.rmtree(self._folder)
+
+    def _note(self) -> None:
+        with atomic_file(self._folder / _PROGRESS, overwrite=True) as path:
+            write_json(path, self._progress)
+
+    def _shard(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OutputError:
+            raise
+        except OSError as error:
+            raise output_error(error, self._target) from error
+
+
+def work_folder(target: Path) -> Path:
+    """Return where the finished blocks of an output wait."""
+    return target.parent / f".{target.name}.pruning"
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
