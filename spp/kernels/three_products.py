@@ -17,25 +17,24 @@ product behind it is not computed a second time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spp.errors import GradientError
 from spp.kernels.autocast import autocast_dtype, no_autocast
 from spp.kernels.blocks import col_step, product_dtype, row_step, slices
 from spp.kernels.dropout import draw_dropout, unpack_bits
+from spp.kernels.frozen import WHOLE, frozen_linear, frozen_product
+from spp.kernels.once import Once
 from spp.kernels.products import input_product, linear_product
+from spp.kernels.sources import WeightSource, source_of
 from spp.kernels.vanishing import may_vanish
 from spp.kernels.workspace import workspace
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
-
-WHOLE = slice(None)
 
 
 class Call:
@@ -49,11 +48,12 @@ class Call:
         self.vanish = True  # whether the rescue has to be looked for; found in forward
         self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
         self.saved: Any = None  # the identity's context, which holds what backward needs
+        self.make_source: Callable[..., WeightSource] | None = None  # from the tensors of W that were saved
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | WeightSource,
     bias: Tensor | None,
     rule: Rule,
     params: Sequence[Tensor],
@@ -64,7 +64,7 @@ def linear(
 
     Args:
         x: (…, n) in the dtype of `weight`, or anything that autocast converts.
-        weight: (m, n), frozen: it gets no gradient.
+        weight: (m, n), frozen: it gets no gradient; a tensor, or a source of its blocks.
         bias: (m,) or None.
         params: the rule's parameters; converted to the arithmetic's dtype.
         scaling: s.
@@ -75,30 +75,31 @@ def linear(
         (…, m) in the dtype of x, under autocast in autocast's.
     """
     device_type = x.device.type
-    dtype = weight.dtype
+    source = source_of(weight)
+    dtype = source.dtype
     if cast := autocast_dtype(device_type, dtype, x.dtype):
         x, dtype = x.to(cast), cast
     if x.dtype != dtype:
         raise TypeError(
-            f"the input is {x.dtype} and the weight {weight.dtype}: convert one, or run the model under torch.autocast"
+            f"the input is {x.dtype} and the weight {source.dtype}: convert one, or run the model under torch.autocast"
         )
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"the input has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}")
+    if x.ndim == 0 or x.shape[-1] != source.shape[1]:
+        raise ValueError(f"the input has shape {tuple(x.shape)}; its last dimension must be {source.shape[1]}")
     bias = bias if bias is None else bias.to(dtype)
-    weight = weight.detach() if weight.requires_grad else weight
     with no_autocast(device_type):
         differentiable = [x, *params] if bias is None else [x, bias, *params]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in differentiable):
             call = Call(rule, scaling, dropout, False)
             if dropout:
                 call.dropped, _ = draw_dropout(x, dropout)
-            return _forward(x, weight, bias, call, params)
+            return _forward(x, source, bias, call, params)
         call = Call(rule, scaling, dropout, x.requires_grad)
         bits = None
         if dropout:
             call.dropped, bits = draw_dropout(x, dropout)
-        x = _Keep.apply(x, weight, bits, call, *params)
-        result: Tensor = _Linear.apply(x, weight, bias, call, *params)
+        call.make_source = source.maker()
+        x = _Keep.apply(x, source.tensors(), bits, call, *params)
+        result: Tensor = _Linear.apply(x, source, bias, call, *params)
         return result
 
 
@@ -106,8 +107,10 @@ class _Keep(torch.autograd.Function):
     """The identity on X; it saves all that the backward of the product needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, call: Call, *params: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bits, *params)
+    def forward(
+        ctx: Any, x: Tensor, weight: tuple[Tensor, ...], bits: Tensor | None, call: Call, *params: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, bits, *params, *weight)
         call.saved = ctx
         return x.view_as(x)
 
@@ -120,7 +123,7 @@ class _Linear(torch.autograd.Function):
     """The products; it saves nothing itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, *params: Tensor) -> Tensor:
         ctx.call = call
         return _forward(x, weight, bias, call, params)
 
@@ -132,42 +135,48 @@ class _Linear(torch.autograd.Function):
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
             d_x, d_params, sources = None, [None] * len(needs_params), [dy]
             if call.needs_x or any(needs_params):
-                x, weight, bits, *params = call.saved.saved_tensors
+                x, bits, *saved = call.saved.saved_tensors
+                params = saved[: len(needs_params)]
+                assert call.make_source is not None
+                weight = call.make_source(*saved[len(needs_params) :])
                 d_x, d_params = _backward(dy, x, weight, bits, call, params, needs_params)
                 sources = [dy, x, *params]
         results = (d_x, None, d_bias, None, *d_params)
         if not torch.is_grad_enabled():
             return results
-        return tuple(r if r is None else _Once.apply(r, *sources) for r in results)  # create_graph=True
+        return tuple(r if r is None else Once.apply(r, *sources) for r in results)  # create_graph=True
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params: Sequence[Tensor]) -> Tensor:
+def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, params: Sequence[Tensor]) -> Tensor:
     rule, m = call.rule, weight.shape[0]
     factors = rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
     # Reading a bound back would stall a device; there, W_eff is built whatever the factors are.
     largest = rule.largest_factor(factors) if x.device.type == "cpu" else math.nan
-    call.vanish = may_vanish(weight, largest)
+    call.vanish = may_vanish(weight.kept(), largest)
     if largest == 0:  # an untrained adapter: exactly the pruned layer, in the same call
         call.dropped = None
-        return F.linear(x, weight.to(x.dtype), bias)
+        return frozen_linear(x, weight, bias)
     rows_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (T, n)
     dtype = product_dtype(x.dtype, x.device)
     step = row_step(m, weight.shape[1], rule.row_alignment(factors))
     if call.dropped is not None:
         dropped, call.dropped = call.dropped.reshape(rows_2d.shape), None
-        y = _frozen(rows_2d, weight, bias, dtype, step)
+        y = frozen_product(rows_2d, weight, bias, dtype, step)
         dropped = dropped.to(dtype)
         for rows in slices(m, step):
-            y[:, rows].addmm_(dropped, _delta(rule, weight, factors, rows, WHOLE, dtype).t())
+            block = _delta(rule, weight.block(rows, WHOLE), factors, rows, WHOLE, dtype)
+            y[:, rows].addmm_(dropped, block.t())
     else:
         operand = rows_2d.to(dtype)
         if step >= m:
-            block = _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, call.vanish)
+            frozen = weight.block(WHOLE, WHOLE)
+            block = _effective(rule, frozen, factors, WHOLE, WHOLE, x.dtype, dtype, call.vanish)
             y = linear_product(operand, block, bias if bias is None else bias.to(dtype))
         else:
             y = torch.empty(rows_2d.shape[0], m, dtype=dtype, device=x.device)
             for rows in slices(m, step):
-                block = _effective(rule, weight, factors, rows, WHOLE, x.dtype, dtype, call.vanish)
+                frozen = weight.block(rows, WHOLE)
+                block = _effective(rule, frozen, factors, rows, WHOLE, x.dtype, dtype, call.vanish)
                 torch.mm(operand, block.t(), out=y[:, rows])
             if bias is not None:
                 y += bias
@@ -177,7 +186,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, params:
 def _backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: WeightSource,
     bits: Tensor | None,
     call: Call,
     params: Sequence[Tensor],
@@ -191,11 +200,9 @@ def _backward(
     mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
     keep_scale = 1.0 / (1.0 - call.dropout)
     step = col_step(m, n)
-    one_block = step >= n
+    one_block = 0 < n <= step
     d_x = None
-    if call.needs_x and one_block and mask is None:
-        d_x = input_product(dy_2d, _effective(rule, weight, factors, WHOLE, WHOLE, x.dtype, dtype, call.vanish))
-    elif call.needs_x:
+    if call.needs_x and not (one_block and mask is None):
         d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=x.device)
     totals = rule.empty_grads(factors, needs_params)
     if not one_block:  # a single one writes its sums at once
@@ -204,15 +211,18 @@ def _backward(
                 total.zero_()
     x_2d = x.reshape(dy_2d.shape[0], n)
     for cols in slices(n, step):
-        block = weight[:, cols]
-        if d_x is not None and not (one_block and mask is None):
-            part = d_x[:, cols]
-            if mask is None:
-                torch.mm(dy_2d, _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, call.vanish), out=part)
+        block = weight.block(WHOLE, cols)
+        if call.needs_x and mask is None:
+            effective = _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, call.vanish)
+            if d_x is None:
+                d_x = input_product(dy_2d, effective)
             else:
-                branch = dy_2d @ _delta(rule, block, factors, WHOLE, cols, dtype)
-                torch.mm(dy_2d, block.to(dtype), out=part)
-                part.addcmul_(branch, mask[:, cols].to(dtype), value=keep_scale)
+                torch.mm(dy_2d, effective, out=d_x[:, cols])
+        elif d_x is not None and mask is not None:
+            part = d_x[:, cols]
+            branch = dy_2d @ _delta(rule, block, factors, WHOLE, cols, dtype)
+            torch.mm(dy_2d, block.to(dtype), out=part)
+            part.addcmul_(branch, mask[:, cols].to(dtype), value=keep_scale)
         if any(needs_params):
             operand = x_2d[:, cols].to(dtype)
             if mask is not None:
@@ -228,7 +238,7 @@ def _backward(
 
 def _effective(
     rule: Rule,
-    weight: Tensor,
+    block: Tensor,
     factors: Any,
     rows: slice,
     cols: slice,
@@ -236,56 +246,25 @@ def _effective(
     dtype: torch.dtype,
     vanish: bool,
 ) -> Tensor:
-    """Return a block of W_eff for a product in `dtype`: rounded to the base's dtype, then to the input's.
+    """Return W_eff[rows, cols] for a product in `dtype`: rounded to the base's dtype, then to the input's.
 
     Args:
-        weight: W for a row block whole (it is cut here), for a column block already cut.
+        block: W[rows, cols].
     """
-    block = weight[rows]
-    device = weight.device
-    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(weight.dtype), device)
-    same = scratch.dtype == weight.dtype
-    rounded = None if same else workspace("rounded", tuple(block.shape), weight.dtype, device)
+    device = block.device
+    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(block.dtype), device)
+    same = scratch.dtype == block.dtype
+    rounded = None if same else workspace("rounded", tuple(block.shape), block.dtype, device)
     result = effective_block(rule, block, factors, rows, cols, scratch, rounded=rounded, may_vanish=vanish)
     if stored_as != result.dtype:  # autocast
         result = workspace("autocast", tuple(block.shape), stored_as, device).copy_(result)
     return result if result.dtype == dtype else scratch.copy_(result)
 
 
-def _delta(rule: Rule, weight: Tensor, factors: Any, rows: slice, cols: slice, dtype: torch.dtype) -> Tensor:
-    """Return a block of W′ = W_eff − W, rounded once to the dtype of the product; `weight` as for `_effective`."""
-    block = weight[rows]
-    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(weight.dtype), weight.device)
+def _delta(rule: Rule, block: Tensor, factors: Any, rows: slice, cols: slice, dtype: torch.dtype) -> Tensor:
+    """Return (W_eff − W)[rows, cols], rounded once to the dtype of the product; `block` is W[rows, cols]."""
+    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(block.dtype), block.device)
     rule.delta(block, factors, rows, cols, scratch)
     if scratch.dtype == dtype:
         return scratch
-    return workspace("rounded", tuple(block.shape), dtype, weight.device).copy_(scratch)
-
-
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, step: int) -> Tensor:
-    """Return X Wᵀ + b in `dtype`, converting W a block at a time where it has another."""
-    bias = bias if bias is None else bias.to(dtype)
-    x = x.to(dtype)
-    if weight.dtype == dtype:
-        return F.linear(x, weight, bias)
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-    for rows in slices(weight.shape[0], step):
-        block = workspace("frozen", (weight[rows].shape[0], weight.shape[1]), dtype, x.device).copy_(weight[rows])
-        torch.mm(x, block.t(), out=y[:, rows])
-    return y if bias is None else y.add_(bias)
-
-
-class _Once(torch.autograd.Function):
-    """The identity on a gradient; differentiating it by what it was computed from is what has no formula here."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise GradientError(
-            "the fast SPP layer has first derivatives only, and a second one was asked for (create_graph=True, a "
-            "gradient penalty, a Hessian). Compute those layers with spp.functional.spp_linear_reference, which "
-            "autograd can differentiate any number of times"
-        )
+    return workspace("rounded", tuple(block.shape), dtype, block.device).copy_(scratch)
