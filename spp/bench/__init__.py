@@ -1,4 +1,5 @@
 """Benchmarks that users run on their own machine: one file a question, all on the harness beside them.
 
 `python -m spp.bench.step` or `spp bench step`: one training step of a whole model against PEFT's adapters.
+`python -m spp.bench.layer` or `spp bench layer`: one training step of a linear layer, against the floor as well.
 """

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 
 from spp._version import __version__
-from spp.errors import ConfigError, DependencyError, SPPError
+from spp.bench.plot import check_plot
+from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
 from spp.files import atomic_file, write_json
+from spp.report import Table
 
 PACKAGES = ("transformers", "peft", "triton")
 
@@ -102,6 +104,20 @@ def ratio(numerator: Sequence[Sample], denominator: Sequence[Sample], clock: str
     """Return the ratio of two contenders' times, taken round by round."""
     pairs = zip(numerator, denominator, strict=True)
     return spread([getattr(a, clock) / max(getattr(b, clock), 1e-9) for a, b in pairs])
+
+
+def compare(samples: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
+    """Return the fields of each contender's row: its times, and its ratios to the first one, on both clocks."""
+    first = next(iter(samples))
+    rows = {}
+    for name, found in samples.items():
+        row: dict[str, Any] = {"reference": first}
+        for clock in ("wall", "process"):
+            row[f"{clock}_s"] = asdict(spread([getattr(sample, clock) for sample in found]))
+            row[f"reference_to_this_{clock}"] = asdict(ratio(samples[first], found, clock))
+            row[f"this_to_reference_{clock}"] = asdict(ratio(found, samples[first], clock))
+        rows[name] = row
+    return rows
 
 
 def synchronise(device: str) -> None:
@@ -200,10 +216,15 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument("--threads", type=int, help="threads of the processor (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
+    parser.add_argument("--plot", type=Path, help="draw the table as a chart: a .png, .svg or .pdf file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of --out and --plot")
+
+
+def add_timing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a benchmark that takes turns."""
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds that count (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them that do not (default: 2)")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
 def check_common_options(options: argparse.Namespace) -> None:
@@ -213,7 +234,7 @@ def check_common_options(options: argparse.Namespace) -> None:
         ConfigError: an option makes no sense; the message names it.
     """
     for name in ("rounds", "warmup", "threads"):
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and value < (name != "warmup"):
             raise ConfigError(f"--{name} is {value}; it must be at least {int(name != 'warmup')}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -222,17 +243,31 @@ def check_common_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--device is {options.device!r}; known: cpu, cuda, cuda:N")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    for path in (options.out, options.plot):
+        if path is not None and path.exists() and not options.overwrite:
+            raise OutputExistsError(f"{path} exists; choose another name, or pass --overwrite")
+    if options.plot is not None:
+        check_plot(options.plot)
+
+
+def finish(
+    rows: Sequence[Mapping[str, Any]], table: Table, options: argparse.Namespace, plot: Callable[[], object]
+) -> None:
+    """Print the table and what it was measured with; write the files of `--out` and `--plot`."""
+    print(table.text())
+    print(environment_line(rows[0]))
+    if options.out:
+        write_rows(rows, options.out, overwrite=options.overwrite)
+        print(f"wrote {options.out}")
+    if options.plot:
+        plot()
+        print(f"wrote {options.plot}")
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool) -> None:
     """Write rows of measurements as JSON, atomically; an existing file is kept unless `overwrite`."""
     with atomic_file(path, overwrite=overwrite) as temporary:
         write_json(temporary, {"rows": [dict(row) for row in rows]})
-
-
-def spread_row(found: Spread) -> dict[str, float]:
-    """Return a spread as a JSON value."""
-    return asdict(found)
 
 
 def _reset_peak() -> None:

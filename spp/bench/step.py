@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from spp.bench import harness
+from spp.bench.plot import plot_ratios
 from spp.errors import ConfigError, SPPError
 from spp.inject import wrap
 from spp.patterns import Pattern
@@ -123,10 +124,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         warmup=options.warmup,
         device=options.device,
     )
-    first = options.contenders[0]
     environment = harness.environment(options.device, getattr(torch, options.dtype))
     rows = []
-    for name in options.contenders:
+    for name, fields in harness.compare(samples).items():
         row: dict[str, Any] = {
             "bench": "step",
             "contender": name,
@@ -137,16 +137,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "tokens": options.tokens,
             "rank": options.rank if name.startswith("spp") else options.peft_rank,
             "rounds": options.rounds,
-            "wall_s": harness.spread_row(harness.spread([s.wall for s in samples[name]])),
-            "process_s": harness.spread_row(harness.spread([s.process for s in samples[name]])),
-            "reference": first,
-            "reference_to_this_wall": harness.spread_row(harness.ratio(samples[first], samples[name])),
-            "reference_to_this_process": harness.spread_row(harness.ratio(samples[first], samples[name], "process")),
+            **fields,
             **environment,
         }
         if memory:
             row["rest_bytes"], row["peak_bytes"] = memory[name].rest, memory[name].peak
-            row["reference_to_this_peak"] = memory[first].peak / memory[name].peak
+            row["reference_to_this_peak"] = memory[options.contenders[0]].peak / memory[name].peak
         rows.append(row)
     return rows
 
@@ -174,6 +170,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(f"one training step: {shape}; median (p20 … p80)", tuple(columns), tuple(lines))
 
 
+def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the chart of `--plot`."""
+    shape = f"{rows[0]['batch']} × {rows[0]['tokens']} tokens, {rows[0]['model']} at {rows[0]['pattern']}"
+    conditions = harness.environment_line(rows[0])
+    plot_ratios({shape: rows}, "one training step", conditions, options.plot, overwrite=options.overwrite)
+
+
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Parse and check the options."""
     parser = argparse.ArgumentParser(
@@ -198,6 +201,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     harness.add_common_options(parser)
+    harness.add_timing_options(parser)
     options = parser.parse_args(arguments)
     harness.check_common_options(options)
     for name in ("batch", "tokens", "rank", "peft_rank"):
@@ -216,11 +220,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.benc
         print(json.dumps({"rest": memory.rest, "peak": memory.peak}))
         return
     rows = measure(options)
-    print(table(rows).text())
-    print(harness.environment_line(rows[0]))
-    if options.out:
-        harness.write_rows(rows, options.out, overwrite=options.overwrite)
-        print(f"wrote {options.out}")
+    harness.finish(rows, table(rows), options, lambda: plot(rows, options))
 
 
 def _memory_of(options: argparse.Namespace, name: str) -> harness.Memory:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(help="Benchmarks to run on your own machine.", no_args_is_help=True, rich_markup_mode=None)
 
+PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+Options = Annotated[list[str] | None, typer.Argument(help="Options of the benchmark; see its --help.")]
 
-@app.command(
-    "step",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def step(
-    options: Annotated[
-        list[str] | None, typer.Argument(help="Options of the benchmark; see `spp bench step --help`.")
-    ] = None,
-) -> None:
+
+@app.command("step", **PASSED_ON)
+def step(options: Options = None) -> None:
     """Time one training step of a whole model against PEFT's LoRA and HiRA.
 
     Example: spp bench step --model DIR --rounds 10 --out step.json
@@ -26,3 +24,14 @@ def step(
     from spp.bench.step import main
 
     main(options or [], prog="spp bench step")
+
+
+@app.command("layer", **PASSED_ON)
+def layer(options: Options = None) -> None:
+    """Time one training step of a linear layer against its peers and against full fine-tuning of the layer.
+
+    Example: spp bench layer --layers 4096x4096 11008x4096 --tokens 512 2048 --plot layer.png
+    """
+    from spp.bench.layer import main
+
+    main(options or [], prog="spp bench layer")

@@ -26,6 +26,15 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert harness.ratio(slow, fast, "process").median == 3.0
 
 
+def test_rows_compare_every_contender_with_the_first_on_both_clocks() -> None:
+    rows = harness.compare({"a": [Sample(2, 30), Sample(4, 10)], "b": [Sample(1, 10), Sample(1, 20)]})
+    assert rows["a"]["reference"] == rows["b"]["reference"] == "a"
+    assert rows["a"]["this_to_reference_wall"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    assert rows["b"]["wall_s"]["median"] == 1 and rows["b"]["process_s"]["median"] == 15
+    assert rows["b"]["reference_to_this_wall"]["median"] == 3.0
+    assert rows["b"]["this_to_reference_process"]["median"] == pytest.approx((1 / 3 + 2) / 2)
+
+
 def test_spread_of_one_value() -> None:
     assert harness.spread([2.0]) == Spread(2.0, 2.0, 2.0)
     assert str(harness.spread([1.0, 2.0, 3.0])) == "2.000 (1.400 … 2.600)"

@@ -1,0 +1,169 @@
+"""One training step of one linear layer: SPP against its peers, and against the products that no form can avoid.
+
+A step is the forward of X (T, n) and the backward of a given dY (T, m), to the gradients of X and of what the
+contender trains. The contenders are those of spp.bench.adapted; they take turns in one process on the same weights.
+
+    python -m spp.bench.layer --layers 4096x4096 --tokens 512 2048        spp bench layer --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from spp.bench import harness
+from spp.bench.adapted import LayerSpec, Products, contenders, make_layer
+from spp.bench.plot import plot_ratios
+from spp.errors import ConfigError, SPPError
+from spp.patterns import Pattern
+from spp.report import Table
+
+
+def make_step(name: str, spec: LayerSpec, tokens: int) -> tuple[Callable[[], None], int]:
+    """Return one contender's step on X (tokens, n), and the number of its trainable parameters."""
+    layer = make_layer(name, spec)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, spec.in_features, generator=generator).to(spec.device, spec.dtype)
+    dy = torch.randn(tokens, spec.out_features, generator=generator).to(spec.device, spec.dtype)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    if isinstance(layer, Products):
+        return lambda: layer.step(x, dy), layer.weight.numel()
+    x.requires_grad_()
+
+    def step() -> None:
+        for tensor in (x, *trained):
+            tensor.grad = None
+        layer(x).backward(dy)
+
+    return step, sum(p.numel() for p in trained)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one row for every shape, number of tokens and contender."""
+    environment = harness.environment(options.device, getattr(torch, options.dtype))
+    found = []
+    for m, n in options.layers:
+        spec = LayerSpec(
+            m, n, getattr(torch, options.dtype), options.device, options.pattern, options.rank, options.peft_rank
+        )
+        for tokens in options.tokens:
+            made = {name: make_step(name, spec, tokens) for name in options.contenders}
+            samples = harness.interleave(
+                {name: step for name, (step, _) in made.items()},
+                rounds=options.rounds,
+                warmup=options.warmup,
+                device=options.device,
+            )
+            for name, fields in harness.compare(samples).items():
+                found.append(
+                    {
+                        "bench": "layer",
+                        "contender": name,
+                        "trainable": made[name][1],
+                        "out_features": m,
+                        "in_features": n,
+                        "tokens": tokens,
+                        "pattern": options.pattern,
+                        "rank": options.rank if not name.startswith(("lora", "hira")) else options.peft_rank,
+                        "rounds": options.rounds,
+                        **fields,
+                        **environment,
+                    }
+                )
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table whose ratios are of the first contender to the one in the row."""
+    first = rows[0]["reference"]
+    lines = []
+    for row in rows:
+        lines.append(
+            (
+                f"{row['out_features']} × {row['in_features']}",
+                str(row["tokens"]),
+                row["contender"],
+                f"{row['wall_s']['median'] * 1e3:.2f} ms",
+                *(str(harness.Spread(**row[f"reference_to_this_{clock}"])) for clock in ("wall", "process")),
+            )
+        )
+    columns = ("layer", "tokens", "contender", "step", f"{first} / this", "processor time")
+    title = f"one training step of a layer at {rows[0]['pattern']}; median (p20 … p80)"
+    return Table(title, columns, tuple(lines))
+
+
+def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the chart of `--plot`: a panel for each shape and number of tokens."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(f"{row['out_features']} × {row['in_features']}, {row['tokens']} tokens", []).append(row)
+    title = f"one training step of a layer at {rows[0]['pattern']}"
+    plot_ratios(panels, title, harness.environment_line(rows[0]), options.plot, overwrite=options.overwrite)
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Parse and check the options."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Time one training step of a linear layer: SPP against its peers, interleaved."
+    )
+    add_layer_options(parser)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=["spp", "full", "frozen", "branches", "lora", "hira"],
+        choices=sorted(contenders()),
+        metavar="NAME",
+        help=f"of {', '.join(contenders())}; ratios are of the first to the others (default: spp full frozen branches "
+        "lora hira)",
+    )
+    harness.add_common_options(parser)
+    harness.add_timing_options(parser)
+    options = parser.parse_args(arguments)
+    harness.check_common_options(options)
+    check_layer_options(options)
+    return options
+
+
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe layers."""
+    parser.add_argument(
+        "--layers", nargs="+", default=["4096x4096"], metavar="MxN", help="out × in features (default: 4096x4096)"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512], help="rows of X (default: 512)")
+    parser.add_argument("--rank", type=int, default=16, help="r of SPP (default: 16)")
+    parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA (default: 8)")
+    parser.add_argument("--pattern", default="2:4", help="zeros of the weights (default: 2:4)")
+
+
+def check_layer_options(options: argparse.Namespace) -> None:
+    """Refuse layers that cannot be; `options.layers` becomes pairs (m, n)."""
+    shapes = []
+    for layer in options.layers:
+        found = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", layer)
+        if not found:
+            raise ConfigError(f"--layers has {layer!r}; a layer is out x in features, such as 11008x4096")
+        shapes.append((int(found[1]), int(found[2])))
+    options.layers = shapes
+    for name, values in (("tokens", options.tokens), ("rank", [options.rank]), ("peft-rank", [options.peft_rank])):
+        if min(values) < 1:
+            raise ConfigError(f"--{name} is {min(values)}; it must be at least 1")
+    Pattern.parse(options.pattern)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.bench.layer") -> None:
+    """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
+    options = parse(arguments, prog)
+    rows = measure(options)
+    harness.finish(rows, table(rows), options, lambda: plot(rows, options))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SPPError as error:
+        sys.exit(f"error: {error}")
