@@ -14,6 +14,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
+
+# Before anything imports triton: without a GPU the kernels run in Triton's interpreter, on tensors of the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

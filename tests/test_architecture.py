@@ -56,6 +56,9 @@ ONLY_IN = {  # third-party packages that belong to some rooms, wherever in a fil
     "rich": ("cli/",),
     "peft": ("integrations/peft.py", "bench/"),
 }
+# A kernel is defined when its file is imported: Triton may be imported at module level in one folder, and that folder
+# nowhere outside of itself but inside functions.
+TRITON_FOLDER, TRITON_MODULES = "kernels/triton/", "spp.kernels.triton"
 NEVER_AT_MODULE_LEVEL = {"datasets", "trl", "matplotlib", "gguf", "triton", "lm_eval", "peft"}
 NOT_LOADED_BY_IMPORT = [
     "transformers.trainer",
@@ -111,6 +114,7 @@ def violations(path: str, source: str) -> list[str]:
         return [f"{path}: no level for {parts[0]!r} in LEVELS"]
     level = PUBLIC_LEVEL + 1 if is_root else LEVELS[str(room)]
     found = []
+    in_triton_folder = path.startswith(TRITON_FOLDER)
     for line, name, at_import in imports_of(ast.parse(source)):
         where = f"{path}:{line}"
         module, _, attribute = name.partition(":")
@@ -125,8 +129,12 @@ def violations(path: str, source: str) -> list[str]:
                 found.append(f"{where}: no level for {module}")
             elif target != room and LEVELS[target] >= level and (room, target) not in BESIDE:
                 found.append(f"{where}: level {level} imports {module} of level {LEVELS[target]}")
+            elif at_import and f"{module}.{attribute}.".startswith(f"{TRITON_MODULES}.") and not in_triton_folder:
+                found.append(f"{where}: {TRITON_MODULES} at module level; import it where it is used")
         elif package in ONLY_IN and not path.startswith(ONLY_IN[package]):
             found.append(f"{where}: {package} belongs to {' and '.join(ONLY_IN[package])}")
+        elif package == "triton" and in_triton_folder:
+            continue
         elif package in NEVER_AT_MODULE_LEVEL and at_import:
             found.append(f"{where}: {package} at module level; import it where it is used")
         elif package == "transformers" and at_import and level < TRANSFORMERS_LEVEL and name != "transformers":
@@ -158,6 +166,10 @@ def test_files_are_short(path: Path) -> None:
         ("training/tune.py", "import rich.table", "rich belongs to cli/"),
         ("training/tune.py", "def f():\n    import peft", "peft belongs to"),
         ("bench/step.py", "import peft", "peft at module level"),
+        ("kernels/backend.py", "import triton", "triton at module level"),
+        ("kernels/backend.py", "from spp.kernels.triton import build", "spp.kernels.triton at module level"),
+        ("kernels/backend.py", "from spp.kernels import triton", "spp.kernels.triton at module level"),
+        ("functional.py", "import spp.kernels.triton.build", "spp.kernels.triton at module level"),
         ("training/data.py", "import datasets", "datasets at module level"),
         ("merge.py", "from transformers import Trainer", "transformers:Trainer at module level"),
         ("merge.py", "if True:\n    import transformers.trainer", "transformers.trainer at module level"),
@@ -180,6 +192,8 @@ def test_the_walk_finds_what_is_wrong(path: str, source: str, complaint: str) ->
         ("training/tune.py", "from spp.training.config import TuneConfig"),
         ("calibrate.py", "from spp.calibrate_statistics import Statistics"),
         ("training/data.py", "def f():\n    import datasets"),
+        ("kernels/triton/build.py", "import triton\nfrom spp.kernels.triton.launch import launch"),
+        ("kernels/backend.py", "def f():\n    from spp.kernels.triton import build"),
         ("merge.py", "if TYPE_CHECKING:\n    from transformers import Trainer"),
         ("merge.py", "def f():\n    from transformers import PreTrainedModel"),
         ("training/trainer.py", "from transformers import Trainer"),

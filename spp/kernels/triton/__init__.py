@@ -1,0 +1,7 @@
+"""Triton kernels for the element-wise work around the products; importing this folder imports triton.
+
+    build    W_eff or W′ in one pass over W                  twin: spp.rules.canonical.effective_block, SPPRule.delta
+    reduce   a block of W ⊙ G into dα and dβ in one pass     twin: SPPRule.reduce
+
+Whether they run is decided in spp.kernels.backend.
+"""

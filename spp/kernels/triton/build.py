@@ -1,0 +1,124 @@
+"""W_eff, or W′ = W_eff − W, of one SPP layer, in one pass over W.
+
+    t = s·β        u[i, j] = t[i] · α[g(i), j]        g(i) = ⌊((i+1)·r − 1) / m⌋
+    W_eff = round(W · (1 + u)), rescued               W′ = W · u
+
+The arithmetic is float32, each step rounded by itself, then rounded to W's dtype; a kept weight that came out as zero
+is rescued, and only then the result is converted to the dtype of the product: bit for bit what
+spp.rules.canonical.effective_block computes, which is the twin. W is read once and W_eff written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spp.kernels.triton.launch import launch
+from spp.rules.canonical import smallest_kept
+from spp.rules.spp import Factors
+
+BLOCK_ROWS = 4
+BLOCK_COLS = 512  # with four warps, 16 weights a thread: two accesses of 16 bytes in a 16-bit dtype
+
+
+@triton.jit
+def _magnitude_bits(value, BITS: tl.constexpr):
+    """The bits of a float without its sign, as int32: 0 for a zero of either sign and for nothing else."""
+    if BITS == 32:
+        return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        return value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+
+
+@triton.jit
+def _with_sign_of(value, MAGNITUDE: tl.constexpr, BITS: tl.constexpr):
+    """The float with the sign of `value` and the bits MAGNITUDE, in the dtype of `value`."""
+    if BITS == 32:
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits ^ (bits & 0x7FFFFFFF)) | MAGNITUDE).to(value.dtype, bitcast=True)
+    else:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        return ((bits & 0x8000) | MAGNITUDE).to(tl.int16).to(value.dtype, bitcast=True)
+
+
+@triton.jit
+def updated(weight, update, DELTA: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr):
+    """W · (1 + u), rounded to W's dtype and rescued; with DELTA, W · u in float32."""
+    if DELTA:
+        return weight.to(tl.float32) * update
+    else:
+        result = (weight.to(tl.float32) * (1.0 + update)).to(weight.dtype)
+        lost = (_magnitude_bits(weight, BITS) != 0) & (_magnitude_bits(result, BITS) == 0)
+        return tl.where(lost, _with_sign_of(weight, SMALLEST, BITS), result)
+
+
+@triton.jit
+def _build_kernel(
+    weight_ptr,
+    alpha_ptr,
+    scaled_beta_ptr,
+    out_ptr,
+    m,
+    n,
+    r,
+    stride_row,
+    stride_col,
+    DELTA: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    groups = ((rows + 1) * r - 1) // m
+    weight = tl.load(weight_ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=inside, other=0.0)
+    alpha = tl.load(alpha_ptr + groups[:, None] * n + cols[None, :], mask=inside, other=0.0)
+    scaled = tl.load(scaled_beta_ptr + rows, mask=rows < m, other=0.0)
+    result = updated(weight, scaled[:, None] * alpha, DELTA, SMALLEST, BITS)
+    tl.store(out_ptr + rows[:, None] * n + cols[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def build(weight: Tensor, factors: Factors, out: Tensor) -> None:
+    """Write the whole W_eff (m, n), rounded to the dtype of `weight` and rescued, into `out`.
+
+    Args:
+        weight: W (m, n), float32, bfloat16 or float16, any strides.
+        factors: from the SPP rule's `prepare`, in float32.
+        out: (m, n) contiguous, in the dtype of the product.
+    """
+    _run(weight, factors, out, delta=False)
+
+
+def delta(weight: Tensor, factors: Factors, out: Tensor) -> None:
+    """Write the whole W′ = W_eff − W (m, n), rounded once, into `out`; arguments as in `build`."""
+    _run(weight, factors, out, delta=True)
+
+
+def smallest_bits(dtype: torch.dtype) -> int:
+    """Return the bits of the magnitude that a rescued weight gets."""
+    as_int = torch.int32 if dtype.itemsize == 4 else torch.int16
+    return int(torch.tensor(smallest_kept(dtype), dtype=dtype).view(as_int))
+
+
+def _run(weight: Tensor, factors: Factors, out: Tensor, *, delta: bool) -> None:
+    m, n = weight.shape
+    launch(
+        _build_kernel,
+        (triton.cdiv(m, BLOCK_ROWS), triton.cdiv(n, BLOCK_COLS)),
+        weight.detach(),
+        factors.alpha.contiguous(),
+        factors.scaled_beta.contiguous(),
+        out,
+        m,
+        n,
+        factors.alpha.shape[0],
+        weight.stride(0),
+        weight.stride(1),
+        DELTA=delta,
+        SMALLEST=smallest_bits(weight.dtype),
+        BITS=8 * weight.dtype.itemsize,
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_COLS=BLOCK_COLS,
+    )

@@ -1,0 +1,33 @@
+"""Every kernel compiles for real GPUs, which need not be there, and keeps the roundings of the canonical order."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton's compiler for CUDA")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_contraction(capability: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(capability)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout)
+    assert len(found) >= 12
+    for name, instructions in found.items():
+        assert instructions, name
+        assert not any(i.startswith(("fma", "mad")) for i in instructions), f"{name}: {instructions}"
+    # Explicitly rounded operations, which no later stage of the compiler may join.
+    assert {"mul.rn.f32", "add.rn.f32"} <= set(found["build *bf16 effective"])
+    assert any(i.startswith("cvt.rn") for i in found["build *bf16 effective"])
+    assert any(i.startswith("cvt.rn") for i in found["build *fp16 effective"])
