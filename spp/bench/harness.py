@@ -69,7 +69,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2, device: str = "cpu"
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    device: str = "cpu",
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[Sample]]:
     """Time every contender once a round, in an order that rotates from round to round.
 
@@ -78,6 +83,7 @@ def interleave(
         rounds: rounds that count.
         warmup: rounds before them that do not.
         device: "cpu" or "cuda"; on a GPU each call is waited for.
+        before: called before every call, untimed.
     """
     names = list(contenders)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
@@ -85,6 +91,8 @@ def interleave(
     for i in range(warmup + rounds):
         for j in range(len(names)):
             name = names[(i + j) % len(names)]
+            if before is not None:
+                before()
             sample = time_call(contenders[name], device)
             if i >= warmup:
                 samples[name].append(sample)
@@ -221,10 +229,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --out and --plot")
 
 
-def add_timing_options(parser: argparse.ArgumentParser) -> None:
+def add_timing_options(parser: argparse.ArgumentParser, *, rounds: int = 10, warmup: int = 2) -> None:
     """Add the options of a benchmark that takes turns."""
-    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds that count (default: 10)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that do not (default: 2)")
+    told = "(default: %(default)s)"
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds that count {told}")
+    parser.add_argument("--warmup", type=int, default=warmup, help=f"rounds before them that do not {told}")
 
 
 def check_common_options(options: argparse.Namespace) -> None:

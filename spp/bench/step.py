@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from spp.bench import harness
+from spp.bench.models import add_model_options, load_dense, model_arguments
 from spp.bench.plot import plot_ratios
 from spp.errors import ConfigError, SPPError
 from spp.inject import wrap
@@ -29,14 +30,6 @@ from spp.targets import resolve_targets
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DROPOUT = 0.05  # of the contenders with dropout: the paper's
 MEMORY_STEPS = 3  # the first creates the optimizer's state; the peak is reached from the second on
-
-# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
-SHAPES = {
-    "smollm2": (576, 1536, 30, 9, 3, 49152, True),
-    "tiny": (64, 160, 2, 4, 2, 256, False),
-    "llama-1b": (2048, 8192, 16, 32, 8, 128256, True),
-    "llama-7b": (4096, 11008, 32, 32, 32, 32000, False),
-}
 
 
 def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
@@ -67,34 +60,15 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
 
 
 def load_model(options: argparse.Namespace) -> nn.Module:
-    """Return the pruned model of the run: from a directory or hub id, or random weights of a known shape."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    dtype = getattr(torch, options.dtype)
-    model: nn.Module
-    if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    else:
-        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[options.shape]
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-            tie_word_embeddings=tied,
-        )
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(dtype)
-    model.config.use_cache = False  # type: ignore[union-attr]
+    """Return the pruned model of the run: a dense one is pruned by magnitude."""
+    model = load_dense(options)
     pattern = Pattern.parse(options.pattern)
     with torch.no_grad():
         for _, module in resolve_targets(model, PROJECTIONS):
             weight: Any = module.weight
             if int((weight == 0).sum()) < weight.numel() // 4:  # a model that is pruned already stays as it is
                 weight.mul_(magnitude_mask(weight, pattern))
-    return model.to(options.device)
+    return model
 
 
 def make_step(options: argparse.Namespace, name: str) -> tuple[Callable[[], None], int]:
@@ -182,9 +156,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog, description="Time one training step of SPP against PEFT's LoRA and HiRA, interleaved."
     )
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help="directory or hub id; a dense one is pruned by magnitude first")
-    model.add_argument("--shape", default="smollm2", choices=sorted(SHAPES), help="random weights of this shape")
+    add_model_options(parser, "directory or hub id; a dense one is pruned by magnitude first")
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -224,8 +196,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.benc
 
 
 def _memory_of(options: argparse.Namespace, name: str) -> harness.Memory:
-    source = ["--model", options.model] if options.model else ["--shape", options.shape]
-    arguments = ["--child", name, *source, "--pattern", options.pattern]
+    arguments = ["--child", name, *model_arguments(options), "--pattern", options.pattern]
     for option in ("batch", "tokens", "rank", "peft-rank", "device", "dtype", "threads"):
         value = getattr(options, option.replace("-", "_"))
         if value is not None:

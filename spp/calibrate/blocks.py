@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spp.errors import NonFiniteError, TargetError
 from spp.patterns import all_finite
 
-_BATCH_TOKENS = 2048  # windows are run together up to this many tokens
+BATCH_TOKENS = 2048  # windows are run together up to this many tokens
 
 
 class Reached(Exception):
@@ -83,7 +83,7 @@ class BlockRunner:
         self._model = model
         self._path = path
         self._blocks = blocks
-        self._batches = windows.to(_input_device(model)).split(max(1, _BATCH_TOKENS // windows.shape[1]))
+        self._batches = windows.to(_input_device(model)).split(max(1, BATCH_TOKENS // windows.shape[1]))
         self._hidden: list[Tensor | None] = [None] * len(
             self._batches
         )  # None: what the model passes to its first block
@@ -139,14 +139,14 @@ class BlockRunner:
                 return None
             if args:
                 return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, _hidden_name(kwargs): hidden}
+            return args, {**kwargs, hidden_name(kwargs): hidden}
 
         def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
             raise Reached(output)
 
         hooks = [block.register_forward_pre_hook(replace, with_kwargs=True), block.register_forward_hook(finish)]
         try:
-            _forward(self._model, self._batches[batch])
+            call_model(self._model, self._batches[batch])
         except Reached as reached:
             return reached.output
         finally:
@@ -159,7 +159,7 @@ class BlockRunner:
         """Let the first `count` blocks hand their input on, in the form of their output."""
 
         def hand_on(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs[_hidden_name(kwargs)]
+            hidden = args[0] if args else kwargs[hidden_name(kwargs)]
             return hidden if self._rest is None else (hidden, *[None] * self._rest)
 
         before = [block.__dict__.get("forward") for block in self._blocks[:count]]
@@ -188,7 +188,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _forward(model: nn.Module, ids: Tensor) -> None:
+def call_model(model: nn.Module, ids: Tensor) -> None:
+    """Run the model's forward on token ids (k, L), without a cache where that can be said."""
     parameters = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in parameters else {}
     if "input_ids" in parameters:
@@ -197,7 +198,8 @@ def _forward(model: nn.Module, ids: Tensor) -> None:
         model(ids, **options)
 
 
-def _hidden_name(kwargs: dict[str, Any]) -> str:
+def hidden_name(kwargs: dict[str, Any]) -> str:
+    """Return which of a block's keyword arguments holds the hidden states, where none is positional."""
     if "hidden_states" in kwargs:
         return "hidden_states"
     return next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())

@@ -35,3 +35,14 @@ def layer(options: Options = None) -> None:
     from spp.bench.layer import main
 
     main(options or [], prog="spp bench layer")
+
+
+@app.command("prune", **PASSED_ON)
+def prune(options: Options = None) -> None:
+    """Time pruning, method by method, against the forward passes that it cannot avoid.
+
+    Example: spp bench prune --model DIR --calibration texts.txt --out prune.json
+    """
+    from spp.bench.prune import main
+
+    main(options or [], prog="spp bench prune")
