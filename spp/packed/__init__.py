@@ -1,0 +1,8 @@
+"""PackedWeight: a pruned matrix stored at the size of what was kept. How it lies in memory: `spp.packed.layout`."""
+
+from __future__ import annotations
+
+from spp.packed.layout import Layout
+from spp.packed.weight import PackedWeight
+
+__all__ = ["Layout", "PackedWeight"]

@@ -1,0 +1,51 @@
+"""Decode a rectangle of a packed matrix with torch's own operations: any device, and the twin of the fast decoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spp.packed.layout import STRETCH, Layout
+
+_SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
+
+
+def decode_anywhere(
+    layout: Layout, values: Tensor, codes: Tensor, starts: Tensor | None, rows: slice, cols: slice, out: Tensor
+) -> None:
+    """Write W[rows, cols] into `out`; arguments as for `decode_cpu`."""
+    if layout.index_bits:
+        _decode_indices(layout, values, codes, rows, cols, out)
+        return
+    stretch = 0 if layout.is_nm else cols.start // STRETCH
+    first = stretch * STRETCH  # counting begins here: of a row, or of a stretch
+    bytes_ = codes[rows, first // 8 : -(-cols.stop // 8)]
+    shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=codes.device)
+    mask = (bytes_.unsqueeze(2) >> shifts & 1).flatten(1)  # (rows, 8 · bytes)
+    rank = mask.cumsum(1, dtype=torch.int64) - 1
+    cut = slice(cols.start - first, cols.stop - first)
+    mask, rank = mask[:, cut].to(torch.bool), rank[:, cut]
+    if starts is None:
+        begins = torch.arange(rows.start, rows.stop, device=codes.device) * layout.row_values
+    else:
+        begins = starts[rows, stretch].to(torch.int64)
+    _take(values.reshape(-1), mask, begins.unsqueeze(1) + rank, out)
+
+
+def _decode_indices(layout: Layout, values: Tensor, codes: Tensor, rows: slice, cols: slice, out: Tensor) -> None:
+    width = layout.index_bits
+    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=codes.device)
+    index = (codes[rows].unsqueeze(2) >> shifts & (1 << width) - 1).flatten(1)[:, : layout.row_values]
+    value = torch.arange(layout.row_values, device=codes.device)
+    places = value // layout.kept * layout.group + index  # (rows, values of a row): columns
+    whole = torch.zeros(places.shape[0], layout.cols, dtype=values.dtype, device=values.device)
+    whole.scatter_(1, places, values[rows])
+    out.copy_(whole[:, cols])
+
+
+def _take(values: Tensor, mask: Tensor, places: Tensor, out: Tensor) -> None:
+    if values.numel() == 0:
+        out.zero_()
+        return
+    found = values[places.clamp_(0, values.numel() - 1)]
+    out.copy_(found.masked_fill_(~mask, 0))

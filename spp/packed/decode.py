@@ -1,0 +1,127 @@
+"""Decode a rectangle of a packed matrix on the CPU, with numpy: values are moved as bits, a few rows at a time.
+
+N:M: a table gives the places of a byte's values, a second one where the byte lies, and one indexed write puts the
+values there. Any pattern: the bits that are set are the places.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from spp.packed.layout import STRETCH, Layout
+from spp.packed.packing import INTEGERS, stretch_counts
+
+_CHUNK = 1 << 17  # weights decoded together: places, values and the result of a chunk stay in a core's cache
+Array = npt.NDArray[Any]
+
+
+def decode_cpu(
+    layout: Layout, values: Tensor, codes: Tensor, starts: Tensor | None, rows: slice, cols: slice, out: Tensor
+) -> None:
+    """Write W[rows, cols] into `out`.
+
+    Args:
+        layout, values, codes, starts: of W, on the CPU.
+        rows, cols: with 0 ≤ start ≤ stop ≤ m or n, step 1.
+        out: contiguous, of the block's shape and W's dtype.
+    """
+    if out.numel() == 0:
+        return
+    bits = INTEGERS[values.element_size()]
+    unit = layout.unit[0]
+    first = cols.start // unit * unit
+    last = min(-(-cols.stop // unit) * unit, layout.cols)
+    cut = slice(cols.start - first, cols.stop - first)
+    whole = cut.stop - cut.start == last - first
+    source, target = values.view(bits).numpy(), out.view(bits).numpy()
+    bytes_, begins = codes.numpy(), None if starts is None else starts.numpy()
+    step = _rows_together(last - first)
+    spare = None if whole else np.empty((step, last - first), source.dtype)
+    for begin in range(rows.start, rows.stop, step):
+        part = slice(begin, min(begin + step, rows.stop))
+        at = target[part.start - rows.start : part.stop - rows.start]
+        block = at if spare is None else spare[: len(at)]
+        if layout.is_nm:
+            _decode_groups(layout, source, bytes_, part, first, last, block)
+        else:
+            assert begins is not None
+            _decode_mask(source, bytes_, begins, part, first, last, block)
+        if spare is not None:
+            at[:] = block[:, cut]
+
+
+def _decode_groups(
+    layout: Layout, values: Array, codes: Array, rows: slice, first: int, last: int, block: Array
+) -> None:
+    """Write W[rows, first:last] into `block`, N:M; both columns are multiples of the unit, or `last` is n."""
+    unit, bytes_ = layout.unit
+    width = last - first
+    table = _places_in_byte(layout.kept, layout.group, layout.index_bits)
+    inside = codes[rows, first // unit * bytes_ : -(-last // unit) * bytes_]
+    count = width // layout.group * layout.kept
+    places = table.take(inside).view(np.int64)[:, :count]  # (rows, count): in the byte's columns, or in the group's
+    places += _first_places(layout.kept, layout.group, layout.index_bits, width)[: len(block)]
+    block.fill(0)
+    begin = first // layout.group * layout.kept
+    block.reshape(-1)[places.reshape(-1)] = values[rows, begin : begin + count].reshape(-1)
+
+
+def _decode_mask(values: Array, codes: Array, starts: Array, rows: slice, first: int, last: int, block: Array) -> None:
+    """Write W[rows, first:last] into `block`, any pattern; `first` is a multiple of 8, `last` is one or is n."""
+    inside = codes[rows, first // 8 : -(-last // 8)]
+    places = np.flatnonzero(np.unpackbits(inside, axis=1, count=last - first).view(np.bool_))
+    block.fill(0)
+    stretch = first // STRETCH
+    if first == 0 and inside.shape[1] == codes.shape[1]:  # whole rows: their values lie in one piece
+        begin = int(starts[rows.start, 0])
+        chosen = values[begin : begin + len(places)]
+    else:
+        before = codes[rows, stretch * STRETCH // 8 : first // 8]
+        begins = starts[rows, stretch] + stretch_counts(before).sum(1)
+        counts = stretch_counts(inside).sum(1)
+        shift = begins - (np.cumsum(counts) - counts)
+        chosen = values[np.repeat(shift, counts) + np.arange(len(places))]
+    block.reshape(-1)[places] = chosen
+
+
+@lru_cache(maxsize=64)
+def _places_in_byte(kept: int, group: int, index_bits: int) -> Array:
+    """Return, for each byte of codes, the places of its values as one opaque item of int64s."""
+    if index_bits:
+        shifts = 8 - index_bits * (1 + np.arange(8 // index_bits))
+        places = np.arange(256)[:, None] >> shifts & (1 << index_bits) - 1
+    else:
+        count = 8 // group * kept
+        places = np.zeros((256, count), np.int64)
+        for byte in range(256):
+            found = [j for j in range(8) if byte >> (7 - j) & 1][:count]
+            places[byte, : len(found)] = found
+    table = np.ascontiguousarray(places, np.int64)
+    return table.view(f"V{table.shape[1] * 8}").reshape(256)
+
+
+@lru_cache(maxsize=16)
+def _first_places(kept: int, group: int, index_bits: int, width: int) -> Array:
+    """Return, for each value of a full chunk, where the byte or the group that its place counts from begins."""
+    value = np.arange(width // group * kept)
+    if index_bits:
+        begins = value // kept * group
+    else:
+        begins = value // (8 // group * kept) * 8
+    return begins + np.arange(_rows_together(width))[:, None] * width
+
+
+def _rows_together(width: int) -> int:
+    return max(1, _CHUNK // width)
+
+
+def as_rows(part: slice, length: int) -> slice:
+    """Return a slice with its start and stop written out and in range."""
+    start, stop, step = part.indices(length)
+    assert step == 1
+    return slice(start, max(start, stop))

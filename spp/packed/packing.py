@@ -1,0 +1,102 @@
+"""From a dense matrix to kept values and codes, a few rows at a time: nothing dense is allocated beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spp.packed.layout import STRETCH, Layout
+from spp.patterns import count_kept, detect_packed, nonzero_mask, pack_bits
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a weight: values are moved as bits
+_CHUNK = 1 << 17  # weights looked at together
+_PER_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
+
+
+def choose_layout(weight: Tensor) -> tuple[Layout, int]:
+    """Return the smallest layout that holds W (m, n), and how many of its weights are kept."""
+    rows, cols = weight.shape
+    packed = pack_bits(weight)
+    kept = count_kept(packed)
+    fixed = Layout.of(rows, cols, detect_packed(packed, rows * cols, cols))
+    free = Layout(rows, cols)
+    size = weight.element_size()
+    return (fixed if fixed.nbytes(kept, size) <= free.nbytes(kept, size) else free), kept
+
+
+def pack_tensor(weight: Tensor, layout: Layout, kept: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (values, codes, starts) of W on its device.
+
+    Args:
+        weight: W (m, n), any strides.
+        layout, kept: as from `choose_layout`.
+    """
+    rows, cols = weight.shape
+    shape = (rows, layout.row_values) if layout.is_nm else (kept,)
+    values = torch.empty(shape, dtype=weight.dtype)
+    bits = INTEGERS[weight.element_size()]
+    flat = values.view(bits).reshape(-1).numpy()
+    codes = np.zeros((rows, layout.row_bytes), np.uint8)
+    starts = np.zeros((rows, layout.stretches), np.int32 if kept < 2**31 else np.int64)
+    place = 0
+    step = max(1, _CHUNK // max(1, cols))
+    for first in range(0, rows, step):
+        part = weight.detach()[first : first + step].cpu().contiguous()
+        mask = nonzero_mask(part).numpy()
+        if layout.is_nm:
+            _fill_groups(mask, layout)
+        chosen = np.flatnonzero(mask)
+        taken = part.view(bits).reshape(-1).numpy()[chosen]
+        taken[taken == torch.iinfo(bits).min] = 0  # −0.0, where a group keeps fewer than N
+        flat[place : place + len(chosen)] = taken
+        if layout.index_bits:
+            codes[first : first + step] = _pack_indices(chosen, len(part), layout)
+        else:
+            codes[first : first + step] = np.packbits(mask, axis=1)
+        if layout.stretches:
+            counts = stretch_counts(codes[first : first + step]).reshape(-1)
+            begins = place + np.cumsum(counts, dtype=np.int64) - counts
+            starts[first : first + step] = begins.reshape(len(part), -1)
+        place += len(chosen)
+    on = weight.device
+    return (
+        values.to(on),
+        torch.from_numpy(codes).to(on),
+        None if layout.is_nm else torch.from_numpy(starts).to(on),
+    )
+
+
+def stretch_counts(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Return the number of bits set in each stretch of each row (rows, S) of a mask's codes (rows, B)."""
+    rows, width = codes.shape
+    edges = np.arange(0, width, STRETCH // 8)
+    if not rows or not width:
+        return np.zeros((rows, len(edges)), np.int64)
+    result: npt.NDArray[np.int64] = np.add.reduceat(_PER_BYTE[codes], edges, axis=1, dtype=np.int64)
+    return result
+
+
+def _fill_groups(mask: npt.NDArray[np.bool_], layout: Layout) -> None:
+    """Mark pruned positions, in place, until each group has N marks."""
+    groups = mask.reshape(-1, layout.group)
+    short = np.flatnonzero(groups.sum(1, dtype=np.int16) < layout.kept)
+    if len(short):
+        order = np.argsort(~groups[short], axis=1, kind="stable")[:, : layout.kept]
+        groups[short[:, None], order] = True
+
+
+def _pack_indices(chosen: npt.NDArray[Any], rows: int, layout: Layout) -> npt.NDArray[np.uint8]:
+    """Return the codes (rows, B) of kept positions, counted over the rows; M divides n, so groups never straddle."""
+    width = layout.index_bits
+    index = (chosen % layout.group).astype(np.uint8).reshape(rows, layout.row_values)
+    per_byte = 8 // width
+    padded = np.zeros((rows, layout.row_bytes * per_byte), np.uint8)
+    padded[:, : layout.row_values] = index
+    shifts = (8 - width * (1 + np.arange(per_byte))).astype(np.uint8)
+    lanes = padded.reshape(rows, layout.row_bytes, per_byte) << shifts
+    codes: npt.NDArray[np.uint8] = np.bitwise_or.reduce(lanes, axis=2)
+    return codes
