@@ -227,11 +227,6 @@ def fingerprint(masks: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def input_axis_of(ndim: int) -> int:
-    """Return the axis of a projection weight that inputs run along: the last, (out, in) or (experts, out, in)."""
-    return ndim - 1
-
-
 def report_from_tensors(tensors: Iterable[tuple[str, Tensor, int]]) -> SparsityReport:
     """Return the report on (name, tensor, input axis), one tensor at a time."""
     return make_report({name: _facts(t, axis)[0] for name, t, axis in tensors})

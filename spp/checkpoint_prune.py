@@ -34,6 +34,7 @@ from spp.errors import OutputExistsError, StreamingError, TargetError
 from spp.files import CheckpointReader, dtype_name, require_replaceable
 from spp.patterns import Pattern
 from spp.pruning.owl import OWL
+from spp.targets_layout import Projection
 
 
 def prune_checkpoint(
@@ -109,7 +110,7 @@ def prune_checkpoint(
         streamed = StreamedModel(reader, dtype, device)
         model = streamed.model
         plan = make_plan(model, options, tokenizer)
-        streamed.require_floats(f"{path}.weight" for path in plan.layers)
+        streamed.require_floats(layer.parameter_path for layer in plan.layers.values())
         root, blocks = _blocks(model, plan)
         of_block = layers_by_block(plan.layers, root, len(blocks))
         keys = [[key for key in reader if key.startswith(f"{root}.{i}.")] for i in range(len(blocks))]
@@ -146,7 +147,7 @@ class _Streamed(BlockStore):
         work: Work,
         blocks: list[nn.Module],
         keys: list[list[str]],
-        of_block: list[dict[str, nn.Module]],
+        of_block: list[dict[str, Projection]],
     ) -> None:
         self._streamed = streamed
         self._reader = reader
@@ -162,8 +163,8 @@ class _Streamed(BlockStore):
         with self._work.reader(index) if finished else contextlib.nullcontext(self._reader) as origin:
             self._streamed.load(self._keys[index], origin)
         if not finished:
-            for path, layer in self._of_block[index].items():
-                check_layer(path, layer)
+            for layer in self._of_block[index].values():
+                check_layer(layer)
         yield
         self._streamed.unload(self._blocks[index])
 
@@ -197,7 +198,7 @@ def _job(
         "patterns": {path: str(pattern) for path, pattern in plan.patterns.items()},
         "owl": None if owl is None else [owl.threshold, owl.spread],
         "dtype": str(dtype),
-        "dtypes": {path: dtype_name(streamed.dtype(f"{path}.weight")) for path in plan.layers},
+        "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
         "windows": hashlib.sha256(plan.windows.numpy().tobytes()).hexdigest(),
         "shape": list(plan.windows.shape),
         "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},

@@ -8,12 +8,13 @@ routers: they have few rows and decide which expert works.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
 from spp.errors import TargetError
+from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The same projections under the names of other architectures, as the last component of the module path.
@@ -21,8 +22,9 @@ OTHER_PROJECTIONS = (
     *("qkv_proj", "gate_up_proj"),  # Phi-3, fused
     *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     *("out_proj", "fc1", "fc2", "fc_in", "fc_out"),  # OPT, Phi, GPT-J
-    *("Wqkv", "c_proj", "c_fc"),  # MPT, StarCoder2
+    *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
+    *("input_linear", "output_linear"),  # JetMoE, Granite's shared experts
 )
 ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -50,30 +52,29 @@ def resolve_targets(
         TargetError: nothing matches (the message lists the linears that there are), or a matched module shares its
             weight with the embedding.
     """
-    linears = dict(linear_modules(model))
-    head = output_head(model)
-    chosen = {path: module for path, module in linears.items() if _is_target(path, module, target_modules, head)}
-    if exclude_modules is not None:
-        excluded = _excluded(linears, exclude_modules)
-        chosen = {path: module for path, module in chosen.items() if path not in excluded}
+    linears = {p.path: p for p in find_projections(model) if is_linear(p.module)}
+    chosen = _choose(model, linears, target_modules, exclude_modules)
     if "" in chosen:
         raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
-    if not chosen:
-        raise TargetError(_nothing_matched(linears, target_modules, exclude_modules))
-    _refuse_tied(model, chosen)
-    return list(chosen.items())
+    return [(path, projection.module) for path, projection in chosen.items()]
+
+
+def resolve_projections(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, Projection]:
+    """Return {path: projection} of what is meant, fused expert weights and Conv1D among them, in module order.
+
+    Arguments and errors as for `resolve_targets`; the path of a fused expert weight ends in the parameter's name.
+    """
+    found = {projection.path: projection for projection in find_projections(model)}
+    return _choose(model, found, target_modules, exclude_modules)
 
 
 def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (path, module) of every linear, plain or wrapped, in module order; one registered twice comes once."""
     return [(path, module) for path, module in model.named_modules() if is_linear(module)]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention's own: it reads the weight and never calls the module
-    return isinstance(module, nn.Linear) or hasattr(module, "spp_rule")
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -93,16 +94,37 @@ def is_projection_key(key: str, ndim: int) -> bool:
         key: such as "model.layers.0.mlp.up_proj.weight", in memory or on disk.
         ndim: number of dimensions of the tensor.
     """
-    if ndim not in (2, 3) or _NOT_PROJECTION.search(key) or key.endswith((".spp_alpha", ".spp_beta", ".bias")):
+    if ndim not in (2, 3) or _NOT_PROJECTION.search(key):
         return False
-    return key.endswith(".weight") if ndim == 2 else True
+    if ndim == 3 and key.rpartition(".")[2] in EXPERT_WEIGHTS:
+        return True
+    return key.endswith(".weight") and not (ndim == 3 and "conv" in key)
 
 
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too."""
+    axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
     for name, parameter in model.named_parameters():
         if is_projection_key(name, parameter.ndim):
-            yield name, parameter.detach(), -1
+            yield name, parameter.detach(), axes.get(id(parameter), -1)
+
+
+def _choose(
+    model: nn.Module,
+    found: dict[str, Projection],
+    target_modules: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+) -> dict[str, Projection]:
+    """Return those of the projections found that the arguments mean."""
+    head = output_head(model)
+    chosen = {path: p for path, p in found.items() if _is_target(path, p.module, target_modules, head)}
+    if exclude_modules is not None:
+        excluded = _excluded(found, exclude_modules)
+        chosen = {path: p for path, p in chosen.items() if path not in excluded}
+    if not chosen:
+        raise TargetError(_nothing_matched(found, target_modules, exclude_modules))
+    _refuse_tied(model, chosen)
+    return chosen
 
 
 def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None, head: nn.Module | None) -> bool:
@@ -117,24 +139,23 @@ def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None,
     return any(is_suffix(path, name) for name in wanted)
 
 
-def _excluded(linears: dict[str, nn.Module], names: str | Sequence[str]) -> set[str]:
+def _excluded(found: Iterable[str], names: str | Sequence[str]) -> set[str]:
     """Return the paths that `exclude_modules` means; a TargetError where a name of a list means none."""
     if isinstance(names, str):
-        return {path for path in linears if name_matches(path, names)}
-    unknown = sorted(name for name in names if not any(is_suffix(path, name) for path in linears))
+        return {path for path in found if name_matches(path, names)}
+    unknown = sorted(name for name in names if not any(is_suffix(path, name) for path in found))
     if unknown:
         raise TargetError(f"exclude_modules: no linear module is called {', '.join(unknown)}")
-    return {path for path in linears if any(is_suffix(path, name) for name in names)}
+    return {path for path in found if any(is_suffix(path, name) for name in names)}
 
 
-def _nothing_matched(linears: dict[str, nn.Module], wanted: object, excluded: object) -> str:
-    if not linears:
+def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: object) -> str:
+    if not found:
         return "the model has no linear modules, so there is nothing to adapt or prune"
     suffixes: dict[str, list[str]] = {}
-    for path, module in linears.items():
-        weight = getattr(module, "weight", None)
-        shape = f" {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
-        suffixes.setdefault(path.rsplit(".", 1)[-1] + shape, []).append(path)
+    for path, projection in found.items():
+        name = f"{path.rsplit('.', 1)[-1]} {tuple(projection.weight.shape)}"
+        suffixes.setdefault(name, []).append(path)
     listing = "\n".join(f"  {name}: {len(paths)} ×, such as {paths[0]}" for name, paths in sorted(suffixes.items()))
     without = f" without exclude_modules={excluded!r}" if excluded is not None else ""
     return (
@@ -143,20 +164,19 @@ def _nothing_matched(linears: dict[str, nn.Module], wanted: object, excluded: ob
     )
 
 
-def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def _refuse_tied(model: nn.Module, chosen: Mapping[str, Projection]) -> None:
     """Raise where a chosen module shares a parameter with any other: adapting one would change both."""
-    ids = {id(module) for module in chosen.values()}
-    elsewhere: dict[int, str] = {}
+    holders: dict[int, list[tuple[int, str]]] = {}  # {id of a parameter: (id of a module that has it, its name there)}
     for path, module in model.named_modules():
-        if id(module) not in ids:
-            for name, parameter in module.named_parameters(recurse=False):
-                elsewhere.setdefault(id(parameter), f"{path}.{name}" if path else name)
-    for path, module in chosen.items():
         for name, parameter in module.named_parameters(recurse=False):
-            owner = elsewhere.setdefault(id(parameter), f"{path}.{name}")
-            if owner != f"{path}.{name}":
+            holders.setdefault(id(parameter), []).append((id(module), f"{path}.{name}" if path else name))
+    for path, projection in chosen.items():
+        for parameter in projection.module.parameters(recurse=False):
+            mine = next(name for module, name in holders[id(parameter)] if module == id(projection.module))
+            other = next((name for module, name in holders[id(parameter)] if module != id(projection.module)), None)
+            if other is not None:
                 raise TargetError(
-                    f"{path}.{name} is the same tensor as {owner} (tied weights): changing one would "
+                    f"{mine} is the same tensor as {other} (tied weights): changing one would "
                     f"change the other. Leave {path} out, or untie first: "
                     f"module.weight = torch.nn.Parameter(module.weight.clone())"
                 )

@@ -27,6 +27,7 @@ from spp.errors import (
     PatternError,
     TargetError,
 )
+from spp.targets_layout import Projection
 from tests.models import tiny_llama, tiny_tokenizer
 
 
@@ -98,11 +99,11 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[str]:
     seen: list[str] = []
     real = loop.prune_layer
 
-    def counting(path: str, *args: Any) -> Any:
-        seen.append(path)
+    def counting(layer: Projection, *args: Any) -> Any:
+        seen.append(layer.path)
         if len(seen) == calls:
             raise _Killed
-        return real(path, *args)
+        return real(layer, *args)
 
     monkeypatch.setattr(loop, "prune_layer", counting)
     return seen

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from spp.calibrate.blocks import BlockRunner, Reached
 from spp.calibrate.methods import LayerInputs, Method
+from spp.calibrate.routed import RoutedInputs
 from spp.errors import NonFiniteError
 from spp.pruning.stats import StatsCollector
+from spp.targets_layout import Projection
 
 _SAMPLED = 512  # inputs kept to measure an output error on; a few hundred give it to a few percent
 
@@ -23,18 +25,20 @@ class _NotSharedError(Exception):
 def gather_inputs(
     runner: BlockRunner,
     index: int,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Projection],
     method: Method,
     windows: Tensor,
     *,
     keep: bool = False,
-) -> dict[str, LayerInputs]:
-    """Run block `index` over all batches and return what its layers read; layers that read one tensor share an entry.
+) -> dict[str, list[LayerInputs]]:
+    """Run block `index` over all batches and return what each matrix of its layers reads.
+
+    Layers that read one tensor share an entry; a fused weight has one entry an expert, of the tokens routed to it.
 
     Args:
         runner: at the state in which block `index` is next.
         index: of the block.
-        layers: {module path: linear} in the block.
+        layers: {path: projection} in the block.
         method: what says which statistics are needed.
         windows: token ids (k, L).
         keep: take the block's outputs as the inputs of the next one, in the same run.
@@ -47,29 +51,34 @@ def gather_inputs(
         collectors = _gather(runner, index, layers, method, tokens, share=not keep, keep=keep)
     except _NotSharedError:
         collectors = _gather(runner, index, layers, method, tokens, share=False, keep=False)
-    shared = {id(collector): LayerInputs(collector, len(windows)) for collector in collectors.values()}
-    for path, collector in collectors.items():
-        try:
-            if collector.count:
-                collector.stats()
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{path}: its {error}; load the model in a wider dtype, such as float32, and check the calibration "
-                f"data (blocks before this one are pruned already: load the model anew)"
-            ) from None
-    return {path: shared[id(collector)] for path, collector in collectors.items()}
+    shared = {id(c): LayerInputs(c, len(windows)) for several in collectors.values() for c in several}
+    for path, several in collectors.items():
+        for number, collector in enumerate(several):
+            _require_finite(collector, path if len(several) == 1 else f"{path}[{number}]")
+    return {path: [shared[id(collector)] for collector in several] for path, several in collectors.items()}
+
+
+def _require_finite(collector: StatsCollector, where: str) -> None:
+    try:
+        if collector.count:
+            collector.stats()
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{where}: its {error}; load the model in a wider dtype, such as float32, and check the calibration "
+            f"data (blocks before this one are pruned already: load the model anew)"
+        ) from None
 
 
 def _gather(
     runner: BlockRunner,
     index: int,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Projection],
     method: Method,
     tokens: int,
     *,
     share: bool,
     keep: bool,
-) -> dict[str, StatsCollector]:
+) -> dict[str, Sequence[StatsCollector]]:
     hooks = _Hooks(layers, method, tokens, share=share, whole=keep)
     with hooks.installed():
         for _ in runner.run(index, keep=keep):
@@ -81,14 +90,15 @@ class _Hooks:
     """Forward pre-hooks on the layers of a block; `whole` runs it to its end, else only as far as there is to read."""
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], method: Method, tokens: int, *, share: bool, whole: bool
+        self, layers: Mapping[str, Projection], method: Method, tokens: int, *, share: bool, whole: bool
     ) -> None:
-        self.collectors: dict[str, StatsCollector] = {}
-        self._layers = layers
+        self.collectors: dict[str, Sequence[StatsCollector]] = {}
+        self._layers = {path: layer for path, layer in layers.items() if not layer.fused}
+        self._fused = {path: layer for path, layer in layers.items() if layer.fused}
         self._method = method
         self._tokens = tokens
         self._share = share
-        self._whole = whole
+        self._whole = whole or bool(self._fused)
         self._first_batch = True
         self._calls: list[str] = []  # paths in the order of the first batch's calls
         self._last: str | None = None  # the layer after which a block has nothing left to tell
@@ -98,17 +108,21 @@ class _Hooks:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Have the hooks in place."""
+        for path, layer in self._fused.items():
+            self.collectors[path] = [self._collector(layer) for _ in range(layer.weight.shape[0])]
         handles = [
-            layer.register_forward_pre_hook(self._hook(path), with_kwargs=True) for path, layer in self._layers.items()
+            layer.module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            for path, layer in self._layers.items()
         ]
         try:
-            yield
+            with RoutedInputs(self._fused, self._read_routed).installed():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
         for path, layer in self._layers.items():
             if path not in self.collectors:  # never called
-                self.collectors[path] = self._collector(layer)
+                self.collectors[path] = [self._collector(layer)]
 
     def end_batch(self) -> None:
         """Take note that a batch is through."""
@@ -118,14 +132,17 @@ class _Hooks:
         self._seen.clear()
 
     def _hook(self, path: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._read(path, layer, args[0] if args else kwargs["input"])
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read(path, args[0] if args else next(iter(kwargs.values())))
             if path == self._last:
                 raise Reached
 
         return hook
 
-    def _read(self, path: str, layer: nn.Module, x: Tensor) -> None:
+    def _read_routed(self, path: str, expert: int, x: Tensor) -> None:
+        self.collectors[path][expert].add(x)
+
+    def _read(self, path: str, x: Tensor) -> None:
         if self._first_batch:
             self._calls.append(path)
         if path not in self._leader:
@@ -134,21 +151,19 @@ class _Hooks:
             if self._leader[path] != path:
                 self.collectors[path] = self.collectors[self._leader[path]]
             else:
-                self.collectors[path] = self._collector(layer)
+                self.collectors[path] = [self._collector(self._layers[path])]
         leader = self._leader[path]
         if leader != path:
             if self._seen.get(leader) is not x:
                 raise _NotSharedError
             return
         self._seen[path] = x
-        self.collectors[path].add(x)
+        self.collectors[path][0].add(x)
 
-    def _collector(self, layer: nn.Module) -> StatsCollector:
+    def _collector(self, layer: Projection) -> StatsCollector:
         hessian = self._method.mask == "sparsegpt"
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
         return StatsCollector(
-            weight.shape[1],
+            layer.in_features,
             moments=self._method.refined,
             hessian=hessian,
             sample=0 if hessian else _SAMPLED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from spp.calibrate.blocks import BlockRunner
@@ -18,8 +18,9 @@ from spp.calibrate.report import LayerReport
 from spp.patterns import Pattern
 from spp.pruning.owl import OWL, outlier_share, owl_fractions
 from spp.pruning.wanda import wanda_score
+from spp.targets_layout import Projection
 
-Layers = Mapping[str, nn.Module]
+Layers = Mapping[str, Projection]
 
 
 class BlockStore:
@@ -37,7 +38,7 @@ class BlockStore:
         """Take a resident block that was pruned just now."""
 
 
-def layers_by_block(layers: Layers, root: str, count: int) -> list[dict[str, nn.Module]]:
+def layers_by_block(layers: Layers, root: str, count: int) -> list[dict[str, Projection]]:
     """Return the layers in each of the blocks `root`.0, `root`.1, …"""
     starts = [f"{root}.{index}" if root else str(index) for index in range(count)]
     return [
@@ -71,11 +72,11 @@ def prune_blocks(
     for index in bar:
         with store.resident(index):
             if not store.has(index):
-                inputs: dict[str, LayerInputs] = {}
+                inputs: dict[str, list[LayerInputs]] = {}
                 if runner is not None and of_block[index]:
                     inputs = gather_inputs(runner, index, of_block[index], method, windows)
                 found = {
-                    path: prune_layer(path, layer, inputs.pop(path, None), method, patterns[path])
+                    path: prune_layer(layer, inputs.pop(path, None), method, patterns[path])
                     for path, layer in of_block[index].items()
                 }
                 store.finish(index, found)
@@ -105,9 +106,10 @@ def owl_patterns(
             if of_block[index]:
                 inputs = gather_inputs(runner, index, of_block[index], METHODS["wanda"], windows, keep=True)
                 scores = [
-                    wanda_score(layer.get_parameter("weight"), inputs[path].collector.stats().norm)
+                    wanda_score(matrix, known.collector.stats().norm)
                     for path, layer in of_block[index].items()
-                    if inputs[path].collector.count
+                    for matrix, known in zip(layer.matrices(), inputs[path], strict=True)
+                    if known.collector.count
                 ]
                 outliers.append(outlier_share(scores, owl.threshold))
             else:

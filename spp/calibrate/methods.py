@@ -1,15 +1,17 @@
 """Which statistics each pruning method needs, and how it prunes one layer with them, in place.
 
-relative error = ‖X (W − Ŵ)ᵀ‖_F / ‖X Wᵀ‖_F, where ‖X Dᵀ‖²_F = tr(D H Dᵀ) with H = XᵀX, or summed over sampled rows of X.
+relative error = ‖X (W − Ŵ)ᵀ‖_F / ‖X Wᵀ‖_F, over all experts of a fused weight together, where
+‖X Dᵀ‖²_F = tr(D H Dᵀ) with H = XᵀX, or summed over sampled rows of X.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spp.calibrate.report import LayerReport
 from spp.errors import ConfigError
@@ -20,6 +22,9 @@ from spp.pruning.select import work_dtype
 from spp.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt_factored
 from spp.pruning.stats import StatsCollector
 from spp.pruning.wanda import wanda_mask
+from spp.targets_layout import Projection
+
+_NAMED = 8  # experts that a note names
 
 
 @dataclass(frozen=True)
@@ -103,42 +108,57 @@ class LayerInputs:
 
 @torch.no_grad()
 def prune_layer(
-    path: str, layer: nn.Module, inputs: LayerInputs | None, method: Method, pattern: Pattern
+    layer: Projection, inputs: Sequence[LayerInputs] | None, method: Method, pattern: Pattern
 ) -> LayerReport:
-    """Prune a layer's weight in place; the Parameter stays the same object.
+    """Prune a projection's weight in place, each expert as a matrix of its own; the Parameter stays the same object.
 
     Args:
-        path: of the layer, for messages.
-        layer: with a weight (m, n).
-        inputs: what is known of its inputs; None, or none seen, prunes by magnitude.
+        layer: what to prune.
+        inputs: what is known of the inputs of each of its matrices; None, or none seen, prunes by magnitude.
         method: how.
         pattern: to what.
     """
     started = time.perf_counter()
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    before = _sparsity(weight)
-    tokens = inputs.collector.count if inputs is not None else 0
-    note, error = "", None
-    if inputs is None or tokens == 0:
-        if method.calibrated:
-            note = "no calibration token reached it: pruned by magnitude"
-        weight.masked_fill_(~magnitude_mask(weight, pattern), 0)
-    else:
-        pruned, note = _pruned(path, weight, inputs, method, pattern)
-        whole = inputs.square_norm(weight)
-        error = (inputs.square_norm(weight - pruned) / whole) ** 0.5 if whole > 0 else 0.0
+    before = _sparsity(layer.weight)
+    matrices = layer.matrices()
+    without: list[int] = []  # matrices that no token reached
+    notes: dict[str, list[int]] = {}
+    whole = lost = 0.0
+    tokens = 0
+    for number, weight in enumerate(matrices):
+        known = inputs[number] if inputs is not None else None
+        if known is None or known.collector.count == 0:
+            without.append(number)
+            weight.masked_fill_(~magnitude_mask(weight, pattern), 0)
+            continue
+        tokens += known.collector.count
+        where = f"{layer.path}[{number}]" if layer.fused else layer.path
+        pruned, note = _pruned(where, weight, known, method, pattern)
+        if note:
+            notes.setdefault(note, []).append(number)
+        whole += known.square_norm(weight)
+        lost += known.square_norm(weight - pruned)
         weight.copy_(pruned)
+    if without and method.calibrated:
+        notes["no calibration token reached it: pruned by magnitude"] = without
+    measured = len(without) < len(matrices)
     return LayerReport(
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=(*layer.weight.shape[:-2], *matrices[0].shape),
         pattern=str(pattern),
-        sparsity=_sparsity(weight),
+        sparsity=_sparsity(layer.weight),
         sparsity_before=before,
-        relative_error=error,
+        relative_error=((lost / whole) ** 0.5 if whole > 0 else 0.0) if measured else None,
         tokens=tokens,
         seconds=time.perf_counter() - started,
-        note=note,
+        note="; ".join(_note(text, numbers, layer.fused) for text, numbers in notes.items()),
     )
+
+
+def _note(text: str, numbers: Sequence[int], fused: bool) -> str:
+    if not fused:
+        return text
+    shown = ", ".join(map(str, numbers[:_NAMED])) + (", …" if len(numbers) > _NAMED else "")
+    return f"{len(numbers)} expert{'s' if len(numbers) > 1 else ''} ({shown}): {text}"
 
 
 def _pruned(path: str, weight: Tensor, inputs: LayerInputs, method: Method, pattern: Pattern) -> tuple[Tensor, str]:

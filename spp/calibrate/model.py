@@ -40,7 +40,10 @@ def prune(
     seed: int = 0,
     owl: OWL | None = None,
 ) -> PruneReport:
-    """Prune a model's projections in place.
+    """Prune a model's projections in place: linears, GPT-2's Conv1D and fused experts, N:M along their inputs.
+
+    Each expert of a fused weight (E, m, n) is a matrix of its own, judged by the tokens that are routed to it; one that
+    gets none falls back to magnitude, and the report says so.
 
     Zeros that are there before stay zeros, whatever the method but SparseGPT: it updates every weight that it keeps. A
     zero scores lowest and is pruned first, so pruning twice to one pattern by one method adds nothing.
@@ -89,11 +92,11 @@ def prune(
     if is_wrapped(model):
         raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then prune")
     plan = make_plan(model, options, tokenizer)
-    for path, layer in plan.layers.items():
-        check_layer(path, layer)
+    for layer in plan.layers.values():
+        check_layer(layer)
     if not plan.calibrated:
         bar = tqdm(plan.layers.items(), desc=f"pruning ({method})", unit="layer", disable=None)
-        done = {path: prune_layer(path, layer, None, plan.method, plan.patterns[path]) for path, layer in bar}
+        done = {path: prune_layer(layer, None, plan.method, plan.patterns[path]) for path, layer in bar}
         return plan.report(done, started)
     root, blocks = find_blocks(model, list(plan.layers))
     of_block = layers_by_block(plan.layers, root, len(blocks))

@@ -24,7 +24,8 @@ from spp.config import check_names, name_matches
 from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning
 from spp.patterns import Pattern, all_finite
 from spp.pruning.owl import OWL
-from spp.targets import is_projection_key, resolve_targets
+from spp.targets import resolve_projections
+from spp.targets_layout import Projection, find_projections
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +88,14 @@ class PrunePlan:
     Args:
         options: what was asked for.
         method: how layers are pruned.
-        layers: {module path: layer} in module order.
+        layers: {path: projection} in module order.
         patterns: the pattern of each.
         windows: token ids (k, L); (0, 0) without calibration.
     """
 
     options: PruneOptions
     method: Method
-    layers: dict[str, nn.Module]
+    layers: dict[str, Projection]
     patterns: dict[str, Pattern]
     windows: Tensor
 
@@ -125,11 +126,11 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     Raises:
         PatternError, TargetError, DataError: the options do not fit the model, or the data not its tokenizer.
     """
-    layers = dict(resolve_targets(model, options.target_modules, options.exclude_modules))
+    layers = resolve_projections(model, options.target_modules, options.exclude_modules)
     patterns = resolve_patterns(layers, options.pattern)
     common = common_inputs(layers)
     for path, layer in layers.items():
-        patterns[path].require_fit(layer.get_parameter("weight").shape[1], path, common=common)
+        patterns[path].require_fit(layer.in_features, path, common=common)
     warn_of_experts(model)
     windows = torch.empty(0, 0, dtype=torch.int64)
     if options.calibration is not None:
@@ -151,7 +152,7 @@ def check_patterns(pattern: Patterns) -> None:
             raise PatternError(f"pattern: the name {name!r} is not a regular expression: {error}") from None
 
 
-def resolve_patterns(layers: Mapping[str, nn.Module], pattern: Patterns) -> dict[str, Pattern]:
+def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dict[str, Pattern]:
     """Return the pattern of each layer.
 
     Raises:
@@ -173,24 +174,22 @@ def resolve_patterns(layers: Mapping[str, nn.Module], pattern: Patterns) -> dict
     return {path: parsed_by_name[name] for path, name in found.items()}
 
 
-def common_inputs(layers: Mapping[str, nn.Module]) -> int:
+def common_inputs(layers: Mapping[str, Projection]) -> int:
     """Return the greatest common divisor of the input dimensions: a group that divides it fits every layer."""
-    return math.gcd(*(int(layer.get_parameter("weight").shape[1]) for layer in layers.values()))
+    return math.gcd(*(layer.in_features for layer in layers.values()))
 
 
-def check_layer(path: str, layer: nn.Module) -> None:
+def check_layer(layer: Projection) -> None:
     """Raise what speaks against pruning a layer as it is: quantized, not in memory, not finite."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight, name = layer.weight, layer.parameter_path
     if weight.dtype not in FLOATS:
         raise ConfigError(
-            f"{path}.weight is {weight.dtype}: a quantized model cannot be pruned; load it in float32, float16 or "
-            f"bfloat16"
+            f"{name} is {weight.dtype}: a quantized model cannot be pruned; load it in float32, float16 or bfloat16"
         )
     if weight.device.type == "meta":
-        raise ConfigError(f"{path}.weight is not in memory (meta device): load the model without offloading")
+        raise ConfigError(f"{name} is not in memory (meta device): load the model without offloading")
     if not all_finite(weight):
-        raise NonFiniteError(f"{path}.weight holds NaN or infinity; nothing was pruned")
+        raise NonFiniteError(f"{name} holds NaN or infinity; nothing was pruned")
 
 
 def fitting_seqlen(model: nn.Module, calibration: Calibration, seqlen: int) -> int:
@@ -208,12 +207,13 @@ def fitting_seqlen(model: nn.Module, calibration: Calibration, seqlen: int) -> i
 
 
 def warn_of_experts(model: nn.Module) -> None:
-    """Warn of expert weights that are kept as one 3-D parameter: they are not pruned."""
-    left = [name for name, p in model.named_parameters() if p.dim() == 3 and is_projection_key(name, 3)]
+    """Warn of expert weights that are kept in a form that is not known: they are not pruned."""
+    known = {id(projection.weight) for projection in find_projections(model)}
+    left = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and id(p) not in known]
     if left:
         warnings.warn(
-            f"{len(left)} three-dimensional parameters, such as {left[0]}, are not pruned and stay dense: only linear "
-            f"modules are",
+            f"{len(left)} three-dimensional parameters, such as {left[0]}, are not pruned and stay dense: they are "
+            f"fused expert weights of no form that is known",
             SPPWarning,
             stacklevel=4,
         )
@@ -242,7 +242,7 @@ def describe(pattern: Patterns) -> str | dict[str, str]:
 
 def share_of(layers: Mapping[str, LayerReport], field: str) -> float:
     """Return `field`, a share of each layer's weights, as a share of all weights together."""
-    sizes = [layer.shape[0] * layer.shape[1] for layer in layers.values()]
+    sizes = [math.prod(layer.shape) for layer in layers.values()]
     zeros = sum(size * getattr(layer, field) for size, layer in zip(sizes, layers.values(), strict=True))
     return float(zeros / max(1, sum(sizes)))
 

@@ -12,18 +12,18 @@ class LayerReport:
     """What pruning did to one weight.
 
     Args:
-        shape: (m, n).
+        shape: (m, n), or (E, m, n) of a fused expert weight, whatever its storage.
         pattern: what was asked for: "2:4", or the fraction pruned.
         sparsity: share of zeros that the weight has now.
         sparsity_before: share of zeros that it had.
         relative_error: ‖X (W − Ŵ)ᵀ‖ / ‖X Wᵀ‖ on calibration inputs (SparseGPT: all, other methods: an even sample), or
             None without calibration.
-        tokens: calibration tokens that reached the layer.
+        tokens: calibration tokens that reached the layer (a fused weight: its experts together).
         seconds: spent on choosing and writing its weights, without the forward passes.
         note: anything out of the ordinary, such as a fall-back; else "".
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     pattern: str
     sparsity: float
     sparsity_before: float

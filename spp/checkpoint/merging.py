@@ -30,9 +30,8 @@ from spp.certificate import (
     TensorRecord,
     certify_tensor,
     fingerprint,
-    input_axis_of,
 )
-from spp.checkpoint.sources import checkpoint_directory
+from spp.checkpoint.sources import checkpoint_directory, input_axes
 from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError
 from spp.files import (
     CheckpointReader,
@@ -143,6 +142,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.rule = get_rule(self.files.config.rule)
         self.layers = self.files.layers()
+        self.axes = input_axes(self.reader)
 
     def produce(self, key: str, bar: Any) -> Iterator[memoryview]:
         """Yield the bytes of a tensor of the output, and keep the certificate's record of it."""
@@ -165,7 +165,7 @@ class _Job:
             result = weight
         if not all_finite(result):
             raise NonFiniteError(f"{key} overflows in {result.dtype}; merge to a wider dtype")
-        self.tensors[key] = certify_tensor(result, input_axis_of(len(shape)))
+        self.tensors[key] = certify_tensor(result, self.axes[key])
         yield from tensor_bytes(result)
 
     def require_all_merged(self) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from spp.certificate import BaseRecord, Certificate, SparsityReport, certify_tensor, input_axis_of
-from spp.checkpoint.sources import checkpoint_directory, open_source, projection_keys
+from spp.certificate import BaseRecord, Certificate, SparsityReport, certify_tensor
+from spp.checkpoint.sources import checkpoint_directory, input_axes, open_source, projection_keys
 from spp.checkpoint.verifying import compare, pruned_matrices, require_same_masks
 from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
 from spp.files import (
@@ -143,8 +143,9 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
     if bad:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: a checkpoint like that gets no certificate")
     others = sorted(set(reader.keys()) - set(projections))
+    axes = input_axes(reader)
     return Certificate(
-        tensors={key: certify_tensor(reader.tensor(key), input_axis_of(len(reader.shape(key)))) for key in projections},
+        tensors={key: certify_tensor(reader.tensor(key), axes[key]) for key in projections},
         other={key: content_crc32(reader.tensor(key)) for key in others},
         base=None,
         content_sha256={key: content_sha256(reader.tensor(key)) for key in reader} if deep else None,

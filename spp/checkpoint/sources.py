@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spp.certificate import input_axis_of
 from spp.errors import CheckpointError, ConfigError
-from spp.files import CheckpointReader, recover
+from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
 from spp.targets import is_projection_key, projection_weights
+from spp.targets_layout import disk_input_axes
 
 ModelOrPath = nn.Module | str | os.PathLike[str]
 
@@ -55,6 +55,13 @@ def projection_keys(reader: CheckpointReader) -> list[str]:
     return [key for key in reader if is_projection_key(key, len(reader.shape(key)))]
 
 
+def input_axes(reader: CheckpointReader) -> dict[str, int]:
+    """Return the input axis of every 2-D and 3-D tensor of a checkpoint, counted from the front."""
+    config = reader.directory / "config.json"
+    model_type = read_json(config, "the model's config").get("model_type") if config.exists() else None
+    return disk_input_axes({key: reader.shape(key) for key in reader}, model_type)
+
+
 def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
     """Whether a key names a 2-D floating weight that is neither a projection by its name nor an embedding."""
     wanted = ndim == 2 and dtype.is_floating_point and key.endswith(".weight")
@@ -83,8 +90,9 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
     directory = checkpoint_directory(what)
     with CheckpointReader(directory) as reader:
-        axes = {key: input_axis_of(len(reader.shape(key))) for key in projection_keys(reader)}
+        all_axes = input_axes(reader)
+        axes = {key: all_axes[key] for key in projection_keys(reader)}
         if not axes:
             raise CheckpointError(f"{directory} holds no projection weight; is it a language model's checkpoint?")
         keys = [k for k in reader if is_other_matrix(k, len(reader.shape(k)), reader.dtype(k))]
-        yield Source(str(directory), axes, dict.fromkeys(keys, 1), reader.tensor)
+        yield Source(str(directory), axes, {key: all_axes[key] for key in keys}, reader.tensor)
