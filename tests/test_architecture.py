@@ -192,7 +192,7 @@ def test_the_walk_finds_what_is_wrong(path: str, source: str, complaint: str) ->
         ("training/tune.py", "from spp.training.config import TuneConfig"),
         ("calibrate.py", "from spp.calibrate_statistics import Statistics"),
         ("training/data.py", "def f():\n    import datasets"),
-        ("kernels/triton/build.py", "import triton\nfrom spp.kernels.triton.launch import launch"),
+        ("kernels/triton/build_kernel.py", "import triton\nfrom spp.kernels.triton.launch import launch"),
         ("kernels/backend.py", "def f():\n    from spp.kernels.triton import build"),
         ("merge.py", "if TYPE_CHECKING:\n    from transformers import Trainer"),
         ("merge.py", "def f():\n    from transformers import PreTrainedModel"),

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spp.kernels import whole
 from spp.kernels.autocast import autocast_dtype, no_autocast
 from spp.kernels.blocks import col_step, product_dtype, row_step, slices
 from spp.kernels.dropout import draw_dropout, unpack_bits
@@ -32,6 +33,7 @@ from spp.kernels.once import Once
 from spp.kernels.products import input_product, linear_product
 from spp.kernels.sources import WeightSource, source_of
 from spp.kernels.vanishing import may_vanish
+from spp.kernels.work import work_for
 from spp.kernels.workspace import workspace
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
@@ -45,6 +47,7 @@ class Call:
         self.scaling = scaling
         self.dropout = dropout
         self.needs_x = needs_x
+        self.whole = False  # whether spp.kernels.whole computes it
         self.vanish = True  # whether the rescue has to be looked for; found in forward
         self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
         self.saved: Any = None  # the identity's context, which holds what backward needs
@@ -150,13 +153,18 @@ class _Linear(torch.autograd.Function):
 def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, params: Sequence[Tensor]) -> Tensor:
     rule, m = call.rule, weight.shape[0]
     factors = rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
+    rows_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (T, n)
+    call.whole = whole.takes_whole_layers(x.device)
+    if call.whole:
+        dropped, call.dropped = call.dropped, None
+        dropped = dropped if dropped is None else dropped.reshape(rows_2d.shape)
+        return whole.forward(rows_2d, dropped, bias, work_for(rule, weight, factors)).view(*x.shape[:-1], m)
     # Reading a bound back would stall a device; there, W_eff is built whatever the factors are.
     largest = rule.largest_factor(factors) if x.device.type == "cpu" else math.nan
     call.vanish = may_vanish(weight.kept(), largest)
     if largest == 0:  # an untrained adapter: exactly the pruned layer, in the same call
         call.dropped = None
         return frozen_linear(x, weight, bias)
-    rows_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (T, n)
     dtype = product_dtype(x.dtype, x.device)
     step = row_step(m, weight.shape[1], rule.row_alignment(factors))
     if call.dropped is not None:
@@ -192,28 +200,49 @@ def _backward(
     params: Sequence[Tensor],
     needs_params: Sequence[bool],
 ) -> tuple[Tensor | None, list[Any]]:
-    rule, (m, n) = call.rule, weight.shape
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, call.scaling, m, arithmetic)
-    dtype = product_dtype(x.dtype, x.device)
+    m, n = weight.shape
+    factors = call.rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
+    dtype = x.dtype if call.whole else product_dtype(x.dtype, x.device)
     dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
+    x_2d = x.reshape(dy_2d.shape[0], n)
     mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
+    if call.whole:
+        work, keep_scale = work_for(call.rule, weight, factors), 1.0 / (1.0 - call.dropout)
+        d_x = whole.input_gradient(dy_2d, mask, keep_scale, work) if call.needs_x else None
+        totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params)
+    else:
+        d_x, totals = _blocks_backward(dy_2d, x_2d, weight, mask, call, factors, needs_params)
+    d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
+    return d_x if d_x is None else d_x.to(x.dtype).view(x.shape), d_params
+
+
+def _blocks_backward(
+    dy_2d: Tensor,
+    x_2d: Tensor,
+    weight: WeightSource,
+    mask: Tensor | None,
+    call: Call,
+    factors: Any,
+    needs_params: Sequence[bool],
+) -> tuple[Tensor | None, list[Any]]:
+    """Return dX (T, n) in the dtype of the product and dθ in the arithmetic's, a block of W's columns at a time."""
+    rule, (m, n), dtype, device = call.rule, weight.shape, dy_2d.dtype, dy_2d.device
+    arithmetic, given = arithmetic_dtype(weight.dtype), x_2d.dtype
     keep_scale = 1.0 / (1.0 - call.dropout)
     step = col_step(m, n)
     one_block = 0 < n <= step
     d_x = None
     if call.needs_x and not (one_block and mask is None):
-        d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=x.device)
+        d_x = torch.empty(dy_2d.shape[0], n, dtype=dtype, device=device)
     totals = rule.empty_grads(factors, needs_params)
     if not one_block:  # a single one writes its sums at once
         for total in totals:
             if total is not None:
                 total.zero_()
-    x_2d = x.reshape(dy_2d.shape[0], n)
     for cols in slices(n, step):
         block = weight.block(WHOLE, cols)
         if call.needs_x and mask is None:
-            effective = _effective(rule, block, factors, WHOLE, cols, x.dtype, dtype, call.vanish)
+            effective = _effective(rule, block, factors, WHOLE, cols, given, dtype, call.vanish)
             if d_x is None:
                 d_x = input_product(dy_2d, effective)
             else:
@@ -227,13 +256,12 @@ def _backward(
             operand = x_2d[:, cols].to(dtype)
             if mask is not None:
                 operand = operand * mask[:, cols] * keep_scale
-            gradient = workspace("gradient", (m, operand.shape[1]), dtype, x.device)
+            gradient = workspace("gradient", (m, operand.shape[1]), dtype, device)
             torch.mm(dy_2d.t(), operand, out=gradient)
             if dtype != arithmetic:
-                gradient = workspace("gradient", gradient.shape, arithmetic, x.device).copy_(gradient)
+                gradient = workspace("gradient", gradient.shape, arithmetic, device).copy_(gradient)
             rule.reduce(block, factors, WHOLE, cols, gradient, totals, accumulate=not one_block)
-    d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
-    return d_x if d_x is None else d_x.to(x.dtype).view(x.shape), d_params
+    return d_x, totals
 
 
 def _effective(

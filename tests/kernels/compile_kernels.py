@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spp.kernels.triton import build, reduce
+from spp.kernels.triton import build_kernel, reduce_kernel
 
 DIVISIBLE = [["tt.divisibility", 16]]
 FLOAT_ARITHMETIC = r"\b((?:fma|mad|mul|add|sub|cvt)\.\S*f32)\s"
@@ -43,27 +43,27 @@ def main(capability: int) -> None:
     for stored, (bits, smallest) in STORED.items():
         for delta in (False, True):
             found[f"build {stored} {'delta' if delta else 'effective'}"] = compiled(
-                build._build_kernel,
+                build_kernel._build_kernel,
                 capability,
                 {"weight_ptr": stored, "alpha_ptr": "*fp32", "scaled_beta_ptr": "*fp32", "out_ptr": stored},
                 DELTA=delta,
                 SMALLEST=smallest,
                 BITS=bits,
-                BLOCK_ROWS=build.BLOCK_ROWS,
-                BLOCK_COLS=build.BLOCK_COLS,
+                BLOCK_ROWS=build_kernel.BLOCK_ROWS,
+                BLOCK_COLS=build_kernel.BLOCK_COLS,
             )
         pointers = ("alpha_ptr", "scaled_beta_ptr", "part_alpha_ptr", "part_beta_ptr")
-        for rows in (reduce.LEAST_ROWS, reduce.MOST_ROWS):
+        for rows in (reduce_kernel.LEAST_ROWS, reduce_kernel.MOST_ROWS):
             found[f"reduce {stored} {rows}"] = compiled(
-                reduce._reduce_kernel,
+                reduce_kernel._reduce_kernel,
                 capability,
                 {"weight_ptr": stored, "gradient_ptr": stored, **dict.fromkeys(pointers, "*fp32")},
                 WITH_ALPHA=True,
                 WITH_BETA=True,
-                SPLIT_ROWS=reduce.SPLIT_ROWS,
-                LOOP_ROWS=reduce.SPLIT_ROWS,
+                SPLIT_ROWS=reduce_kernel.SPLIT_ROWS,
+                LOOP_ROWS=reduce_kernel.SPLIT_ROWS,
                 BLOCK_ROWS=rows,
-                BLOCK_COLS=reduce.BLOCK_COLS,
+                BLOCK_COLS=reduce_kernel.BLOCK_COLS,
             )
     print(json.dumps(found))
 

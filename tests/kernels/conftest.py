@@ -15,7 +15,7 @@ def triton_device() -> torch.device:
         pytest.importorskip("triton")
     from triton.runtime.interpreter import InterpretedFunction
 
-    from spp.kernels.triton.build import _build_kernel
+    from spp.kernels.triton.build_kernel import _build_kernel
 
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -29,7 +29,7 @@ def twin(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def built(weight: Tensor, factors: Factors, dtype: torch.dtype | None = None) -> Tensor:
-    from spp.kernels.triton.build import build
+    from spp.kernels.triton.build_kernel import build
 
     out = torch.full(weight.shape, float("nan"), dtype=dtype or weight.dtype, device=weight.device)
     build(weight, factors, out)
@@ -88,7 +88,7 @@ def test_what_would_vanish_is_rescued_and_every_zero_stays(dtype: torch.dtype, t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), [(13, 7, 5), (1, 3, 1), (37, 521, 5)])
 def test_the_update_alone(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch.device) -> None:
-    from spp.kernels.triton.build import delta
+    from spp.kernels.triton.build_kernel import delta
 
     case = make_case(m, n, r, (1,), dtype)
     weight = case.weight.to(triton_device)

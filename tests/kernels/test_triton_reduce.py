@@ -39,7 +39,7 @@ class Reduction:
         self.exact: Factors = RULE.prepare((alpha, beta), 2.0, m, torch.float64)
 
     def run(self, step: int | None = None, needed: tuple[bool, bool] = (True, True)) -> list[Tensor | None]:
-        from spp.kernels.triton.reduce import reduce
+        from spp.kernels.triton.reduce_kernel import reduce
 
         n = self.weight.shape[1]
         grads = RULE.empty_grads(self.factors, needed)

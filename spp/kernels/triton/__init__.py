@@ -3,5 +3,11 @@
     build    W_eff or W′ in one pass over W                  twin: spp.rules.canonical.effective_block, SPPRule.delta
     reduce   a block of W ⊙ G into dα and dβ in one pass     twin: SPPRule.reduce
 
-Whether they run is decided in spp.kernels.backend.
+Whether they run is decided in spp.kernels.choice.
 """
+
+from spp.kernels.triton.build_kernel import build, delta
+from spp.kernels.triton.launch import is_interpreted
+from spp.kernels.triton.reduce_kernel import reduce
+
+__all__ = ["build", "delta", "is_interpreted", "reduce"]

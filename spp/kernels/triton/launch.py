@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 WARPS = 4
@@ -21,3 +22,15 @@ def launch(kernel: Any, grid: tuple[int, int], first: Tensor, *others: Any, **co
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         run(first, *others, **constants, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set when this folder was imported: kernels then run on CPU tensors, slowly."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(_nothing, InterpretedFunction)
+
+
+@triton.jit
+def _nothing():
+    pass

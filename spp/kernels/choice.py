@@ -1,0 +1,120 @@
+"""Who does the element-wise work around the products: Triton's kernels on a GPU that they work on, else plain torch.
+
+    SPP_KERNELS=auto      Triton on CUDA GPUs of capability 8.0 and later, plain torch elsewhere (the default)
+    SPP_KERNELS=torch     plain torch everywhere: the kernels' twin, several passes over W instead of one
+    SPP_KERNELS=triton    Triton everywhere, or an error that says why not; on CPU tensors with TRITON_INTERPRET=1
+
+The numbers of W_eff are the same bits either way; dα and dβ may differ in the order of their sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from spp.errors import ConfigError, DependencyError, SPPWarning
+
+VARIABLE = "SPP_KERNELS"
+CHOICES = ("auto", "torch", "triton")
+CAPABILITY = (8, 0)  # bfloat16 in hardware; nothing older was ever compiled for
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_choice = os.environ.get(VARIABLE, "auto")
+
+
+def kernels() -> str:
+    """Return the choice in force: "auto", "torch" or "triton".
+
+    Raises:
+        ConfigError: the environment variable holds something else.
+    """
+    if _choice not in CHOICES:
+        raise ConfigError(f"{VARIABLE} is {_choice!r}; known: {', '.join(CHOICES)}")
+    return _choice
+
+
+@contextlib.contextmanager
+def use_kernels(choice: str) -> Iterator[None]:
+    """Choose for the whole process inside a `with` block; it goes before the environment variable.
+
+    Args:
+        choice: "auto", "torch" or "triton", as SPP_KERNELS.
+
+    Raises:
+        ConfigError: another choice.
+
+    Example:
+        >>> with use_kernels("torch"):
+        ...     kernels()
+        'torch'
+    """
+    global _choice
+    if choice not in CHOICES:
+        raise ConfigError(f"kernels={choice!r}; known: {', '.join(CHOICES)}")
+    before, _choice = _choice, choice
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def by_triton(device: torch.device, dtype: torch.dtype, rule: str) -> bool:
+    """Whether Triton's kernels do the work for a layer.
+
+    Args:
+        device: where W is.
+        dtype: of W.
+        rule: the rule's name.
+
+    Raises:
+        ConfigError, DependencyError: Triton was asked for, and cannot do it; the message says why.
+    """
+    choice = kernels()
+    if choice == "torch" or (choice == "auto" and (device.type != "cuda" or dtype not in DTYPES or rule != "spp")):
+        return False
+    if choice == "auto":
+        return _works(device)
+    reason = _refusal(device, dtype, rule)
+    if reason:
+        raise ConfigError(f"{VARIABLE}=triton: {reason}; use auto or torch")
+    return True
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, rule: str) -> str | None:
+    """Return why Triton's kernels cannot do the work, None where they can."""
+    if rule != "spp":
+        return f"there are no kernels for the rule {rule!r}"
+    if dtype not in DTYPES:
+        return f"there are no kernels for {str(dtype).removeprefix('torch.')} weights"
+    try:
+        from spp.kernels.triton import is_interpreted
+    except ImportError as error:
+        raise DependencyError(f"{VARIABLE}=triton needs triton: pip install 'spp[gpu]' ({error})") from error
+    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
+        return f"the weight is on {device}, and the kernels need a CUDA GPU (or TRITON_INTERPRET=1 and the CPU)"
+    return None
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether this GPU is one for the kernels, and a small run of each gives the numbers of its twin."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return False
+    try:
+        from spp.kernels.triton.probe import probe
+
+        probe(device)
+    except Exception as error:  # a missing compiler, driver or package: whatever it is, torch does the work
+        warnings.warn(
+            f"Triton's kernels do not work on {torch.cuda.get_device_name(device)}, so plain torch does their work, "
+            f"slower: {type(error).__name__}: {error}. SPP_KERNELS=torch silences this",
+            SPPWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
