@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,26 +115,36 @@ def prune_checkpoint(
         of_block = layers_by_block(plan.layers, root, len(blocks))
         keys = [[key for key in reader if key.startswith(f"{root}.{i}.")] for i in range(len(blocks))]
         rest = sorted(set(reader.keys()).difference(*keys))
-        work = Work(target, _job(plan, reader, streamed, dtype), len(blocks))
-        store = _Streamed(streamed, reader, work, blocks, keys, of_block)
-        streamed.load((key for key in rest if not streamed.is_heads(key)), reader)
-        model.tie_weights()  # type: ignore[operator]
-
-        def runner() -> BlockRunner:
-            return BlockRunner(model, root, blocks, plan.windows.to(device))
-
-        with evaluating(model):
-            patterns = plan.patterns
-            if owl is not None:
-                if work.recall("patterns") is None:
-                    fraction = Pattern.parse(pattern).sparsity  # type: ignore[arg-type]  # PruneOptions: no mapping
-                    patterns = owl_patterns(runner(), of_block, owl, fraction, plan.windows, store)
-                    work.remember("patterns", {path: str(found) for path, found in patterns.items()})
-                patterns = {path: Pattern.parse(found) for path, found in work.recall("patterns").items()}
-            prune_blocks(runner() if plan.calibrated else None, of_block, plan.method, patterns, plan.windows, store)
-        layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
-        work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite)
+        with Work(target, _job(plan, reader, streamed, dtype), len(blocks)) as work:
+            streamed.load((key for key in rest if not streamed.is_heads(key)), reader)
+            model.tie_weights()  # type: ignore[operator]
+            store = _Streamed(streamed, reader, work, blocks, keys, of_block)
+            with evaluating(model):
+                _run(plan, work, store, of_block, lambda: BlockRunner(model, root, blocks, plan.windows.to(device)))
+            layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
+            work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite)
     return plan.report(work.reports(), started)
+
+
+def _run(
+    plan: PrunePlan,
+    work: Work,
+    store: BlockStore,
+    of_block: list[dict[str, Projection]],
+    make_runner: Callable[[], BlockRunner],
+) -> None:
+    """Prune what is not finished; OWL's patterns are found once, before the first block is."""
+    patterns, owl = plan.patterns, plan.options.owl
+    if owl is not None:
+        known = work.recall("patterns")
+        if known is None:
+            fraction = Pattern.parse(plan.options.pattern).sparsity  # type: ignore[arg-type]  # no mapping with owl
+            found = owl_patterns(make_runner(), of_block, owl, fraction, plan.windows, store)
+            known = {path: str(pattern) for path, pattern in found.items()}
+            work.remember("patterns", known)
+        patterns = {path: Pattern.parse(pattern) for path, pattern in known.items()}
+    runner = make_runner() if plan.calibrated else None
+    prune_blocks(runner, of_block, plan.method, patterns, plan.windows, store)
 
 
 class _Streamed(BlockStore):

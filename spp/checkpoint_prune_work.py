@@ -23,7 +23,7 @@ from torch import Tensor
 from spp.calibrate import LayerReport
 from spp.checkpoint.merging import carry_files, update_config
 from spp.checkpoint.saving import make_certificate
-from spp.errors import OutputError
+from spp.errors import OutputError, OutputExistsError
 from spp.files import (
     CheckpointReader,
     atomic_directory,
@@ -36,6 +36,7 @@ from spp.files import (
 )
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
+from spp.files.leftovers import lock
 from spp.files.reader import INDEX, SINGLE
 
 logger = logging.getLogger(__name__)
@@ -61,15 +62,25 @@ class Work:
         self._folder = work_folder(target)
         self._progress: dict[str, Any] = {"job": dict(job), "blocks": {}}
         with self._writing():
-            if (self._folder / _PROGRESS).exists():
-                found = read_json(self._folder / _PROGRESS, "the progress of an earlier run")
-                if found.get("job") == self._progress["job"]:
-                    self._progress = found
-                    logger.info("going on behind %d finished blocks in %s", len(found["blocks"]), self._folder)
-                else:
-                    logger.warning("%s holds blocks of another job; starting anew", self._folder)
-                    shutil.rmtree(self._folder)
             self._folder.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self._folder, os.O_RDONLY) if os.name == "posix" else None
+        if self._handle is not None and lock(self._handle) is False:
+            os.close(self._handle)
+            raise OutputError(f"another run is pruning into {target}: let it finish, or choose another path")
+        try:
+            self._resume()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not (self._folder / _PROGRESS).exists():  # nothing is finished
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._handle is not None:
+            os.close(self._handle)
 
     def has(self, index: int) -> bool:
         """Whether a block is finished."""
@@ -123,7 +134,7 @@ class Work:
             dtype: what the config is to say; None leaves it as it is.
             overwrite: replace what is there.
         """
-        with contextlib.ExitStack() as stack:
+        with self._writing(), contextlib.ExitStack() as stack:
             directory = stack.enter_context(atomic_directory(self._target, overwrite=overwrite))
             carry_files(source.directory, directory, set(source.shards()))
             if dtype is not None:
@@ -156,14 +167,38 @@ class Work:
     def _shard(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
 
+    def _resume(self) -> None:
+        if not (self._folder / _PROGRESS).exists():
+            return
+        found = read_json(self._folder / _PROGRESS, "the progress of an earlier run")
+        if found.get("job") == self._progress["job"]:
+            self._progress = found
+            logger.info("going on behind %d finished blocks in %s", len(found["blocks"]), self._folder)
+            return
+        before = found["job"] if isinstance(found.get("job"), dict) else {}
+        changed = [name for name, value in self._progress["job"].items() if before.get(name) != value]
+        logger.warning(
+            "%s holds blocks of another job (other: %s); starting anew", self._folder, ", ".join(sorted(changed))
+        )
+        with self._writing():
+            for path in self._folder.iterdir():
+                path.unlink()
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Turn what the system refuses into an OutputError that says what is kept."""
         try:
             yield
-        except OutputError:
-            raise
         except OSError as error:
-            raise output_error(error, self._target) from error
+            cause = error.__cause__ if isinstance(error, OutputError) and error.__cause__ else error
+            failed = error if isinstance(error, OutputExistsError) else output_error(cause, self._target)
+            count = len(self._progress["blocks"])
+            if not count:
+                raise failed from error
+            said = f"{failed}. {count} finished block{'s are' if count > 1 else ' is'} kept in {self._folder}: "
+            result = type(failed)(said + "the same command goes on behind them")
+            result.errno = failed.errno
+            raise result from error
 
 
 def work_folder(target: Path) -> Path:

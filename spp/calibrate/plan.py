@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spp.calibrate.methods import Method, get_method
 from spp.calibrate.report import LayerReport, PruneReport
-from spp.calibrate.windows import Calibration, calibration_windows, check_calibration
+from spp.calibrate.windows import Calibration, calibration_windows, check_calibration, load_ids
 from spp.config import check_names, name_matches
 from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning
 from spp.patterns import Pattern, all_finite
@@ -134,10 +134,9 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     warn_of_experts(model)
     windows = torch.empty(0, 0, dtype=torch.int64)
     if options.calibration is not None:
-        length = fitting_seqlen(model, options.calibration, options.seqlen)
-        windows = calibration_windows(
-            options.calibration, tokenizer, nsamples=options.nsamples, seqlen=length, seed=options.seed
-        )
+        data = load_ids(options.calibration)
+        length = fitting_seqlen(model, data, options.seqlen)
+        windows = calibration_windows(data, tokenizer, nsamples=options.nsamples, seqlen=length, seed=options.seed)
         check_ids(model, windows)
     return PrunePlan(options, get_method(options.method), layers, patterns, windows)
 

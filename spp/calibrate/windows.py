@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spp.calibrate.sources import KNOWN, check_source, documents, is_data_set, is_ids, read_ids
 from spp.errors import DataError, SPPWarning
 
 logger = logging.getLogger(__name__)
 
 Calibration = Tensor | Sequence[str] | str | os.PathLike[str]
 _PIECE = 32  # characters per token of a window that a long text is cut into before it is drawn from
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Raise a DataError for what can be no calibration data; no file is read."""
+    if isinstance(calibration, Tensor):
+        _check_ids(calibration, "calibration")
+    elif isinstance(calibration, (str, os.PathLike)):
+        check_source(os.fspath(calibration))
+    elif not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
+        raise DataError(
+            f"calibration is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a path or id: "
+            f"{KNOWN}"
+        )
+
+
+def needs_tokenizer(calibration: Calibration) -> bool:
+    """Whether calibration data is text."""
+    if isinstance(calibration, (str, os.PathLike)):
+        return not is_ids(os.fspath(calibration))
+    return not isinstance(calibration, Tensor)
+
+
+def load_ids(calibration: Calibration) -> Calibration:
+    """Return the tensor in a file of token ids; any other calibration data as it is."""
+    if isinstance(calibration, Tensor) or needs_tokenizer(calibration):
+        return calibration
+    path = os.fspath(calibration)  # type: ignore[arg-type]  # a path, or it would need a tokenizer
+    ids = read_ids(path)
+    _check_ids(ids, path)
+    return ids
+
+
+def describe_calibration(calibration: Calibration | None) -> str:
+    """Return what a report says of where the windows are from."""
+    if isinstance(calibration, (str, os.PathLike)):
+        return os.fspath(calibration)
+    return "" if calibration is None else "token ids" if isinstance(calibration, Tensor) else "texts"
 
 
 def calibration_windows(
@@ -33,51 +68,42 @@ def calibration_windows(
     """Return at most `nsamples` windows of token ids, int64 (k, L), the same for the same seed.
 
     Args:
-        calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or the
-            path of a text file or of a JSONL file with one {"text": …} a line.
+        calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or a path
+            or the id of a data set, see spp.calibrate.sources.
         tokenizer: of the model; needed for text only.
         nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
         seqlen: L of windows cut from text.
         seed: of the draw.
 
     Raises:
-        DataError: no such file, empty or malformed data, text shorter than one window, no tokenizer.
+        DataError: no such data, empty or malformed data, text shorter than one window, no tokenizer.
+        DependencyError: a data set is meant, and `datasets` is not installed.
     """
     check_calibration(calibration)
+    calibration = load_ids(calibration)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(calibration, Tensor):
         return _drawn_rows(calibration, nsamples, generator)
-    if isinstance(calibration, (str, os.PathLike)):
-        where, documents = str(calibration), _read(Path(calibration))
-    else:
-        where, documents = "the list of texts", list(calibration)
-    if not any(text.strip() for text in documents):
-        raise DataError(f"calibration text is empty: {where}")
     if tokenizer is None:
         raise DataError(
             "calibration is text, and text needs the model's tokenizer: pass tokenizer=, or token ids (k, L)"
         )
-    return _cut(documents, where, tokenizer, nsamples, seqlen, generator)
+    source = os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
+    where = "the list of texts" if source is None else source
+    if source is not None and is_data_set(source):
+        whole, texts = True, documents(source, seed)
+    else:
+        listed = list(calibration) if source is None else list(documents(source, seed))  # type: ignore[arg-type]
+        whole, texts = _drawn_texts(listed, seqlen, generator)
+    windows = _cut(texts, whole, where, tokenizer, nsamples, seqlen)
+    logger.info("%d calibration windows of %d tokens from %s (seed %d)", *windows.shape, where, seed)
+    return windows
 
 
-def check_calibration(calibration: Calibration) -> None:
-    """Raise a DataError for what can be no calibration data; nothing is read."""
-    if isinstance(calibration, Tensor):
-        kind = calibration.dtype
-        if calibration.dim() != 2 or calibration.numel() == 0 or kind.is_floating_point or kind == torch.bool:
-            raise DataError(
-                f"calibration is a {tuple(calibration.shape)} {kind} tensor; expected token ids (k, L), integers"
-            )
-    elif isinstance(calibration, (str, os.PathLike)):
-        if not Path(calibration).is_file():
-            raise DataError(
-                f"calibration is {str(calibration)[:200]!r}, which is no file; pass the path of a text or JSONL file, "
-                f"a list of texts, or token ids (k, L)"
-            )
-    elif not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
-        raise DataError(
-            f"calibration is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a path"
-        )
+def _check_ids(ids: Tensor, where: str) -> None:
+    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise DataError(f"{where} is a {tuple(ids.shape)} {kind} tensor; expected token ids (k, L), integers")
 
 
 def _drawn_rows(ids: Tensor, nsamples: int, generator: torch.Generator) -> Tensor:
@@ -88,54 +114,25 @@ def _drawn_rows(ids: Tensor, nsamples: int, generator: torch.Generator) -> Tenso
     return ids[torch.randperm(len(ids), generator=generator)[:nsamples].sort().values]
 
 
-def _read(path: Path) -> list[str]:
-    """Return the documents of a file; a plain text is one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"calibration file {path} is no UTF-8 text: {error}") from None
-    except OSError as error:
-        raise DataError(f"calibration file {path} cannot be read: {error.strerror}") from None
-    if path.suffix.lower() not in _JSON_SUFFIXES:
-        return [text]
-    documents = []
-    for where, row in _rows(path, text):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f'{path}, {where}: expected {{"text": …}}; found {json.dumps(row)[:80]}')
-        documents.append(row["text"])
-    return documents
+def _drawn_texts(texts: list[str], seqlen: int, generator: torch.Generator) -> tuple[bool, Iterator[str]]:
+    """Return whether documents are taken whole, and them, or pieces of the only one, in drawn order."""
+    whole = len(texts) > 1
+    pieces = texts if whole or not texts else list(_pieces(texts[0], _PIECE * seqlen))
+    return whole, (pieces[index] for index in torch.randperm(len(pieces), generator=generator).tolist())
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of JSON lines, or of one JSON list."""
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is no JSON list: {error}") from None
-        yield from ((f"entry {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                expected = 'expected one JSON object {"text": …} a line'
-                raise DataError(f"{path}, line {number}: {expected}: {error}") from None
-            yield f"line {number}", row
-
-
-def _cut(
-    documents: list[str], where: str, tokenizer: Any, nsamples: int, seqlen: int, generator: torch.Generator
-) -> Tensor:
-    """Tokenise documents, or pieces of the only one, in drawn order until there is enough; cut what came."""
-    whole = len(documents) > 1
-    pieces = documents if whole else list(_pieces(documents[0], _PIECE * seqlen))
+def _cut(texts: Iterator[str], whole: bool, where: str, tokenizer: Any, nsamples: int, seqlen: int) -> Tensor:
+    """Tokenise texts until there is enough, whole ones with their special tokens; cut what came."""
     tokens: list[int] = []
-    for index in torch.randperm(len(pieces), generator=generator).tolist():
-        tokens += tokenizer(pieces[index], add_special_tokens=whole, verbose=False)["input_ids"]
+    empty = True
+    for text in texts:
+        if text.strip():
+            empty = False
+            tokens += tokenizer(text, add_special_tokens=whole, verbose=False)["input_ids"]
         if len(tokens) >= nsamples * seqlen:
             break
+    if empty:
+        raise DataError(f"calibration text is empty: {where}")
     windows = min(nsamples, len(tokens) // seqlen)
     if windows == 0:
         raise DataError(

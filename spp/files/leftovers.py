@@ -41,7 +41,7 @@ def make_temporary(path: Path, directory: bool) -> tuple[Path, int]:
                 continue
         else:
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        if _lock(handle) is not False and _same_file(handle, temporary):
+        if lock(handle) is not False and _same_file(handle, temporary):
             return temporary, handle
         os.close(handle)
 
@@ -54,7 +54,7 @@ def prefix(path: Path) -> str:
     return f".{name}.spp-"
 
 
-def _lock(handle: int) -> bool | None:
+def lock(handle: int) -> bool | None:
     """Lock without waiting: True, False when another process holds it, None when the system has no such locks."""
     if sys.platform == "win32":
         return None
@@ -111,7 +111,7 @@ def _claim(name: str) -> int | None:
         handle = os.open(name, os.O_RDONLY)
     except OSError:
         return None
-    if _lock(handle) is True and _same_file(handle, Path(name)):
+    if lock(handle) is True and _same_file(handle, Path(name)):
         return handle
     os.close(handle)
     return None

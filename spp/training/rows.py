@@ -10,17 +10,16 @@ What a row can be (the field names are those of the Alpaca and ShareGPT data set
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.errors import DataError, DependencyError
+from spp.errors import DataError
+from spp.files.rows import JSON_SUFFIXES, read_dataset_rows, read_json_rows, read_text, shown
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | …, "content": str}
 
-_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _SPEAKERS = {
     **{name: "user" for name in ("human", "user")},
     **{name: "assistant" for name in ("gpt", "chatgpt", "assistant", "model", "bot")},
@@ -68,9 +67,9 @@ def read_source(
     empty = 0
     for path in paths:
         file = Path(path)
-        if file.is_file() and file.suffix.lower() not in _JSON_SUFFIXES:
+        if file.is_file() and file.suffix.lower() not in JSON_SUFFIXES:
             if data_format not in ("auto", "text"):
-                raise DataError(f"{path} is no JSON file; data_format {data_format!r} needs one ({_JSON_SUFFIXES})")
+                raise DataError(f"{path} is no JSON file; data_format {data_format!r} needs one ({JSON_SUFFIXES})")
             documents.append(read_text(file))
             continue
         found = read_json_rows(file) if file.is_file() else _hub_rows(path, split)
@@ -91,73 +90,11 @@ def read_source(
     return Source(tuple(documents), tuple(answered), empty)
 
 
-def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file.
-
-    Raises:
-        DataError: it cannot be read, is not UTF-8, or holds nothing but white space.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not text.strip():
-        raise DataError(f"{path} is empty")
-    return text
-
-
-def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) for each row of a JSON array or a JSON Lines file, told apart by the first character."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-        if not rows:
-            raise DataError(f"{path} is an empty JSON array")
-        for number, row in enumerate(rows, start=1):
-            yield _checked(f"{path}, row {number}", row)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}, column {error.colno}: not JSON: {error.msg} "
-                    "(a file holds one JSON array, or one JSON object a line)"
-                ) from None
-            yield _checked(f"{path}, line {number}", row)
-
-
-def _checked(where: str, row: object) -> tuple[str, dict[str, Any]]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row is a JSON object, this is {_shown(row)}")
-    return where, row
-
-
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if Path(name).suffix.lower() in (*_JSON_SUFFIXES, ".txt") or name.startswith(("/", "./", "../", "~")):
+    like_a_file = Path(name).suffix.lower() in (*JSON_SUFFIXES, ".txt") or name.startswith(("/", "./", "../", "~"))
+    if like_a_file and not Path(name).is_dir():
         raise DataError(f"there is no file {name}")
-    try:
-        import datasets
-    except ImportError:
-        raise DependencyError(
-            f"there is no file {name}, and to load it as a hub data set the package datasets is needed: "
-            "pip install 'spp[train]'"
-        ) from None
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets raises OSError, ValueError, its own and those of the HTTP client
-        raise DataError(
-            f"{name} is no file here, and as a hub data set (split {split!r}) it cannot be loaded: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield _checked(f"{name}, row {number}", dict(row))
+    yield from read_dataset_rows(name, split=split)
 
 
 def _parse(row: Mapping[str, Any], where: str, data_format: str, text_field: str) -> tuple[list[Message] | None, str]:
@@ -196,12 +133,12 @@ def _chat(row: Mapping[str, Any], where: str) -> list[Message]:
         field, role_key, text_key = ("conversations", "from", "value")
     turns = row.get(field)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: {field} is {_shown(turns)}; expected a list of messages")
+        raise DataError(f"{where}: {field} is {shown(turns)}; expected a list of messages")
     messages = []
     for number, turn in enumerate(turns, start=1):
         at = f"{where}, message {number}"
         if not isinstance(turn, Mapping):
-            raise DataError(f"{at}: a message is an object with {role_key} and {text_key}, this is {_shown(turn)}")
+            raise DataError(f"{at}: a message is an object with {role_key} and {text_key}, this is {shown(turn)}")
         role = _string(turn, role_key, at)
         if field == "conversations":
             if role not in _SPEAKERS:
@@ -220,10 +157,5 @@ def _string(row: Mapping[str, Any], field: str, where: str) -> str:
         )
     value = row[field]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {field} is {_shown(value)}; expected a string")
+        raise DataError(f"{where}: {field} is {shown(value)}; expected a string")
     return value
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from spp.adapters import save_adapter
 from spp.errors import ConfigError, DataError, WrapError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
+from spp.files.rows import read_text
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
@@ -24,7 +25,6 @@ from spp.training.config import TuneConfig
 from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data
 from spp.training.interrupt import StopOnSignal, TrainingInterrupted
 from spp.training.loading import load_model, load_tokenizer
-from spp.training.rows import read_text
 from spp.training.run_directory import RunDirectory
 from spp.training.trainer import SPPTrainer
 

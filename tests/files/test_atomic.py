@@ -296,7 +296,7 @@ def test_a_live_exchange_is_left_alone(tmp_path: Path) -> None:
     for kind in ("new", "old"):
         (tmp_path / f".out.spp-{kind}-1234").mkdir()
     handle = os.open(tmp_path / ".out.spp-new-1234", os.O_RDONLY)
-    assert leftovers._lock(handle)
+    assert leftovers.lock(handle)
     recover(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == [".out.spp-new-1234", ".out.spp-old-1234"]
     os.close(handle)
@@ -356,7 +356,7 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_cleaner_that_comes_first_makes_the_writer_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = leftovers._lock, []
+    real, calls = leftovers.lock, []
 
     def slow(handle: int) -> bool | None:
         calls.append(handle)
@@ -365,7 +365,7 @@ def test_a_cleaner_that_comes_first_makes_the_writer_try_again(tmp_path: Path, m
             stray.rmdir()
         return real(handle)
 
-    monkeypatch.setattr(leftovers, "_lock", slow)
+    monkeypatch.setattr(leftovers, "lock", slow)
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "a").write_text("1")
     assert len(calls) == 2 and contents(tmp_path / "out") == {"a": "1"}

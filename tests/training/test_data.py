@@ -254,8 +254,8 @@ class TestBatches:
 
 class TestHub:
     def test_rows_come_from_datasets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load_dataset(name: str, split: str) -> list[dict[str, str]]:
-            assert (name, split) == ("someone/alpaca", "validation")
+        def load_dataset(name: str, config: None, split: str) -> list[dict[str, str]]:
+            assert (name, config, split) == ("someone/alpaca", None, "validation")
             return ALPACA
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -267,7 +267,7 @@ class TestHub:
             read_source(["someone/alpaca"])
 
     def test_a_data_set_that_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load_dataset(name: str, split: str) -> None:
+        def load_dataset(name: str, config: None, split: str) -> None:
             raise ConnectionError("offline")
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))

@@ -1,0 +1,132 @@
+"""Rows of data: text files, JSON arrays, JSON Lines, and data sets that the package `datasets` can load.
+
+Every row comes with where it is from, for messages; what is malformed is a DataError with the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spp.errors import DataError, DependencyError
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_BUFFER = 10_000  # rows of a stream that are shuffled at a time
+
+Row = dict[str, Any]
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or holds nothing but white space.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not text.strip():
+        raise DataError(f"{path} is empty")
+    return text
+
+
+def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) for each row of a JSON array or a JSON Lines file, told apart by the first character."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        if not rows:
+            raise DataError(f"{path} is an empty JSON array")
+        for number, row in enumerate(rows, start=1):
+            yield _checked(f"{path}, row {number}", row)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}, column {error.colno}: not JSON: {error.msg} "
+                    "(a file holds one JSON array, or one JSON object a line)"
+                ) from None
+            yield _checked(f"{path}, line {number}", row)
+
+
+def read_dataset_rows(
+    name: str, config: str | None = None, split: str = "train", *, seed: int | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) for each row of a data set.
+
+    Args:
+        name: id on the Hugging Face hub, or a folder: of data files, or saved by `datasets`.
+        config: which part of a data set that has several.
+        split: "train", "validation", …
+        seed: draw the rows in another order. A data set is then read as a stream, of which only as much is fetched as
+            is asked for, and shuffled 10,000 rows at a time.
+
+    Raises:
+        DataError: it cannot be found, reached or read.
+        DependencyError: `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DependencyError(
+            f"there is no file {name}, and to load it as a data set the package datasets is needed: "
+            "pip install 'spp[train]'"
+        ) from None
+    number = 0
+    try:
+        for row in _rows(datasets, name, config, split, seed):
+            number += 1
+            yield _checked(f"{name}, row {number}", dict(row))
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises OSError, ValueError, its own and those of the HTTP client
+        part = f"config {config!r}, split {split!r}" if config else f"split {split!r}"
+        reason = str(error).strip().split("\n")[0]
+        what = f"the folder {name}" if Path(name).is_dir() else f"{name} is no file here, and"
+        raise DataError(f"{what} cannot be loaded as a data set ({part}): {type(error).__name__}: {reason}") from error
+
+
+def shown(value: object) -> str:
+    """Return a value's type and what it looks like, cut short."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"
+
+
+def _rows(datasets: Any, name: str, config: str | None, split: str, seed: int | None) -> Iterator[Any]:
+    if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(name)
+        if config is not None:
+            raise DataError(f"{name} was saved by datasets and has no config; found {config!r}")
+        if isinstance(rows, dict):
+            if split not in rows:
+                raise DataError(f"{name} has no split {split!r}; it has {', '.join(rows)}")
+            rows = rows[split]
+        elif split not in ("train", str(rows.split)):
+            raise DataError(f"{name} was saved by datasets and has no splits; found {split!r}")
+        if seed is None:
+            return iter(rows)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        return (rows[index] for index in order.tolist())
+    if seed is None:
+        return iter(datasets.load_dataset(name, config, split=split))
+    return iter(datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed, buffer_size=_BUFFER))
+
+
+def _checked(where: str, row: object) -> tuple[str, Row]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row is a JSON object, this is {shown(row)}")
+    return where, row
