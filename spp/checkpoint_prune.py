@@ -113,7 +113,7 @@ def prune_checkpoint(
         streamed.require_floats(layer.parameter_path for layer in plan.layers.values())
         root, blocks = _blocks(model, plan)
         of_block = layers_by_block(plan.layers, root, len(blocks))
-        keys = [[key for key in reader if key.startswith(f"{root}.{i}.")] for i in range(len(blocks))]
+        keys = [[k for k in reader if streamed.memory_key(k).startswith(f"{root}.{i}.")] for i in range(len(blocks))]
         rest = sorted(set(reader.keys()).difference(*keys))
         with Work(target, _job(plan, reader, streamed, dtype), len(blocks)) as work:
             streamed.load((key for key in rest if not streamed.is_heads(key)), reader)

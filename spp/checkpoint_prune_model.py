@@ -1,13 +1,14 @@
 """A model of which only some parts are in memory: what a checkpoint holds, given to a skeleton and taken back.
 
-Every tensor has the dtype that transformers would load it in: the one that was asked for, else the config's, else that
-of the first floating tensor; and what an architecture keeps in float32 stays there.
+Where disk and memory name weights differently, or keep the experts of a layer apart or together, transformers' own
+conversion tables say how. Every tensor has the dtype that transformers would load it in: the one that was asked for,
+else the config's, else that of the first floating tensor; and what an architecture keeps in float32 stays there.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.calibrate.plan import FLOATS
+from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import ConfigError, NonFiniteError, StreamingError
 from spp.files import CheckpointReader, dtype_name
 from spp.patterns import all_finite
@@ -31,7 +33,7 @@ class StreamedModel:
 
     Raises:
         ConfigError: the checkpoint is quantized, or `dtype` is none that can be pruned in.
-        StreamingError: the weights on disk are not those of the model, name for name and shape for shape.
+        StreamingError: the weights on disk are not those of the model, and cannot be converted to them.
     """
 
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype | None, device: str | torch.device) -> None:
@@ -42,16 +44,24 @@ class StreamedModel:
         self._device = device
         self.model: nn.Module = _skeleton(reader, dtype)
         self._modules = dict(self.model.named_modules())
+        self._keys = DiskKeys(self.model, {key: reader.shape(key) for key in reader})
+        self._split: dict[str, Tensor] = {}  # {disk key: tensor} of the groups that were asked for, of one block
         self._require_keys()
+
+    def memory_key(self, key: str) -> str:
+        """Return the name that the model has for a key on disk (of several that become one tensor: that one's)."""
+        return self._keys.memory[key]
 
     def is_heads(self, key: str) -> bool:
         """Whether a key is the output head's own: the blocks never need it."""
         head = output_head(self.model)
-        return head is not None and self._modules.get(key.rpartition(".")[0]) is head
+        return head is not None and self._modules.get(self.memory_key(key).rpartition(".")[0]) is head
 
-    def require_floats(self, keys: Iterable[str]) -> None:
-        """Raise a ConfigError where weights that are to be pruned are stored as something else than floats."""
-        bad = [key for key in keys if key in self._reader and self._reader.dtype(key) not in FLOATS]
+    def require_floats(self, names: Iterable[str]) -> None:
+        """Raise a ConfigError where parameters that are to be pruned are stored as something else than floats."""
+        wanted = set(names)
+        found = [key for key in self._reader if self.memory_key(key) in wanted]
+        bad = [key for key in found if self._reader.dtype(key) not in FLOATS]
         if bad:
             raise ConfigError(
                 f"{bad[0]} is stored as {dtype_name(self._reader.dtype(bad[0]))}: a quantized checkpoint cannot be "
@@ -60,17 +70,20 @@ class StreamedModel:
 
     def load(self, keys: Iterable[str], origin: CheckpointReader) -> None:
         """Give the model's tensors the values on disk; keys that it does not have are left out."""
+        joined: set[Group] = set()
         for key in keys:
-            module, name = self._place(key)
-            if module is None:
-                continue
-            if name in module._parameters:
-                module._parameters[name] = nn.Parameter(self._converted(key, origin), requires_grad=False)
-            elif module._buffers.get(name) is not None:
-                module._buffers[name] = self._converted(key, origin)
+            group = self._keys.group_of(key)
+            if group is None:
+                self._set(self.memory_key(key), lambda key=key: self._converted(key, origin))  # type: ignore[misc]
+            elif group not in joined:
+                joined.add(group)
+                made = self._keys.join(group, lambda key: self._converted(key, origin))
+                for name, value in made.items():
+                    self._set(name, lambda value=value: value)  # type: ignore[misc]
 
     def unload(self, block: nn.Module) -> None:
         """Put a block's parameters back on the meta device."""
+        self._split.clear()
         for module in block.modules():
             for name, value in module._parameters.items():
                 if value is not None:
@@ -78,14 +91,20 @@ class StreamedModel:
 
     def value(self, key: str) -> Tensor:
         """Return what the pruned checkpoint holds under a key: the model's tensor, or what the disk holds."""
-        found = self._tensor(key)
-        if found is not None and not found.is_meta:
-            return found.detach().cpu()
-        return self._converted(key, self._reader, copy=False)
+        group = self._keys.group_of(key)
+        names = (self.memory_key(key),) if group is None else group.memory
+        found = {name: tensor for name in names if (tensor := self._tensor(name)) is not None and not tensor.is_meta}
+        if len(found) < len(names):
+            return self._converted(key, self._reader, copy=False)
+        if group is None:
+            return found[names[0]].detach().cpu()
+        if key not in self._split:
+            self._split |= self._keys.split({name: tensor.detach().cpu() for name, tensor in found.items()})
+        return self._split[key].contiguous()
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype that the pruned checkpoint holds a key in."""
-        found, stored = self._tensor(key), self._reader.dtype(key)
+        found, stored = self._tensor(self.memory_key(key)), self._reader.dtype(key)
         if found is not None:
             return found.dtype
         return self._wanted if self._wanted is not None and stored in FLOATS else stored
@@ -101,6 +120,16 @@ class StreamedModel:
         path, _, name = key.rpartition(".")
         return self._modules.get(path), name
 
+    def _set(self, key: str, value: Callable[[], Tensor]) -> None:
+        """Give one of the model's tensors a value; a name that it does not have is left out."""
+        module, name = self._place(key)
+        if module is None:
+            return
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(value(), requires_grad=False)
+        elif module._buffers.get(name) is not None:
+            module._buffers[name] = value()
+
     def _tensor(self, key: str) -> Tensor | None:
         module, name = self._place(key)
         if module is None:
@@ -111,8 +140,10 @@ class StreamedModel:
     def _require_keys(self) -> None:
         reader = self._reader
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}  # a tied weight once
-        missing = sorted(name for name in shapes if name not in reader)
-        wrong = sorted(name for name, shape in shapes.items() if name in reader and reader.shape(name) != shape)
+        alike = {name: key for key, name in self._keys.memory.items() if self._keys.group_of(key) is None}
+        converted = {name for group in self._keys.groups.values() for name in group.memory}
+        missing = sorted(shapes.keys() - alike.keys() - converted)
+        wrong = sorted(n for n, shape in shapes.items() if n in alike and reader.shape(alike[n]) != shape)
         if missing or wrong:
             what = f"lacks {', '.join(missing[:3])}" if missing else f"holds {wrong[0]} in another shape"
             raise StreamingError(

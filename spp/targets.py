@@ -27,10 +27,10 @@ OTHER_PROJECTIONS = (
     *("input_linear", "output_linear"),  # JetMoE, Granite's shared experts
 )
 ALL_LINEAR = "all-linear"
-_ROUTERS = ("gate", "router", "shared_expert_gate")
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # themselves, or with their linear below them as "layer"
 _NEVER = ("embed", "wte", "wpe", "lm_head", "embed_out", "score", "classifier")
 _NOT_PROJECTION = re.compile(
-    r"(^|\.)(lm_head|embed_out|score|classifier|router|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
+    r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
     r"(\.[^.]*)?$"
 )
 
@@ -133,7 +133,7 @@ def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None,
         never = module is head or any(part in _NEVER for part in path.split("."))
         return (last in PROJECTIONS or last in OTHER_PROJECTIONS) and not never
     if wanted == ALL_LINEAR:
-        return module is not head and last not in _NEVER and last not in _ROUTERS
+        return module is not head and last not in _NEVER and path.removesuffix(".layer").split(".")[-1] not in _ROUTERS
     if isinstance(wanted, str):
         return re.fullmatch(wanted, path) is not None
     return any(is_suffix(path, name) for name in wanted)

@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 256
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+_MOE_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+_MOE = {"num_experts": 4, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+MOE_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**_MOE_SMALL, "num_local_experts": 4},
+    "qwen3_moe": {**_MOE_SMALL, **_MOE},
+    "olmoe": {**_MOE_SMALL, "num_experts": 4},
+    "granitemoe": {**_MOE_SMALL, "num_local_experts": 4},
+    "gpt_oss": {**_MOE_SMALL, "num_local_experts": 4, "sliding_window": 8},
+    "llama4_text": {**_MOE_SMALL, "num_local_experts": 4, "intermediate_size_mlp": 24, "attention_chunk_size": 64},
+    "jetmoe": {**_MOE_SMALL, "num_local_experts": 4, "kv_channels": 8},
+    "deepseek_v3": {
+        **_MOE_SMALL,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
+
+def moe_model(architecture: str) -> torch.nn.Module:
+    """A two-block mixture of experts with random weights (seed 0), float32, in eval mode."""
+    config = AutoConfig.for_model(architecture, **MOE_ARCHITECTURES[architecture])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some classes start their experts at zero
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
 
 
 def tiny_llama(**overrides: object) -> LlamaForCausalLM:

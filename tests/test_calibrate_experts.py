@@ -10,62 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import spp
 from spp.calibrate import prune
 from spp.errors import NonFiniteError, TargetError
 from spp.patterns import is_nm, nonzero_mask
 from spp.targets_layout import disk_input_axes, find_projections
+from tests.models import MOE_ARCHITECTURES, moe_model
 from tests.pruning.oracles import dsnot_oracle, sparsegpt_oracle, wanda_oracle
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_hidden_layers": 2,
-    "vocab_size": 96,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
-MOE = {"num_experts": 4, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "mixtral": {**SMALL, "num_local_experts": 4},
-    "qwen3_moe": {**SMALL, **MOE},
-    "olmoe": {**SMALL, "num_experts": 4},
-    "granitemoe": {**SMALL, "num_local_experts": 4},
-    "gpt_oss": {**SMALL, "num_local_experts": 4, "sliding_window": 8},
-    "llama4_text": {**SMALL, "num_local_experts": 4, "intermediate_size_mlp": 24, "attention_chunk_size": 64},
-    "jetmoe": {**SMALL, "num_local_experts": 4, "kv_channels": 8},
-    "deepseek_v3": {
-        **SMALL,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 0,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
-}
 TRANSPOSED = ("gpt_oss", "llama4_text")
-
-
-def _model(architecture: str) -> nn.Module:
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # some classes start their experts at zero
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-    return model
 
 
 def _ids(windows: int = 4, length: int = 24) -> torch.Tensor:
@@ -127,9 +82,9 @@ def _pairs(architecture: str, model: nn.Module, dense: nn.Module, ids: torch.Ten
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "jetmoe"])
+@pytest.mark.parametrize("architecture", [name for name in MOE_ARCHITECTURES if name != "jetmoe"])
 def test_each_expert_is_pruned_by_the_tokens_routed_to_it(architecture: str) -> None:
-    model, dense, ids = _model(architecture), _model(architecture), _ids()
+    model, dense, ids = moe_model(architecture), moe_model(architecture), _ids()
     used = [getattr(m.config, "_experts_implementation", None) for m in model.modules() if hasattr(m, "config")]
     report = prune(model, "wanda", "2:4", ids)
     pairs = _pairs(architecture, model, dense, ids)
@@ -158,7 +113,7 @@ def test_each_expert_is_pruned_by_the_tokens_routed_to_it(architecture: str) -> 
 @pytest.mark.parametrize("method", ["sparsegpt", "dsnot"])
 @pytest.mark.parametrize("pattern", ["2:4", 0.5])
 def test_other_methods_on_experts(architecture: str, method: str, pattern: str | float) -> None:
-    model, dense, ids = _model(architecture), _model(architecture), _ids()
+    model, dense, ids = moe_model(architecture), moe_model(architecture), _ids()
     prune(model, method, pattern, ids, target_modules=["gate_up_proj", "down_proj"])
     options: dict[str, Any] = {"nm": (2, 4)} if pattern == "2:4" else {"fraction": 0.5}
     for before, after, x in _pairs(architecture, model, dense, ids):
@@ -172,17 +127,18 @@ def test_other_methods_on_experts(architecture: str, method: str, pattern: str |
 
 
 def test_modules_that_hold_one_matrix_an_expert() -> None:
-    model = _model("jetmoe")
+    model = moe_model("jetmoe")
     report = prune(model, "wanda", "2:4", _ids(), target_modules="all-linear")
     fused = {path: layer for path, layer in report.layers.items() if len(layer.shape) == 3}
     assert len(fused) == 8  # two of the attention and two of the MLP a block
     assert all(layer.tokens > 0 and 0 < layer.relative_error < 1 for layer in fused.values())
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert not any("router" in path for path in report.layers)
 
 
 @torch.no_grad()
 def test_an_expert_without_tokens_is_pruned_by_magnitude(caplog: pytest.LogCaptureFixture) -> None:
-    model = _model("mixtral")
+    model = moe_model("mixtral")
     router = model.model.layers[0].mlp.gate.weight
     router[0], router[1] = 9.0, 8.0  # with hidden states of positive sum these two win, else the other two
     router[2:] = -router[:2]
@@ -201,7 +157,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(caplog: pytest.LogCaptu
 
 @torch.no_grad()
 def test_an_expert_whose_inputs_are_not_finite_is_named() -> None:
-    model = _model("mixtral")
+    model = moe_model("mixtral")
     model.model.layers[1].mlp.experts.gate_up_proj[2] *= 1e30
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.experts\.down_proj\[2\]: its inputs hold NaN"):
         prune(model, "wanda", "2:4", _ids())
@@ -209,7 +165,7 @@ def test_an_expert_whose_inputs_are_not_finite_is_named() -> None:
 
 
 def test_experts_that_multiply_in_another_way_are_refused() -> None:
-    model = _model("mixtral")
+    model = moe_model("mixtral")
     experts = model.model.layers[0].mlp.experts
     experts.__dict__["forward"] = lambda hidden, chosen, weights: torch.einsum(
         "td,ed->td", hidden, experts.gate_up_proj.sum(1)
@@ -220,14 +176,14 @@ def test_experts_that_multiply_in_another_way_are_refused() -> None:
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama4_text"])
 def test_owl_counts_the_outliers_of_every_expert(architecture: str) -> None:
-    report = prune(_model(architecture), "wanda", 0.5, _ids(), owl=spp.pruning.OWL())
+    report = prune(moe_model(architecture), "wanda", 0.5, _ids(), owl=spp.pruning.OWL())
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
     assert len({layer.pattern for layer in report.layers.values()}) == 2
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama4_text", "qwen3_moe"])
 def test_a_pruned_model_is_certified_along_its_input_axes(architecture: str, tmp_path: Path) -> None:
-    model = _model(architecture)
+    model = moe_model(architecture)
     report = prune(model, "wanda", "2:4", _ids())
     memory = spp.sparsity(model)
     assert {memory.tensors[p if p in memory.tensors else p + ".weight"].pattern for p in report.layers} == {"2:4"}
@@ -242,7 +198,7 @@ def test_a_pruned_model_is_certified_along_its_input_axes(architecture: str, tmp
 
 
 def test_layouts() -> None:
-    found = {p.path: p for p in find_projections(_model("gpt_oss"))}
+    found = {p.path: p for p in find_projections(moe_model("gpt_oss"))}
     one = found["model.layers.0.mlp.experts.gate_up_proj"]
     assert (one.input_axis, one.in_features, one.fused, len(one.matrices())) == (-2, 32, True, 4)
     assert one.matrices()[1].shape == (48, 32)

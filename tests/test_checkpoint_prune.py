@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 import spp.calibrate.loop as loop
 import spp.checkpoint_prune as streaming
@@ -27,8 +27,9 @@ from spp.errors import (
     PatternError,
     TargetError,
 )
+from spp.files import CheckpointReader
 from spp.targets_layout import Projection
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import moe_model, tiny_llama, tiny_tokenizer
 
 
 def _ids() -> torch.Tensor:
@@ -71,6 +72,46 @@ def test_equals_pruning_in_memory(tmp_path: Path, method: str, pattern: Any, tie
     assert verify(tmp_path / "out").sparsity == pytest.approx(report.sparsity)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+def test_experts_stream_whatever_the_names_on_disk(tmp_path: Path, architecture: str) -> None:
+    source = tmp_path / "model"
+    moe_model(architecture).save_pretrained(source)
+    report = prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
+    expected, in_memory = _expected(source, "wanda", "2:4")
+    assert _same(_load(tmp_path / "out"), expected)
+    assert [(p, layer.sparsity, layer.tokens) for p, layer in report.layers.items()] == [
+        (p, layer.sparsity, layer.tokens) for p, layer in in_memory.layers.items()
+    ]
+    with CheckpointReader(source) as before, CheckpointReader(tmp_path / "out") as after:
+        assert {key: before.shape(key) for key in before} == {key: after.shape(key) for key in after}
+    patterns = {tensor.pattern for tensor in verify(tmp_path / "out").tensors.values()}
+    assert patterns == {"2:4"}
+
+
+def test_experts_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "model"
+    moe_model("mixtral").save_pretrained(source)
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        _kill_at(patch, 9)  # in the second block
+        prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
+    with monkeypatch.context() as patch:
+        seen = _kill_at(patch, 999)
+        prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
+    assert len(seen) == 6
+    assert _same(_load(tmp_path / "out"), _expected(source, "wanda", "2:4")[0])
+
+
+def test_names_without_the_prefix_of_the_base_model(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=3, vocab_size=96, n_positions=64)
+    torch.manual_seed(0)
+    GPT2Model(config).save_pretrained(tmp_path / "model")  # "h.0.attn…", where the causal model has "transformer.h.0…"
+    prune_checkpoint(tmp_path / "model", tmp_path / "out", "sparsegpt", "2:4", _ids())
+    assert _same(_load(tmp_path / "out"), _expected(tmp_path / "model", "sparsegpt", "2:4")[0])
+    certified = verify(tmp_path / "out").tensors
+    assert {tensor.pattern for tensor in certified.values()} == {"2:4"}  # along (in, out) storage
+    assert certified["h.0.attn.c_attn.weight"].shape == (32, 96)
 
 
 def test_magnitude_streams_without_calibration(tmp_path: Path) -> None:
