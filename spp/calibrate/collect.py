@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spp.calibrate.blocks import BlockRunner, Reached
 from spp.calibrate.methods import LayerInputs, Method
-from spp.calibrate.routed import RoutedInputs
+from spp.calibrate.routed import routed_inputs
 from spp.errors import NonFiniteError
 from spp.pruning.stats import StatsCollector
 from spp.targets_layout import Projection
@@ -115,7 +115,7 @@ class _Hooks:
             for path, layer in self._layers.items()
         ]
         try:
-            with RoutedInputs(self._fused, self._read_routed).installed():
+            with routed_inputs(self._fused, self._read_routed):
                 yield
         finally:
             for handle in handles:
