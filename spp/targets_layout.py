@@ -59,6 +59,11 @@ class Projection:
         """n, the length of the input axis."""
         return int(self.weight.shape[self.input_axis])
 
+    @property
+    def out_features(self) -> int:
+        """m, the length of the other axis."""
+        return int(self.weight.shape[-3 - self.input_axis])
+
     def matrices(self) -> list[Tensor]:
         """Return views (out, in): one, or one an expert; what is written to them is written to the parameter."""
         weight = self.weight.detach()

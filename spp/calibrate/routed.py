@@ -28,14 +28,9 @@ def routed_inputs(projections: Mapping[str, Projection], read: Callable[[str, in
     called: set[str] = set()
     seen: set[str] = set()
 
-    def multiply(index: int, expert: int | None, x: Tensor, _: Tensor | None) -> None:
-        path = paths[index]
-        seen.add(path)
-        if expert is not None:
-            read(path, expert, x)
-            return
-        for number, rows in enumerate(x.unbind(0)):  # rows of zeros were not routed
-            read(path, number, rows[rows.any(dim=1)])
+    def multiply(index: int, expert: int, x: Tensor, padded: bool) -> None:
+        seen.add(paths[index])
+        read(paths[index], expert, x[x.any(dim=1)] if padded else x)
 
     def noting(path: str) -> Callable[..., None]:
         return lambda *_: called.add(path)
