@@ -63,8 +63,8 @@ def use_kernels(choice: str) -> Iterator[None]:
         _choice = before
 
 
-def by_triton(device: torch.device, dtype: torch.dtype, rule: str) -> bool:
-    """Whether Triton's kernels do the work for a layer.
+def by_triton(device: torch.device, dtype: torch.dtype, rule: str = "spp") -> bool:
+    """Whether Triton's kernels do the work for a layer, or decode a packed weight.
 
     Args:
         device: where W is.

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from spp.kernels.choice import by_triton
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
 from spp.packed import Layout, PackedWeight
@@ -30,7 +31,12 @@ class PackedSource(WeightSource):
     def block(self, rows: slice, cols: slice) -> Tensor:
         """Decode W[rows, cols]."""
         shape = tuple(len(range(*part.indices(size))) for part, size in zip((rows, cols), self.shape, strict=True))
-        return self.packed.decode(rows, cols, workspace("packed", shape, self.dtype, self.device))
+        out = workspace("packed", shape, self.dtype, self.device)
+        if self.device.type != "cpu" and by_triton(self.device, self.dtype):
+            from spp.kernels.triton import decode
+
+            return decode(self.packed, rows, cols, out)
+        return self.packed.decode(rows, cols, out)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return values, codes and, if there are some, starts."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from spp.kernels.blocks import slices
 from spp.kernels.choice import by_triton
+from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
+from spp.packed import PackedWeight
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
 
@@ -98,14 +100,14 @@ class TorchWork(Work):
 
 
 class TritonWork(Work):
-    """Triton's kernels, for SPP in float32 arithmetic."""
+    """Triton's kernels, for SPP in float32 arithmetic; a packed W is decoded inside of them."""
 
     def effective(self, dtype: torch.dtype) -> Tensor:
         """Return W_eff."""
         from spp.kernels.triton import build
 
         out = self._out(dtype)
-        build(self.source.block(WHOLE, WHOLE), self.factors, out)
+        build(self._weight(), self.factors, out)
         return out
 
     def delta(self, dtype: torch.dtype) -> Tensor:
@@ -113,14 +115,17 @@ class TritonWork(Work):
         from spp.kernels.triton import delta
 
         out = self._out(dtype)
-        delta(self.source.block(WHOLE, WHOLE), self.factors, out)
+        delta(self._weight(), self.factors, out)
         return out
 
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
         """Reduce W ⊙ G in float32."""
         from spp.kernels.triton import reduce
 
-        reduce(self.source.block(WHOLE, cols), self.factors, cols, gradient, grads, accumulate=accumulate)
+        reduce(self._weight(), self.factors, cols, gradient, grads, accumulate=accumulate)
+
+    def _weight(self) -> Tensor | PackedWeight:
+        return self.source.packed if isinstance(self.source, PackedSource) else self.source.block(WHOLE, WHOLE)
 
 
 def work_for(rule: Rule, source: WeightSource, factors: Any) -> Work:

@@ -10,21 +10,43 @@ import re
 import sys
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spp.kernels.triton import build_kernel, reduce_kernel
+from spp.kernels.triton import build_kernel, decode_kernel, reduce_kernel
+from spp.kernels.triton.tile import operand
+from spp.packed import PackedWeight
 
 DIVISIBLE = [["tt.divisibility", 16]]
 FLOAT_ARITHMETIC = r"\b((?:fma|mad|mul|add|sub|cvt)\.\S*f32)\s"
-STORED = {"*fp32": (32, 0x00800000), "*bf16": (16, 0x0080), "*fp16": (16, 0x0001)}
+STORED = {"*fp32": (32, torch.float32), "*bf16": (16, torch.bfloat16), "*fp16": (16, torch.float16)}
+POINTERS = {"codes_ptr": "*u8", "starts_ptr": "*i32"} | dict.fromkeys(
+    ("alpha_ptr", "scaled_beta_ptr", "part_alpha_ptr", "part_beta_ptr"), "*fp32"
+)
 
 
-def compiled(kernel: Any, capability: int, types: dict[str, str], **constants: Any) -> list[str]:
-    """The float32 instructions of a kernel; scalars are int32, the weight's column stride is 1, others divide by 16."""
-    constants |= {"stride_col": 1}
+def forms() -> dict[str, dict[str, int]]:
+    """The constants of every form of W."""
+    group = torch.eye(8).view(1, 64)
+    matrices = {
+        "dense": torch.ones(2, 64),
+        "any pattern": PackedWeight.pack((torch.arange(128.0) % 3).view(2, 64)),
+        "2:4": PackedWeight.pack(torch.tensor([[1.0, 2.0, 0.0, 0.0]]).repeat(2, 16)),
+        "1:8": PackedWeight.pack(group),
+    }
+    found = {name: operand(matrix)[2] for name, matrix in matrices.items()}
+    assert sorted(constants["FORM"] for constants in found.values()) == [0, 1, 2, 3]
+    return found
+
+
+def compiled(kernel: Any, capability: int, weight: str, **constants: Any) -> list[str]:
+    """The float32 instructions of a kernel for a W with adjacent columns, and arguments that 16 divides."""
+    if constants["FORM"] == 0:
+        constants |= {"stride_col": 1}
     names = kernel.arg_names
+    types = {name: weight for name in ("weight_ptr", "values_ptr", "gradient_ptr", "out_ptr")} | POINTERS
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
@@ -38,32 +60,43 @@ def compiled(kernel: Any, capability: int, types: dict[str, str], **constants: A
 
 
 def main(capability: int) -> None:
-    """Compile for one capability."""
+    """Compile for one capability: every dtype of a dense W, and every form of W in bfloat16."""
     found = {}
-    for stored, (bits, smallest) in STORED.items():
-        for delta in (False, True):
-            found[f"build {stored} {'delta' if delta else 'effective'}"] = compiled(
-                build_kernel._build_kernel,
+    for form, constants in forms().items():
+        for stored, (bits, dtype) in STORED.items() if form == "dense" else [("*bf16", STORED["*bf16"])]:
+            for delta in (False, True):
+                found[f"{'delta' if delta else 'build'} {form} {stored}"] = compiled(
+                    build_kernel._build_kernel,
+                    capability,
+                    stored,
+                    **constants,
+                    DELTA=delta,
+                    SMALLEST=build_kernel.smallest_bits(dtype),
+                    WEIGHT_BITS=bits,
+                    BLOCK_ROWS=build_kernel.BLOCK_ROWS,
+                    BLOCK_COLS=build_kernel.BLOCK_COLS,
+                )
+            for rows in (reduce_kernel.LEAST_ROWS, reduce_kernel.MOST_ROWS):
+                found[f"reduce {form} {stored} {rows}"] = compiled(
+                    reduce_kernel._reduce_kernel,
+                    capability,
+                    stored,
+                    **constants,
+                    WITH_ALPHA=True,
+                    WITH_BETA=True,
+                    SPLIT_ROWS=reduce_kernel.SPLIT_ROWS,
+                    LOOP_ROWS=reduce_kernel.SPLIT_ROWS,
+                    BLOCK_ROWS=rows,
+                    BLOCK_COLS=reduce_kernel.BLOCK_COLS,
+                )
+        if form != "dense":
+            found[f"decode {form} *bf16"] = compiled(
+                decode_kernel._decode_kernel,
                 capability,
-                {"weight_ptr": stored, "alpha_ptr": "*fp32", "scaled_beta_ptr": "*fp32", "out_ptr": stored},
-                DELTA=delta,
-                SMALLEST=smallest,
-                BITS=bits,
-                BLOCK_ROWS=build_kernel.BLOCK_ROWS,
-                BLOCK_COLS=build_kernel.BLOCK_COLS,
-            )
-        pointers = ("alpha_ptr", "scaled_beta_ptr", "part_alpha_ptr", "part_beta_ptr")
-        for rows in (reduce_kernel.LEAST_ROWS, reduce_kernel.MOST_ROWS):
-            found[f"reduce {stored} {rows}"] = compiled(
-                reduce_kernel._reduce_kernel,
-                capability,
-                {"weight_ptr": stored, "gradient_ptr": stored, **dict.fromkeys(pointers, "*fp32")},
-                WITH_ALPHA=True,
-                WITH_BETA=True,
-                SPLIT_ROWS=reduce_kernel.SPLIT_ROWS,
-                LOOP_ROWS=reduce_kernel.SPLIT_ROWS,
-                BLOCK_ROWS=rows,
-                BLOCK_COLS=reduce_kernel.BLOCK_COLS,
+                "*bf16",
+                **constants,
+                BLOCK_ROWS=decode_kernel.BLOCK_ROWS,
+                BLOCK_COLS=decode_kernel.BLOCK_COLS,
             )
     print(json.dumps(found))
 

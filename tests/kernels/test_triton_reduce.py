@@ -49,7 +49,7 @@ class Reduction:
         for start in range(0, n, step or n):
             cols = slice(start, min(start + (step or n), n))
             part = self.gradient[:, cols].contiguous()
-            reduce(self.weight[:, cols], self.factors, cols, part, grads, accumulate=step is not None)
+            reduce(self.weight, self.factors, cols, part, grads, accumulate=step is not None)
         return grads
 
     def oracle(self) -> list[Tensor]:
@@ -69,10 +69,10 @@ def test_values(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch
     assert_same_bits(reduction.gradient, given)
 
 
-@pytest.mark.parametrize(("m", "n", "r"), [(13, 7, 5), (200, 129, 3)])
+@pytest.mark.parametrize(("m", "n", "r"), [(13, 200, 5), (200, 300, 3)])
 def test_columns_in_chunks_add_up(m: int, n: int, r: int, triton_device: torch.device) -> None:
     reduction = Reduction(m, n, r, torch.float32, triton_device)
-    for found, exact in zip(reduction.run(step=3 if n < 10 else 50), reduction.oracle(), strict=True):
+    for found, exact in zip(reduction.run(step=128), reduction.oracle(), strict=True):
         assert found is not None
         assert_matches(found, exact, torch.float32)
 

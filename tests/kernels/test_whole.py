@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import release_workspace, whole
-from spp.kernels.choice import use_kernels
+from spp.kernels import linear, release_workspace, use_kernels, whole
+from spp.kernels.packed import PackedSource
+from spp.packed import PackedWeight
+from spp.rules import get_rule
 from tests.kernels.test_three_products import check, run, run_reference
 from tests.layers import SHAPES, Case, make_case
 from tests.tolerances import assert_matches, assert_same_bits
 
-WIDE = (20, 70, 3, (5,))  # several chunks of columns, the last one narrow
+WIDE = (20, 300, 3, (5,))  # several chunks of columns, the last one narrow
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 
 
@@ -23,8 +25,8 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_ava
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole-layer path on any device, in chunks of few columns."""
     monkeypatch.setattr(whole, "takes_whole_layers", lambda device: True)
-    monkeypatch.setattr(whole, "COLUMN_UNIT", 16)
-    monkeypatch.setattr(whole, "cache_bytes", lambda device: 4000)
+    monkeypatch.setattr(whole, "COLUMN_UNIT", 128)
+    monkeypatch.setattr(whole, "cache_bytes", lambda device: 2**12)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -90,6 +92,28 @@ def test_both_kinds_of_kernels_give_the_same_bits_in_forward(
             results.append([spp_linear(case.x, case.weight, None, case.alpha, case.beta, 2.0, p) for p in (0.0, 0.5)])
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_packed_weights_give_the_bits_of_dense_ones(
+    pattern: tuple[int, int] | None, dropout: float, kernels: str, triton_device: torch.device
+) -> None:
+    for dtype in (torch.float32, torch.float16):
+        case = on(triton_device, make_case(*WIDE, dtype))
+        if pattern is not None:
+            kept = torch.arange(300, device=triton_device) % pattern[1] < pattern[0]
+            case.weight = (case.weight.sign() + 0.5) * kept
+        packed = PackedWeight.pack(case.weight)
+        assert packed.layout.group == (pattern[1] if pattern else 0)
+        results = []
+        for weight in (case.weight + 0.0, PackedSource(packed)):  # a packed −0.0 comes back as 0.0
+            torch.manual_seed(5)
+            params = (case.alpha, case.beta)
+            y = linear(case.x, weight, case.bias, get_rule("spp"), params, 2.0, dropout)
+            results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
+        for dense, found in zip(*results, strict=True):
+            assert_same_bits(found, dense)
 
 
 @pytest.mark.parametrize("trains", ["x", "alpha", "beta", "bias", "x alpha"])

@@ -5,7 +5,7 @@
 
 The arithmetic is float32, each step rounded by itself, then rounded to W's dtype; a kept weight that came out as zero
 is rescued, and only then the result is converted to the dtype of the product: bit for bit what
-spp.rules.canonical.effective_block computes, which is the twin. W is read once and W_eff written once.
+spp.rules.canonical.effective_block computes, which is the twin. W, dense or packed, is read once, W_eff written once.
 """
 
 import torch
@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spp.kernels.triton.launch import launch
+from spp.kernels.triton.tile import load_tile, operand
+from spp.packed import PackedWeight
 from spp.rules.canonical import smallest_kept
 from spp.rules.spp import Factors
 
@@ -42,7 +44,7 @@ def _with_sign_of(value, MAGNITUDE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def updated(weight, update, DELTA: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr):
+def _updated(weight, update, DELTA: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr):
     """W · (1 + u), rounded to W's dtype and rescued; with DELTA, W · u in float32."""
     if DELTA:
         return weight.to(tl.float32) * update
@@ -55,6 +57,8 @@ def updated(weight, update, DELTA: tl.constexpr, SMALLEST: tl.constexpr, BITS: t
 @triton.jit
 def _build_kernel(
     weight_ptr,
+    codes_ptr,
+    starts_ptr,
     alpha_ptr,
     scaled_beta_ptr,
     out_ptr,
@@ -63,35 +67,64 @@ def _build_kernel(
     r,
     stride_row,
     stride_col,
+    row_bytes,
+    stretches,
+    FORM: tl.constexpr,
+    KEPT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PER_BYTE: tl.constexpr,
     DELTA: tl.constexpr,
     SMALLEST: tl.constexpr,
-    BITS: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    rows_inside = rows < m
+    first_col = tl.program_id(1) * BLOCK_COLS
+    weight = load_tile(
+        weight_ptr,
+        codes_ptr,
+        starts_ptr,
+        rows,
+        rows_inside,
+        first_col,
+        n,
+        stride_row,
+        stride_col,
+        row_bytes,
+        stretches,
+        FORM,
+        KEPT,
+        GROUP,
+        BITS,
+        LARGEST,
+        PER_BYTE,
+        BLOCK_COLS,
+    )
+    cols = first_col + tl.arange(0, BLOCK_COLS)
+    inside = rows_inside[:, None] & (cols < n)[None, :]
     groups = ((rows + 1) * r - 1) // m
-    weight = tl.load(weight_ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=inside, other=0.0)
     alpha = tl.load(alpha_ptr + groups[:, None] * n + cols[None, :], mask=inside, other=0.0)
-    scaled = tl.load(scaled_beta_ptr + rows, mask=rows < m, other=0.0)
-    result = updated(weight, scaled[:, None] * alpha, DELTA, SMALLEST, BITS)
+    scaled = tl.load(scaled_beta_ptr + rows, mask=rows_inside, other=0.0)
+    result = _updated(weight, scaled[:, None] * alpha, DELTA, SMALLEST, WEIGHT_BITS)
     tl.store(out_ptr + rows[:, None] * n + cols[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def build(weight: Tensor, factors: Factors, out: Tensor) -> None:
+def build(weight: Tensor | PackedWeight, factors: Factors, out: Tensor) -> None:
     """Write the whole W_eff (m, n), rounded to the dtype of `weight` and rescued, into `out`.
 
     Args:
-        weight: W (m, n), float32, bfloat16 or float16, any strides.
+        weight: W (m, n), float32, bfloat16 or float16; a tensor of any strides, or packed.
         factors: from the SPP rule's `prepare`, in float32.
         out: (m, n) contiguous, in the dtype of the product.
     """
     _run(weight, factors, out, delta=False)
 
 
-def delta(weight: Tensor, factors: Factors, out: Tensor) -> None:
+def delta(weight: Tensor | PackedWeight, factors: Factors, out: Tensor) -> None:
     """Write the whole W′ = W_eff − W (m, n), rounded once, into `out`; arguments as in `build`."""
     _run(weight, factors, out, delta=True)
 
@@ -102,23 +135,24 @@ def smallest_bits(dtype: torch.dtype) -> int:
     return int(torch.tensor(smallest_kept(dtype), dtype=dtype).view(as_int))
 
 
-def _run(weight: Tensor, factors: Factors, out: Tensor, *, delta: bool) -> None:
+def _run(weight: Tensor | PackedWeight, factors: Factors, out: Tensor, *, delta: bool) -> None:
     m, n = weight.shape
+    pointers, numbers, constants = operand(weight)
     launch(
         _build_kernel,
         (triton.cdiv(m, BLOCK_ROWS), triton.cdiv(n, BLOCK_COLS)),
-        weight.detach(),
+        *pointers,
         factors.alpha.contiguous(),
         factors.scaled_beta.contiguous(),
         out,
         m,
         n,
         factors.alpha.shape[0],
-        weight.stride(0),
-        weight.stride(1),
+        *numbers,
+        **constants,
         DELTA=delta,
         SMALLEST=smallest_bits(weight.dtype),
-        BITS=8 * weight.dtype.itemsize,
+        WEIGHT_BITS=8 * weight.dtype.itemsize,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLS=BLOCK_COLS,
     )

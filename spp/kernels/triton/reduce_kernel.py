@@ -1,4 +1,4 @@
-"""What a block of G = dYᵀ X adds to dα and dβ of one SPP layer, in one pass over G and W.
+"""What a block of G = dYᵀ X adds to dα and dβ of one SPP layer, in one pass over G and W, dense or packed.
 
     H = W ⊙ G        dα[k, j] = Σ_{i in block k} (s·β[i]) · H[i, j]        dβ[i] = s · Σ_j α[g(i), j] · H[i, j]
 
@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from spp.kernels.triton.launch import launch
+from spp.kernels.triton.tile import load_tile, operand
 from spp.kernels.workspace import workspace
+from spp.packed import PackedWeight
 from spp.rules.spp import Factors
 
 MOST_ROWS, LEAST_ROWS = 16, 4  # of a tile; row blocks of fewer rows get smaller tiles
@@ -27,19 +29,30 @@ SPLIT_ROWS = 64  # rows of a program: few enough for r = 1 to fill a GPU, enough
 @triton.jit
 def _reduce_kernel(
     weight_ptr,
+    codes_ptr,
+    starts_ptr,
     gradient_ptr,
     alpha_ptr,
     scaled_beta_ptr,
     part_alpha_ptr,
     part_beta_ptr,
     m,
-    cols_here,
+    n,
+    first,
+    end,
     r,
     splits,
     stride_row,
     stride_col,
-    stride_alpha,
+    row_bytes,
+    stretches,
     stride_part,
+    FORM: tl.constexpr,
+    KEPT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PER_BYTE: tl.constexpr,
     WITH_ALPHA: tl.constexpr,
     WITH_BETA: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
@@ -51,16 +64,37 @@ def _reduce_kernel(
     k = part // splits
     start = (k * m) // r + (part - k * splits) * SPLIT_ROWS
     stop = ((k + 1) * m) // r
-    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    cols_inside = cols < cols_here
-    alpha = tl.load(alpha_ptr + k * stride_alpha + cols, mask=cols_inside, other=0.0)
+    first_col = first + tl.program_id(1) * BLOCK_COLS
+    cols = first_col + tl.arange(0, BLOCK_COLS)
+    cols_inside = cols < end
+    alpha = tl.load(alpha_ptr + k * n + cols, mask=cols_inside, other=0.0)
     total = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
     for offset in range(0, LOOP_ROWS, BLOCK_ROWS):
         rows = start + offset + tl.arange(0, BLOCK_ROWS)
         rows_inside = rows < stop
         inside = rows_inside[:, None] & cols_inside[None, :]
-        weight = tl.load(weight_ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=inside, other=0.0)
-        gradient = tl.load(gradient_ptr + rows[:, None] * cols_here + cols[None, :], mask=inside, other=0.0)
+        weight = load_tile(
+            weight_ptr,
+            codes_ptr,
+            starts_ptr,
+            rows,
+            rows_inside,
+            first_col,
+            end,
+            stride_row,
+            stride_col,
+            row_bytes,
+            stretches,
+            FORM,
+            KEPT,
+            GROUP,
+            BITS,
+            LARGEST,
+            PER_BYTE,
+            BLOCK_COLS,
+        )
+        places = rows[:, None] * (end - first) + (cols - first)[None, :]
+        gradient = tl.load(gradient_ptr + places, mask=inside, other=0.0)
         h = weight.to(tl.float32) * gradient.to(tl.float32)
         if WITH_ALPHA:
             scaled = tl.load(scaled_beta_ptr + rows, mask=rows_inside, other=0.0)
@@ -69,50 +103,59 @@ def _reduce_kernel(
             sums = tl.sum(h * alpha[None, :], axis=1)
             tl.store(part_beta_ptr + tl.program_id(1).to(tl.int64) * m + rows, sums, mask=rows_inside)
     if WITH_ALPHA:
-        tl.store(part_alpha_ptr + part * stride_part + cols, total, mask=cols_inside)
+        tl.store(part_alpha_ptr + part * stride_part + (cols - first), total, mask=cols_inside)
 
 
 def reduce(
-    weight: Tensor, factors: Factors, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool
+    weight: Tensor | PackedWeight,
+    factors: Factors,
+    cols: slice,
+    gradient: Tensor,
+    grads: Sequence[Tensor | None],
+    *,
+    accumulate: bool,
 ) -> None:
     """Write what G[:, cols] adds to dα and dβ into `grads`.
 
     Args:
-        weight: W[:, cols], float32, bfloat16 or float16, any strides.
+        weight: the whole W (m, n), float32, bfloat16 or float16; a tensor of any strides, or packed.
         factors: from the SPP rule's `prepare`, in float32.
-        cols: which columns of the layer these are.
+        cols: which columns of the layer; it begins at a multiple of BLOCK_COLS.
         gradient: G[:, cols] contiguous, in the dtype of the product; it stays as it is.
-        grads: [dα (r, n), dβ (m, 1)] in float32; None for one that is not wanted.
+        grads: [dα (r, n), dβ (m, 1)] in float32, contiguous; None for one that is not wanted.
         accumulate: add to what is in dβ; False writes over it. dα[:, cols] is written in either case.
     """
     d_alpha, d_beta = grads
-    (m, here), r = weight.shape, factors.alpha.shape[0]
+    (m, n), r = weight.shape, factors.alpha.shape[0]
+    first, end, _ = cols.indices(n)
+    assert first % BLOCK_COLS == 0, f"a chunk begins at column {first}"
     most = triton.cdiv(m, r)  # rows of the largest row block
-    splits, tiles = triton.cdiv(most, SPLIT_ROWS), triton.cdiv(here, BLOCK_COLS)
+    splits, tiles = triton.cdiv(most, SPLIT_ROWS), triton.cdiv(end - first, BLOCK_COLS)
     tile_rows = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(most)))
-    alpha = factors.alpha.contiguous()[:, cols]
     if d_alpha is not None and splits == 1:
         part_alpha = d_alpha[:, cols]
     else:
-        part_alpha = workspace("partial alpha", (r * splits, here), torch.float32, weight.device)
+        part_alpha = workspace("partial alpha", (r * splits, end - first), torch.float32, weight.device)
     part_beta = workspace("partial beta", (tiles, m), torch.float32, weight.device)
+    pointers, numbers, constants = operand(weight)
     launch(
         _reduce_kernel,
         (r * splits, tiles),
-        weight.detach(),
+        *pointers,
         gradient,
-        alpha,
+        factors.alpha.contiguous(),
         factors.scaled_beta.contiguous(),
         part_alpha,
         part_beta,
         m,
-        here,
+        n,
+        first,
+        end,
         r,
         splits,
-        weight.stride(0),
-        weight.stride(1),
-        alpha.stride(0),
+        *numbers,
         part_alpha.stride(0),
+        **constants,
         WITH_ALPHA=d_alpha is not None,
         WITH_BETA=d_beta is not None,
         SPLIT_ROWS=SPLIT_ROWS,
@@ -121,7 +164,7 @@ def reduce(
         BLOCK_COLS=BLOCK_COLS,
     )
     if d_alpha is not None and splits > 1:
-        torch.sum(part_alpha.view(r, splits, here), 1, out=d_alpha[:, cols])
+        torch.sum(part_alpha.view(r, splits, end - first), 1, out=d_alpha[:, cols])
     if d_beta is not None:
         total = part_beta.sum(0).mul_(factors.scaling).unsqueeze(1)
         if accumulate:

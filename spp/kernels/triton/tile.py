@@ -1,0 +1,168 @@
+"""A tile of W in registers, from a tensor or from a packed matrix; how the latter lies, spp.packed.layout says.
+
+    tensor          one load, any strides
+    N:M, indices    the value whose index is the column's place in its group, if there is one
+    N:M, a mask     values of whole bytes before the column, and the bits set before it in its own byte
+    any pattern     starts[i, stretch], the bits set between there and the tile, and a running sum inside the tile
+
+A tile of columns begins at a multiple of its own width, which divides 1024: it lies within one stretch.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spp.packed import PackedWeight
+from spp.packed.layout import STRETCH
+
+TENSOR, MASK, GROUPS, INDICES = 0, 1, 2, 3  # the form of W: how a kernel reads it
+
+
+@triton.jit
+def _ones(byte):
+    """How many bits of a number below 256 are set."""
+    pairs = byte - ((byte >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F
+
+
+@triton.jit
+def _by_indices(
+    values_ptr,
+    codes_ptr,
+    rows,
+    cols,
+    inside,
+    row_values,
+    row_bytes,
+    KEPT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    group = cols // GROUP
+    place = cols - group * GROUP
+    found = tl.zeros_like(inside.to(tl.int32)) - 1
+    for k in tl.static_range(KEPT):
+        number = group * KEPT + k  # of the value in its row
+        bit = number * BITS
+        code = tl.load(codes_ptr + rows[:, None] * row_bytes + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
+        index = (code >> (8 - BITS - bit % 8)[None, :]) & LARGEST
+        found = tl.where(index == place[None, :], number[None, :], found)
+    return tl.load(values_ptr + rows[:, None] * row_values + found, mask=inside & (found >= 0), other=0.0)
+
+
+@triton.jit
+def _before_tile(codes_ptr, rows, rows_inside, first_col, row_bytes):
+    """How many weights are kept between the beginning of the tile's stretch and the tile, of each row."""
+    byte = first_col // 1024 * 128 + tl.arange(0, 128)
+    inside = rows_inside[:, None] & (byte < first_col // 8)[None, :]
+    codes = tl.load(codes_ptr + rows[:, None] * row_bytes + byte[None, :], mask=inside, other=0).to(tl.int32)
+    return tl.sum(_ones(codes), axis=1)
+
+
+@triton.jit
+def _by_mask(
+    values_ptr,
+    codes_ptr,
+    starts_ptr,
+    rows,
+    rows_inside,
+    cols,
+    first_col,
+    inside,
+    row_values,
+    row_bytes,
+    stretches,
+    FORM: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    code = tl.load(codes_ptr + rows[:, None] * row_bytes + (cols // 8)[None, :], mask=inside, other=0).to(tl.int32)
+    bit = cols % 8
+    kept = (code >> (7 - bit)[None, :]) & 1
+    if FORM == 2:
+        in_bytes = cols // 8 * PER_BYTE
+        place = rows[:, None] * row_values + in_bytes[None, :] + _ones(code >> (8 - bit)[None, :])
+    else:
+        start = tl.load(starts_ptr + rows * stretches + first_col // 1024, mask=rows_inside, other=0).to(tl.int64)
+        if WIDTH < 1024:
+            start += _before_tile(codes_ptr, rows, rows_inside, first_col, row_bytes)
+        place = start[:, None] + tl.cumsum(kept, axis=1) - kept
+    return tl.load(values_ptr + place, mask=inside & (kept != 0), other=0.0)
+
+
+@triton.jit
+def load_tile(
+    weight_ptr,
+    codes_ptr,
+    starts_ptr,
+    rows,
+    rows_inside,
+    first_col,
+    end_col,
+    stride_row,
+    stride_col,
+    row_bytes,
+    stretches,
+    FORM: tl.constexpr,
+    KEPT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """W[rows, first_col : first_col + WIDTH], zero outside of the rows and from end_col on.
+
+    rows: int64. weight_ptr: W, or its kept values. stride_row, stride_col: of W; N:M: values of a row, unused.
+    """
+    cols = first_col + tl.arange(0, WIDTH)
+    inside = rows_inside[:, None] & (cols < end_col)[None, :]
+    if FORM == 0:
+        places = rows[:, None] * stride_row + (cols.to(tl.int64) * stride_col)[None, :]
+        weight = tl.load(weight_ptr + places, mask=inside, other=0.0)
+    elif FORM == 3:
+        weight = _by_indices(
+            weight_ptr, codes_ptr, rows, cols, inside, stride_row, row_bytes, KEPT, GROUP, BITS, LARGEST
+        )
+    else:
+        weight = _by_mask(
+            weight_ptr,
+            codes_ptr,
+            starts_ptr,
+            rows,
+            rows_inside,
+            cols,
+            first_col,
+            inside,
+            stride_row,
+            row_bytes,
+            stretches,
+            FORM,
+            PER_BYTE,
+            WIDTH,
+        )
+    return weight
+
+
+def operand(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """Return how W is passed to a kernel: (weight, codes, starts), (stride_row, stride_col, row_bytes, stretches), and
+    the constants of `load_tile` but for WIDTH.
+    """
+    names = ("FORM", "KEPT", "GROUP", "BITS", "LARGEST", "PER_BYTE")
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        return (weight, weight, weight), (*weight.stride(), 0, 0), dict.fromkeys(names, 0)
+    layout, values, codes = weight.layout, weight.values.detach().contiguous(), weight.codes.contiguous()
+    starts = codes if weight.starts is None else weight.starts.contiguous()
+    form = INDICES if layout.index_bits else GROUPS if layout.is_nm else MASK
+    per_byte = 8 // layout.group * layout.kept if form == GROUPS else 0
+    numbers = (layout.row_values if layout.is_nm else 0, 0, layout.row_bytes, layout.stretches)
+    constants = (form, layout.kept, layout.group, layout.index_bits, (1 << layout.index_bits) - 1, per_byte)
+    return (values, codes, starts), numbers, dict(zip(names, constants, strict=True))
+
+
+assert STRETCH == 1024  # written out in the kernels, which see no globals
