@@ -7,7 +7,10 @@ from functools import cache
 
 import torch
 
-BLOCK_ELEMENTS = 2**21  # measured on CPUs: W_eff's block, G's block and their operands stay in cache
+# Measured on CPUs: matrix products with fewer than 512 rows or columns of W are slower than the whole, and the passes
+# over a block that builds W_eff or reduces G are fastest while the block stays in the last cache.
+BLOCK_ELEMENTS = 2**22
+_THIN = 2**13  # a block has at least BLOCK_ELEMENTS / _THIN = 512 rows or columns, however long they are
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -17,19 +20,25 @@ def slices(length: int, step: int) -> Iterator[slice]:
 
 
 def row_step(rows: int, cols: int, alignment: int) -> int:
-    """Return how many rows a block has: at most BLOCK_ELEMENTS elements, a multiple of `alignment` where that fits."""
+    """Return how many rows a block has: about BLOCK_ELEMENTS elements, a multiple of `alignment` where that is near."""
     if rows * cols <= BLOCK_ELEMENTS:
         return max(rows, 1)
-    step = max(1, BLOCK_ELEMENTS // max(cols, 1))
-    return step - step % alignment if step >= alignment else step
+    step = _step(cols)
+    if alignment <= 2 * step:
+        step = max(1, round(step / alignment)) * alignment
+    return min(step, rows)
 
 
 def col_step(rows: int, cols: int) -> int:
     """Return how many columns a block of whole columns has, a multiple of 64 where that fits."""
     if rows * cols <= BLOCK_ELEMENTS:
         return max(cols, 1)
-    step = max(1, BLOCK_ELEMENTS // max(rows, 1))
-    return step - step % 64 if step >= 64 else step
+    step = _step(rows)
+    return min(step - step % 64 if step >= 64 else step, cols)
+
+
+def _step(length: int) -> int:
+    return max(1, BLOCK_ELEMENTS // max(length, 1), BLOCK_ELEMENTS // _THIN)
 
 
 @cache

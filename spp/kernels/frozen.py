@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.kernels.blocks import row_step, slices
+from spp.kernels.build import WHOLE, plain
 from spp.kernels.sources import WeightSource
-from spp.kernels.workspace import workspace
-
-WHOLE = slice(None)
 
 
 def frozen_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
@@ -34,8 +32,5 @@ def frozen_product(x: Tensor, weight: WeightSource, bias: Tensor | None, dtype: 
         return F.linear(x, weight.block(WHOLE, WHOLE), bias)
     y = torch.empty(x.shape[0], m, dtype=dtype, device=x.device)
     for rows in slices(m, step):
-        block = weight.block(rows, WHOLE)
-        if block.dtype != dtype:
-            block = workspace("frozen", tuple(block.shape), dtype, x.device).copy_(block)
-        torch.mm(x, block.t(), out=y[:, rows])
+        torch.mm(x, plain(weight.block(rows, WHOLE), dtype).t(), out=y[:, rows])
     return y if bias is None else y.add_(bias)

@@ -9,13 +9,36 @@ held.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spp.errors import AdapterError
+
+
+@dataclass
+class Outer:
+    """W_eff − W as W ⊙ (a ⊗ c_k) in the k-th of r consecutive blocks of rows.
+
+    Attributes:
+        rows: a (m, 1).
+        cols: c (r, n).
+        parts: the r blocks, in order; together all rows.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    parts: list[slice]
+
+    def within(self, rows: slice) -> Iterator[tuple[int, slice]]:
+        """Yield (k, what the k-th block shares with `rows`, counted from their start), where that is something."""
+        for k, part in enumerate(self.parts):
+            start, stop = max(part.start, rows.start), min(part.stop, rows.stop)
+            if start < stop:
+                yield k, slice(start - rows.start, stop - rows.start)
 
 
 class Rule(ABC):
@@ -95,6 +118,14 @@ class Rule(ABC):
     @abstractmethod
     def row_alignment(self, factors: Any) -> int:
         """Return the number of rows that a block's ends should be a multiple of, for `build` to be fastest."""
+
+    def outer(self, factors: Any) -> Outer | None:
+        """Return W_eff − W in its outer form, where it has one: with it, input dropout can do with four products."""
+        return None
+
+    def outer_grads(self, factors: Any, d_rows: Tensor, d_cols: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Return the gradients of the parameters from those of `outer`'s a (m, 1) and c (r, n)."""
+        raise NotImplementedError(f"rule {self.name} has no outer form")
 
     @abstractmethod
     def oracle(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.rules.base import Rule
+from spp.rules.base import Outer, Rule
 
+GROUP_ROWS = 16  # on average; blocks of fewer rows are not worth an operation each
 KAIMING_A = math.sqrt(5)  # U(−1/√n, 1/√n), as nn.Linear and the paper initialise
 
 
@@ -34,14 +36,13 @@ def row_groups(out_features: int, r: int, device: torch.device | str | None = No
 
 @dataclass
 class Factors:
-    """What one call needs: α (r, n), t = s·β (m, 1), β (m, 1), and g (m,) where the row blocks are not all equal."""
+    """What one call needs: α (r, n), t = s·β (m, 1), β (m, 1), and m / r where r divides m, else 0."""
 
     alpha: Tensor
     scaled_beta: Tensor
     beta: Tensor
     scaling: float
-    group_rows: int  # m / r where r divides m, else 0
-    groups: Tensor | None
+    group_rows: int
 
 
 class SPPRule(Rule):
@@ -71,14 +72,12 @@ class SPPRule(Rule):
     def prepare(self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype) -> Factors:
         alpha, beta = (p.detach().to(dtype) for p in params)
         r = alpha.shape[0]
-        even = out_features % r == 0
         return Factors(
             alpha=alpha,
             scaled_beta=beta * scaling,
             beta=beta,
             scaling=scaling,
-            group_rows=out_features // r if even else 0,
-            groups=None if even else row_groups(out_features, r, alpha.device),
+            group_rows=0 if out_features % r else out_features // r,
         )
 
     def build(self, weight: Tensor, factors: Factors, rows: slice, cols: slice, out: Tensor) -> None:
@@ -106,32 +105,44 @@ class SPPRule(Rule):
         accumulate: bool,
     ) -> None:
         d_alpha, d_beta = grads
-        h = gradient.mul_(weight)  # (rows, cols)
-        groups, size = _block_groups(factors, rows, h.shape[0])
-        scaled, old = factors.scaled_beta[rows], 1.0 if accumulate else 0.0
-        if groups is None:  # the block is a whole number of equal groups, or lies inside one
-            k0, k1 = _group_range(factors, rows, h.shape[0])
-            count = k1 - k0
-            h3 = h.view(count, size, h.shape[1])
+        h_block = gradient.mul_(weight)  # (rows, cols)
+        old = 1.0 if accumulate else 0.0
+        for piece in _pieces(factors, rows, len(h_block)):
+            h, here = h_block[piece.local], piece.rows
+            scaled, size, count = factors.scaled_beta[here], piece.size, piece.stop - piece.start
+            if piece.groups is None:
+                h3 = h.view(count, size, h.shape[1])
+                if d_alpha is not None:
+                    target = d_alpha[piece.start : piece.stop, cols].unsqueeze(1)  # (groups, 1, cols)
+                    target.baddbmm_(scaled.view(count, 1, size), h3, beta=old if piece.whole else 1.0)
+                if d_beta is not None:
+                    target = d_beta[here].view(count, size, 1)
+                    alpha = factors.alpha[piece.start : piece.stop, cols].unsqueeze(2)
+                    target.baddbmm_(h3, alpha, beta=old, alpha=factors.scaling)
+                continue
             if d_alpha is not None:
-                target = d_alpha[k0:k1, cols].unsqueeze(1)  # (groups, 1, cols)
-                target.baddbmm_(scaled.view(count, 1, size), h3, beta=old)
-            if d_beta is not None:
-                target = d_beta[rows].view(count, size, 1)
-                target.baddbmm_(h3, factors.alpha[k0:k1, cols].unsqueeze(2), beta=old, alpha=factors.scaling)
-        else:
-            if d_alpha is not None:
-                spread = torch.zeros(h.shape[0], d_alpha.shape[0], dtype=h.dtype, device=h.device)
-                spread.scatter_(1, groups.unsqueeze(1), scaled)  # (rows, r): s·β in its group's column
+                spread = torch.zeros(len(h), count, dtype=h.dtype, device=h.device)
+                spread.scatter_(1, piece.groups.unsqueeze(1), scaled)  # (rows, r): s·β in its group's column
                 d_alpha[:, cols].addmm_(spread.t(), h, beta=old)
             if d_beta is not None:
                 products = h @ factors.alpha[:, cols].t()  # (rows, r)
-                part = products.gather(1, groups.unsqueeze(1)).mul_(factors.scaling)
-                d_beta[rows] = d_beta[rows] + part if accumulate else part
+                part = products.gather(1, piece.groups.unsqueeze(1)).mul_(factors.scaling)
+                d_beta[here] = d_beta[here] + part if accumulate else part
 
     def largest_factor(self, factors: Factors) -> float:
         largest = (float(torch.linalg.vector_norm(t, math.inf)) for t in (factors.scaled_beta, factors.alpha))
         return math.prod(largest)
+
+    def outer(self, factors: Factors) -> Outer:
+        m, r = len(factors.beta), len(factors.alpha)
+        bounds = [k * m // r for k in range(r + 1)]
+        parts = [slice(start, stop) for start, stop in pairwise(bounds)]
+        return Outer(factors.scaled_beta, factors.alpha, parts)
+
+    def outer_grads(
+        self, factors: Factors, d_rows: Tensor, d_cols: Tensor, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        return [d_cols if needed[0] else None, d_rows.mul_(factors.scaling) if needed[1] else None]
 
     def row_alignment(self, factors: Factors) -> int:
         return max(1, factors.group_rows)
@@ -154,30 +165,50 @@ class SPPRule(Rule):
 
 def _write_update(factors: Factors, rows: slice, cols: slice, out: Tensor) -> None:
     """Write u = (s·β) · A for a block into `out`: the relative change of each weight."""
-    groups, size = _block_groups(factors, rows, out.shape[0])
-    scaled = factors.scaled_beta[rows]
     alpha = factors.alpha[:, cols]
-    if groups is None:
-        k0, k1 = _group_range(factors, rows, out.shape[0])
-        view = out.view(k1 - k0, size, out.shape[1])
-        torch.mul(scaled.view(k1 - k0, size, 1), alpha[k0:k1].unsqueeze(1), out=view)
-    else:
-        torch.mul(alpha.index_select(0, groups), scaled, out=out)
+    for piece in _pieces(factors, rows, len(out)):
+        scaled, target = factors.scaled_beta[piece.rows], out[piece.local]
+        if piece.groups is None:
+            shape = (piece.stop - piece.start, piece.size)
+            chosen = alpha[piece.start : piece.stop].unsqueeze(1)  # (groups, 1, cols)
+            torch.mul(scaled.view(*shape, 1), chosen, out=target.view(*shape, out.shape[1]))
+        else:
+            torch.mul(alpha.index_select(0, piece.groups), scaled, out=target)
 
 
-def _block_groups(factors: Factors, rows: slice, count: int) -> tuple[Tensor | None, int]:
-    """Return (None, rows in a group of this block), or (g(i) of the block's rows, 0) where its groups are uneven."""
-    size, start = factors.group_rows, rows.start or 0
-    if size and start % size == 0 and count % size == 0:
-        return None, size
-    if size and start // size == (start + count - 1) // size:
-        return None, count
-    if factors.groups is not None:
-        return factors.groups[rows], 0
-    return torch.arange(start, start + count, device=factors.alpha.device) // size, 0
+@dataclass
+class _Piece:
+    """Rows of a block that one operation covers: those of the groups [start, stop), `size` rows each.
+
+    Attributes:
+        local, rows: where they lie in the block, and in the layer.
+        whole: whether they are all rows of their groups.
+        groups: g(i) of each, where the groups are small and not of one size; then [start, stop) is [0, r).
+    """
+
+    local: slice
+    rows: slice
+    start: int
+    stop: int
+    size: int
+    whole: bool
+    groups: Tensor | None = None
 
 
-def _group_range(factors: Factors, rows: slice, count: int) -> tuple[int, int]:
-    """Return [k0, k1): the rows of W_α that a block with even groups needs."""
-    start = rows.start or 0
-    return start // factors.group_rows, (start + count - 1) // factors.group_rows + 1
+def _pieces(factors: Factors, rows: slice, count: int) -> list[_Piece]:
+    """Return a block of `count` rows in as few pieces as can be."""
+    first, size = rows.start or 0, factors.group_rows
+    everything, last = slice(0, count), first + count
+    if size and first % size == 0 and count % size == 0:
+        return [_Piece(everything, slice(first, last), first // size, last // size, size, True)]
+    m, r = len(factors.beta), len(factors.alpha)
+    if m < GROUP_ROWS * r:
+        groups = row_groups(m, r, factors.alpha.device)[first:last]
+        return [_Piece(everything, slice(first, last), 0, r, 0, False, groups)]
+    pieces = []
+    for k in range(((first + 1) * r - 1) // m, (last * r - 1) // m + 1 if count else 0):
+        begin, end = k * m // r, (k + 1) * m // r
+        start, stop = max(begin, first), min(end, last)
+        whole = start == begin and stop == end
+        pieces.append(_Piece(slice(start - first, stop - first), slice(start, stop), k, k + 1, stop - start, whole))
+    return pieces

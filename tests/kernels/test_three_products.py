@@ -11,13 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from spp.errors import GradientError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, release_workspace, workspace_bytes
+from spp.kernels import blocks, input_dropout, release_workspace, workspace_bytes
 from spp.kernels.products import linear_product
+from spp.rules import spp as spp_rule
 from tests.layers import SHAPES, Case, make_case
 from tests.tolerances import ROUNDING, assert_matches, assert_same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ONE_BLOCK, SMALL_BLOCKS = 2**21, 24
+ONE_BLOCK, SMALL_BLOCKS = 2**22, 24
+FOUR, FIVE = 1, 10**9  # what input_dropout.GROUP_ROWS has to be for input dropout to take so many products
 
 
 def run(case: Case, **options: float) -> tuple[Tensor, list[Tensor]]:
@@ -85,12 +87,24 @@ def test_gradcheck(m: int, n: int, r: int, leading: tuple[int, ...], monkeypatch
     )
 
 
+@pytest.mark.parametrize("group_rows", [1, 10**9], ids=["loops over groups", "does not loop"])
+@pytest.mark.parametrize("elements", [ONE_BLOCK, SMALL_BLOCKS])
+def test_groups_one_by_one_or_together(elements: int, group_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(spp_rule, "GROUP_ROWS", group_rows)
+    for m, n, r, leading in SHAPES:
+        case = make_case(m, n, r, leading, torch.float64)
+        check(case, *run(case), torch.float64)
+
+
+@pytest.mark.parametrize("products", [FOUR, FIVE], ids=["four products", "five products"])
 @pytest.mark.parametrize("elements", [ONE_BLOCK, SMALL_BLOCKS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_input_dropout_is_the_papers_formula_with_the_mask_of_torch(
-    dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, elements: int, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     for m, n, r, leading in SHAPES:
         case = make_case(m, n, r, leading, dtype)
         torch.manual_seed(3)
@@ -167,14 +181,22 @@ def test_non_contiguous_input_weight_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("trains", ["x", "alpha", "beta", "bias", "x alpha", "alpha beta"])
-def test_only_what_requires_a_gradient_gets_one(trains: str) -> None:
+@pytest.mark.parametrize("products", [None, FOUR, FIVE], ids=["no dropout", "four products", "five products"])
+def test_only_what_requires_a_gradient_gets_one(
+    trains: str, products: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     case = make_case(13, 7, 5, (3,), torch.float64)
     everything = dict(zip(("x", "bias", "alpha", "beta"), case.inputs(), strict=True))
-    _, oracle = run_reference(case)
+    dropout = 0.0 if products is None else 0.4
+    torch.manual_seed(2)
+    mask = torch.nn.functional.dropout(torch.ones_like(case.x), dropout) if dropout else None
+    _, oracle = run_reference(case, mask)
     expected = dict(zip(everything, oracle, strict=True))
     for name, tensor in everything.items():
         tensor.requires_grad_(name in trains.split())
-    spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0).backward(case.dy)
+    torch.manual_seed(2)
+    spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0, dropout).backward(case.dy)
     for name, tensor in everything.items():
         if name in trains.split():
             assert_matches(tensor.grad, expected[name], torch.float64, what=name)  # type: ignore[arg-type]
@@ -189,9 +211,13 @@ def test_the_weight_is_frozen_even_when_it_requires_a_gradient() -> None:
     assert weight.grad is None and case.alpha.grad is not None
 
 
-def test_retain_graph_and_repeated_calls_give_the_same_gradients() -> None:
+@pytest.mark.parametrize(("dropout", "products"), [(0.0, FIVE), (0.25, FIVE), (0.25, FOUR)])
+def test_retain_graph_and_repeated_calls_give_the_same_gradients(
+    dropout: float, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     case = make_case(13, 7, 5, (3,))
-    y = spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0)
+    y = spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0, dropout)
     first = torch.autograd.grad(y, case.inputs(), case.dy, retain_graph=True)
     other = make_case(20, 16, 4, (8,), seed=1)
     run(other)  # uses the same workspace in between
@@ -250,21 +276,31 @@ class _Saved:
         self.hooks.__exit__(*error)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_nothing_is_saved_beyond_the_input_and_what_the_layer_owns(dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("dropout", "products", "extra"),
+    [(0.0, FOUR, 0), (0.25, FIVE, 40 * 32 // 8), (0.25, FOUR, 40 * 32 // 8 + 40 * 64 * 4)],
+    ids=["no dropout", "five products: one bit an entry", "four products: one bit an entry, and T × m"],
+)
+def test_nothing_is_saved_beyond_the_input_and_what_the_layer_owns(
+    dropout: float, products: int, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     case = make_case(64, 32, 8, (40,))
     x = case.x * 1.0
     with _Saved() as saved:
         y = spp_linear(x, case.weight, case.bias, case.alpha, case.beta, 2.0, dropout)
     for owned in (x, case.weight, case.alpha, case.beta):
         saved.storages.pop(owned.untyped_storage().data_ptr(), None)
-    assert sum(saved.storages.values()) == (0 if dropout == 0 else x.numel() // 8)  # one bit an entry
+    assert sum(saved.storages.values()) == extra
     y.sum().backward()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool, dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "products"), [(0.0, FIVE), (0.25, FIVE), (0.25, FOUR)])
+def test_activation_checkpointing_gives_the_same_gradients(
+    reentrant: bool, dropout: float, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     case = make_case(12, 12, 4, (5,), torch.float64)
 
     def block(x: Tensor) -> Tensor:
