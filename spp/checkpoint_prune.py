@@ -32,6 +32,7 @@ from spp.checkpoint_prune_model import StreamedModel
 from spp.checkpoint_prune_work import Work
 from spp.errors import OutputExistsError, StreamingError, TargetError
 from spp.files import CheckpointReader, dtype_name, require_replaceable
+from spp.files.reader import INDEX, SINGLE
 from spp.patterns import Pattern
 from spp.pruning.owl import OWL
 from spp.targets_layout import Projection
@@ -106,6 +107,7 @@ def prune_checkpoint(
         raise OutputExistsError(f"{target} exists already; choose another path, or pass overwrite=True (--overwrite)")
     source = checkpoint_directory(directory)
     refuse_overlap(target, source, "the model")
+    _require_safetensors(source)
     with CheckpointReader(source) as reader:
         streamed = StreamedModel(reader, dtype, device)
         model = streamed.model
@@ -187,13 +189,23 @@ class _Streamed(BlockStore):
         self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done)
 
 
+def _require_safetensors(source: Path) -> None:
+    if not (source / SINGLE).exists() and not (source / INDEX).exists():
+        pickled = sorted(path.name for path in source.glob("*.bin*"))
+        if pickled:
+            raise StreamingError(
+                f"{source} has no safetensors, only {pickled[0]}, so it can be pruned in memory, but not block by "
+                f"block from the disk"
+            )
+
+
 def _blocks(model: nn.Module, plan: PrunePlan) -> tuple[str, list[nn.Module]]:
     try:
         return find_blocks(model, list(plan.layers))
     except TargetError as error:
         if plan.calibrated:
             raise
-        raise StreamingError(f"it cannot be streamed block by block: {error}") from error
+        raise StreamingError(f"{error}; it can be pruned in memory, but not block by block from the disk") from error
 
 
 def _job(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spp.calibrate.plan import FLOATS
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import ConfigError, NonFiniteError, StreamingError
-from spp.files import CheckpointReader, dtype_name
+from spp.files import CheckpointReader, dtype_name, read_json
 from spp.patterns import all_finite
 from spp.targets import output_head
 
@@ -42,6 +42,7 @@ class StreamedModel:
         self._reader = reader
         self._wanted = dtype
         self._device = device
+        refuse_quantized(reader.directory)
         self.model: nn.Module = _skeleton(reader, dtype)
         self._modules = dict(self.model.named_modules())
         self._keys = DiskKeys(self.model, {key: reader.shape(key) for key in reader})
@@ -148,12 +149,11 @@ class StreamedModel:
             what = f"lacks {', '.join(missing[:3])}" if missing else f"holds {wrong[0]} in another shape"
             raise StreamingError(
                 f"{reader.directory} {what}{', …' if len(missing) > 3 else ''}: its weights are stored otherwise than "
-                f"the model has them, so it cannot be streamed; load it with transformers and use spp.prune"
+                f"the model has them, so it can be pruned in memory, but not block by block from the disk"
             )
 
 
-def load_config(source: Path) -> Any:
-    """Return the config of a checkpoint that is not quantized."""
+def _load_config(source: Path) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -161,9 +161,14 @@ def load_config(source: Path) -> Any:
     except Exception as error:  # OSError, ValueError, KeyError, those of configs with code of their own
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise StreamingError(f"cannot read the model's config in {source}: {reason}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
     return config
+
+
+def refuse_quantized(source: Path) -> None:
+    """Raise a ConfigError where a checkpoint's config says that it is quantized."""
+    path = source / "config.json"
+    if path.exists() and read_json(path, "the model's config").get("quantization_config") is not None:
+        raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
 
 
 def _skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
@@ -171,7 +176,7 @@ def _skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = load_config(reader.directory)
+    config = _load_config(reader.directory)
     dtype = wanted or getattr(config, "dtype", None) or _first_dtype(reader)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

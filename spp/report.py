@@ -108,12 +108,14 @@ def merge_table(report: MergeReport, *, every: bool = False) -> Table:
 def prune_table(report: PruneReport, *, every: bool = False) -> Table:
     """Return what pruning did, by kind of layer or, with `every`, one row a layer.
 
-    error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where the method measures it.
+    error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where there is any; seconds: without the forward passes,
+    in the last row with them; notes: where something was out of the ordinary.
     """
-    columns = ("layer", "layers", "sparsity", "pattern", "error", "seconds")
+    columns: tuple[str, ...] = ("layer", "layers", "sparsity", "pattern", "error", "seconds", "notes")
     groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
-    rows = []
-    for name, layers in groups.items():
+    everything = list(report.layers.values())
+    rows: list[tuple[str, ...]] = []
+    for name, layers in [*groups.items(), ("all", everything)]:
         errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
         rows.append(
             (
@@ -123,9 +125,28 @@ def prune_table(report: PruneReport, *, every: bool = False) -> Table:
                 _joined(str(layer.pattern) for layer in layers),
                 _spread(errors, "{:.4f}".format),
                 f"{sum(layer.seconds for layer in layers):.1f}",
+                _notes([layer.note for layer in layers]),
             )
         )
-    return Table(f"pruned by {report.method} to {report.pattern}", columns, tuple(rows))
+    rows[-1] = (*rows[-1][:2], f"{report.sparsity:.4f}", *rows[-1][3:5], f"{report.seconds:.1f}", rows[-1][6])
+    if not any(layer.note for layer in everything):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Table(f"pruned by {report.method} to {pattern_text(report.pattern)}", columns, tuple(rows))
+
+
+def prune_lines(report: PruneReport) -> list[str]:
+    """Return what a table of pruning leaves out: the calibration data, and what became of zeros that were there."""
+    drawn = f"{report.windows} windows of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
+    fate = "kept, as this method does" if report.keeps_zeros else "weights like any other to this method"
+    return [
+        f"calibration: {drawn if report.windows else 'none'}",
+        f"zeros before: {report.sparsity_before:.4f} of the weights, {fate}",
+    ]
+
+
+def pattern_text(pattern: str | Mapping[str, str]) -> str:
+    """Return a pattern, or patterns by name, as they are given on the command line."""
+    return pattern if isinstance(pattern, str) else ", ".join(f"{name}={value}" for name, value in pattern.items())
 
 
 def byte_text(count: float) -> str:
@@ -156,6 +177,12 @@ def _merge_row(name: str, layers: Sequence[LayerMerge]) -> tuple[str, ...]:
         _spread([layer.survived for layer in layers], "{:.4f}".format),
         f"{max((layer.max_relative_change for layer in layers), default=0.0):.3f}",
     )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    """Each note once, with how many layers have it where not all do."""
+    counts = {note: notes.count(note) for note in notes if note}
+    return "; ".join(note if count == len(notes) else f"{note} ({count})" for note, count in counts.items())
 
 
 def _grouped(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:

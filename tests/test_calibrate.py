@@ -335,7 +335,7 @@ def test_a_model_of_ones_own_and_an_expert_without_tokens(caplog: pytest.LogCapt
     empty = report.layers["blocks.0.experts.1"]
     assert (empty.tokens, empty.relative_error) == (0, None)
     assert "no calibration token reached it" in empty.note
-    assert "blocks.0.experts.1: no calibration token reached it" in caplog.text
+    assert "blocks.0.experts.1, blocks.1.experts.1: no calibration token reached it" in caplog.text
     assert torch.equal(nonzero_mask(model.blocks[0].experts[1].weight), magnitude)
     assert report.layers["blocks.0.experts.0"].tokens == 60
 

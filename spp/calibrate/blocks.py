@@ -51,7 +51,7 @@ def find_blocks(model: nn.Module, targets: Sequence[str]) -> tuple[str, list[nn.
     else:
         raise TargetError(
             "the model has no list of blocks (nn.ModuleList) that holds the target modules, so it cannot be "
-            'calibrated block by block; method="magnitude" needs no calibration'
+            'run block by block; method="magnitude" without calibration does not need to'
         )
     outside = [target for target in targets if not _inside(target, path)]
     if outside:
@@ -125,7 +125,7 @@ class BlockRunner:
         if not all_finite(hidden):
             raise NonFiniteError(
                 f"the output of {self._path}.{index} holds NaN or infinity; load the model in a wider dtype, such as "
-                f"float32 (blocks up to this one may be pruned already: load it anew)"
+                f"dtype=torch.float32"
             )
         self._rest = len(output) - 1 if isinstance(output, tuple) else None
         self._hidden[batch] = hidden

@@ -64,8 +64,8 @@ def _require_finite(collector: StatsCollector, where: str) -> None:
             collector.stats()
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"{where}: its {error}; load the model in a wider dtype, such as float32, and check the calibration "
-            f"data (blocks before this one are pruned already: load the model anew)"
+            f"{where}: its {error}; load the model in a wider dtype, such as dtype=torch.float32, and check the "
+            f"calibration data"
         ) from None
 
 

@@ -20,7 +20,7 @@ from spp.calibrate.methods import prune_layer
 from spp.calibrate.plan import Names, Patterns, PruneOptions, check_layer, make_plan
 from spp.calibrate.report import PruneReport
 from spp.calibrate.windows import Calibration
-from spp.errors import WrapError
+from spp.errors import NonFiniteError, WrapError
 from spp.inject import is_wrapped
 from spp.patterns import Pattern
 from spp.pruning.owl import OWL
@@ -107,7 +107,10 @@ def prune(
             patterns = owl_patterns(
                 BlockRunner(model, root, blocks, plan.windows), of_block, owl, fraction, plan.windows
             )
-        done = prune_blocks(
-            BlockRunner(model, root, blocks, plan.windows), of_block, plan.method, patterns, plan.windows
-        )
+        try:
+            done = prune_blocks(
+                BlockRunner(model, root, blocks, plan.windows), of_block, plan.method, patterns, plan.windows
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (blocks before it are pruned already: load the model anew)") from error
     return plan.report(done, started)

@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spp.calibrate.methods import Method, get_method
 from spp.calibrate.report import LayerReport, PruneReport
-from spp.calibrate.windows import Calibration, calibration_windows, check_calibration, load_ids
+from spp.calibrate.windows import Calibration, calibration_windows, check_calibration, describe_calibration, load_ids
 from spp.config import check_names, name_matches
 from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning
 from spp.patterns import Pattern, all_finite
@@ -75,10 +75,21 @@ class PruneOptions:
         elif method.calibrated or owl is not None:
             who = f"method {self.method!r}" if method.calibrated else "owl="
             raise ConfigError(
-                f"{who} needs calibration data: pass calibration= token ids (k, L), a list of texts, or the path of a "
-                f'text or JSONL file (with tokenizer=; spp prune: --calibration FILE); method="magnitude" alone needs '
-                f"none"
+                f"{who} needs calibration data: pass calibration= (a text, JSON or JSONL file, token ids (k, L) or a "
+                f"file of them, a data set; in Python a list of texts too, with tokenizer= for all text); "
+                f'method="magnitude" alone needs none'
             )
+
+    @property
+    def described(self) -> str | dict[str, str]:
+        """What a report says of the pattern that was asked for."""
+        if isinstance(self.pattern, Mapping):
+            return {name: str(Pattern.parse(value)) for name, value in self.pattern.items()}
+        return str(Pattern.parse(self.pattern))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments of `spp.prune`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -108,15 +119,18 @@ class PrunePlan:
         """Return the report of what was done to the layers since `started`, by time.perf_counter, and log it."""
         report = PruneReport(
             method=self.options.method,
-            pattern=describe(self.options.pattern),
+            pattern=self.options.described,
             layers={path: done[path] for path in self.layers},
             sparsity=share_of(done, "sparsity"),
             windows=self.windows.shape[0],
             seqlen=self.windows.shape[1],
             seed=self.options.seed,
+            calibration=describe_calibration(self.options.calibration),
+            sparsity_before=share_of(done, "sparsity_before"),
+            keeps_zeros=not self.method.updates,
             seconds=time.perf_counter() - started,
         )
-        _log(report, self.method)
+        _log(report)
         return report
 
 
@@ -188,7 +202,7 @@ def check_layer(layer: Projection) -> None:
     if weight.device.type == "meta":
         raise ConfigError(f"{name} is not in memory (meta device): load the model without offloading")
     if not all_finite(weight):
-        raise NonFiniteError(f"{name} holds NaN or infinity; nothing was pruned")
+        raise NonFiniteError(f"{name} holds NaN or infinity")
 
 
 def fitting_seqlen(model: nn.Module, calibration: Calibration, seqlen: int) -> int:
@@ -232,13 +246,6 @@ def check_ids(model: nn.Module, windows: Tensor) -> None:
             )
 
 
-def describe(pattern: Patterns) -> str | dict[str, str]:
-    """Return what a report says of the pattern that was asked for."""
-    if isinstance(pattern, Mapping):
-        return {name: str(Pattern.parse(value)) for name, value in pattern.items()}
-    return str(Pattern.parse(pattern))
-
-
 def share_of(layers: Mapping[str, LayerReport], field: str) -> float:
     """Return `field`, a share of each layer's weights, as a share of all weights together."""
     sizes = [math.prod(layer.shape) for layer in layers.values()]
@@ -246,14 +253,17 @@ def share_of(layers: Mapping[str, LayerReport], field: str) -> float:
     return float(zeros / max(1, sum(sizes)))
 
 
-def _log(report: PruneReport, method: Method) -> None:
-    before = share_of(report.layers, "sparsity_before")
-    if before > 0:
-        fate = "were weights like any other and may have been filled" if method.updates else "stay zeros"
-        logger.info("%.2f %% of the weights were zero before; these %s", 100 * before, fate)
+def _log(report: PruneReport) -> None:
+    if report.sparsity_before > 0:
+        fate = "stay zeros" if report.keeps_zeros else "were weights like any other and may have been filled"
+        logger.info("%.2f %% of the weights were zero before; these %s", 100 * report.sparsity_before, fate)
+    noted: dict[str, list[str]] = {}
     for path, layer in report.layers.items():
         if layer.note:
-            logger.warning("%s: %s", path, layer.note)
+            noted.setdefault(layer.note, []).append(path)
+    for note, paths in noted.items():
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        logger.warning("%s%s: %s", ", ".join(paths[:3]), more, note)
     logger.info(
         "%s: %d layers pruned to %.4f sparsity in %.1f s (%d windows of %d tokens)",
         *(report.method, len(report.layers), report.sparsity, report.seconds, report.windows, report.seqlen),

@@ -45,6 +45,10 @@ class PruneReport:
         windows: calibration windows used; 0 without calibration.
         seqlen: their length in tokens.
         seed: with which they were drawn.
+        calibration: where they are from: the path or id, "texts" or "token ids"; "" without calibration.
+        sparsity_before: share of zeros that the weights together had before.
+        keeps_zeros: whether these stayed zeros by the method's own rule; else (SparseGPT, which changes the weights
+            that it keeps) they were weights like any other.
         seconds: the whole took.
     """
 
@@ -55,6 +59,9 @@ class PruneReport:
     windows: int
     seqlen: int
     seed: int
+    calibration: str
+    sparsity_before: float
+    keeps_zeros: bool
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:

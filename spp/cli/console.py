@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import warnings
@@ -14,10 +15,25 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+from tqdm import tqdm
 
+from spp.cli.wording import Options, as_options
 from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
 from spp.files import require_replaceable
 from spp.report import Table, time_text
+
+_options: Options = {}  # of the command that runs
+
+
+def speak_of(options: Options) -> None:
+    """Have messages of the library name these options."""
+    global _options
+    _options = options
+
+
+def spoken(message: str) -> str:
+    """Return a message of the library in the words of the command that runs."""
+    return as_options(message, _options)
 
 
 def say(text: str = "") -> None:
@@ -56,6 +72,27 @@ def step(text: str) -> Iterator[None]:
     note(f"{text}: {time_text(time.perf_counter() - start)}")
 
 
+@contextmanager
+def log() -> Iterator[None]:
+    """Print what the library logs on standard error, without breaking a progress bar."""
+    logger, handler = logging.getLogger("spp"), _Log()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(level + spoken(record.getMessage()), file=sys.stderr)
+
+
 def quiet_libraries() -> None:
     """Keep transformers' progress bars out of pipes and logs."""
     if not sys.stderr.isatty():
@@ -77,7 +114,7 @@ def show_warnings_on_one_line() -> None:
         line: str | None = None,
     ) -> None:
         if issubclass(category, SPPWarning):
-            note(f"warning: {message}")
+            note(f"warning: {spoken(str(message))}")
         else:
             before(message, category, filename, lineno, file, line)
 
@@ -131,6 +168,14 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
     require_replaceable(path)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuse a file to write that exists, as `check_output` does a directory."""
+    if path.is_dir():
+        raise OutputExistsError(f"{path} is a directory; choose the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists; choose another file, or replace it with --overwrite")
 
 
 def read_text_file(path: Path) -> str:

@@ -19,6 +19,9 @@ def run(
     text: Annotated[Path, typer.Option(help="Plain text to measure on, the whole file.")],
     window: Annotated[int, typer.Option(help="Tokens of a window; perplexities compare at equal windows only.")] = 1024,
     adapter: Annotated[Path | None, typer.Option(help="Adapter to load onto the model.")] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse an adapter that was trained on other zeros than the model's.")
+    ] = True,
     batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.")] = 1,
     max_windows: Annotated[int | None, typer.Option(help="Measure the first windows only.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
@@ -42,7 +45,7 @@ def run(
         loaded = load_model(directory, console.pick_dtype(dtype)).to(where).eval()
         tokenizer = load_tokenizer(directory)
         if adapter is not None:
-            load_adapter(loaded, adapter)
+            load_adapter(loaded, adapter, strict=strict)
     found = perplexity_result(
         loaded, tokenizer, passage, window=window, batch_size=batch_size, max_windows=max_windows, progress=True
     )

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from spp._version import __version__
-from spp.cli import bench, console, eval, inspect, merge, prune, tune, verify
+from spp.cli import bench, certify, console, eval, inspect, merge, prune, tune, verify
+from spp.cli.wording import options_of
 from spp.errors import SPPError
 
 app = typer.Typer(
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prune, tune, merge, verify, inspect, eval):
+for command in (prune, tune, merge, verify, certify, inspect, eval):
     app.command(name=command.NAME)(command.run)
 app.add_typer(bench.app, name="bench")
 
@@ -36,6 +37,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -44,6 +46,8 @@ def options(
     """Set what holds for every command."""
     global _debug
     _debug = debug
+    commands = getattr(context.command, "commands", {})
+    console.speak_of(options_of(commands.get(context.invoked_subcommand)))
     console.show_warnings_on_one_line()
 
 
@@ -54,7 +58,7 @@ def main() -> None:
     except SPPError as error:
         if _debug:
             raise
-        console.note(f"error: {error}")
+        console.note(f"error: {console.spoken(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt as interruption:
         console.note(str(interruption) or "interrupted")

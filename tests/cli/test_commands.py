@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spp._version import __version__
 from tests.cli.conftest import Outcome
 
 Call = Callable[..., Outcome]
-COMMANDS = ["prune", "tune", "merge", "verify", "inspect", "eval"]
-WANDA = ("--nsamples", 4, "--seqlen", 64)
+COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval"]
 
 
 def ok(outcome: Outcome) -> Outcome:
@@ -49,35 +45,6 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(spp: Call, command: str) -> None:
     assert f"Example: spp {command} " in ok(spp(command, "--help")).out
-
-
-def test_prune_by_magnitude(spp: Call, dense: Path, tmp_path: Path) -> None:
-    output = tmp_path / "pruned"
-    found = ok(spp("prune", dense, output, "--method", "magnitude", "--pattern", "1:4"))
-    assert f"wrote {output}" in found.out
-    assert "1:4" in found.out and "0.7500" in found.out
-    weight = load_file(output / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal((weight != 0).view(weight.shape[0], -1, 4).sum(-1), torch.ones(64, 16, dtype=torch.long))
-    ok(spp("verify", output))
-
-
-def test_prune_without_a_tokenizer(spp: Call, dense: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
-    bare, output = tmp_path / "bare", tmp_path / "pruned"
-    shutil.copytree(dense, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_template*"))
-    assert "no tokenizer is saved" in ok(spp("prune", bare, output, "--method", "magnitude")).err
-    assert not list(output.glob("tokenizer*"))
-    ok(spp("merge", output, adapter, tmp_path / "merged"))
-    refused = spp("prune", bare, tmp_path / "other", "--calibration", text, *WANDA)
-    assert refused.code == 1 and f"cannot load the tokenizer from {bare}" in refused.err
-    refused = spp("prune", bare, tmp_path / "other")
-    assert refused.code == 1 and "calibration" in refused.err
-
-
-def test_prune_by_wanda(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
-    output = tmp_path / "pruned"
-    found = ok(spp("prune", dense, output, "--calibration", text, *WANDA))
-    assert "pruned by wanda to 2:4" in found.out
-    assert "0.5000" in ok(spp("inspect", output)).out
 
 
 def test_merge_verify_eval(spp: Call, pruned: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
