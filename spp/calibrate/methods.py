@@ -84,24 +84,24 @@ class LayerInputs:
     def __init__(self, collector: StatsCollector, windows: int) -> None:
         self.collector = collector
         self._windows = windows
+        self._hessian = collector.hessian()
         self._factor: InverseFactor | None = None
 
     def factor(self, where: str) -> InverseFactor:
         """Return the factor of the damped Hessian, computed once."""
         if self._factor is None:
-            assert self.collector.hessian is not None
+            assert self._hessian is not None
             self._factor = inverse_factor(
-                self.collector.hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
+                self._hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
             )
         return self._factor
 
     def square_norm(self, weight: Tensor) -> float:
         """Return ‖X Wᵀ‖²_F of a weight (m, n), on all inputs or on the sample."""
-        hessian = self.collector.hessian
         w = weight.to(work_dtype(weight))
-        if hessian is not None:
-            w = w.to(hessian.dtype)
-            return float(((w @ hessian) * w).sum().clamp_min(0))
+        if self._hessian is not None:
+            w = w.to(self._hessian.dtype)
+            return float(((w @ self._hessian) * w).sum().clamp_min(0))
         output = self.collector.sample().to(w.dtype) @ w.T  # (t, m)
         return float(output.square().sum())
 

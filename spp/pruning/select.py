@@ -6,7 +6,7 @@ sorts: the same scores give the same mask everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from fractions import Fraction
 
 import torch
@@ -58,24 +58,49 @@ def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:
         raise PatternError(f"groups of {group} do not divide {inputs} inputs")
     grouped = scores.reshape(*scores.shape[:-1], inputs // group, group)  # (…, n / M, M)
     if group <= _LONGEST_COUNTED_GROUP:
-        return torch.stack(keep_slots(grouped.unbind(-1), kept), dim=-1).view(scores.shape)
+        slots = grouped.unbind(-1)
+        beaten = [torch.zeros(slot.shape, dtype=torch.int8, device=slot.device) for slot in slots]
+        for low in range(group):
+            for high in range(low + 1, group):
+                low_wins = slots[low] >= slots[high]  # an equal one wins from the lower index
+                beaten[high] += low_wins
+                beaten[low] += low_wins.logical_not_()
+        return torch.stack([count < kept for count in beaten], dim=-1).view(scores.shape)
     order = grouped.sort(dim=-1, descending=True, stable=True).indices
     mask = torch.zeros_like(grouped, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :kept], True).view(scores.shape)
 
 
-def keep_slots(slots: Sequence[Tensor], kept: int) -> list[Tensor]:
-    """`keep_groups` where slot k holds the k-th score of every group: one mask a slot.
+def keep_slots(slots: Tensor, kept: int, out: Tensor) -> None:
+    """Write into `out` the mask of `keep_groups` for one group in each column of `slots`; made for few columns.
 
-    A slot is kept if fewer than `kept` others of its group beat it; an equal one beats it from a lower index only.
+    A matrix of ±1 adds up who beats whom: five small operations, where `keep_groups` does some for each pair.
+
+    Args:
+        slots: (M, k), whose row i holds the i-th score of every group.
+        kept: N.
+        out: bool (M, k).
     """
-    beaten = [torch.zeros(slot.shape, dtype=torch.int8, device=slot.device) for slot in slots]
-    for low in range(len(slots)):
-        for high in range(low + 1, len(slots)):
-            low_wins = slots[low] >= slots[high]
-            beaten[high] += low_wins
-            beaten[low] += low_wins.logical_not_()
-    return [count < kept for count in beaten]
+    if len(slots) > _LONGEST_COUNTED_GROUP:
+        out.copy_(keep_groups(slots.T, kept, len(slots)).T)
+        return
+    low, high, beats, unbeaten = _pairs(len(slots), slots.dtype, slots.device)
+    low_wins = (slots.index_select(0, low) >= slots.index_select(0, high)).to(slots.dtype)  # (pairs, k)
+    torch.lt(torch.addmm(unbeaten, beats, low_wins), kept, out=out)
+
+
+@functools.lru_cache(maxsize=16)
+def _pairs(group: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the lower and the higher slot of each pair, and B (M, pairs) and b (M, 1).
+
+    With 1 in x (pairs, k) where the lower slot wins, else 0, B x + b says how many of its group beat each slot.
+    """
+    low, high = torch.triu_indices(group, group, 1, device=device)  # (pairs,)
+    pairs = torch.arange(len(low), device=device)
+    beats = torch.zeros(group, len(low), dtype=dtype, device=device)
+    beats[high, pairs] = 1
+    beats[low, pairs] = -1
+    return low, high, beats, torch.arange(group - 1, -1, -1, dtype=dtype, device=device)[:, None]
 
 
 def keep_in_rows(scores: Tensor, pruned: int) -> Tensor:

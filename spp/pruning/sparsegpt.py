@@ -154,38 +154,34 @@ def sparsegpt_factored(
     group = pattern.group or 1
     block = max(group, block_size // group * group)
     step = max(group, _COLUMNS // group * group)
-    upper = factor.upper
+    upper, scale = factor.upper, factor.upper.diagonal()[:, None].contiguous()  # (n, n), (n, 1)
     w = weight.detach().to(upper.dtype).T.contiguous()  # (n, m): a column of W is a contiguous row
     w[factor.dead] = 0
     kept = torch.empty(n, m, dtype=torch.bool, device=w.device)
-    error = torch.empty(min(block, n), m, dtype=w.dtype, device=w.device)
+    pruned = torch.empty(min(block, n), m, dtype=w.dtype, device=w.device)  # 1 / U_jj where pruned, else 0
+    error = torch.empty_like(pruned)
     for first in range(0, n, block):
         last = min(first + block, n)
         if not pattern.is_nm:
-            scores = _scores(w[first:last], upper, first)
-            pruned = pruned_count(pattern.sparsity, scores.numel())
-            kept[first:last] = keep_of_all(scores.T, pruned).T  # of equals the lower row, then column
+            scores = (w[first:last] / scale[first:last]).square_()
+            chosen = keep_of_all(scores.T, pruned_count(pattern.sparsity, scores.numel()))
+            kept[first:last] = chosen.T  # of equals the lower row, then column
+            torch.div(~kept[first:last], scale[first:last], out=pruned[: last - first])
         for start in range(first, last, step):
             stop = min(start + step, last)
             for j in range(start, stop):
                 if pattern.kept is not None and j % group == 0:
-                    masks = keep_slots(_scores(w[j : j + group], upper, j).unbind(0), pattern.kept)
-                    torch.stack(masks, out=kept[j : j + group])
-                e = error[j - first]
-                torch.div(w[j], upper[j, j], out=e)
-                e.masked_fill_(kept[j], 0)
-                w[j].masked_fill_(~kept[j], 0)
+                    these = slice(j, j + group)
+                    keep_slots((w[these] / scale[these]).square_(), pattern.kept, out=kept[these])
+                    torch.div(~kept[these], scale[these], out=pruned[j - first : j - first + group])
+                e = torch.mul(w[j], pruned[j - first], out=error[j - first])
                 w[j + 1 : stop].addr_(upper[j, j + 1 : stop], e, alpha=-1)
             done = error[start - first : stop - first]  # (≤ step, m)
             w[stop:last].addmm_(upper[start:stop, stop:last].T, done, alpha=-1)
+        w[first:last].masked_fill_(~kept[first:last], 0)
         w[last:].addmm_(upper[first:last, last:].T, error[: last - first], alpha=-1)
     result = w.T.to(weight.dtype, memory_format=torch.contiguous_format)
     if not all_finite(result):
         remedy = "give more damping, or prune in float32"
         raise NonFiniteError(f"the updated weight does not fit {weight.dtype}; {remedy}")
     return result, kept.T.contiguous()
-
-
-def _scores(columns: Tensor, upper: Tensor, first: int) -> Tensor:
-    """Return (W_ij / U_jj)² of columns first … as (k, m)."""
-    return (columns / upper.diagonal()[first : first + columns.shape[0], None]).square_()

@@ -16,6 +16,7 @@ from torch import Tensor
 from spp.errors import ConfigError, DataError, NonFiniteError
 
 _CHUNK = 1 << 19  # inputs squared together: the temporary stays in a core's cache
+_ROWS = 256  # rows of XᵀX in one product, which leaves out the columns to the left of them
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class StatsCollector:
     ) -> None:
         self.features = features
         self.count = 0
-        self.hessian: Tensor | None = None
+        self._upper: Tensor | None = None  # XᵀX (n, n) from its blocks on the diagonal to the right
         self._moments = moments
         self._hessian = hessian
         self._stride = max(1, expected // sample) if sample else 0
@@ -105,10 +106,19 @@ class StatsCollector:
             self._deviation += deviation + shift.square() * (self.count * tokens / total)
             self._mean += shift * (tokens / total)
         if self._hessian:
-            if self.hessian is None:
-                self.hessian = torch.zeros(self.features, self.features, dtype=x.dtype, device=x.device)
-            self.hessian.addmm_(x.T, x)
+            if self._upper is None:
+                self._upper = torch.zeros(self.features, self.features, dtype=x.dtype, device=x.device)
+            for first in range(0, self.features, _ROWS):
+                self._upper[first : first + _ROWS, first:].addmm_(x[:, first : first + _ROWS].T, x[:, first:])
         self.count += tokens
+
+    def hessian(self) -> Tensor | None:
+        """Return XᵀX (n, n) of the inputs so far, not a copy; None where it is not gathered or no token came."""
+        if self._upper is not None:
+            for first in range(0, self.features, _ROWS):
+                last = first + _ROWS
+                self._upper[last:, first:last] = self._upper[first:last, last:].T
+        return self._upper
 
     def stats(self) -> InputStats:
         """Return the statistics so far.

@@ -14,6 +14,7 @@ from spp.pruning.select import (
     keep_groups,
     keep_in_rows,
     keep_of_all,
+    keep_slots,
     pruned_count,
 )
 
@@ -33,6 +34,10 @@ def test_groups_equal_a_sorted_list_even_with_ties(rows: int, groups: int, group
     for i in range(rows):
         for g in range(0, groups * group, group):
             assert mask[i, g : g + group].tolist() == _sorted_keep(scores[i, g : g + group].tolist(), kept)
+    slots = scores.view(-1, group).T.contiguous()
+    out = torch.empty(slots.shape, dtype=torch.bool)
+    keep_slots(slots, kept, out)
+    assert torch.equal(out.T.reshape(mask.shape), mask)
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 6), st.data())

@@ -26,8 +26,22 @@ def test_batches_add_up_to_the_whole(cut: list[int], offset: float) -> None:
     torch.testing.assert_close(stats.mean.double(), exact.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stats.var.double(), exact.var(0, unbiased=False), rtol=1e-4, atol=0)
     torch.testing.assert_close(stats.norm.double(), exact.norm(dim=0), rtol=1e-5, atol=0)
-    assert collector.hessian is not None
-    torch.testing.assert_close(collector.hessian.double(), exact.T @ exact, rtol=1e-5, atol=1e-4)
+    hessian = collector.hessian()
+    assert hessian is not None
+    torch.testing.assert_close(hessian.double(), exact.T @ exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 8])
+def test_the_hessian_is_whole_though_only_half_of_it_is_computed(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spp.pruning.stats._ROWS", 3)
+    x = (8 * _inputs(n=n)).round()  # whole numbers: sums are exact in any order
+    collector = StatsCollector(n, hessian=True)
+    for part in x.split([60, 41]):
+        collector.add(part)
+        hessian = collector.hessian()  # and again after it was read
+        assert hessian is not None and torch.equal(hessian, hessian.T)
+    assert torch.equal(hessian, x.T @ x)
+    assert StatsCollector(n).hessian() is StatsCollector(n, hessian=True).hessian() is None
 
 
 def test_a_naive_variance_would_fail_here() -> None:
