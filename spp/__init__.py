@@ -16,11 +16,12 @@ from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter
 from spp.calibrate import prune
 from spp.certificate import SparsityReport
-from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint import certify, load_packed, merge_checkpoint, save_model, sparsity, verify
 from spp.checkpoint_prune import prune_checkpoint
 from spp.config import SPPConfig
 from spp.errors import SPPError, SPPWarning
 from spp.inject import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
+from spp.inject_packed import pack, unpack
 from spp.layer import SPPLinear
 from spp.merge import MergeReport, merge
 
@@ -38,8 +39,10 @@ __all__ = [
     "disabled",
     "functional",
     "load_adapter",
+    "load_packed",
     "merge",
     "merge_checkpoint",
+    "pack",
     "print_trainable_parameters",
     "prune",
     "prune_checkpoint",
@@ -47,6 +50,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "sparsity",
+    "unpack",
     "unwrap",
     "verify",
     "wrap",

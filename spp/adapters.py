@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
 from spp.inject import adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
+from spp.layer_packed import PackedLinear
 from spp.rules import get_rule
 from spp.targets import resolve_targets
 
@@ -37,9 +39,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
-    return {
-        path: mask_sha256(layer.weight) for path, layer in require_layers(model).items() if not layer.weight.is_meta
-    }
+    layers = {path: layer for path, layer in require_layers(model).items() if not layer.stored_weight.is_meta}
+    return {path: mask_sha256(layer.weight) for path, layer in layers.items()}
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -109,7 +110,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
     _check_masks(targets, files, strict=strict)
     if not wrapped:
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
-            wrap(model, files.config)
+            wrap(model, _as_the_model_is(files.config, targets))
     with torch.no_grad():
         for path_, layer in adapter_layers(model).items():
             for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True):
@@ -129,6 +130,12 @@ def check_finite(model: nn.Module) -> None:
     bad = sorted(k for k, t in adapter_state_dict(model).items() if not t.is_meta and not bool(torch.isfinite(t).all()))
     if bad:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: the training diverged; lower the learning rate")
+
+
+def _as_the_model_is(config: SPPConfig, targets: dict[str, nn.Module]) -> SPPConfig:
+    """Return the config for a model that may be packed already, whatever the adapter was trained on."""
+    packed = any(isinstance(module, PackedLinear) for module in targets.values())
+    return replace(config, packed=True) if packed else config
 
 
 def _targets(model: nn.Module, files: AdapterFiles) -> dict[str, nn.Module]:
@@ -184,8 +191,7 @@ def _check_masks(targets: dict[str, nn.Module], files: AdapterFiles, *, strict: 
     differing = sorted(
         path
         for path, module in targets.items()
-        if isinstance(module.weight, Tensor) and not module.weight.is_meta
-        if path in files.base_masks and mask_sha256(module.weight) != files.base_masks[path]
+        if path in files.base_masks and _mask_of(module) not in (None, files.base_masks[path])
     )
     if not differing:
         return
@@ -198,6 +204,13 @@ def _check_masks(targets: dict[str, nn.Module], files: AdapterFiles, *, strict: 
     if strict:
         raise MaskError(f"{message}; load it there, or pass strict=False to load it all the same")
     warnings.warn(message, SPPWarning, stacklevel=3)
+
+
+def _mask_of(module: nn.Module) -> str | None:
+    """Return the hash of a target's zeros; None for a weight on the meta device."""
+    weight = module.weight  # of a packed one a dense copy
+    assert isinstance(weight, Tensor)
+    return None if weight.is_meta else mask_sha256(weight)
 
 
 __all__ = ["adapter_state_dict", "base_masks", "load_adapter", "save_adapter", "write_adapter"]

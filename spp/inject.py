@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from spp.config import SPPConfig, name_matches
-from spp.errors import ConfigError, SPPWarning, WrapError
-from spp.layer import SPPLinear, check_linear
+from spp.errors import ConfigError, WrapError
+from spp.inject_dense import warn_dense
+from spp.inject_guards import guard_saving
+from spp.layer import SPPLinear
+from spp.layer_checks import check_linear
+from spp.layer_packed import PackedHolder, PackedLinear
 from spp.targets import linear_modules, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,8 @@ def wrap(
     Raises:
         WrapError: the model is wrapped already.
         TargetError: nothing matches, or a match cannot be adapted.
-        ConfigError: an option makes no sense or does not fit a layer, which is named.
+        ConfigError: an option makes no sense or does not fit a layer, which is named; or the model is packed and
+            packed=True is missing.
         NonFiniteError: a base weight holds NaN or infinity; the layer is named.
         In each case the model is left as it was.
 
@@ -93,18 +97,21 @@ def wrap(
     _check_rank_pattern(config, targets)
     for path, module in targets:
         check_linear(module, config, path, config.rank_for(path))
-    _warn_dense(targets)
+    warn_dense(targets, "train" if not config.packed else "pack")
     state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    layers: dict[int, SPPLinear] = {}
     try:
-        layers = {id(module): _make_layer(path, module, config) for path, module in targets}
+        for path, module in targets:
+            layers[id(module)] = _make_layer(path, module, config)
     except BaseException:
+        for layer in layers.values():
+            layer.restore()
         _restore_flags(model, state)
         raise
     model.requires_grad_(False)
-    _replace_modules(model, layers)
+    replace_modules(model, layers)
     setattr(model, _STATE, state)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
+    guard_saving(model)
     _install_input_gradients(model)
     logger.info(
         "wrapped %d layers, %d trainable parameters", len(layers), sum(p.numel() for p in adapter_parameters(model))
@@ -120,10 +127,10 @@ def unwrap(model: Model) -> Model:
     """
     given, model = model, uncompiled(model)
     layers = require_layers(model)
-    _replace_modules(model, {id(layer): layer.restore() for layer in layers.values()})
+    replace_modules(model, {id(layer): layer.restore() for layer in layers.values()})
     _restore_flags(model, getattr(model, _STATE))
     delattr(model, _STATE)
-    model.__dict__.pop("save_pretrained", None)
+    guard_saving(model)
     for module in model.modules():
         for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
             del module._forward_hooks[key]
@@ -206,19 +213,11 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    packed = {module for module in model.modules() if isinstance(module, PackedHolder) and module.packed_layout}
+    total = sum(p.numel() for p in parameters) + sum(layer.packed_weight().numel for layer in packed)
     share = 100 * trainable / max(total, 1)
     print(  # noqa: T201  the one function that prints, as PEFT's does
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
-    )
-
-
-def refuse_save_pretrained(*args: object, **kwargs: object) -> NoReturn:
-    """Stand in for save_pretrained while a model is wrapped: what it would write, nothing could load."""
-    raise WrapError(
-        "the model is still wrapped, and save_pretrained would write a checkpoint that transformers cannot load. "
-        "Save the adapter with spp.save_adapter(model, path), or merge first: spp.merge(model), then "
-        "spp.save_model(model, path). Training with transformers' Trainer? spp.training.SPPTrainer saves adapters."
     )
 
 
@@ -269,7 +268,7 @@ def _check_rank_pattern(config: SPPConfig, targets: list[tuple[str, nn.Module]])
 
 
 def _make_layer(path: str, module: nn.Module, config: SPPConfig) -> SPPLinear:
-    assert isinstance(module, nn.Linear)
+    assert isinstance(module, (nn.Linear, PackedLinear))
     return SPPLinear(
         module,
         r=config.rank_for(path),
@@ -278,12 +277,13 @@ def _make_layer(path: str, module: nn.Module, config: SPPConfig) -> SPPLinear:
         dropout_mode=config.dropout_mode,
         init=config.init,
         rule=config.rule,
+        packed=config.packed,
         generator=None if config.seed is None else layer_generator(config.seed, path),
         where=path,
     )
 
 
-def _replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:
+def replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:
     """Exchange submodules by identity, under every name that they have."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -304,23 +304,3 @@ def _install_input_gradients(model: nn.Module) -> None:
         embedding = None
     if isinstance(embedding, nn.Module):
         embedding.register_forward_hook(InputGradients(model))
-
-
-def _warn_dense(targets: list[tuple[str, nn.Module]]) -> None:
-    weights = [(path, module.weight) for path, module in targets]
-    dense = [
-        p for p, w in weights if isinstance(w, Tensor) and not w.is_meta and int(torch.count_nonzero(w)) == w.numel()
-    ]
-    if not dense:
-        return
-    what = (
-        f"all {len(dense)} target layers are"
-        if len(dense) == len(targets)
-        else f"{len(dense)} of {len(targets)} target layers are"
-    )
-    warnings.warn(
-        f"{what} dense (no zeros), such as {dense[0]}: SPP trains them, but there is no mask to preserve. "
-        f"Prune first: spp.prune(model, method, pattern)",
-        SPPWarning,
-        stacklevel=3,
-    )

@@ -10,41 +10,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
-from spp.errors import ConfigError, NonFiniteError, TargetError
-from spp.kernels import linear
-from spp.patterns import all_finite
+from spp.errors import NonFiniteError
+from spp.kernels import PackedSource, base_linear, linear
+from spp.layer_cache import CachedWeight
+from spp.layer_checks import check_linear
+from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
+from spp.packed import PackedWeight
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _opaque_forward: Callable[[SPPLinear, Tensor], Tensor] | None = None
 
 
-class SPPLinear(nn.Module):
+class SPPLinear(PackedHolder):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
-        linear: the nn.Linear (or subclass) to adapt; its Parameters are used, not copied, and frozen.
+        linear: the nn.Linear (or subclass) to adapt; its Parameters are used, not copied, and frozen. With packed=True
+            it lets go of its weight until `restore`; a PackedLinear hands over its packed one.
         r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig.
+        packed: store the weight packed (spp.packed.layout) and decode it a block at a time.
         generator: where W_α is drawn from; None is torch's global generator. Drawn on the CPU, whatever the device.
         where: the layer's name in error messages.
 
     Attributes:
-        weight (m, n), bias (m,) or None: the frozen base. spp_alpha: W_α (r, n). spp_beta: W_β (m, 1).
+        weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access.
+        spp_alpha: W_α (r, n). spp_beta: W_β (m, 1).
+        cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
+            generation does not build it for each. False for a packed weight, whose saving it would undo: set it to True
+            where there is memory for the dense weights after all.
 
     Raises:
         ConfigError: r > m or r < 1, or an option makes no sense.
         NonFiniteError: the weight holds NaN or infinity.
         TargetError: `linear` is not a linear layer of floating-point weights.
+        ConfigError: a packed linear without packed=True, or packed=True on the meta device.
 
     Example:
         >>> layer = SPPLinear(nn.Linear(8, 4), r=2)
@@ -52,14 +53,13 @@ class SPPLinear(nn.Module):
         torch.Size([3, 4])
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
     spp_alpha: nn.Parameter
     spp_beta: nn.Parameter
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: nn.Linear | PackedLinear,
         r: int = 16,
         scaling: float = 2.0,
         dropout: float = 0.0,
@@ -67,11 +67,14 @@ class SPPLinear(nn.Module):
         init: str = "paper",
         rule: str = "spp",
         *,
+        packed: bool = False,
         generator: torch.Generator | None = None,
         where: str = "SPPLinear",
     ) -> None:
         super().__init__()
-        config = SPPConfig(r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule)
+        config = SPPConfig(
+            r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
+        )
         check_linear(linear, config, where)
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init
@@ -84,25 +87,37 @@ class SPPLinear(nn.Module):
         self.out_features = linear.out_features
         self.disabled = False
         self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
-        self._cached: _Cached | None = None
-        self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]  # a Parameter, by its base class
-        self.register_parameter("bias", linear.bias)
-        for hooks in _HOOKS:
-            setattr(self, hooks, getattr(linear, hooks))
+        self.cache_effective = not packed
+        self._cached: CachedWeight | None = None
         self._requires_grad = {name: p.requires_grad for name, p in linear.named_parameters(recurse=False)}
-        dtype = arithmetic_dtype(self.weight.dtype)
+        if not packed:
+            self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]  # a Parameter
+        elif isinstance(linear, PackedLinear):
+            self.hold_packed(linear.packed_weight())
+            self._requires_grad["weight"] = linear.weight_requires_grad
+        else:
+            self.hold_packed(PackedWeight.pack(linear.weight, f"{where}.weight"))
+        self.register_parameter("bias", linear.bias)
+        for hooks in HOOKS:
+            setattr(self, hooks, getattr(linear, hooks))
+        stored = self.stored_weight
+        dtype = arithmetic_dtype(stored.dtype)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self.spp_rule.attribute_names(), shapes, strict=True):
-            empty = torch.empty(shape, dtype=dtype, device="meta" if self.weight.is_meta else "cpu")
+            empty = torch.empty(shape, dtype=dtype, device="meta" if stored.is_meta else "cpu")
             self.register_parameter(name, nn.Parameter(empty))
-        if not self.weight.is_meta:
+        if not stored.is_meta:
             self.reset_parameters(generator)
             for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(self.weight.device)
-        self.weight.requires_grad_(False)
+                parameter.data = parameter.data.to(stored.device)
+        stored.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.training = linear.training
+        if isinstance(linear, PackedLinear):
+            linear.drop_weight()
+        elif packed:
+            release_weight(linear)
         _prepare_opaque_forward()
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -135,13 +150,28 @@ class SPPLinear(nn.Module):
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self._requires_grad["bias"])
         return plain.train(self.training)
 
-    def restore(self) -> nn.Linear:
-        """Return the module that was wrapped, holding this layer's weight and bias as they are now, flags as before."""
-        original = self._linear[0]
-        original.weight = self.weight
+    def hold_dense(self, weight: Tensor) -> None:
+        """Take a dense weight (m, n) in place of what is held."""
+        self._cached = None
+        self.drop_weight()
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+    def restore(self) -> nn.Module:
+        """Return the module that was wrapped, holding this layer's weight and bias as they are now, flags as before.
+
+        A PackedLinear comes back if the weight is packed still; after a merge it is the linear that had been packed.
+        """
+        original: nn.Module = self._linear[0]
+        if isinstance(original, PackedLinear) and self.packed_layout is not None:
+            original.hold_packed(self.packed_weight())
+        else:
+            original = original.linear() if isinstance(original, PackedLinear) else original
+            weight = self.weight
+            original.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         original.register_parameter("bias", self.bias)
         for name, flag in self._requires_grad.items():
-            getattr(original, name).requires_grad_(flag)
+            if name in original._parameters:
+                original.get_parameter(name).requires_grad_(flag)
         return original.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,8 +182,9 @@ class SPPLinear(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.packed_layout is None else PackedSource(self.packed_weight())
         if self.disabled:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, self.bias) if isinstance(weight, Tensor) else base_linear(x, weight, self.bias)
         params: Sequence[Tensor] = self.adapter_parameters()
         dropout = self.dropout if self.training else 0.0
         if dropout and self.dropout_mode == "alpha":
@@ -161,25 +192,26 @@ class SPPLinear(nn.Module):
             dropout = 0.0
         if self._may_cache(x):
             return F.linear(x, self._cached_weight(), self.bias)
-        return linear(x, self.weight, self.bias, self.spp_rule, params, self.scaling, dropout)
+        return linear(x, weight, self.bias, self.spp_rule, params, self.scaling, dropout)
 
     def _may_cache(self, x: Tensor) -> bool:
         if self.training or torch.is_grad_enabled():
             self._cached = None  # an optimizer's step may follow, and not every one leaves a trace on the tensors
             return False
         return (
-            not self.weight.is_meta
+            self.cache_effective
+            and not self.stored_weight.is_meta
             and x.numel() <= CACHED_TOKENS * self.in_features
             and not torch.is_autocast_enabled(x.device.type)
         )
 
     def _cached_weight(self) -> Tensor:
-        params = self.adapter_parameters()
-        if any(t.is_inference() for t in (self.weight, *params)):
+        params, stored = self.adapter_parameters(), self.stored_weight
+        if any(t.is_inference() for t in (stored, *params)):
             return self.effective_weight()  # such tensors have no version to tell whether they changed
-        if self._cached is None or not self._cached.is_current(self.weight, params, self.scaling):
+        if self._cached is None or not self._cached.is_current(stored, params, self.scaling):
             with torch.inference_mode(False):
-                self._cached = _Cached(self.weight, params, self.scaling, self.effective_weight())
+                self._cached = CachedWeight(stored, params, self.scaling, self.effective_weight())
         return self._cached.effective
 
     def train(self, mode: bool = True) -> SPPLinear:
@@ -196,7 +228,7 @@ class SPPLinear(nn.Module):
             super()._apply(fn, recurse)
             for name, parameter in adapter.items():
                 assert parameter is not None
-                adapter[name] = _convert(parameter, fn, arithmetic_dtype(self.weight.dtype))
+                adapter[name] = _convert(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))
         finally:
             self._parameters.update(adapter)
         return self
@@ -213,54 +245,7 @@ class SPPLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
-        )
-
-
-class _Cached:
-    """W_eff, and what it was computed from.
-
-    A write through `.data` or by a fused optimizer changes no version counter, so α and β, which are small, are
-    compared by value where that does not stall a device; W, which is frozen, by address and version.
-    """
-
-    def __init__(self, weight: Tensor, params: Sequence[Tensor], scaling: float, effective: Tensor) -> None:
-        self.effective = effective
-        self.state = self._state(weight, params, scaling)
-        self.values = [p.detach().clone() for p in params]
-
-    def is_current(self, weight: Tensor, params: Sequence[Tensor], scaling: float) -> bool:
-        """Whether W_eff computed anew would be the same."""
-        if self.state != self._state(weight, params, scaling):
-            return False
-        return weight.device.type != "cpu" or all(torch.equal(p, v) for p, v in zip(params, self.values, strict=True))
-
-    @staticmethod
-    def _state(weight: Tensor, params: Sequence[Tensor], scaling: float) -> tuple[object, ...]:
-        return (scaling, *((t.data_ptr(), t._version) for t in (weight, *params)))
-
-
-def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None = None) -> None:
-    """Raise unless `linear` can be adapted: a floating-point, finite nn.Linear that r fits."""
-    if not isinstance(linear, nn.Linear):
-        raise TargetError(f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear and its subclasses")
-    if torch.nn.utils.parametrize.is_parametrized(linear):
-        names = [name for name, _ in linear.parametrizations.named_children()]  # type: ignore[union-attr]
-        raise TargetError(
-            f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
-            f"with torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    weight = linear.weight
-    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TargetError(
-            f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"
-        )
-    if config.packed:
-        raise ConfigError(f"{where}: packed=True is not available in this version of spp; pass packed=False")
-    get_rule(config.rule).check_rank(linear.out_features, linear.in_features, r or config.r, where)
-    if not weight.is_meta and not all_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise NonFiniteError(
-            f"{where}.weight holds {bad} NaN or infinite values of {weight.numel()}; mend or re-load the model first"
+            + ("" if self.packed_layout is None else f", packed={self.packed_layout}")
         )
 
 

@@ -20,6 +20,8 @@ from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.files import mask_sha256
 from spp.inject import layer_generator, require_layers, uncompiled, unwrap
 from spp.layer import SPPLinear
+from spp.layer_packed import NAMES as PACKED_NAMES
+from spp.layer_packed import PackedHolder
 from spp.patterns import all_finite, nonzero_mask
 from spp.rules import Rule, rescue_
 from spp.rules.canonical import arithmetic_dtype
@@ -141,12 +143,12 @@ def merge(
             results[path] = _merge_layer(path, layer, dtype, rounding, seed)[1]
     if dtype is not None:
         _check_conversion(model, layers, dtype)
-    weights = {name: weight for name, weight, _ in projection_weights(model)}
-    extra = sorted({f"{path}.weight" for path in layers} - weights.keys())  # merged, but no projection by its name
-    weights |= {name: layers[name.removesuffix(".weight")].weight for name in extra}
+    masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
+    extra = sorted({f"{path}.weight" for path in layers} - masks.keys())  # merged, but no projection by its name
+    masks |= {name: mask_sha256(layers[name.removesuffix(".weight")].weight) for name in extra}
     base = {
         "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "fingerprint": fingerprint({name: mask_sha256(weight) for name, weight in weights.items()}),
+        "fingerprint": fingerprint(masks),
         "keys": extra,
     }
     for path, layer in layers.items():
@@ -310,15 +312,15 @@ def _check_block(weight: Tensor, merged: Tensor, start: int, where: str) -> int:
 
 def _write_weight(layer: SPPLinear, merged: Tensor) -> None:
     with torch.no_grad():
-        if merged.dtype == layer.weight.dtype:
+        if layer.packed_layout is None and merged.dtype == layer.weight.dtype:
             layer.weight.copy_(merged)  # the Parameter keeps its identity
         else:
-            layer.weight = nn.Parameter(merged, requires_grad=False)
+            layer.hold_dense(merged)
 
 
 def _check_conversion(model: nn.Module, layers: dict[str, SPPLinear], dtype: torch.dtype) -> None:
     """Raise a NonFiniteError where a tensor that the adapter leaves alone does not fit the dtype."""
-    merged = {f"{path}.weight" for path in layers}
+    merged = {f"{path}.{name}" for path in layers for name in ("weight", *PACKED_NAMES)}
     for name, tensor in model.state_dict().items():
         if name in merged or not tensor.is_floating_point() or tensor.is_meta:
             continue
@@ -338,7 +340,10 @@ def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    module._buffers[name] = buffer.to(dtype)
+                    buffer_converted = buffer.to(dtype)
+                    if isinstance(module, PackedHolder) and buffer.dtype != dtype:
+                        rescue_(buffer_converted, buffer)
+                    module._buffers[name] = buffer_converted
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "dtype"):
         config.dtype = dtype

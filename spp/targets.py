@@ -102,7 +102,18 @@ def is_projection_key(key: str, ndim: int) -> bool:
 
 
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too."""
+    """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too.
+
+    A packed weight comes as a dense copy, decoded when it is reached.
+    """
+    yield from dense_projection_weights(model)
+    for name, module in packed_modules(model).items():
+        if is_projection_key(name, 2):
+            yield name, module.weight, -1  # type: ignore[misc]  # nn.Module says that it may be a module
+
+
+def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield what `projection_weights` does, but for packed weights."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
     for name, parameter in model.named_parameters():
         if is_projection_key(name, parameter.ndim):
@@ -125,6 +136,15 @@ def _choose(
         raise TargetError(_nothing_matched(found, target_modules, exclude_modules))
     _refuse_tied(model, chosen)
     return chosen
+
+
+def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return {name of the weight: module} of the modules whose frozen weight is packed, in module order."""
+    return {
+        f"{path}.weight" if path else "weight": module
+        for path, module in model.named_modules()
+        if getattr(module, "packed_layout", None) is not None
+    }
 
 
 def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None, head: nn.Module | None) -> bool:

@@ -75,7 +75,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention's own: it reads the weight and never calls the module
-    return isinstance(module, nn.Linear) or hasattr(module, "spp_rule")
+    return isinstance(module, nn.Linear) or hasattr(module, "spp_rule") or hasattr(module, "packed_layout")
 
 
 def is_conv1d(module: nn.Module) -> bool:

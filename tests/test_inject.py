@@ -271,7 +271,6 @@ def test_unwrapped_models_are_refused_by_name() -> None:
         ({"dropout": 1.5}, ConfigError, "dropout"),
         ({"target_modules": ["nothing"]}, TargetError, "q_proj"),
         ({"rule": "lora"}, ConfigError, "no rule"),
-        ({"packed": True}, ConfigError, "packed"),
         ({"rank_pattern": {"q_prj": 4}}, ConfigError, "q_prj matches none"),
         ({"rank_pattern": {3: 4}}, ConfigError, "rank_pattern"),
         ({"rank_pattern": [1]}, ConfigError, "rank_pattern"),

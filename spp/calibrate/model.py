@@ -22,6 +22,7 @@ from spp.calibrate.report import PruneReport
 from spp.calibrate.windows import Calibration
 from spp.errors import NonFiniteError, WrapError
 from spp.inject import is_wrapped
+from spp.inject_packed import packed_layers
 from spp.patterns import Pattern
 from spp.pruning.owl import OWL
 
@@ -91,6 +92,8 @@ def prune(
     )
     if is_wrapped(model):
         raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then prune")
+    if packed_layers(model):
+        raise WrapError("the model is packed: spp.unpack(model) first, then prune")
     plan = make_plan(model, options, tokenizer)
     for layer in plan.layers.values():
         check_layer(layer)

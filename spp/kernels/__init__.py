@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from spp.kernels.choice import use_kernels
+from spp.kernels.frozen import base_linear
+from spp.kernels.packed import PackedSource
 from spp.kernels.three_products import linear
 from spp.kernels.workspace import release_workspace, workspace_bytes
 
-__all__ = ["linear", "release_workspace", "use_kernels", "workspace_bytes"]
+__all__ = ["PackedSource", "base_linear", "linear", "release_workspace", "use_kernels", "workspace_bytes"]

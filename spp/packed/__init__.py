@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from spp.packed.layout import Layout
-from spp.packed.weight import PackedWeight
+from spp.packed.weight import DTYPES, PackedWeight
 
-__all__ = ["Layout", "PackedWeight"]
+__all__ = ["DTYPES", "Layout", "PackedWeight"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spp.packed.layout import STRETCH, Layout
 
+CHUNK = 1 << 22  # weights decoded together: the temporaries take some 20 bytes a weight
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
 
 
@@ -14,6 +15,16 @@ def decode_anywhere(
     layout: Layout, values: Tensor, codes: Tensor, starts: Tensor | None, rows: slice, cols: slice, out: Tensor
 ) -> None:
     """Write W[rows, cols] into `out`; arguments as for `decode_cpu`."""
+    step = max(1, CHUNK // max(1, layout.cols))
+    for first in range(rows.start, rows.stop, step):
+        part = slice(first, min(first + step, rows.stop))
+        at = out[first - rows.start : part.stop - rows.start]
+        _decode(layout, values, codes, starts, part, cols, at)
+
+
+def _decode(
+    layout: Layout, values: Tensor, codes: Tensor, starts: Tensor | None, rows: slice, cols: slice, out: Tensor
+) -> None:
     if layout.index_bits:
         _decode_indices(layout, values, codes, rows, cols, out)
         return

@@ -65,6 +65,9 @@ class Layout:
             return cls(rows, cols, kept, group, bits)
         return cls(rows, cols, kept, group) if group <= 8 else cls(rows, cols)
 
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}" if self.is_nm else "any pattern"
+
     @property
     def is_nm(self) -> bool:
         """Whether every group has the same number of values, so that places are known without counting."""

@@ -77,6 +77,11 @@ class PackedWeight:
         return self.values.device
 
     @property
+    def numel(self) -> int:
+        """M · n, the entries of W."""
+        return self.layout.rows * self.layout.cols
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors())
@@ -84,6 +89,10 @@ class PackedWeight:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return (values, codes), for any pattern (values, codes, starts)."""
         return (self.values, self.codes) if self.starts is None else (self.values, self.codes, self.starts)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """Return it on a device."""
+        return PackedWeight(self.layout, *(t.to(device) for t in self.tensors()))
 
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Write W[rows, cols] into `out`, contiguous and of the block's shape and W's dtype and device; return it."""

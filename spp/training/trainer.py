@@ -185,13 +185,13 @@ class _ZeroCount:
     def sparsity(self, model: nn.Module) -> float:
         zeros, total = 0, 0
         for path, layer in adapter_layers(model).items():
-            weight = layer.weight
+            weight, size = layer.stored_weight, layer.out_features * layer.in_features
             state = (weight.data_ptr(), weight._version)
             known = self._known.get(path)
             if known is None or known[0] != state:
-                known = state, weight.numel() - int(nonzero_mask(weight.detach()).sum())
+                known = state, size - int(nonzero_mask(weight.detach()).sum())
                 self._known[path] = known
-            zeros, total = zeros + known[1], total + weight.numel()
+            zeros, total = zeros + known[1], total + size
         return zeros / total
 
 

@@ -102,10 +102,13 @@ def test_any_rectangle_by_both_decoders(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["free", "2:4", "1:4"])
 def test_more_rows_than_are_decoded_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spp.packed.packing._CHUNK", 256)
+    monkeypatch.setattr("spp.packed.anywhere.CHUNK", 256)
     weight = free_matrix(5000, 64, 0.5) if kind == "free" else nm_matrix(5000, 64, kind)
     packed = check_round_trip(weight)
-    out = torch.empty(4321, 19)
-    assert_same_bits(packed.decode(slice(600, 4921), slice(13, 32), out), weight[600:4921, 13:32] + 0.0)
+    rows, cols, out = slice(600, 4921), slice(13, 32), torch.empty(4321, 19)
+    assert_same_bits(packed.decode(rows, cols, out), weight[rows, cols] + 0.0)
+    decode_anywhere(packed.layout, packed.values, packed.codes, packed.starts, rows, cols, out.fill_(7))
+    assert_same_bits(out, weight[rows, cols] + 0.0)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,83 @@
+"""Keep the frozen weights of a model packed, without an adapter, and unpack them again."""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeVar
+
+from torch import nn
+
+from spp.errors import ConfigError, WrapError
+from spp.inject import is_wrapped, replace_modules, uncompiled
+from spp.inject_dense import warn_dense
+from spp.inject_guards import guard_saving
+from spp.layer_packed import PackedLinear, check_packable
+from spp.targets import resolve_targets
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+Names = str | list[str] | tuple[str, ...] | None
+
+
+def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names = None) -> Model:
+    """Store the pruned weights of a model packed, in place: kept values and a mask, or in-group indices for N:M.
+
+    At most one dense weight exists beside the packed ones at any time, of those that nothing else refers to. The model
+    computes what it did, to the order of summation of a product that is done in blocks, and each call decodes: meant
+    for memory, and for many tokens a call. `spp.wrap(model, packed=True)` trains it, `spp.unpack(model)` is the way
+    back.
+
+    Args:
+        model: any torch module with linears; not wrapped.
+        target_modules, exclude_modules: which linears, as in SPPConfig.
+
+    Returns:
+        The same object.
+
+    Raises:
+        WrapError: the model is wrapped.
+        TargetError: nothing matches, or a match cannot be packed.
+        ConfigError: a weight is quantized, or on the meta device. The model is left as it was.
+
+    Example:
+        >>> model = pack(model)  # doctest: +SKIP
+    """
+    given, model = model, uncompiled(model)
+    if is_wrapped(model):
+        raise WrapError("the model is wrapped: wrap it with spp.wrap(model, packed=True), or spp.unwrap(model) first")
+    targets = resolve_targets(model, target_modules, exclude_modules)
+    targets = [(path, module) for path, module in targets if not isinstance(module, PackedLinear)]
+    for path, module in targets:
+        check_packable(module, path)
+    if targets:
+        warn_dense(targets, "pack")
+    for path, module in targets:
+        assert isinstance(module, nn.Linear)
+        replace_modules(model, {id(module): PackedLinear(module, where=path)})
+    guard_saving(model)
+    logger.info("packed %d layers", len(targets))
+    return given
+
+
+def unpack(model: Model) -> Model:
+    """Make every packed weight dense again, in place; the linears that had been packed return.
+
+    Raises:
+        WrapError: the model is wrapped.
+        ConfigError: nothing in the model is packed.
+    """
+    given, model = model, uncompiled(model)
+    if is_wrapped(model):
+        raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then unpack")
+    layers = packed_layers(model)
+    if not layers:
+        raise ConfigError("nothing in the model is packed; spp.pack(model) packs it")
+    for layer in layers.values():
+        replace_modules(model, {id(layer): layer.restore()})
+    guard_saving(model)
+    return given
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return {module path: layer} of the packed linears without an adapter, in module order."""
+    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, PackedLinear)}

@@ -1,0 +1,167 @@
+"""A linear layer whose weight is packed, and what every module with a packed weight shares.
+
+A module that holds a packed weight has the buffers `weight_values`, `weight_codes` and, for patterns other than N:M,
+`weight_starts` (their layout: spp.packed.layout), so that they travel with its state dict, `.to`, deepcopy and pickle;
+`packed_layout` says how to read them, and `.weight` returns a dense copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.errors import ConfigError, TargetError
+from spp.kernels import PackedSource, base_linear
+from spp.packed import DTYPES, Layout, PackedWeight
+
+NAMES = ("weight_values", "weight_codes", "weight_starts")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class PackedHolder(nn.Module):
+    """A module whose frozen weight is a Parameter, or packed.
+
+    Attributes:
+        packed_layout: how to read the packed tensors; None while the weight is a Parameter.
+    """
+
+    packed_layout: Layout | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (m, n); of a packed one a dense copy, decoded at each access."""
+        if self.packed_layout is not None:
+            return self.packed_weight().dense()
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError(f"{type(self).__name__} holds no weight")
+        return weight
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """What holds the weight's numbers, in its dtype and on its device: the Parameter, or the packed values."""
+        return self.weight if self.packed_layout is None else self.packed_weight().values
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the packed weight; the tensors are the module's."""
+        assert self.packed_layout is not None
+        return PackedWeight(self.packed_layout, *(self._buffers[n] for n in NAMES if n in self._buffers))  # type: ignore[arg-type]
+
+    def hold_packed(self, packed: PackedWeight) -> None:
+        """Take a packed weight in place of what is held."""
+        self.drop_weight()
+        self.packed_layout = packed.layout
+        for name, tensor in zip(NAMES, packed.tensors(), strict=False):
+            self.register_buffer(name, tensor)
+
+    def drop_weight(self) -> None:
+        """Let go of the weight, in either form."""
+        self._parameters.pop("weight", None)
+        for name in NAMES:
+            self._buffers.pop(name, None)
+        self.packed_layout = None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.packed_layout is not None and any(prefix + name in state_dict for name in NAMES):
+            try:
+                self.packed_weight().check(f"{prefix}weight")
+            except ConfigError as error:
+                args[-1].append(str(error))  # error_msgs: load_state_dict raises with all of them
+
+
+class PackedLinear(PackedHolder):
+    """A frozen linear layer whose weight is packed: Y = X Wᵀ + b, W decoded a block at a time.
+
+    Nothing of size m × n is kept, so each call decodes: for a few tokens that costs more than the product does.
+
+    Args:
+        linear: the nn.Linear (or subclass) whose weight is packed; it lets go of the dense one.
+        packed: its weight, packed already (then `linear` may be on the meta device); None packs it.
+        where: the layer's name in error messages.
+
+    Attributes:
+        weight: a dense copy (m, n), decoded at each access. bias: (m,) or None.
+
+    Raises:
+        TargetError: `linear` is no linear layer of float64, float32, bfloat16 or float16 weights.
+        ConfigError: its weight is on the meta device.
+
+    Example:
+        >>> layer = PackedLinear(nn.Linear(8, 4))
+        >>> layer(torch.ones(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, packed: PackedWeight | None = None, *, where: str = "PackedLinear") -> None:
+        super().__init__()
+        if packed is None:
+            check_packable(linear, where)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.hold_packed(packed or PackedWeight.pack(linear.weight, f"{where}.weight"))
+        self.register_parameter("bias", linear.bias)
+        self.weight_requires_grad = linear.weight.requires_grad
+        self._linear = (linear,)  # in a tuple: not a submodule
+        for hooks in HOOKS:
+            setattr(self, hooks, getattr(linear, hooks))
+        self.train(linear.training)
+        release_weight(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Y (…, m) from x (…, n)."""
+        return base_linear(x, PackedSource(self.packed_weight()), self.bias)
+
+    def linear(self) -> nn.Linear:
+        """Return the module that was packed, without its weight."""
+        return self._linear[0]
+
+    def restore(self) -> nn.Linear:
+        """Return the module that was packed, with its dense weight."""
+        original = self._linear[0]
+        original.weight = nn.Parameter(self.weight, requires_grad=self.weight_requires_grad)
+        original.register_parameter("bias", self.bias)
+        return original.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"packed={self.packed_layout}"
+        )
+
+
+def check_packable(linear: nn.Module, where: str) -> None:
+    """Raise unless `linear` can be packed: a linear layer with a plain floating-point weight that is in memory."""
+    if not isinstance(linear, nn.Linear):
+        raise TargetError(f"{where} is a {type(linear).__name__}; torch.nn.Linear and its subclasses are packed")
+    if torch.nn.utils.parametrize.is_parametrized(linear):
+        raise TargetError(
+            f"{where} has a parametrization; make it permanent first with "
+            f"torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    weight = linear.weight
+    if weight.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TargetError(f"{where}.weight is {weight.dtype}: {known} weights are packed, quantized ones are not")
+    if weight.is_meta:
+        raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
+
+
+def release_weight(linear: nn.Module) -> None:
+    """Put a Parameter without values in the place of a module's weight."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
