@@ -26,6 +26,7 @@ from spp.kernels import blockwise, input_dropout, whole
 from spp.kernels.autocast import autocast_dtype, no_autocast
 from spp.kernels.blocks import product_dtype
 from spp.kernels.dropout import draw_dropout, unpack_bits
+from spp.kernels.fp8 import check_fp8, check_grad_precision
 from spp.kernels.frozen import frozen_linear
 from spp.kernels.once import Once
 from spp.kernels.sources import WeightSource, source_of
@@ -43,6 +44,7 @@ class Call:
         self.scaling = scaling
         self.dropout = dropout
         self.needs_x = needs_x
+        self.grad_precision = "auto"
         self.whole = False  # whether spp.kernels.whole computes it
         self.vanish = True  # whether the rescue has to be looked for; found in forward
         self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
@@ -59,6 +61,7 @@ def linear(
     params: Sequence[Tensor],
     scaling: float,
     dropout: float = 0.0,
+    grad_precision: str = "auto",
 ) -> Tensor:
     """Compute the adapted layer; differentiable once in x, bias and the rule's parameters, never in the frozen weight.
 
@@ -70,10 +73,12 @@ def linear(
         scaling: s.
         dropout: probability of dropping an entry of X in the residual branch; drawn from torch's generator, one mask
             a call, the one that torch.nn.Dropout would draw.
+        grad_precision: of G = dYᵀ X: "auto" is the dtype of the other products, "fp8" that of spp.kernels.fp8.
 
     Returns:
         (…, m) in the dtype of x, under autocast in autocast's.
     """
+    check_grad_precision(grad_precision)
     device_type = x.device.type
     source = source_of(weight)
     dtype = source.dtype
@@ -98,6 +103,9 @@ def linear(
         if dropout:
             call.dropped, bits = draw_dropout(x, dropout)
         call.make_source = source.maker()
+        if grad_precision == "fp8" and any(p.requires_grad for p in params):
+            check_fp8(x.device, dtype)
+            call.grad_precision = grad_precision
         x = _Keep.apply(x, source.tensors(), bits, call, *params)
         result: Tensor = _Linear.apply(x, source, bias, call, *params)
         return result
@@ -196,7 +204,7 @@ def _backward(
     if call.whole:
         work = work_for(rule, weight, factors)
         d_x = whole.input_gradient(dy_2d, mask, keep_scale, work) if call.needs_x else None
-        totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params)
+        totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params, call.grad_precision)
     elif mask is None:
         d_x, totals = blockwise.backward(
             dy_2d, x_2d, weight, rule, factors, x.dtype, call.vanish, call.needs_x, needs_params

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from spp.kernels.blocks import slices
 from spp.kernels.choice import kernels
+from spp.kernels.fp8 import Fp8Gradient
 from spp.kernels.sources import WeightSource
 from spp.kernels.work import WHOLE, Work
 from spp.kernels.workspace import workspace
@@ -63,21 +64,37 @@ def input_gradient(dy: Tensor, mask: Tensor | None, keep_scale: float, work: Wor
 
 
 def parameter_gradients(
-    dy: Tensor, x: Tensor, mask: Tensor | None, keep_scale: float, work: Work, needed: Sequence[bool]
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    keep_scale: float,
+    work: Work,
+    needed: Sequence[bool],
+    precision: str = "auto",
 ) -> list[Any]:
-    """Return dθ in the arithmetic's dtype, None where it is not needed; x is X (T, n), other arguments as above."""
+    """Return dθ in the arithmetic's dtype, None where it is not needed; others of the arguments as above.
+
+    Args:
+        x: X (T, n); precision: "auto" multiplies G in the dtype of x, "fp8" as spp.kernels.fp8 does.
+    """
+    totals = work.rule.empty_grads(work.factors, needed)
+    if not any(needed):
+        return totals
     m, n = work.source.shape
     if mask is not None:
         x = x * mask
-    totals = work.rule.empty_grads(work.factors, needed)
+    fp8 = Fp8Gradient(dy, x, work) if precision == "fp8" and x.numel() else None
     step = gradient_step(m, n, x.dtype.itemsize, x.device)
     several = not 0 < n <= step
     for total in totals:
         if several and total is not None:
             total.zero_()
     for cols in slices(n, step):
-        gradient = workspace("gradient", (m, cols.stop - cols.start), x.dtype, x.device)
-        torch.mm(dy.t(), x[:, cols], out=gradient)
+        if fp8 is None:
+            gradient = workspace("gradient", (m, cols.stop - cols.start), x.dtype, x.device)
+            torch.mm(dy.t(), x[:, cols], out=gradient)
+        else:
+            gradient = fp8.columns(cols)
         work.reduce(cols, gradient, totals, accumulate=several)
     if mask is not None:
         totals = [total if total is None else total.mul_(keep_scale) for total in totals]

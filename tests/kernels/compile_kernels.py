@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spp.kernels.triton import build_kernel, decode_kernel, reduce_kernel
+from spp.kernels.triton import build_kernel, decode_kernel, quantise_kernel, reduce_kernel
 from spp.kernels.triton.tile import operand
 from spp.packed import PackedWeight
 
@@ -43,10 +43,10 @@ def forms() -> dict[str, dict[str, int]]:
 
 def compiled(kernel: Any, capability: int, weight: str, **constants: Any) -> list[str]:
     """The float32 instructions of a kernel for a W with adjacent columns, and arguments that 16 divides."""
-    if constants["FORM"] == 0:
+    if constants.get("FORM", 0) == 0:
         constants |= {"stride_col": 1}
     names = kernel.arg_names
-    types = {name: weight for name in ("weight_ptr", "values_ptr", "gradient_ptr", "out_ptr")} | POINTERS
+    types = {name: weight for name in ("weight_ptr", "values_ptr", "gradient_ptr", "x_ptr", "out_ptr")} | POINTERS
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
@@ -98,6 +98,9 @@ def main(capability: int) -> None:
                 BLOCK_ROWS=decode_kernel.BLOCK_ROWS,
                 BLOCK_COLS=decode_kernel.BLOCK_COLS,
             )
+    POINTERS["inverse_ptr"], POINTERS["out_ptr"] = "*fp32", "*u8"
+    kernel = quantise_kernel._quantise_kernel
+    found["quantise *bf16"] = compiled(kernel, capability, "*bf16", BLOCK=quantise_kernel.BLOCK)
     print(json.dumps(found))
 
 
