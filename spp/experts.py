@@ -73,6 +73,7 @@ class SPPExperts(nn.Module):
         self.dropout = dropout
         self.dropout_mode = dropout_mode
         self.disabled = False
+        self.grad_precision = "auto"
         self._projection = (projection,)  # in a tuple: the module that it belongs to is no submodule of this one
         weight = projection.weight
         self.num_experts = weight.shape[0]
@@ -137,7 +138,8 @@ class SPPExperts(nn.Module):
             dropout = 0.0
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            return linear(x, matrices[expert], None, self.spp_rule, params[expert], self.scaling, dropout)
+            given = x, matrices[expert], None, self.spp_rule, params[expert], self.scaling, dropout
+            return linear(*given, self.grad_precision)
 
         return multiply
 

@@ -40,6 +40,8 @@ class SPPLinear(PackedHolder):
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each. False for a packed weight, whose saving it would undo: set it to True
             where there is memory for the dense weights after all.
+        grad_precision: of the product behind the gradients of W_α and W_β, "auto" or "fp8" (spp.kernels.fp8): a
+            property of a run, not of the adapter, and stored nowhere.
 
     Raises:
         ConfigError: r > m or r < 1, or an option makes no sense.
@@ -86,6 +88,7 @@ class SPPLinear(PackedHolder):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.disabled = False
+        self.grad_precision = "auto"
         self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
         self.cache_effective = not packed
         self._cached: CachedWeight | None = None
@@ -192,7 +195,7 @@ class SPPLinear(PackedHolder):
             dropout = 0.0
         if self._may_cache(x):
             return F.linear(x, self._cached_weight(), self.bias)
-        return linear(x, weight, self.bias, self.spp_rule, params, self.scaling, dropout)
+        return linear(x, weight, self.bias, self.spp_rule, params, self.scaling, dropout, self.grad_precision)
 
     def _may_cache(self, x: Tensor) -> bool:
         if self.training or torch.is_grad_enabled():

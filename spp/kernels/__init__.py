@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from spp.kernels.choice import use_kernels
+from spp.kernels.fp8 import check_grad_precision
 from spp.kernels.frozen import base_linear
 from spp.kernels.packed import PackedSource
 from spp.kernels.three_products import linear
 from spp.kernels.workspace import release_workspace, workspace_bytes
 
-__all__ = ["PackedSource", "base_linear", "linear", "release_workspace", "use_kernels", "workspace_bytes"]
+__all__ = [
+    "PackedSource",
+    "base_linear",
+    "check_grad_precision",
+    "linear",
+    "release_workspace",
+    "use_kernels",
+    "workspace_bytes",
+]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spp.errors import ConfigError
+from spp.errors import ConfigError, WrapError
 from spp.functional import spp_linear
+from spp.inject import adapter_config, adapter_parameters, set_grad_precision, wrap
 from spp.kernels import fp8, three_products, use_kernels, whole
 from spp.kernels.fp8 import Fp8Gradient, check_fp8
 from spp.kernels.sources import DenseWeight
@@ -154,3 +155,31 @@ def test_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_fp8(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fp8.CAPABILITY)
     check_fp8(torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_wrapped_model_takes_it_and_saves_nothing_of_it(on_any_device: None) -> None:
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 4, bias=False))
+    for linear in model:
+        linear.weight.data *= torch.arange(linear.in_features) % 2
+    wrap(model, 2, target_modules="all-linear", seed=0, grad_precision="fp8")
+    for layer in model:
+        torch.nn.init.ones_(layer.spp_beta)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for precision in ("fp8", "auto"):
+        if precision == "auto":
+            set_grad_precision(model, precision)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in adapter_parameters(model)])
+    for rounded, exact in zip(*grads, strict=True):
+        assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.1
+    assert "grad_precision" not in adapter_config(model).to_dict()
+    with pytest.raises(ConfigError, match="grad_precision is 'half'"):
+        set_grad_precision(model, "half")
+    plain = nn.Sequential(nn.Linear(16, 8, bias=False))
+    with pytest.raises(ConfigError, match="grad_precision is 'half'"):
+        wrap(plain, 2, target_modules="all-linear", grad_precision="half")
+    assert isinstance(plain[0], nn.Linear)
+    with pytest.raises(WrapError, match="not wrapped"):
+        set_grad_precision(plain, "fp8")
