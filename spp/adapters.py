@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,18 +15,23 @@ from torch import Tensor, nn
 from spp.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
 from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError
+from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
-from spp.inject import adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
+from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
 from spp.layer_packed import PackedLinear
 from spp.rules import get_rule
-from spp.targets import resolve_targets
+from spp.targets import resolve_projections
+from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+Targets = Mapping[str, Projection | AdapterLayer]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order, not copied.
+
+    Those of fused experts, under the path of their parameter, are (E, r, n) and (E, m, 1).
 
     Raises:
         WrapError: the model is not wrapped.
@@ -103,7 +109,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
     files = read_adapter(path)
     given, model = model, uncompiled(model)
     wrapped = is_wrapped(model)
-    targets: dict[str, nn.Module] = dict(require_layers(model)) if wrapped else _targets(model, files)
+    targets: Targets = require_layers(model) if wrapped else _targets(model, files)
     if wrapped:
         _check_same_config(adapter_config(model), files)
     _check_keys(targets, files, strict=strict)
@@ -132,15 +138,15 @@ def check_finite(model: nn.Module) -> None:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: the training diverged; lower the learning rate")
 
 
-def _as_the_model_is(config: SPPConfig, targets: dict[str, nn.Module]) -> SPPConfig:
+def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:
     """Return the config for a model that may be packed already, whatever the adapter was trained on."""
-    packed = any(isinstance(module, PackedLinear) for module in targets.values())
+    packed = any(isinstance(t, Projection) and isinstance(t.module, PackedLinear) for t in targets.values())
     return replace(config, packed=True) if packed else config
 
 
-def _targets(model: nn.Module, files: AdapterFiles) -> dict[str, nn.Module]:
+def _targets(model: nn.Module, files: AdapterFiles) -> dict[str, Projection]:
     try:
-        return dict(resolve_targets(model, files.config.target_modules, files.config.exclude_modules))
+        return resolve_projections(model, files.config.target_modules, files.config.exclude_modules)
     except TargetError as error:
         raise AdapterError(f"the adapter in {files.source} is not for this model: {error}") from None
 
@@ -158,13 +164,13 @@ def _check_same_config(config: SPPConfig, files: AdapterFiles) -> None:
         )
 
 
-def _check_keys(targets: dict[str, nn.Module], files: AdapterFiles, *, strict: bool) -> None:
+def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
     rule = get_rule(files.config.rule)
-    expected: dict[str, tuple[int, int]] = {}
-    for path, module in targets.items():
-        m, n = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        shapes = rule.shapes(m, n, files.config.rank_for(path))
-        expected.update({f"{path}.{name}": shape for name, shape in zip(rule.attribute_names(), shapes, strict=True)})
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, target in targets.items():
+        shapes = rule.shapes(target.out_features, target.in_features, files.config.rank_for(path))
+        for name, shape in zip(rule.attribute_names(), shapes, strict=True):
+            expected[f"{path}.{name}"] = (*_experts_of(target), *shape)
     missing = [f"missing {key} {expected[key]}" for key in expected.keys() - files.tensors.keys()]
     unexpected = [
         f"unexpected {key} {tuple(files.tensors[key].shape)}" for key in files.tensors.keys() - expected.keys()
@@ -184,14 +190,14 @@ def _listing(files: AdapterFiles, problems: list[str], verdict: str) -> str:
     return f"the adapter in {files.source} {verdict}:\n  " + "\n  ".join(sorted(problems))
 
 
-def _check_masks(targets: dict[str, nn.Module], files: AdapterFiles, *, strict: bool) -> None:
+def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
     if files.base_masks is None:
         logger.warning("%s does not say which zeros it was trained on; nothing to check the base against", files.source)
         return
     differing = sorted(
         path
-        for path, module in targets.items()
-        if path in files.base_masks and _mask_of(module) not in (None, files.base_masks[path])
+        for path, target in targets.items()
+        if path in files.base_masks and _mask_of(target) not in (None, files.base_masks[path])
     )
     if not differing:
         return
@@ -206,10 +212,15 @@ def _check_masks(targets: dict[str, nn.Module], files: AdapterFiles, *, strict: 
     warnings.warn(message, SPPWarning, stacklevel=3)
 
 
-def _mask_of(module: nn.Module) -> str | None:
+def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
+    """Return (E,) of a fused weight, () of a matrix."""
+    fused = target.fused if isinstance(target, Projection) else isinstance(target, SPPExperts)
+    return (target.weight.shape[0],) if fused else ()
+
+
+def _mask_of(target: Projection | AdapterLayer) -> str | None:
     """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = module.weight  # of a packed one a dense copy
-    assert isinstance(weight, Tensor)
+    weight = target.weight  # of a packed one a dense copy
     return None if weight.is_meta else mask_sha256(weight)
 
 

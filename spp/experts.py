@@ -18,7 +18,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
-from spp.errors import NonFiniteError, TargetError
+from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.kernels import linear
 from spp.patterns import all_finite
 from spp.rules import Rule, effective_weight, get_rule
@@ -92,6 +92,16 @@ class SPPExperts(nn.Module):
         self.training = projection.module.training
 
     @property
+    def weight(self) -> Tensor:
+        """The fused weight as it is stored: (E, m, n) or (E, n, m)."""
+        return self.projection.weight
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """What holds the weight's numbers: the fused weight."""
+        return self.weight
+
+    @property
     def projection(self) -> Projection:
         """The fused weight."""
         return self._projection[0]
@@ -121,7 +131,7 @@ class SPPExperts(nn.Module):
         first = next(iter(self.adapter_parameters()))
         if torch.is_grad_enabled() or first.device.type != "cpu":  # elsewhere, asking would stall the device
             return False
-        factors = self.spp_rule.prepare(
+        factors = self.spp_rule.prepare(  # all experts as one layer: the bound is the largest of theirs
             [p.flatten(0, 1) for p in self.adapter_parameters()],
             self.scaling,
             self.out_features * self.num_experts,
@@ -242,6 +252,10 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
         raise TargetError(f"{where} has a parametrization; make it permanent first")
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TargetError(f"{where} is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights")
+    if config.packed:
+        raise ConfigError(
+            f"{where}: fused experts are not packed; leave them out with exclude_modules, or pass packed=False"
+        )
     get_rule(config.rule).check_rank(projection.out_features, projection.in_features, r, where)
     if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())

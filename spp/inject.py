@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from spp.config import SPPConfig, name_matches
-from spp.errors import ConfigError, WrapError
+from spp.errors import ConfigError, TargetError, WrapError
+from spp.experts import SPPExperts, adapt_experts, check_experts, release_experts
 from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
-from spp.layer_packed import PackedHolder, PackedLinear
-from spp.targets import linear_modules, resolve_targets
+from spp.layer_packed import PackedHolder
+from spp.targets import resolve_projections
+from spp.targets_layout import Projection, find_projections
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+AdapterLayer = SPPLinear | SPPExperts
 _STATE = "_spp_state"
 
 
@@ -53,7 +56,8 @@ def wrap(
 ) -> Model:
     """Adapt a pruned model in place: its projections become SPPLinear, everything but W_α and W_β is frozen.
 
-    With W_β zero at the start, the wrapped model computes exactly what the pruned one did.
+    With W_β zero at the start, the wrapped model computes exactly what the pruned one did. Fused experts keep their
+    module, which gets SPPExperts beside the weights: r rows of W_α for each expert.
 
     Args:
         model: any torch module with linears; Hugging Face causal language models need no further arguments.
@@ -97,16 +101,18 @@ def wrap(
             "the model is wrapped already; spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, "
             "spp.load_adapter(model, path) replaces its values"
         )
-    targets = resolve_targets(model, config.target_modules, config.exclude_modules)
-    _check_rank_pattern(config, targets)
-    for path, module in targets:
-        check_linear(module, config, path, config.rank_for(path))
-    warn_dense(targets, "train" if not config.packed else "pack")
+    targets = resolve_projections(model, config.target_modules, config.exclude_modules)
+    _check_targets(config, targets)
+    warn_dense(list(targets.values()), "train" if not config.packed else "pack")
     state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
     layers: dict[int, SPPLinear] = {}
+    experts: dict[nn.Module, dict[str, SPPExperts]] = {}
     try:
-        for path, module in targets:
-            layers[id(module)] = _make_layer(path, module, config)
+        for target in targets.values():
+            if target.fused:
+                experts.setdefault(target.module, {})[target.name] = SPPExperts(target, **_options(config, target.path))
+            else:
+                layers[id(target.module)] = _make_layer(target, config)
     except BaseException:
         for layer in layers.values():
             layer.restore()
@@ -114,12 +120,14 @@ def wrap(
         raise
     model.requires_grad_(False)
     replace_modules(model, layers)
+    for adapters in experts.values():
+        adapt_experts(adapters)
     setattr(model, _STATE, state)
     set_grad_precision(model, grad_precision)
     guard_saving(model)
     _install_input_gradients(model)
     logger.info(
-        "wrapped %d layers, %d trainable parameters", len(layers), sum(p.numel() for p in adapter_parameters(model))
+        "wrapped %d layers, %d trainable parameters", len(targets), sum(p.numel() for p in adapter_parameters(model))
     )
     return given
 
@@ -132,7 +140,11 @@ def unwrap(model: Model) -> Model:
     """
     given, model = model, uncompiled(model)
     layers = require_layers(model)
-    replace_modules(model, {id(layer): layer.restore() for layer in layers.values()})
+    linears = [layer for layer in layers.values() if isinstance(layer, SPPLinear)]
+    replace_modules(model, {id(layer): layer.restore() for layer in linears})
+    for layer in layers.values():
+        if isinstance(layer, SPPExperts):
+            release_experts(layer.projection.module)
     _restore_flags(model, getattr(model, _STATE))
     delattr(model, _STATE)
     guard_saving(model)
@@ -180,14 +192,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.disabled = flag
 
 
-def adapter_layers(model: nn.Module) -> dict[str, SPPLinear]:
-    """Return {module path: layer} of the adapted layers in module order; empty for a model that is not wrapped."""
-    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, SPPLinear)}
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Return {path: layer} of the adapted layers in module order, fused experts under the path of their parameter."""
+    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, AdapterLayer)}
 
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether the model holds SPP layers."""
-    return any(isinstance(module, SPPLinear) for module in model.modules())
+    return any(isinstance(module, AdapterLayer) for module in model.modules())
 
 
 def uncompiled(model: Any) -> Any:
@@ -196,7 +208,7 @@ def uncompiled(model: Any) -> Any:
     return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
 
-def require_layers(model: nn.Module) -> dict[str, SPPLinear]:
+def require_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return `adapter_layers(model)`; a WrapError where `wrap` did not make it."""
     model = uncompiled(model)
     if not hasattr(model, _STATE):
@@ -215,8 +227,7 @@ def adapter_config(model: nn.Module) -> SPPConfig:
     layers = require_layers(model)
     config: SPPConfig = getattr(model, _STATE).config
     names = sorted({path.rsplit(".", 1)[-1] for path in layers})
-    linears = [path for path, _ in linear_modules(model)]
-    meant = {path for path in linears if path.rsplit(".", 1)[-1] in names}
+    meant = {p.path for p in find_projections(model) if p.path.rsplit(".", 1)[-1] in names}
     resolved = tuple(names) if meant == set(layers) else tuple(layers)
     return replace(config, target_modules=resolved, exclude_modules=None)
 
@@ -280,28 +291,38 @@ def _make_config(r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
     return r
 
 
-def _check_rank_pattern(config: SPPConfig, targets: list[tuple[str, nn.Module]]) -> None:
-    unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path, _ in targets)]
+def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
+    """Raise what speaks against adapting any of the targets, before the first one is touched."""
+    unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path in targets)]
     if unused:
         raise ConfigError(
-            f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {targets[0][0]}"
+            f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {next(iter(targets))}"
         )
+    if "" in targets:
+        raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
+    for path, target in targets.items():
+        if target.fused:
+            check_experts(target, config, config.rank_for(path))
+        else:
+            check_linear(target.module, config, path, config.rank_for(path))
 
 
-def _make_layer(path: str, module: nn.Module, config: SPPConfig) -> SPPLinear:
-    assert isinstance(module, (nn.Linear, PackedLinear))
-    return SPPLinear(
-        module,
-        r=config.rank_for(path),
-        scaling=config.scaling,
-        dropout=config.dropout,
-        dropout_mode=config.dropout_mode,
-        init=config.init,
-        rule=config.rule,
-        packed=config.packed,
-        generator=None if config.seed is None else layer_generator(config.seed, path),
-        where=path,
-    )
+def _options(config: SPPConfig, path: str) -> dict[str, Any]:
+    """Return the arguments of one layer."""
+    return {
+        "r": config.rank_for(path),
+        "scaling": config.scaling,
+        "dropout": config.dropout,
+        "dropout_mode": config.dropout_mode,
+        "init": config.init,
+        "rule": config.rule,
+        "generator": None if config.seed is None else layer_generator(config.seed, path),
+    }
+
+
+def _make_layer(target: Projection, config: SPPConfig) -> SPPLinear:
+    module: Any = target.module
+    return SPPLinear(module, packed=config.packed, where=target.path, **_options(config, target.path))
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:

@@ -6,20 +6,20 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
 from spp.errors import SPPWarning
 from spp.layer_packed import PackedHolder
+from spp.targets_layout import Projection
 
 
-def warn_dense(targets: Sequence[tuple[str, nn.Module]], purpose: str) -> None:
+def warn_dense(targets: Sequence[Projection], purpose: str) -> None:
     """Warn of target layers without zeros.
 
     Args:
-        targets: (path, module).
+        targets: what is adapted or packed.
         purpose: "train", or "pack", which saves no memory there.
     """
-    dense = [path for path, module in targets if _is_dense(module)]
+    dense = [target.path for target in targets if _is_dense(target)]
     if not dense:
         return
     what = (
@@ -38,11 +38,12 @@ def warn_dense(targets: Sequence[tuple[str, nn.Module]], purpose: str) -> None:
     )
 
 
-def _is_dense(module: nn.Module) -> bool:
+def _is_dense(target: Projection) -> bool:
+    module = target.module
     if isinstance(module, PackedHolder) and module.packed_layout:
         packed = module.packed_weight()
         return not packed.layout.is_nm and packed.values.numel() == packed.numel
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.is_meta or weight.numel() == 0:
+    weight = target.weight
+    if weight.is_meta or weight.numel() == 0:
         return False
     return int(torch.count_nonzero(weight)) == weight.numel()

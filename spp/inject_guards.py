@@ -7,6 +7,7 @@ from typing import NoReturn
 from torch import nn
 
 from spp.errors import WrapError
+from spp.experts import SPPExperts
 from spp.layer import SPPLinear
 from spp.layer_packed import PackedLinear
 
@@ -16,7 +17,7 @@ def guard_saving(model: nn.Module) -> None:
     if not hasattr(model, "save_pretrained"):
         return
     model.__dict__.pop("save_pretrained", None)
-    if any(isinstance(module, SPPLinear) for module in model.modules()):
+    if any(isinstance(module, SPPLinear | SPPExperts) for module in model.modules()):
         model.save_pretrained = refuse_while_wrapped  # type: ignore[assignment]
     elif any(isinstance(module, PackedLinear) for module in model.modules()):
         model.save_pretrained = refuse_while_packed  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.layer_packed import PackedLinear, check_packable
 from spp.targets import resolve_targets
+from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +51,7 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
     for path, module in targets:
         check_packable(module, path)
     if targets:
-        warn_dense(targets, "pack")
+        warn_dense([Projection(path, module) for path, module in targets], "pack")
     for path, module in targets:
         assert isinstance(module, nn.Linear)
         replace_modules(model, {id(module): PackedLinear(module, where=path)})

@@ -13,7 +13,7 @@ from spp.config import SPPConfig
 from spp.errors import NonFiniteError
 from spp.kernels import PackedSource, base_linear, linear
 from spp.layer_cache import CachedWeight
-from spp.layer_checks import check_linear
+from spp.layer_checks import check_linear, features, input_axis_of
 from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
 from spp.packed import PackedWeight
 from spp.rules import Rule, effective_weight, get_rule
@@ -27,15 +27,16 @@ class SPPLinear(PackedHolder):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
-        linear: the nn.Linear (or subclass) to adapt; its Parameters are used, not copied, and frozen. With packed=True
-            it lets go of its weight until `restore`; a PackedLinear hands over its packed one.
+        linear: the nn.Linear (or subclass, or transformers' Conv1D) to adapt; its Parameters are used, not copied, and
+            frozen. With packed=True it lets go of its weight until `restore`; a PackedLinear hands over its packed one.
         r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig.
         packed: store the weight packed (spp.packed.layout) and decode it a block at a time.
         generator: where W_α is drawn from; None is torch's global generator. Drawn on the CPU, whatever the device.
         where: the layer's name in error messages.
 
     Attributes:
-        weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access.
+        weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
+            and that of a Conv1D is stored (n, m).
         spp_alpha: W_α (r, n). spp_beta: W_β (m, 1).
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each. False for a packed weight, whose saving it would undo: set it to True
@@ -85,8 +86,8 @@ class SPPLinear(PackedHolder):
         self.scaling = scaling
         self.dropout = dropout
         self.dropout_mode = dropout_mode
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.out_features, self.in_features = features(linear)
+        self.input_axis = input_axis_of(linear)
         self.disabled = False
         self.grad_precision = "auto"
         self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
@@ -133,11 +134,20 @@ class SPPLinear(PackedHolder):
         self.spp_rule.init_(self.adapter_parameters(), self.spp_init, generator)
 
     def effective_weight(self) -> Tensor:
-        """Return W_eff (m, n) in the base's dtype: what the forward multiplies by and a merge stores, bit for bit."""
-        return effective_weight(self.spp_rule, self.weight, self.adapter_parameters(), self.scaling)
+        """Return W_eff in the dtype and layout of `weight`: what the forward multiplies by, and a merge stores."""
+        effective = self._effective_matrix()
+        return effective if self.input_axis == -1 else effective.T.contiguous()
+
+    def _effective_matrix(self) -> Tensor:
+        return effective_weight(self.spp_rule, self.matrix, self.adapter_parameters(), self.scaling)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as (m, n), whatever its storage; of a packed one a dense copy."""
+        return self.weight if self.input_axis == -1 else self.weight.T
 
     def merge(self) -> nn.Linear:
-        """Return a plain nn.Linear with the effective weight; this layer stays as it is.
+        """Return a plain nn.Linear (of a Conv1D, a Conv1D) with the effective weight; this layer stays as it is.
 
         Raises:
             NonFiniteError: the adapter or the result holds NaN or infinity.
@@ -147,7 +157,12 @@ class SPPLinear(PackedHolder):
             raise NonFiniteError(
                 f"{self.spp_name}: the merged weight is not finite; the adapter holds NaN, infinity or too much"
             )
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain: Any
+        if self.input_axis == -1:
+            plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        else:
+            make: Any = type(self._linear[0])
+            plain = make(self.out_features, self.in_features)
         plain.weight = nn.Parameter(merged, requires_grad=self._requires_grad["weight"])
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self._requires_grad["bias"])
@@ -185,7 +200,7 @@ class SPPLinear(PackedHolder):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.packed_layout is None else PackedSource(self.packed_weight())
+        weight = self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
         if self.disabled:
             return F.linear(x, weight, self.bias) if isinstance(weight, Tensor) else base_linear(x, weight, self.bias)
         params: Sequence[Tensor] = self.adapter_parameters()
@@ -211,10 +226,10 @@ class SPPLinear(PackedHolder):
     def _cached_weight(self) -> Tensor:
         params, stored = self.adapter_parameters(), self.stored_weight
         if any(t.is_inference() for t in (stored, *params)):
-            return self.effective_weight()  # such tensors have no version to tell whether they changed
+            return self._effective_matrix()  # such tensors have no version to tell whether they changed
         if self._cached is None or not self._cached.is_current(stored, params, self.scaling):
             with torch.inference_mode(False):
-                self._cached = CachedWeight(stored, params, self.scaling, self.effective_weight())
+                self._cached = CachedWeight(stored, params, self.scaling, self._effective_matrix())
         return self._cached.effective
 
     def train(self, mode: bool = True) -> SPPLinear:

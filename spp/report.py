@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from spp.calibrate import PruneReport
     from spp.certificate import SparsityReport, TensorSparsity
-    from spp.merge import LayerMerge, MergeReport
+    from spp.merge import MergeReport
+    from spp.merge_weight import LayerMerge
 
 Entry = TypeVar("Entry")
 

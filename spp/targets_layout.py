@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,17 +53,35 @@ class Projection:
     @property
     def fused(self) -> bool:
         """Whether it holds the matrices of several experts."""
-        return self.weight.dim() == 3
+        return len(self.shape) == 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight as it is stored; of a packed one, as it would be."""
+        parameter = self.module._parameters.get(self.name)
+        if parameter is not None:
+            return tuple(parameter.shape)
+        return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
     @property
     def in_features(self) -> int:
         """n, the length of the input axis."""
-        return int(self.weight.shape[self.input_axis])
+        return self.shape[self.input_axis]
 
     @property
     def out_features(self) -> int:
         """m, the length of the other axis."""
-        return int(self.weight.shape[-3 - self.input_axis])
+        return self.shape[-3 - self.input_axis]
+
+    def write(self, weight: Tensor) -> None:
+        """Store a weight of this shape; the Parameter keeps its identity unless the dtype changes."""
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        if weight.dtype == parameter.dtype:
+            with torch.no_grad():
+                parameter.copy_(weight)
+        else:
+            self.module._parameters[self.name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
 
     def matrices(self) -> list[Tensor]:
         """Return views (out, in): one, or one an expert; what is written to them is written to the parameter."""
@@ -75,7 +94,9 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention's own: it reads the weight and never calls the module
-    return isinstance(module, nn.Linear) or hasattr(module, "spp_rule") or hasattr(module, "packed_layout")
+    if isinstance(module, nn.Linear) or hasattr(module, "packed_layout"):
+        return True
+    return hasattr(module, "spp_rule") and not hasattr(module, "num_experts")  # an expert's adapter holds no weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -88,7 +109,7 @@ def find_projections(model: nn.Module) -> list[Projection]:
     found = []
     for path, module in model.named_modules():
         if is_linear(module):
-            found.append(Projection(path, module))
+            found.append(Projection(path, module, input_axis=getattr(module, "input_axis", -1)))
         elif is_conv1d(module):
             found.append(Projection(path, module, input_axis=-2))
         else:

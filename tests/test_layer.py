@@ -276,3 +276,21 @@ def test_bad_input() -> None:
     with pytest.raises(NonFiniteError):
         layer.merge()
     assert SPPConfig().r == 16
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (8,)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_outputs_may_be_written_to(shape: tuple[int, ...], bias: bool, trained: bool) -> None:
+    torch.manual_seed(0)
+    layer = SPPLinear(nn.Linear(8, 6, bias=bias), r=2)
+    if trained:
+        nn.init.normal_(layer.spp_beta)
+    x = torch.randn(shape)
+    layer(x).mul(3).add(1).square().sum().backward()
+    expected = [p.grad.clone() for p in layer.adapter_parameters()]
+    for p in layer.adapter_parameters():
+        p.grad = None
+    layer(x).mul_(3).add_(1).square().sum().backward()  # as some models do with what a linear returns
+    for p, grad in zip(layer.adapter_parameters(), expected, strict=True):
+        assert torch.equal(p.grad, grad)

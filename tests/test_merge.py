@@ -9,7 +9,7 @@ from torch import nn
 import spp
 from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.inject import adapter_layers
-from spp.merge import merge_tensor, round_stochastically
+from spp.merge_weight import merge_tensor, round_stochastically
 from spp.rules import get_rule
 from tests.layers import make_case
 from tests.models import projections

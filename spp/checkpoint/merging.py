@@ -47,7 +47,8 @@ from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
 from spp.files.reader import INDEX, require_inside
 from spp.inject import layer_generator
-from spp.merge import LayerMerge, MergeReport, check_rounding, draw_seed, merge_tensor
+from spp.merge import MergeReport, check_rounding, draw_seed
+from spp.merge_weight import LayerMerge, merge_tensor
 from spp.patterns import all_finite
 from spp.rules import get_rule, rescue_
 from spp.targets import is_projection_key

@@ -20,6 +20,7 @@ from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.layer_packed import PackedLinear
 from spp.targets import resolve_targets
+from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def load_packed(
             assert isinstance(module, nn.Linear)
             layer = PackedLinear(module, where=path)
             layer.weight_requires_grad = True
-            packed.append((path, layer))
+            packed.append(Projection(path, layer))
             replace_modules(model, {id(module): layer})
     warn_dense(packed, "pack")
     model.tie_weights()

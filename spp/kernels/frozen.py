@@ -58,7 +58,7 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(*weight.tensors())
         ctx.make_source = weight.maker()
-        return frozen_linear(x, weight, bias)
+        return shaped_like_inputs(frozen_linear(x, weight, bias), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -69,6 +69,15 @@ class _Frozen(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return d_x, None, d_bias
         return tuple(r if r is None else Once.apply(r, dy) for r in (d_x, None, d_bias))  # create_graph=True
+
+
+def shaped_like_inputs(y: Tensor, x: Tensor) -> Tensor:
+    """Return y (T, m), or of the right shape already, as (…, m) for x (…, n), and not as a view.
+
+    Autograd forbids to write into a view that a function of its own returned, as some models do (`out.add_(…)`).
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return result
 
 
 def _input_gradient(dy: Tensor, weight: WeightSource) -> Tensor:

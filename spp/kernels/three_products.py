@@ -27,7 +27,7 @@ from spp.kernels.autocast import autocast_dtype, no_autocast
 from spp.kernels.blocks import product_dtype
 from spp.kernels.dropout import draw_dropout, unpack_bits
 from spp.kernels.fp8 import check_fp8, check_grad_precision
-from spp.kernels.frozen import frozen_linear
+from spp.kernels.frozen import frozen_linear, shaped_like_inputs
 from spp.kernels.once import Once
 from spp.kernels.sources import WeightSource, source_of
 from spp.kernels.vanishing import may_vanish
@@ -167,11 +167,12 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
     dropped = dropped if dropped is None else dropped.reshape(rows_2d.shape)
     call.whole = whole.takes_whole_layers(x.device)
     if call.whole:
-        return whole.forward(rows_2d, dropped, bias, work_for(rule, weight, factors)).view(*x.shape[:-1], m)
+        y = whole.forward(rows_2d, dropped, bias, work_for(rule, weight, factors))
+        return shaped_like_inputs(y, x)
     # Reading a bound back would stall a device; there, W_eff is built whatever the factors are.
     largest = rule.largest_factor(factors) if x.device.type == "cpu" else math.nan
     if largest == 0:  # an untrained adapter: exactly the pruned layer, in the same call
-        return frozen_linear(x, weight, bias)
+        return shaped_like_inputs(frozen_linear(x, weight, bias), x)
     dtype = product_dtype(x.dtype, x.device)
     operand, bias = rows_2d.to(dtype), bias if bias is None else bias.to(dtype)
     if dropped is None:
@@ -180,7 +181,7 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
     else:
         y, branch = input_dropout.forward(operand, dropped.to(dtype), weight, bias, rule, factors)
         call.branch = branch if branch is None else branch.to(x.dtype)
-    return y.to(x.dtype).view(*x.shape[:-1], m)
+    return shaped_like_inputs(y.to(x.dtype), x)
 
 
 def _backward(
