@@ -111,6 +111,7 @@ def contenders() -> dict[str, Build]:
         "spp": _spp(0.0, "input"),
         "spp-input-dropout": _spp(DROPOUT, "input"),
         "spp-alpha-dropout": _spp(DROPOUT, "alpha"),
+        "spp-packed": _spp(0.0, "input", packed=True),
         "lora": _peft("lora"),
         "hira": _peft("hira"),
         "branches": _published("branches", 0.0),
@@ -129,9 +130,9 @@ def make_layer(name: str, spec: LayerSpec) -> nn.Module:
         return contenders()[name](spec).train()
 
 
-def _spp(dropout: float, mode: str) -> Build:
+def _spp(dropout: float, mode: str, *, packed: bool = False) -> Build:
     def build(spec: LayerSpec) -> nn.Module:
-        layer = SPPLinear(spec.linear(), spec.rank, SCALING, dropout, mode)
+        layer = SPPLinear(spec.linear(), spec.rank, SCALING, dropout, mode, packed=packed)
         nn.init.normal_(layer.spp_beta, 0, BETA)
         return layer
 

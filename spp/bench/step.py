@@ -54,6 +54,7 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
         "spp-alpha-dropout": lambda model: wrap(
             model, rank, target_modules=names, dropout=DROPOUT, dropout_mode="alpha"
         ),
+        "spp-packed": lambda model: wrap(model, rank, target_modules=names, packed=True),
         "lora": lora,
         "hira": hira,
     }

@@ -20,6 +20,7 @@ TRAINED = {
     "spp": R * N + M,
     "spp-input-dropout": R * N + M,
     "spp-alpha-dropout": R * N + M,
+    "spp-packed": R * N + M,
     "lora": P * (M + N),
     "hira": P * (M + N),
     "branches": R * N + M,
