@@ -43,7 +43,7 @@ class StreamedModel:
         self._wanted = dtype
         self._device = device
         refuse_quantized(reader.directory)
-        self.model: nn.Module = _skeleton(reader, dtype)
+        self.model: nn.Module = skeleton(reader, dtype)
         self._modules = dict(self.model.named_modules())
         self._keys = DiskKeys(self.model, {key: reader.shape(key) for key in reader})
         self._split: dict[str, Tensor] = {}  # {disk key: tensor} of the groups that were asked for, of one block
@@ -171,7 +171,7 @@ def refuse_quantized(source: Path) -> None:
         raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
 
 
-def _skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
+def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
     """Return the model without weights, its buffers computed as its own code does."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spp
+from spp.files import CheckpointReader
 from spp.inject import adapter_layers
 from spp.patterns import is_nm, nonzero_mask
 from spp.targets_layout import find_projections
@@ -122,6 +123,11 @@ def test_the_whole_road(architecture: str, tmp_path: Path) -> None:
     assert {tensor.pattern for tensor in disk.tensors.values()} == {"2:4"}
     spp.save_model(pruned, tmp_path / "pruned")
     spp.verify(tmp_path / "pruned", tmp_path / "merged")
+    spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "streamed")
+    with CheckpointReader(tmp_path / "merged") as one, CheckpointReader(tmp_path / "streamed") as other:
+        assert one.keys() == other.keys()
+        for key in one:
+            assert one.raw(key) == other.raw(key), key
     unwrapped = spp.unwrap(again)
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(unwrapped.state_dict()[name], tensor), name

@@ -3,6 +3,7 @@
     for each shard of the base: for each tensor: read → merge and check, or copy → write → hash; then the certificate
 
 The tensors are bit for bit those of `spp.merge` in memory; what the adapter does not touch is copied byte for byte.
+Experts that disk and memory keep apart or together are converted, merged and converted back, one weight at a time.
 Whatever the adapter holds a layer for is merged and certified, the output head too, if it was adapted by name.
 """
 
@@ -31,6 +32,7 @@ from spp.certificate import (
     certify_tensor,
     fingerprint,
 )
+from spp.checkpoint.places import FLOATS, Place, Places
 from spp.checkpoint.sources import checkpoint_directory, input_axes
 from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError
 from spp.files import (
@@ -48,14 +50,13 @@ from spp.files.header import size_of
 from spp.files.reader import INDEX, require_inside
 from spp.inject import layer_generator
 from spp.merge import MergeReport, check_rounding, draw_seed
-from spp.merge_weight import LayerMerge, merge_tensor
+from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
 from spp.patterns import all_finite
 from spp.rules import get_rule, rescue_
 from spp.targets import is_projection_key
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what `dtype` converts, and a merge can change
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart
 _LARGEST_CARRIED = 256 * 2**20  # bytes of a file beside the weights; the largest tokenizers have a tenth
@@ -103,7 +104,7 @@ def merge_checkpoint(
     refuse_overlap(Path(out_dir), files.source, "the adapter")
     require_replaceable(out_dir)
     with atomic_directory(out_dir, overwrite=overwrite) as directory, CheckpointReader(base) as reader:
-        job = _Job(reader, files, _match(reader, files), dtype, rounding, draw_seed(rounding, seed))
+        job = _Job(reader, files, Places(reader, files), dtype, rounding, draw_seed(rounding, seed))
         shards = reader.shards()
         with tqdm(total=len(reader.keys()), desc="merging", unit="tensor", disable=None) as bar:
             for name, keys in shards.items():
@@ -131,7 +132,7 @@ class _Job:
 
     reader: CheckpointReader
     files: AdapterFiles
-    paths: dict[str, str]  # key on disk -> module path, of the layers that the adapter changes
+    places: Places
     dtype: torch.dtype | None
     rounding: str
     seed: int
@@ -144,21 +145,23 @@ class _Job:
         self.rule = get_rule(self.files.config.rule)
         self.layers = self.files.layers()
         self.axes = input_axes(self.reader)
+        self.place_of = {key: place for place in self.places.places for key in place.keys}
+        self._ready: dict[str, Tensor] = {}  # merged tensors on disk of a group whose other tensors were asked for
 
     def produce(self, key: str, bar: Any) -> Iterator[memoryview]:
         """Yield the bytes of a tensor of the output, and keep the certificate's record of it."""
         bar.update()
         shape = self.reader.shape(key)
-        path = self.paths.get(key)
-        if path is None and not is_projection_key(key, len(shape)):
+        place = self.place_of.get(key)
+        if place is None and not is_projection_key(key, len(shape)):
             yield from self._produce_other(key)
             return
         weight = self.reader.tensor(key)
         if not all_finite(weight):
             raise NonFiniteError(f"{key} of {self.reader.directory} holds NaN or infinity; mend the base first")
         self.base_masks[key] = mask_sha256(weight)
-        if path is not None:
-            result = self._merge(key, path, weight)
+        if place is not None:
+            result = self._merged(key, place)
         elif _stored(self.reader, key, self.dtype) != weight.dtype:
             result = weight.to(_stored(self.reader, key, self.dtype))
             rescue_(result, weight)
@@ -189,28 +192,58 @@ class _Job:
             self.other[key] = zlib.crc32(piece, self.other[key])
         yield from pieces
 
-    def _merge(self, key: str, path: str, weight: Tensor) -> Tensor:
-        masks = self.files.base_masks
-        if masks is not None and masks.get(path, self.base_masks[key]) != self.base_masks[key]:
+    def _merged(self, key: str, place: Place) -> Tensor:
+        """Return one tensor on disk of a merged weight; the others of its group wait to be asked for."""
+        if key not in self._ready:
+            if place.group is None:
+                self._ready[key] = self._merge(place, self.reader.tensor(key))
+            else:
+                disk = self.places.disk
+                assert disk is not None
+                joined = disk.join(place.group, self.reader.tensor)
+                for other in self.places.places:
+                    if other.group is place.group:
+                        name = next(name for name in joined if name in (other.path, f"{other.path}.weight"))
+                        joined[name] = self._merge(other, joined[name])
+                self._ready |= disk.split(joined)
+        return self._ready.pop(key).contiguous()
+
+    def _merge(self, place: Place, weight: Tensor) -> Tensor:
+        """Return the merged weight of a layer, in the layout of `weight`."""
+        masks, path = self.files.base_masks or {}, place.path
+        if path in masks and masks[path] != mask_sha256(weight):
             self._raise_masks(masks)
-        merged, self.merges[path] = merge_tensor(
-            self.rule,
-            weight,
-            self.layers[path],
-            self.files.config.scaling,
-            dtype=self.dtype,
-            rounding=self.rounding,
-            generator=layer_generator(self.seed, path),
-            where=path,
-        )
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "rounding": self.rounding,
+            "generator": layer_generator(self.seed, path),
+            "where": path,
+        }
+        matrices, params, scaling = place.matrices(weight), self.layers[path], self.files.config.scaling
+        if len(place.shape) == 3:
+            of_experts = list(zip(*(p.unbind(0) for p in params), strict=True))
+            merged, self.merges[path] = merge_experts(
+                self.rule, matrices, of_experts, scaling, transposed=place.transposed, **options
+            )
+        else:
+            merged, self.merges[path] = merge_tensor(self.rule, matrices[0], params, scaling, **options)
+            merged = merged.T if place.transposed else merged
         return merged
 
     def _raise_masks(self, masks: dict[str, str]) -> None:
-        recorded = {key: path for key, path in self.paths.items() if path in masks}
-        differing = sorted(p for k, p in recorded.items() if mask_sha256(self.reader.tensor(k)) != masks[p])
+        differing = []
+        for place in self.places.places:
+            if place.group is None:
+                weight = self.reader.tensor(place.keys[0])
+            else:
+                assert self.places.disk is not None
+                joined = self.places.disk.join(place.group, self.reader.tensor)
+                weight = joined.get(place.path, joined.get(f"{place.path}.weight", torch.empty(0)))
+            if place.path in masks and mask_sha256(weight) != masks[place.path]:
+                differing.append(place.path)
         raise MaskError(
             f"the zeros of {self.reader.directory} are not those that the adapter in {self.files.source} was trained "
-            f"on in {len(differing)} layers: {', '.join(differing)}. It belongs to "
+            f"on in {len(differing)} layers: {', '.join(sorted(differing))}. It belongs to "
             f"{self.files.base_name or 'another base'}: pass that one"
         )
 
@@ -218,38 +251,7 @@ class _Job:
 def _stored(reader: CheckpointReader, key: str, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype that a tensor of the output has."""
     found = reader.dtype(key)
-    return dtype if dtype is not None and found in _FLOATS else found
-
-
-def _match(reader: CheckpointReader, files: AdapterFiles) -> dict[str, str]:
-    """Return {key on disk: module path} for every layer of the adapter; AdapterError with all that does not fit."""
-    rule = get_rule(files.config.rule)
-    layers = files.layers()
-    paths: dict[str, str] = {}
-    masks = files.base_masks or {}
-    unknown = sorted(layers.keys() - masks.keys())
-    if unknown:
-        which = "" if files.base_masks is None else f" in {', '.join(unknown)}"
-        logger.warning("%s does not say which zeros it was trained on%s; they are not checked", files.source, which)
-    problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
-    for path, params in layers.items():
-        key = f"{path}.weight"
-        if key not in reader:
-            problems.append(f"{path}: the base has no {key}")
-            continue
-        shape, stored = reader.shape(key), reader.dtype(key)
-        if len(shape) != 2 or stored not in _FLOATS:
-            problems.append(f"{path}: {key} is {dtype_name(stored)} {shape}; expected a floating-point matrix")
-            continue
-        try:
-            rule.check_shapes(params, *shape, where=path)
-        except (AdapterError, ConfigError) as error:
-            problems.append(str(error))
-        paths[key] = path
-    if problems:
-        listing = "\n  ".join(sorted(problems))
-        raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
-    return paths
+    return dtype if dtype is not None and found in FLOATS else found
 
 
 def refuse_overlap(out: Path, source: Path, what: str) -> None:

@@ -120,12 +120,12 @@ def test_a_merge_that_leaves_a_layer_out_writes_nothing(
 ) -> None:
     from spp.checkpoint import merging
 
-    real = merging._match
+    class Forgetful(merging.Places):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.places = [place for place in self.places if place.keys != (Q0,)]
 
-    def forgetful(*arguments: Any) -> dict[str, str]:
-        return {key: path for key, path in real(*arguments).items() if key != Q0}
-
-    monkeypatch.setattr(merging, "_match", forgetful)
+    monkeypatch.setattr(merging, "Places", Forgetful)
     with pytest.raises(AdapterError, match=Q0.removesuffix(".weight")):
         merge_checkpoint(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,139 @@
+"""Where on disk the weights lie that an adapter changes.
+
+Mostly under the path of the layer. Where disk and memory name weights differently, or keep experts apart and together,
+transformers' own conversion tables say which tensors they are (spp.checkpoint_keys).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spp.adapter_files import AdapterFiles
+from spp.checkpoint.sources import input_axes
+from spp.checkpoint_keys import DiskKeys, Group
+from spp.errors import AdapterError, ConfigError, StreamingError
+from spp.files import CheckpointReader, dtype_name
+from spp.rules import Rule, get_rule
+from spp.targets_layout import find_projections
+
+logger = logging.getLogger(__name__)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a merge can change
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weight of one layer lies.
+
+    Args:
+        path: of the layer, as the adapter names it.
+        keys: of the tensors on disk.
+        group: how they become one tensor of the model; None for a single one that is the weight.
+        shape: of the weight: two dimensions, or three with experts in front.
+        transposed: whether inputs run along the last axis but one.
+    """
+
+    path: str
+    keys: tuple[str, ...]
+    group: Group | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Return the weight as matrices (m, n), one or one an expert: views."""
+        stored = list(weight.unbind(0)) if len(self.shape) == 3 else [weight]
+        return [matrix.T for matrix in stored] if self.transposed else stored
+
+    def check(self, rule: Rule, params: Sequence[Tensor]) -> None:
+        """Raise an AdapterError unless an adapter's parameters fit the weight."""
+        m, n = self.shape[-1:-3:-1] if self.transposed else self.shape[-2:]
+        if len(self.shape) == 3:
+            if all(p.ndim == 2 for p in params):
+                raise AdapterError(f"{self.path}: {self.keys[0]} is {self.shape}; expected a matrix, as the adapter's")
+            if any(p.ndim != 3 or p.shape[0] != self.shape[0] for p in params):
+                found = ", ".join(str(tuple(p.shape)) for p in params)
+                raise AdapterError(f"{self.path}: the base has {self.shape[0]} experts there; the adapter has {found}")
+            params = [p[0] for p in params]
+        rule.check_shapes(params, m, n, where=self.path)
+
+
+class Places:
+    """The places of all layers of an adapter in a checkpoint.
+
+    Args:
+        reader: of the checkpoint.
+        files: the adapter.
+
+    Raises:
+        AdapterError: layers that the checkpoint does not have, or that do not fit, all in one message.
+    """
+
+    def __init__(self, reader: CheckpointReader, files: AdapterFiles) -> None:
+        self._reader = reader
+        self.disk: DiskKeys | None = None  # where the names alone do not tell
+        layers, masks = files.layers(), files.base_masks or {}
+        unknown = sorted(layers.keys() - masks.keys())
+        if unknown:
+            which = "" if files.base_masks is None else f" in {', '.join(unknown)}"
+            logger.warning("%s does not say which zeros it was trained on%s; they are not checked", files.source, which)
+        problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
+        rule = get_rule(files.config.rule)
+        self.places: list[Place] = []
+        found = self._by_name(list(layers))
+        found |= self._by_table([path for path in layers if path not in found])
+        for path, params in layers.items():
+            place = found.get(path)
+            if place is None:
+                problems.append(f"{path}: the base has no {path}.weight")
+                continue
+            wrong = [key for key in place.keys if reader.dtype(key) not in FLOATS]
+            if wrong or len(place.shape) not in (2, 3):
+                key = (wrong or place.keys)[0]
+                stored = f"{dtype_name(reader.dtype(key))} {reader.shape(key)}"
+                problems.append(f"{path}: {key} is {stored}; expected a floating-point matrix")
+                continue
+            try:
+                place.check(rule, params)
+            except (AdapterError, ConfigError) as error:
+                problems.append(str(error))
+            self.places.append(place)
+        if problems:
+            listing = "\n  ".join(sorted(problems))
+            raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
+
+    def _by_name(self, paths: Sequence[str]) -> dict[str, Place]:
+        axes = input_axes(self._reader)
+        found = {}
+        for path in paths:
+            key = next((key for key in (f"{path}.weight", path) if key in self._reader), None)
+            if key is not None:
+                shape = self._reader.shape(key)
+                found[path] = Place(path, (key,), None, shape, axes.get(key, 1) == len(shape) - 2)
+        return found
+
+    def _by_table(self, paths: Sequence[str]) -> dict[str, Place]:
+        """Find the weights of layers that the disk names otherwise, by a model without values."""
+        if not paths:
+            return {}
+        from spp.checkpoint_prune_model import skeleton
+
+        try:
+            model = skeleton(self._reader, None)
+            self.disk = DiskKeys(model, {key: self._reader.shape(key) for key in self._reader})
+        except (StreamingError, ConfigError) as error:
+            logger.warning("cannot tell how %s names its weights: %s", self._reader.directory, error)
+            return {}
+        single = {name: key for key, name in self.disk.memory.items() if self.disk.group_of(key) is None}
+        groups = {name: group for group in self.disk.groups.values() for name in group.memory}
+        found = {}
+        for projection in find_projections(model):
+            name, path = projection.parameter_path, projection.path
+            group = groups.get(name)
+            keys = group.disk if group is not None else (single[name],) if name in single else ()
+            if path in paths and keys:
+                found[path] = Place(path, keys, group, projection.shape, projection.input_axis == -2)
+        return found
