@@ -1,9 +1,10 @@
-"""What every test finds: no hub, no tokenizer threads, and the real model where a test asks for it."""
+"""What every test finds: no hub, no tokenizer threads; where a test asks, the real model and a place for kernels."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports huggingface_hub: an id that is no directory fails at once instead of being looked for.
@@ -34,3 +35,16 @@ def smollm2() -> Path:
         return example.smollm2()
     except RuntimeError as error:
         pytest.skip(f"SmolLM2 is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton's kernels run: on a GPU where there is one, else interpreted; skipped where there is no Triton."""
+    if sys.platform != "linux":
+        pytest.importorskip("triton")
+    from spp.kernels.triton import is_interpreted
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    assert is_interpreted(), "triton was imported before TRITON_INTERPRET was set"
+    return torch.device("cpu")

@@ -46,3 +46,16 @@ def prune(options: Options = None) -> None:
     from spp.bench.prune import main
 
     main(options or [], prog="spp bench prune")
+
+
+@app.command("gpu", **PASSED_ON)
+def gpu(options: Options = None) -> None:
+    """Check every GPU kernel against float64, and time a layer's training step on a GPU against its peers.
+
+    Without a GPU, --interpret runs the checks alone.
+
+    Example: spp bench gpu --out gpu.json
+    """
+    from spp.bench.gpu import main
+
+    main(options or [], prog="spp bench gpu")

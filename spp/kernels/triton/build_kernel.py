@@ -54,7 +54,7 @@ def _updated(weight, update, DELTA: tl.constexpr, SMALLEST: tl.constexpr, BITS: 
         return tl.where(lost, _with_sign_of(weight, SMALLEST, BITS), result)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "r", "row_bytes", "stretches"])
 def _build_kernel(
     weight_ptr,
     codes_ptr,

@@ -12,7 +12,7 @@ BLOCK_ROWS = 4
 BLOCK_COLS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row", "row_bytes", "stretches"])
 def _decode_kernel(
     values_ptr,
     codes_ptr,

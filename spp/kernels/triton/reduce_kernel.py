@@ -26,7 +26,7 @@ BLOCK_COLS = 128
 SPLIT_ROWS = 64  # rows of a program: few enough for r = 1 to fill a GPU, enough that partial sums of dα are small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "r", "splits", "row_bytes", "stretches"])
 def _reduce_kernel(
     weight_ptr,
     codes_ptr,
