@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import NonFiniteError
-from spp.kernels import PackedSource, base_linear, linear
-from spp.layer_cache import CachedWeight
+from spp.kernels import PackedSource
+from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
 from spp.layer_checks import check_linear, features, input_axis_of
 from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
 from spp.packed import PackedWeight
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 
-CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
-_opaque_forward: Callable[[SPPLinear, Tensor], Tensor] | None = None
 
-
-class SPPLinear(PackedHolder):
+class SPPLinear(AdaptedLinear, PackedHolder):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
@@ -89,10 +85,8 @@ class SPPLinear(PackedHolder):
         self.out_features, self.in_features = features(linear)
         self.input_axis = input_axis_of(linear)
         self.disabled = False
-        self.grad_precision = "auto"
         self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
         self.cache_effective = not packed
-        self._cached: CachedWeight | None = None
         self._requires_grad = {name: p.requires_grad for name, p in linear.named_parameters(recurse=False)}
         if not packed:
             self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]  # a Parameter
@@ -122,7 +116,6 @@ class SPPLinear(PackedHolder):
             linear.drop_weight()
         elif packed:
             release_weight(linear)
-        _prepare_opaque_forward()
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Return [W_α, W_β]."""
@@ -135,11 +128,8 @@ class SPPLinear(PackedHolder):
 
     def effective_weight(self) -> Tensor:
         """Return W_eff in the dtype and layout of `weight`: what the forward multiplies by, and a merge stores."""
-        effective = self._effective_matrix()
+        effective = effective_weight(self.spp_rule, self.matrix, self.adapter_parameters(), self.scaling)
         return effective if self.input_axis == -1 else effective.T.contiguous()
-
-    def _effective_matrix(self) -> Tensor:
-        return effective_weight(self.spp_rule, self.matrix, self.adapter_parameters(), self.scaling)
 
     @property
     def matrix(self) -> Tensor:
@@ -192,50 +182,24 @@ class SPPLinear(PackedHolder):
                 original.get_parameter(name).requires_grad_(flag)
         return original.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute Y (…, m) from x (…, n)."""
-        if torch.compiler.is_compiling():
-            assert _opaque_forward is not None
-            return _opaque_forward(self, x)
-        return self._compute(x)
-
-    def _compute(self, x: Tensor) -> Tensor:
-        weight = self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
+    def active(self) -> Active | None:
+        """Return the adapter, unless it is disabled."""
         if self.disabled:
-            return F.linear(x, weight, self.bias) if isinstance(weight, Tensor) else base_linear(x, weight, self.bias)
-        params: Sequence[Tensor] = self.adapter_parameters()
-        dropout = self.dropout if self.training else 0.0
-        if dropout and self.dropout_mode == "alpha":
-            params = [F.dropout(params[0], dropout), *params[1:]]
-            dropout = 0.0
-        if self._may_cache(x):
-            return F.linear(x, self._cached_weight(), self.bias)
-        return linear(x, weight, self.bias, self.spp_rule, params, self.scaling, dropout, self.grad_precision)
+            return None
+        params = self.adapter_parameters()
+        return Active(self.spp_rule, params, self.scaling, self.dropout, self.dropout_mode)
 
-    def _may_cache(self, x: Tensor) -> bool:
-        if self.training or torch.is_grad_enabled():
-            self._cached = None  # an optimizer's step may follow, and not every one leaves a trace on the tensors
-            return False
-        return (
-            self.cache_effective
-            and not self.stored_weight.is_meta
-            and x.numel() <= CACHED_TOKENS * self.in_features
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+    def frozen(self) -> Tensor | PackedSource:
+        """Return the base weight."""
+        return self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
 
-    def _cached_weight(self) -> Tensor:
-        params, stored = self.adapter_parameters(), self.stored_weight
-        if any(t.is_inference() for t in (stored, *params)):
-            return self._effective_matrix()  # such tensors have no version to tell whether they changed
-        if self._cached is None or not self._cached.is_current(stored, params, self.scaling):
-            with torch.inference_mode(False):
-                self._cached = CachedWeight(stored, params, self.scaling, self._effective_matrix())
-        return self._cached.effective
+    def frozen_bias(self) -> Tensor | None:
+        """Return the bias."""
+        return self.bias
 
-    def train(self, mode: bool = True) -> SPPLinear:
-        """Set the mode; a cached W_eff is dropped."""
-        self._cached = None
-        return super().train(mode)
+    def kept_weight(self) -> Tensor:
+        """Return `stored_weight`."""
+        return self.stored_weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPLinear:
         """Convert or move; W_α and W_β follow the device, but stay float32 (float64 for a float64 base)."""
@@ -246,17 +210,10 @@ class SPPLinear(PackedHolder):
             super()._apply(fn, recurse)
             for name, parameter in adapter.items():
                 assert parameter is not None
-                adapter[name] = _convert(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))
+                adapter[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))
         finally:
             self._parameters.update(adapter)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _prepare_opaque_forward()
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
@@ -265,25 +222,3 @@ class SPPLinear(PackedHolder):
             f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
             + ("" if self.packed_layout is None else f", packed={self.packed_layout}")
         )
-
-
-def _convert(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> nn.Parameter:
-    with torch.no_grad():
-        applied = fn(parameter)
-        data = applied if applied.dtype == dtype else parameter.detach().to(applied.device, dtype)
-        if applied.is_meta != parameter.is_meta:  # a Parameter cannot change to or from meta in place
-            return nn.Parameter(data, requires_grad=parameter.requires_grad)
-        parameter.data = data
-        if parameter.grad is not None:
-            parameter.grad.data = parameter.grad.to(data.device, dtype)
-    return parameter
-
-
-def _prepare_opaque_forward() -> None:
-    """Make the layer one opaque call for torch.compile, so that its numbers are those of eager mode.
-
-    Not at import time: torch.compiler.disable imports the compiler, which takes seconds.
-    """
-    global _opaque_forward
-    if _opaque_forward is None:
-        _opaque_forward = torch.compiler.disable(SPPLinear._compute)

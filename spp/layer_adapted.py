@@ -1,0 +1,153 @@
+"""What every adapted linear layer shares: how it computes, what it keeps between calls, how it is converted."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spp.kernels import PackedSource, base_linear, linear
+from spp.layer_cache import CachedWeight
+from spp.rules import Rule, effective_weight
+
+CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
+_opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
+
+
+class Active(NamedTuple):
+    """The adapter that a layer computes with.
+
+    Attributes:
+        rule, params, scaling: of the effective weight.
+        dropout, dropout_mode: in training; as in SPPConfig.
+        dropped: which of `params` the mode "alpha" drops entries of.
+    """
+
+    rule: Rule
+    params: Sequence[Tensor]
+    scaling: float
+    dropout: float = 0.0
+    dropout_mode: str = "input"
+    dropped: tuple[int, ...] = (0,)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer that multiplies by W_eff; where W and the adapter are kept is its subclasses' matter.
+
+    Attributes:
+        in_features: n.
+        cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
+            generation does not build it for each.
+        grad_precision: of the product behind the gradients of the adapter, "auto" or "fp8" (spp.kernels.fp8): a
+            property of a run, not of the adapter, and stored nowhere.
+    """
+
+    in_features: int
+    cache_effective: bool
+    grad_precision: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_effective = True
+        self.grad_precision = "auto"
+        self._cached: CachedWeight | None = None
+        _prepare_opaque_forward()
+
+    @abstractmethod
+    def active(self) -> Active | None:
+        """Return the adapter to compute with; None computes as the pruned layer does."""
+
+    @abstractmethod
+    def frozen(self) -> Tensor | PackedSource:
+        """Return W (m, n), as a tensor or where blocks of it come from."""
+
+    @abstractmethod
+    def frozen_bias(self) -> Tensor | None:
+        """Return b (m,) or None."""
+
+    @abstractmethod
+    def kept_weight(self) -> Tensor:
+        """Return the tensor that holds W's numbers, in its dtype and on its device: W, or its packed values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Y (…, m) from x (…, n)."""
+        if torch.compiler.is_compiling():
+            assert _opaque_forward is not None
+            return _opaque_forward(self, x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        weight, bias, active = self.frozen(), self.frozen_bias(), self.active()
+        if active is None:
+            return F.linear(x, weight, bias) if isinstance(weight, Tensor) else base_linear(x, weight, bias)
+        params, dropout = active.params, active.dropout if self.training else 0.0
+        if dropout and active.dropout_mode == "alpha":
+            params = [F.dropout(p, dropout) if i in active.dropped else p for i, p in enumerate(params)]
+            dropout = 0.0
+        if self._may_cache(x):
+            return F.linear(x, self._cached_weight(active), bias)
+        return linear(x, weight, bias, active.rule, params, active.scaling, dropout, self.grad_precision)
+
+    def _may_cache(self, x: Tensor) -> bool:
+        if self.training or torch.is_grad_enabled():
+            self._cached = None  # an optimizer's step may follow, and not every one leaves a trace on the tensors
+            return False
+        return (
+            self.cache_effective
+            and not self.kept_weight().is_meta
+            and x.numel() <= CACHED_TOKENS * self.in_features
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _cached_weight(self, active: Active) -> Tensor:
+        kept, key = self.kept_weight(), (active.rule, active.scaling)
+        if any(t.is_inference() for t in (kept, *active.params)):
+            return self._effective_weight(active)  # such tensors have no version to tell whether they changed
+        if self._cached is None or not self._cached.is_current(kept, active.params, key):
+            with torch.inference_mode(False):
+                self._cached = CachedWeight(kept, active.params, key, self._effective_weight(active))
+        return self._cached.effective
+
+    def _effective_weight(self, active: Active) -> Tensor:
+        weight = self.frozen()
+        dense = weight if isinstance(weight, Tensor) else weight.packed.dense()
+        return effective_weight(active.rule, dense, active.params, active.scaling)
+
+    def train(self, mode: bool = True) -> AdaptedLinear:
+        """Set the mode; a cached W_eff is dropped."""
+        self._cached = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _prepare_opaque_forward()
+
+
+def convert_parameter(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> nn.Parameter:
+    """Return a parameter of an adapter after `fn`, as nn.Module._apply calls it: on its device, but in `dtype`."""
+    with torch.no_grad():
+        applied = fn(parameter)
+        data = applied if applied.dtype == dtype else parameter.detach().to(applied.device, dtype)
+        if applied.is_meta != parameter.is_meta:  # a Parameter cannot change to or from meta in place
+            return nn.Parameter(data, requires_grad=parameter.requires_grad)
+        parameter.data = data
+        if parameter.grad is not None:
+            parameter.grad.data = parameter.grad.to(data.device, dtype)
+    return parameter
+
+
+def _prepare_opaque_forward() -> None:
+    """Make the layer one opaque call for torch.compile, so that its numbers are those of eager mode.
+
+    Not at import time: torch.compiler.disable imports the compiler, which takes seconds.
+    """
+    global _opaque_forward
+    if _opaque_forward is None:
+        _opaque_forward = torch.compiler.disable(AdaptedLinear._compute)
