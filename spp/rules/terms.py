@@ -1,0 +1,142 @@
+"""Several adapters on one weight: the sum of their terms, in one effective weight.
+
+    W_eff = W · (1 + Σ_t u_t),    u_t what the t-th adapter alone multiplies W by, less 1: for SPP (s_t·β_t) · A_t
+
+Each u_t is rounded as it is in the adapter's own rule, and they are added in order; one term gives the bits of that
+rule. A zero of W is a zero of W_eff, whatever the terms. Only rules that multiply W can be summed so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spp.errors import ConfigError
+from spp.rules.base import Rule
+
+
+@dataclass(frozen=True)
+class TermFactors:
+    """One call's factors of each term."""
+
+    terms: tuple[object, ...]
+    one: Tensor  # 1 in the arithmetic's dtype: a rule applied to it gives 1 + u, or u
+
+
+@dataclass(frozen=True)
+class TermsRule(Rule):
+    """A sum of terms of one rule.
+
+    Args:
+        rule: of every term; its parameters are concatenated, term after term.
+        ranks: r of each term.
+        scalings: s of each term; the scaling that a call is given multiplies all of them.
+    """
+
+    name: ClassVar[str] = "terms"
+    rule: Rule
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:  # type: ignore[override]  # an instance's, by the number of terms
+        """Names such as "alpha[0]", "beta[0]", "alpha[1]", …"""
+        return tuple(f"{name}[{t}]" for t in range(len(self.ranks)) for name in self.rule.parameter_names)
+
+    def split(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Return the parameters of each term."""
+        count = len(self.rule.parameter_names)
+        return [params[t * count : (t + 1) * count] for t in range(len(self.ranks))]
+
+    def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
+        if r != sum(self.ranks):
+            raise ConfigError(f"r = {r} for terms of ranks {self.ranks}: it must be their sum, {sum(self.ranks)}")
+        return tuple(shape for rank in self.ranks for shape in self.rule.shapes(out_features, in_features, rank))
+
+    def rank(self, params: Sequence[Tensor]) -> int:
+        return sum(self.rule.rank(part) for part in self.split(params))
+
+    def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
+        for rank in self.ranks:
+            self.rule.check_rank(out_features, in_features, rank, where)
+
+    def init_(self, params: Sequence[Tensor], init: str, generator: torch.Generator | None) -> None:
+        for part in self.split(params):
+            self.rule.init_(part, init, generator)
+
+    def prepare(self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype) -> TermFactors:
+        terms = tuple(
+            self.rule.prepare(part, scaling * s, out_features, dtype)
+            for part, s in zip(self.split(params), self.scalings, strict=True)
+        )
+        return TermFactors(terms, torch.ones((), dtype=dtype, device=params[0].device))
+
+    def build(self, weight: Tensor, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        self._update(factors, rows, cols, out)
+        out.add_(1.0)
+        out.mul_(weight)
+
+    def delta(self, weight: Tensor, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        self._update(factors, rows, cols, out)
+        out.mul_(weight)
+
+    def empty_grads(self, factors: TermFactors, needed: Sequence[bool]) -> list[Tensor | None]:
+        count = len(self.rule.parameter_names)
+        return [
+            grad
+            for t, term in enumerate(factors.terms)
+            for grad in self.rule.empty_grads(term, needed[t * count : (t + 1) * count])
+        ]
+
+    def reduce(
+        self,
+        weight: Tensor,
+        factors: TermFactors,
+        rows: slice,
+        cols: slice,
+        gradient: Tensor,
+        grads: Sequence[Tensor | None],
+        *,
+        accumulate: bool,
+    ) -> None:
+        count = len(self.rule.parameter_names)
+        h = gradient.mul_(weight)  # (rows, cols); each term reduces it against a weight of 1
+        for t, term in enumerate(factors.terms):
+            part = grads[t * count : (t + 1) * count]
+            self.rule.reduce(factors.one, term, rows, cols, h, part, accumulate=accumulate)
+
+    def largest_factor(self, factors: TermFactors) -> float:
+        return sum(self.rule.largest_factor(term) for term in factors.terms)
+
+    def row_alignment(self, factors: TermFactors) -> int:
+        return max(self.rule.row_alignment(term) for term in factors.terms)
+
+    def oracle(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        params: Sequence[Tensor],
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        frozen = F.linear(x, weight)
+        branches = [
+            self.rule.oracle(x, weight, None, part, scaling * s, mask) - frozen
+            for part, s in zip(self.split(params), self.scalings, strict=True)
+        ]
+        return F.linear(x, weight, bias) + torch.stack(branches).sum(0)
+
+    def _update(self, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        """Write Σ_t u_t for a block into `out`."""
+        first, *others = factors.terms
+        self.rule.delta(factors.one, first, rows, cols, out)
+        for term in others:
+            update = torch.empty_like(out)
+            self.rule.delta(factors.one, term, rows, cols, update)
+            out.add_(update)
