@@ -1,23 +1,28 @@
-"""Decode a rectangle of a packed matrix on the CPU, with numpy: values are moved as bits, a few rows at a time.
+"""Decode a rectangle of a packed matrix on the CPU: values are moved as bits, a few rows at a time.
 
 N:M: a table gives the places of a byte's values, a second one where the byte lies, and one indexed write puts the
-values there. Any pattern: the bits that are set are the places.
+values there; by numpy on one thread, where it is faster, by torch on several. Any pattern: the bits that are set are
+the places.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from spp.packed.layout import STRETCH, Layout
-from spp.packed.packing import INTEGERS, stretch_counts
+from spp.packed.packing import INTEGERS, row_counts
 
 _CHUNK = 1 << 17  # weights decoded together: places, values and the result of a chunk stay in a core's cache
+_THREADED_CHUNK = 1 << 19  # the same for several cores
 Array = npt.NDArray[Any]
+_local = threading.local()
 
 
 def decode_cpu(
@@ -38,21 +43,23 @@ def decode_cpu(
     last = min(-(-cols.stop // unit) * unit, layout.cols)
     cut = slice(cols.start - first, cols.stop - first)
     whole = cut.stop - cut.start == last - first
-    source, target = values.view(bits).numpy(), out.view(bits).numpy()
-    bytes_, begins = codes.numpy(), None if starts is None else starts.numpy()
-    step = _rows_together(last - first)
-    spare = None if whole else np.empty((step, last - first), source.dtype)
+    source, target = values.view(bits), out.view(bits)
+    threaded = layout.is_nm and torch.get_num_threads() > 1
+    step = _rows_together(last - first, threaded)
+    spare = None if whole else torch.empty((step, last - first), dtype=bits, device="cpu")
     for begin in range(rows.start, rows.stop, step):
         part = slice(begin, min(begin + step, rows.stop))
         at = target[part.start - rows.start : part.stop - rows.start]
         block = at if spare is None else spare[: len(at)]
-        if layout.is_nm:
-            _decode_groups(layout, source, bytes_, part, first, last, block)
+        if threaded:
+            _decode_groups_threaded(layout, source, codes, part, first, last, block)
+        elif layout.is_nm:
+            _decode_groups(layout, source.numpy(), codes.numpy(), part, first, last, block.numpy())
         else:
-            assert begins is not None
-            _decode_mask(source, bytes_, begins, part, first, last, block)
+            assert starts is not None
+            _decode_mask(source.numpy(), codes.numpy(), starts.numpy(), part, first, last, block.numpy())
         if spare is not None:
-            at[:] = block[:, cut]
+            at.copy_(block[:, cut])
 
 
 def _decode_groups(
@@ -71,6 +78,23 @@ def _decode_groups(
     block.reshape(-1)[places.reshape(-1)] = values[rows, begin : begin + count].reshape(-1)
 
 
+def _decode_groups_threaded(
+    layout: Layout, values: Tensor, codes: Tensor, rows: slice, first: int, last: int, block: Tensor
+) -> None:
+    """Write W[rows, first:last] into `block`, as `_decode_groups` does, with torch's operations."""
+    unit, bytes_ = layout.unit
+    width = last - first
+    table = torch.from_numpy(_places_in_byte(layout.kept, layout.group, layout.index_bits).view(np.int64)).view(256, -1)
+    inside = codes[rows, first // unit * bytes_ : -(-last // unit) * bytes_].reshape(-1).to(torch.int32)
+    count = width // layout.group * layout.kept
+    places = torch.index_select(table, 0, inside, out=_scratch(len(inside), table.shape[1]))
+    places = places.view(len(block), -1)[:, :count]
+    places += torch.from_numpy(_first_places(layout.kept, layout.group, layout.index_bits, width, True))[: len(block)]
+    block.zero_()
+    begin = first // layout.group * layout.kept
+    block.view(-1).index_copy_(0, places.reshape(-1), values[rows, begin : begin + count].reshape(-1))
+
+
 def _decode_mask(values: Array, codes: Array, starts: Array, rows: slice, first: int, last: int, block: Array) -> None:
     """Write W[rows, first:last] into `block`, any pattern; `first` is a multiple of 8, `last` is one or is n."""
     inside = codes[rows, first // 8 : -(-last // 8)]
@@ -82,11 +106,22 @@ def _decode_mask(values: Array, codes: Array, starts: Array, rows: slice, first:
         chosen = values[begin : begin + len(places)]
     else:
         before = codes[rows, stretch * STRETCH // 8 : first // 8]
-        begins = starts[rows, stretch] + stretch_counts(before).sum(1)
-        counts = stretch_counts(inside).sum(1)
-        shift = begins - (np.cumsum(counts) - counts)
-        chosen = values[np.repeat(shift, counts) + np.arange(len(places))]
+        begins = starts[rows, stretch] + row_counts(before)
+        ends = begins + row_counts(inside)
+        # A piece a row: from about 64 values on, copying pieces is faster than computing an index for each value.
+        pieces = [values[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        chosen = np.concatenate(pieces)
     block.reshape(-1)[places] = chosen
+
+
+def _scratch(rows: int, cols: int) -> Tensor:
+    """Return int64 memory of this shape, the same at every call of a thread: fresh memory costs as much as its use."""
+    size = rows * cols
+    held: Tensor | None = getattr(_local, "places", None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):
+            held = _local.places = torch.empty(max(size, _THREADED_CHUNK // 2), dtype=torch.int64, device="cpu")
+    return held[:size].view(rows, cols)
 
 
 @lru_cache(maxsize=64)
@@ -106,18 +141,18 @@ def _places_in_byte(kept: int, group: int, index_bits: int) -> Array:
 
 
 @lru_cache(maxsize=16)
-def _first_places(kept: int, group: int, index_bits: int, width: int) -> Array:
+def _first_places(kept: int, group: int, index_bits: int, width: int, threaded: bool = False) -> Array:
     """Return, for each value of a full chunk, where the byte or the group that its place counts from begins."""
     value = np.arange(width // group * kept)
     if index_bits:
         begins = value // kept * group
     else:
         begins = value // (8 // group * kept) * 8
-    return begins + np.arange(_rows_together(width))[:, None] * width
+    return begins + np.arange(_rows_together(width, threaded))[:, None] * width
 
 
-def _rows_together(width: int) -> int:
-    return max(1, _CHUNK // width)
+def _rows_together(width: int, threaded: bool) -> int:
+    return max(1, (_THREADED_CHUNK if threaded else _CHUNK) // width)
 
 
 def as_rows(part: slice, length: int) -> slice:

@@ -76,7 +76,13 @@ def stretch_counts(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     edges = np.arange(0, width, STRETCH // 8)
     if not rows or not width:
         return np.zeros((rows, len(edges)), np.int64)
-    result: npt.NDArray[np.int64] = np.add.reduceat(_PER_BYTE[codes], edges, axis=1, dtype=np.int64)
+    result: npt.NDArray[np.int64] = np.add.reduceat(_PER_BYTE.take(codes), edges, axis=1, dtype=np.int64)
+    return result
+
+
+def row_counts(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Return the number of bits set in each row of a mask's codes (rows, B)."""
+    result: npt.NDArray[np.int64] = _PER_BYTE.take(codes).sum(1, dtype=np.int64)
     return result
 
 

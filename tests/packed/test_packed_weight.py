@@ -84,8 +84,10 @@ def rectangles(m: int, n: int) -> list[tuple[slice, slice]]:
     return list(itertools.product(rows, [slice(None), *cols]))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["free", *PATTERNS])
-def test_any_rectangle_by_both_decoders(kind: str) -> None:
+def test_any_rectangle_by_every_decoder(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for m, n in [(9, 2144), (70, 96)]:
         weight = free_matrix(m, n, 0.4) if kind == "free" else nm_matrix(m, n, kind)
         packed = PackedWeight.pack(weight)
@@ -99,13 +101,15 @@ def test_any_rectangle_by_both_decoders(kind: str) -> None:
             assert_same_bits(out, expected, f"{kind} {rows} {cols} by torch")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["free", "2:4", "1:4"])
-def test_more_rows_than_are_decoded_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_are_decoded_together(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("spp.packed.packing._CHUNK", 256)
     monkeypatch.setattr("spp.packed.anywhere.CHUNK", 256)
-    weight = free_matrix(5000, 64, 0.5) if kind == "free" else nm_matrix(5000, 64, kind)
+    weight = free_matrix(9000, 64, 0.5) if kind == "free" else nm_matrix(9000, 64, kind)
     packed = check_round_trip(weight)
-    rows, cols, out = slice(600, 4921), slice(13, 32), torch.empty(4321, 19)
+    rows, cols, out = slice(600, 8921), slice(13, 32), torch.empty(8321, 19)
     assert_same_bits(packed.decode(rows, cols, out), weight[rows, cols] + 0.0)
     decode_anywhere(packed.layout, packed.values, packed.codes, packed.starts, rows, cols, out.fill_(7))
     assert_same_bits(out, weight[rows, cols] + 0.0)
