@@ -1,6 +1,7 @@
-"""Compile every kernel for GPUs that need not be there, and print what each one's assembly does, as JSON.
+"""Compile every kernel, as its own launcher would start it, for a GPU that need not be there; print what it became.
 
-Run in a process of its own: in the test run Triton interprets kernels instead of compiling them.
+Run in a process of its own: in the test run Triton interprets kernels instead of compiling them. Prints one JSON
+object: for each kernel and case, its float32 instructions and the widths of its loads and stores.
 """
 
 from __future__ import annotations
@@ -8,103 +9,115 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from spp.kernels.triton import build_kernel, decode_kernel, quantise_kernel, reduce_kernel
-from spp.kernels.triton.tile import operand
-from spp.packed import PackedWeight
-
-DIVISIBLE = [["tt.divisibility", 16]]
-FLOAT_ARITHMETIC = r"\b((?:fma|mad|mul|add|sub|cvt)\.\S*f32)\s"
-STORED = {"*fp32": (32, torch.float32), "*bf16": (16, torch.bfloat16), "*fp16": (16, torch.float16)}
-POINTERS = {"codes_ptr": "*u8", "starts_ptr": "*i32"} | dict.fromkeys(
-    ("alpha_ptr", "scaled_beta_ptr", "part_alpha_ptr", "part_beta_ptr"), "*fp32"
+from spp.kernels.triton import (
+    build,
+    build_kernel,
+    decode,
+    decode_kernel,
+    delta,
+    quantise,
+    quantise_kernel,
+    reduce,
+    reduce_kernel,
 )
+from spp.packed import PackedWeight
+from spp.rules import get_rule
+
+FLOAT_ARITHMETIC = r"\b((?:fma|mad|mul|add|sub|cvt)\.\S*f32)\s"
+ACCESS = r"\b((?:ld|st)\.global\S*)\s"
+M, N, R = 128, 512, 16
+WHOLE = slice(None)
 
 
-def forms() -> dict[str, dict[str, int]]:
-    """The constants of every form of W."""
-    group = torch.eye(8).view(1, 64)
-    matrices = {
-        "dense": torch.ones(2, 64),
-        "any pattern": PackedWeight.pack((torch.arange(128.0) % 3).view(2, 64)),
-        "2:4": PackedWeight.pack(torch.tensor([[1.0, 2.0, 0.0, 0.0]]).repeat(2, 16)),
-        "1:8": PackedWeight.pack(group),
-    }
-    found = {name: operand(matrix)[2] for name, matrix in matrices.items()}
-    assert sorted(constants["FORM"] for constants in found.values()) == [0, 1, 2, 3]
+class NoDevice:
+    """What Triton asks its driver for before it starts a kernel."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Compiler:
+    """Stands in for `launch`: compiles, and remembers what came out under the name of the case."""
+
+    def __init__(self) -> None:
+        self.case = ""
+        self.found: dict[str, dict[str, list[str]]] = {}
+
+    def __call__(self, kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, num_warps=4, enable_fp_fusion=False, **constants)
+        assert len(compiled.asm["cubin"]) > 1000
+        assembly = compiled.asm["ptx"]
+        assert self.case not in self.found
+        self.found[self.case] = {
+            "arithmetic": sorted(set(re.findall(FLOAT_ARITHMETIC, assembly))),
+            "access": sorted(set(re.findall(ACCESS, assembly))),
+        }
+
+
+def matrices() -> dict[str, torch.Tensor | PackedWeight]:
+    """W in every form."""
+    pattern = {"2:4": [1, 1, 0, 0], "1:8": [1, 0, 0, 0, 0, 0, 0, 0], "any pattern": [1, 1, 1, 0, 0, 1, 0, 0]}
+    found: dict[str, torch.Tensor | PackedWeight] = {"dense": torch.ones(M, N)}
+    for name, kept in pattern.items():
+        found[name] = PackedWeight.pack(torch.tensor(kept).repeat(M, N // len(kept)).float())
     return found
 
 
-def compiled(kernel: Any, capability: int, weight: str, **constants: Any) -> list[str]:
-    """The float32 instructions of a kernel for a W with adjacent columns, and arguments that 16 divides."""
-    if constants.get("FORM", 0) == 0:
-        constants |= {"stride_col": 1}
-    names = kernel.arg_names
-    types = {name: weight for name in ("weight_ptr", "values_ptr", "gradient_ptr", "x_ptr", "out_ptr")} | POINTERS
-    source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
-        constexprs=constants,
-        attrs={(i,): DIVISIBLE for i, name in enumerate(names) if name not in constants and name != "r"},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    result = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": False})
-    assert len(result.asm["cubin"]) > 1000
-    return sorted(set(re.findall(FLOAT_ARITHMETIC, result.asm["ptx"])))
+def in_dtype(matrix: torch.Tensor | PackedWeight, dtype: torch.dtype) -> torch.Tensor | PackedWeight:
+    """The same matrix, its values converted."""
+    if isinstance(matrix, torch.Tensor):
+        return matrix.to(dtype)
+    return PackedWeight(matrix.layout, matrix.values.to(dtype), matrix.codes, matrix.starts)
 
 
-def main(capability: int) -> None:
-    """Compile for one capability: every dtype of a dense W, and on Hopper every form of W in bfloat16."""
-    found = {}
-    for form, constants in forms().items():
-        if form != "dense" and capability < 90:
-            continue
-        for stored, (bits, dtype) in STORED.items() if form == "dense" else [("*bf16", STORED["*bf16"])]:
-            for delta in (False, True):
-                found[f"{'delta' if delta else 'build'} {form} {stored}"] = compiled(
-                    build_kernel._build_kernel,
-                    capability,
-                    stored,
-                    **constants,
-                    DELTA=delta,
-                    SMALLEST=build_kernel.smallest_bits(dtype),
-                    WEIGHT_BITS=bits,
-                    BLOCK_ROWS=build_kernel.BLOCK_ROWS,
-                    BLOCK_COLS=build_kernel.BLOCK_COLS,
-                )
-            for rows in (reduce_kernel.LEAST_ROWS, reduce_kernel.MOST_ROWS):
-                found[f"reduce {form} {stored} {rows}"] = compiled(
-                    reduce_kernel._reduce_kernel,
-                    capability,
-                    stored,
-                    **constants,
-                    WITH_ALPHA=True,
-                    WITH_BETA=True,
-                    SPLIT_ROWS=reduce_kernel.SPLIT_ROWS,
-                    LOOP_ROWS=reduce_kernel.SPLIT_ROWS,
-                    BLOCK_ROWS=rows,
-                    BLOCK_COLS=reduce_kernel.BLOCK_COLS,
-                )
-        if form != "dense":
-            found[f"decode {form} *bf16"] = compiled(
-                decode_kernel._decode_kernel,
-                capability,
-                "*bf16",
-                **constants,
-                BLOCK_ROWS=decode_kernel.BLOCK_ROWS,
-                BLOCK_COLS=decode_kernel.BLOCK_COLS,
-            )
-    POINTERS["inverse_ptr"], POINTERS["out_ptr"] = "*fp32", "*u8"
-    kernel = quantise_kernel._quantise_kernel
-    found["quantise *bf16"] = compiled(kernel, capability, "*bf16", BLOCK=quantise_kernel.BLOCK)
-    print(json.dumps(found))
+def main(capability: int, forms: list[str]) -> None:
+    """Compile for one capability: every dtype of a dense W, the packed forms in bfloat16."""
+    driver.set_active(NoDevice(capability))
+    compiler = Compiler()
+    for module in (build_kernel, reduce_kernel, decode_kernel, quantise_kernel):
+        module.launch = compiler  # type: ignore[assignment]
+    rule = get_rule("spp")
+    factors = rule.prepare((torch.ones(R, N), torch.ones(M, 1)), 2.0, M, torch.float32)
+
+    def compile_case(case: str, call: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        compiler.case = case
+        call(*arguments, **options)
+
+    for form in forms:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16) if form == "dense" else (torch.bfloat16,):
+            weight = in_dtype(matrices()[form], dtype)
+            name = f"{form} {str(dtype).removeprefix('torch.')}"
+            for product in (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,):
+                out = torch.empty(M, N, dtype=product)
+                compile_case(f"build {name} for {product}", build, weight, factors, out)
+                compile_case(f"delta {name} for {product}", delta, weight, factors, out)
+            for columns in (slice(256, N), slice(0, N)):
+                gradient = torch.empty(M, len(range(N)[columns]), dtype=dtype)
+                grads = rule.empty_grads(factors, (True, True))
+                name_of_part = f"reduce {name} from {columns.start}"
+                compile_case(name_of_part, reduce, weight, factors, columns, gradient, grads, accumulate=True)
+            if isinstance(weight, PackedWeight):
+                compile_case(f"decode {name}", decode, weight, WHOLE, WHOLE, out)
+    x, rounded = torch.empty(64, N, dtype=torch.bfloat16), torch.empty(N, 64, dtype=torch.float8_e4m3fn)
+    compile_case("quantise bfloat16", quantise, x, torch.ones(()), rounded)
+    print(json.dumps(compiler.found))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -12,24 +12,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ROUNDED = {"mul.rn.f32", "add.rn.f32"}  # said to round by themselves: no later stage of the compiler may join them
+ARITHMETIC = {"build": ROUNDED, "delta": {"mul.rn.f32"}, "reduce": ROUNDED, "decode": set(), "quantise": ROUNDED}
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton's compiler for CUDA")
-@pytest.mark.parametrize(("capability", "kernels"), [(80, 13), (90, 28)])
-def test_kernels_compile_without_contraction(capability: int, kernels: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("capability", "forms"), [(80, ["dense"]), (90, ["dense", "2:4", "1:8", "any pattern"])])
+def test_kernels_compile_without_contraction(capability: int, forms: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(capability)]
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(capability), *forms]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
-    assert len(found) == kernels
+    assert len(found) == 15 + 5 * (len(forms) - 1)
     for name, instructions in found.items():
-        assert not any(i.startswith(("fma", "mad")) for i in instructions), f"{name}: {instructions}"
-        # Explicitly rounded operations, which no later stage of the compiler may join.
-        expected = {"build": {"mul.rn.f32", "add.rn.f32"}, "delta": {"mul.rn.f32"}, "decode": set()}
-        expected["quantise"] = expected["build"]
-        expected["reduce"] = expected["build"]
-        assert expected[name.split()[0]] <= set(instructions), f"{name}: {instructions}"
-        if name.startswith(("build", "delta")) and not name.endswith("*fp32"):
-            assert any(i.startswith("cvt.rn") for i in instructions), f"{name}: {instructions}"
+        arithmetic = instructions["arithmetic"]
+        assert not any(i.startswith(("fma", "mad")) for i in arithmetic), f"{name}: {arithmetic}"
+        assert ARITHMETIC[name.split()[0]] <= set(arithmetic), f"{name}: {arithmetic}"
+        if name.startswith(("build", "delta")) and not name.endswith("float32"):
+            assert any(i.startswith("cvt.rn") for i in arithmetic), f"{name}: {arithmetic}"
+        stores = [i for i in instructions["access"] if i.startswith("st")]
+        if not name.startswith("reduce"):
+            assert any(".v4." in i for i in stores), f"{name}: {instructions['access']}"
+        if " dense " in name or name.startswith("quantise"):
+            assert any(i.startswith("ld") and ".v4." in i for i in instructions["access"]), name

@@ -27,7 +27,7 @@ def _e4m3(value):
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["tokens", "cols", "padded_cols"])
+@triton.jit(do_not_specialize=["tokens", "padded_cols"])
 def _quantise_kernel(
     x_ptr, inverse_ptr, out_ptr, tokens, cols, padded_tokens, padded_cols, stride_row, stride_col, BLOCK: tl.constexpr
 ):
