@@ -4,6 +4,9 @@
     backward   W_eff built again                       dX = dY W_eff
                for each chunk: G = dYᵀ X[:, chunk], and W ⊙ G reduced into dθ before G leaves the cache
 
+Beside the three products, Triton's kernels read W twice and write W_eff twice, and read W and G once more, G from the
+cache; a packed W is read at its own size. Plain torch takes about four passes of float32 over the layer for each of them.
+
 With input dropout, X̃ the dropped X: Y = X Wᵀ + b + X̃ W′ᵀ, dX = dY W + mask ⊙ (dY W′) / (1 − p), G = dYᵀ X̃.
 
 Memory beyond what the layer saves, shared by all layers, once for the thread that runs forward and once for
