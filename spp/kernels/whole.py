@@ -5,7 +5,7 @@
                for each chunk: G = dYᵀ X[:, chunk], and W ⊙ G reduced into dθ before G leaves the cache
 
 Beside the three products, Triton's kernels read W twice and write W_eff twice, and read W and G once more, G from the
-cache; a packed W is read at its own size. Plain torch takes about four passes of float32 over the layer for each of them.
+cache; a packed W is read at its own size. Plain torch takes about four passes in float32 for each of these.
 
 With input dropout, X̃ the dropped X: Y = X Wᵀ + b + X̃ W′ᵀ, dX = dY W + mask ⊙ (dY W′) / (1 − p), G = dYᵀ X̃.
 
