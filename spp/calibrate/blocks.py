@@ -1,16 +1,17 @@
 """A model's decoder blocks, run one at a time with exactly what the model itself passes to each.
 
-The model's own forward is called for every batch. Blocks before the one that is wanted are skipped (their forward
-hands its input on), the wanted one gets the stored hidden states in place of its input, and its output ends the call.
-So position ids, masks, rotary embeddings and whatever else an architecture passes, block by block, are its own, and
-nothing but the hidden states of one block is ever kept.
+The model's own forward is called for every batch. Blocks before the one that is wanted do not compute: the last of
+them returns the output that was kept of it, those before it hand their input on. The output of the wanted one ends the
+call. So position ids, masks, rotary embeddings, whatever else an architecture passes and what it does between two
+blocks are its own. Kept are the output of one block, and what blocks put into a mapping that they all are passed (keys
+and values of a layer that later layers use too).
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -84,10 +85,8 @@ class BlockRunner:
         self._path = path
         self._blocks = blocks
         self._batches = windows.to(_input_device(model)).split(max(1, BATCH_TOKENS // windows.shape[1]))
-        self._hidden: list[Tensor | None] = [None] * len(
-            self._batches
-        )  # None: what the model passes to its first block
-        self._rest: int | None = None  # entries of a block's output behind the hidden states; None for a bare tensor
+        self._outputs: list[Any] = [None] * len(self._batches)  # of the block before the next one, as it returned them
+        self._shared: list[dict[int | str, dict[Any, Any]]] = [{} for _ in self._batches]  # {argument: its entries}
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -106,12 +105,13 @@ class BlockRunner:
         Raises:
             NonFiniteError: an output that is to be kept holds NaN or infinity.
         """
-        with self._skipped(index):
-            for batch in range(len(self._batches)):
-                output = self._run(index, batch)
-                if keep:
-                    self._keep(index, batch, output)
-                yield batch
+        for batch in range(len(self._batches)):
+            output, shared = self._run(index, batch)
+            if keep:
+                self._keep(index, batch, output)
+                for argument, entries in shared.items():
+                    self._shared[batch].setdefault(argument, {}).update(entries)
+            yield batch
 
     def propagate(self, index: int) -> None:
         """Run block `index` and keep its outputs as the inputs of the next one."""
@@ -127,45 +127,50 @@ class BlockRunner:
                 f"the output of {self._path}.{index} holds NaN or infinity; load the model in a wider dtype, such as "
                 f"dtype=torch.float32"
             )
-        self._rest = len(output) - 1 if isinstance(output, tuple) else None
-        self._hidden[batch] = hidden
+        self._outputs[batch] = output
 
-    def _run(self, index: int, batch: int) -> Any:
+    def _run(self, index: int, batch: int) -> tuple[Any, dict[int | str, dict[Any, Any]]]:
+        """Return the output of a block, and the entries that it put into mappings that it was passed."""
         block = self._blocks[index]
+        mappings: dict[int | str, tuple[MutableMapping[Any, Any], dict[Any, Any]]] = {}
 
-        def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = self._hidden[batch]
-            if hidden is None:
-                return None
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, hidden_name(kwargs): hidden}
+        def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            for argument, value in given:
+                if isinstance(value, MutableMapping):
+                    value.update(self._shared[batch].get(argument, {}))
+                    mappings[argument] = value, dict(value)
 
         def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
             raise Reached(output)
 
-        hooks = [block.register_forward_pre_hook(replace, with_kwargs=True), block.register_forward_hook(finish)]
+        hooks = [block.register_forward_pre_hook(fill, with_kwargs=True), block.register_forward_hook(finish)]
         try:
-            call_model(self._model, self._batches[batch])
+            with self._skipped(index, batch):
+                call_model(self._model, self._batches[batch])
         except Reached as reached:
-            return reached.output
+            return reached.output, {argument: _added(*pair) for argument, pair in mappings.items()}
         finally:
             for hook in hooks:
                 hook.remove()
         raise TargetError(f"the model's forward does not run {self._path}.{index}; it cannot be calibrated")
 
     @contextlib.contextmanager
-    def _skipped(self, count: int) -> Iterator[None]:
-        """Let the first `count` blocks hand their input on, in the form of their output."""
+    def _skipped(self, count: int, batch: int) -> Iterator[None]:
+        """Let the last of the first `count` blocks return what was kept of it, and those before it their input."""
+        kept = self._outputs[batch]
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            return _copied(kept)
 
         def hand_on(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs[hidden_name(kwargs)]
-            return hidden if self._rest is None else (hidden, *[None] * self._rest)
+            return (hidden, *_copied(kept[1:])) if isinstance(kept, tuple) else hidden
 
         before = [block.__dict__.get("forward") for block in self._blocks[:count]]
         try:
-            for block in self._blocks[:count]:
-                block.__dict__["forward"] = hand_on
+            for number, block in enumerate(self._blocks[:count], start=1):
+                block.__dict__["forward"] = give if number == count else hand_on
             yield
         finally:
             for block, forward in zip(self._blocks, before, strict=False):
@@ -173,6 +178,18 @@ class BlockRunner:
                     block.__dict__.pop("forward", None)
                 else:
                     block.__dict__["forward"] = forward
+
+
+def _copied(output: Any) -> Any:
+    """Return a block's output with its tensors copied: what comes next may change them in place."""
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output
+
+
+def _added(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the entries of a mapping that are not those from before."""
+    return {key: value for key, value in mapping.items() if key not in before or before[key] is not value}
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ class _Hooks:
         self._calls: list[str] = []  # paths in the order of the first batch's calls
         self._last: str | None = None  # the layer after which a block has nothing left to tell
         self._leader: dict[str, str] = {}  # {path: the path of the layer that reads the same tensor first}
-        self._seen: dict[str, Tensor] = {}  # {leader: what it read in this batch}
+        self._seen: dict[str, tuple[Tensor, int]] = {}  # {leader: what it read in this batch, as of which change}
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -146,19 +146,23 @@ class _Hooks:
         if self._first_batch:
             self._calls.append(path)
         if path not in self._leader:
-            same = (leader for leader, seen in self._seen.items() if seen is x) if self._share else iter(())
-            self._leader[path] = next(same, path)
+            self._leader[path] = next(filter(lambda leader: self._reads_same(leader, x), self._seen), path)
             if self._leader[path] != path:
                 self.collectors[path] = self.collectors[self._leader[path]]
             else:
                 self.collectors[path] = [self._collector(self._layers[path])]
         leader = self._leader[path]
         if leader != path:
-            if self._seen.get(leader) is not x:
+            if not self._reads_same(leader, x):
                 raise _NotSharedError
             return
-        self._seen[path] = x
+        self._seen[path] = x, _changes(x)
         self.collectors[path][0].add(x)
+
+    def _reads_same(self, leader: str, x: Tensor) -> bool:
+        """Whether x is the tensor that a leader read in this batch, and was not changed in place since."""
+        seen, changes = self._seen.get(leader, (None, 0))
+        return self._share and seen is x and changes == _changes(x)
 
     def _collector(self, layer: Projection) -> StatsCollector:
         hessian = self._method.mask == "sparsegpt"
@@ -169,3 +173,8 @@ class _Hooks:
             sample=0 if hessian else _SAMPLED,
             expected=self._tokens,
         )
+
+
+def _changes(x: Tensor) -> int:
+    """Return how many times a tensor was changed in place, as far as it is counted."""
+    return 0 if x.is_inference() else x._version
