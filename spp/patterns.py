@@ -54,7 +54,7 @@ class Pattern:
     Args:
         kept: N, at least 1 and below `group`; None for an unstructured pattern.
         group: M, at least 2.
-        fraction: share pruned, strictly between 0 and 1; None for an N:M pattern.
+        fraction: share pruned, at least 0 (nothing) and below 1; None for an N:M pattern.
 
     Raises:
         PatternError: the numbers make no pattern.
@@ -77,11 +77,11 @@ class Pattern:
                 )
         elif self.kept is not None or self.group is not None:
             raise PatternError("a pattern is either N:M or a fraction, not both")
-        elif not 0 < self.fraction < 1:
+        elif not 0 <= self.fraction < 1:
             hint = f"; did you mean {self.fraction / 100:g}?" if 1 < self.fraction < 100 else ""
             raise PatternError(
                 f"pattern {self.fraction!r} makes no sense: an unstructured pattern is the fraction of weights to "
-                f"prune, above 0 and below 1{hint}"
+                f"prune, at least 0 and below 1{hint}"
             )
 
     @classmethod

@@ -87,6 +87,12 @@ def test_a_fraction_is_parsed(value: object) -> None:
     assert Pattern.parse(str(pattern)) == pattern
 
 
+@pytest.mark.parametrize("value", [0, "0", 0.0])
+def test_a_fraction_of_nothing_is_one(value: object) -> None:
+    assert Pattern.parse(value) == Pattern(fraction=0.0)  # type: ignore[arg-type]
+    assert Pattern.parse(value).sparsity == 0  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -99,11 +105,10 @@ def test_a_fraction_is_parsed(value: object) -> None:
         ("50%", "write the fraction: 0.5"),
         ("50", "did you mean 0.5"),
         (50, "did you mean 0.5"),
-        (0, "above 0 and below 1"),
-        (1.0, "above 0 and below 1"),
-        (-0.5, "above 0 and below 1"),
-        (math.nan, "above 0 and below 1"),
-        (math.inf, "above 0 and below 1"),
+        (1.0, "at least 0 and below 1"),
+        (-0.5, "at least 0 and below 1"),
+        (math.nan, "at least 0 and below 1"),
+        (math.inf, "at least 0 and below 1"),
         ("nan", "no sparsity pattern"),
         ("", "no sparsity pattern"),
         ("dense", "no sparsity pattern"),

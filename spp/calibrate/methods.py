@@ -68,7 +68,7 @@ METHODS = {
 
 def get_method(name: str) -> Method:
     """Return the method of that name, or raise a ConfigError that lists them."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"method is {name!r}; known: {', '.join(METHODS)}")
     return METHODS[name]
 

@@ -59,6 +59,8 @@ class PruneOptions:
     def __post_init__(self) -> None:
         method, owl = get_method(self.method), self.owl
         check_patterns(self.pattern)
+        if owl is not None and not isinstance(owl, OWL):
+            raise ConfigError(f"owl is {owl!r}; pass spp.pruning.OWL() with its options, or None")
         if owl is not None and (isinstance(self.pattern, Mapping) or Pattern.parse(self.pattern).is_nm):
             raise ConfigError(
                 f"owl= gives blocks different fractions, so pattern must be one fraction; it is {self.pattern!r}"
@@ -66,8 +68,8 @@ class PruneOptions:
         for name, value in (("nsamples", self.nsamples), ("seqlen", self.seqlen)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be an int of at least 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed is {self.seed!r}; it must be an int")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed is {self.seed!r}; it must be an int of at least 0 and below 2**64")
         check_names("target_modules", self.target_modules)
         check_names("exclude_modules", self.exclude_modules)
         if self.calibration is not None:

@@ -88,6 +88,11 @@ def calibration_windows(
         raise DataError(
             "calibration is text, and text needs the model's tokenizer: pass tokenizer=, or token ids (k, L)"
         )
+    if not callable(tokenizer):
+        raise DataError(
+            f"tokenizer is {tokenizer!r}, which cannot be called with a text: pass the model's tokenizer itself, "
+            f"such as AutoTokenizer.from_pretrained(…)"
+        )
     source = os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
     where = "the list of texts" if source is None else source
     if source is not None and is_data_set(source):

@@ -10,7 +10,7 @@ columns to the right, along the row of U:
 W (m, n) is the weight, X (T, n) its calibration inputs, λ = damping · mean(diag XᵀX). What is pruned is chosen from
 the weights as updated so far: for N:M at the first column of each group, all but the N highest of each row;
 unstructured at the first of every `block_size` columns, the ⌊p·k⌋ lowest of the block's k entries. A dead feature
-(H_jj = 0) gets H_jj = 1 and W_:j = 0.
+(H_jj = 0) gets H_jj = 1 and W_:j = 0, unless nothing is to be pruned.
 
 U needs no inverse of H: with J the exchange matrix and J H J = L Lᵀ (Cholesky), U = (J L J)⁻¹. Updates are delayed,
 first to the end of a few columns, then to the end of the block, so that nearly all work is in matrix products.
@@ -151,6 +151,8 @@ def sparsegpt_factored(
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ConfigError(f"block_size is {block_size!r}; it must be an int of at least 1")
     m, n = weight.shape
+    if pattern.sparsity == 0:
+        return weight.detach().clone(), torch.ones(m, n, dtype=torch.bool, device=weight.device)
     group = pattern.group or 1
     block = max(group, block_size // group * group)
     step = max(group, _COLUMNS // group * group)
