@@ -24,6 +24,7 @@ OTHER_PROJECTIONS = (
     *("out_proj", "fc1", "fc2", "fc_in", "fc_out"),  # OPT, Phi, GPT-J
     *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
+    *("w1", "w2", "w3", "in_proj"),  # LFM2; Mamba
     *("input_linear", "output_linear"),  # JetMoE, Granite's shared experts
 )
 ALL_LINEAR = "all-linear"
