@@ -74,6 +74,7 @@ class SPPExperts(nn.Module):
         self.dropout_mode = dropout_mode
         self.disabled = False
         self.grad_precision = "auto"
+        self.saved_activations = "full"
         self._projection = (projection,)  # in a tuple: the module that it belongs to is no submodule of this one
         weight = projection.weight
         self.num_experts = weight.shape[0]
@@ -149,7 +150,7 @@ class SPPExperts(nn.Module):
 
         def multiply(expert: int, x: Tensor) -> Tensor:
             given = x, matrices[expert], None, self.spp_rule, params[expert], self.scaling, dropout
-            return linear(*given, self.grad_precision)
+            return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
 

@@ -44,16 +44,19 @@ class AdaptedLinear(nn.Module):
             generation does not build it for each.
         grad_precision: of the product behind the gradients of the adapter, "auto" or "fp8" (spp.kernels.fp8): a
             property of a run, not of the adapter, and stored nowhere.
+        saved_activations: what is kept of the input for backward, "full" or "bfloat16" (spp.kernels.keep); likewise.
     """
 
     in_features: int
     cache_effective: bool
     grad_precision: str
+    saved_activations: str
 
     def __init__(self) -> None:
         super().__init__()
         self.cache_effective = True
         self.grad_precision = "auto"
+        self.saved_activations = "full"
         self._cached: CachedWeight | None = None
         _prepare_opaque_forward()
 
@@ -90,7 +93,8 @@ class AdaptedLinear(nn.Module):
             dropout = 0.0
         if self._may_cache(x):
             return F.linear(x, self._cached_weight(active), bias)
-        return linear(x, weight, bias, active.rule, params, active.scaling, dropout, self.grad_precision)
+        run = dropout, self.grad_precision, self.saved_activations
+        return linear(x, weight, bias, active.rule, params, active.scaling, *run)
 
     def _may_cache(self, x: Tensor) -> bool:
         if self.training or torch.is_grad_enabled():

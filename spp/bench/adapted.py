@@ -112,6 +112,7 @@ def contenders() -> dict[str, Build]:
         "spp-input-dropout": _spp(DROPOUT, "input"),
         "spp-alpha-dropout": _spp(DROPOUT, "alpha"),
         "spp-packed": _spp(0.0, "input", packed=True),
+        "spp-bf16-saved": _spp(0.0, "input", saved="bfloat16"),
         "lora": _peft("lora"),
         "hira": _peft("hira"),
         "branches": _published("branches", 0.0),
@@ -130,9 +131,46 @@ def make_layer(name: str, spec: LayerSpec) -> nn.Module:
         return contenders()[name](spec).train()
 
 
-def _spp(dropout: float, mode: str, *, packed: bool = False) -> Build:
+class LayerStep:
+    """One training step of one contender: the forward of X (T, n), the backward of a given dY (T, m).
+
+    Args:
+        name: the contender's.
+        spec: the layer.
+        tokens: T.
+    """
+
+    def __init__(self, name: str, spec: LayerSpec, tokens: int) -> None:
+        self.layer = make_layer(name, spec)
+        generator = torch.Generator().manual_seed(2)
+        x, dy = (torch.randn(tokens, k, generator=generator) for k in (spec.in_features, spec.out_features))
+        self.x, self.dy = x.to(spec.device, spec.dtype), dy.to(spec.device, spec.dtype)
+        self.trained = [p for p in self.layer.parameters() if p.requires_grad]
+        self.x.requires_grad_(not isinstance(self.layer, Products))
+
+    def forward(self) -> Tensor:
+        """Compute Y."""
+        y: Tensor = self.layer(self.x)
+        return y
+
+    def step(self) -> None:
+        """Compute Y and the gradients of X and of what the contender trains."""
+        if isinstance(self.layer, Products):
+            self.layer.step(self.x, self.dy)
+            return
+        for tensor in (self.x, *self.trained):
+            tensor.grad = None
+        self.forward().backward(self.dy)
+
+    def parameters(self) -> int:
+        """Return how many numbers get a gradient besides X."""
+        return self.layer.gradient.numel() if isinstance(self.layer, Products) else sum(p.numel() for p in self.trained)
+
+
+def _spp(dropout: float, mode: str, *, packed: bool = False, saved: str = "full") -> Build:
     def build(spec: LayerSpec) -> nn.Module:
         layer = SPPLinear(spec.linear(), spec.rank, SCALING, dropout, mode, packed=packed)
+        layer.saved_activations = saved
         nn.init.normal_(layer.spp_beta, 0, BETA)
         return layer
 

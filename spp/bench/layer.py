@@ -9,52 +9,36 @@ contender trains. The contenders are those of spp.bench.adapted; they take turns
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from spp.bench import harness
-from spp.bench.adapted import LayerSpec, Products, contenders, make_layer
+from spp.bench.adapted import LayerSpec, LayerStep, Products, contenders
 from spp.bench.plot import plot_ratios
+from spp.bench.saved import saved_bytes
 from spp.errors import ConfigError, SPPError
 from spp.patterns import Pattern
-from spp.report import Table
+from spp.report import Table, byte_text
 
-
-def make_step(name: str, spec: LayerSpec, tokens: int) -> tuple[Callable[[], None], int]:
-    """Return one contender's step on X (tokens, n), and the number of its trainable parameters."""
-    layer = make_layer(name, spec)
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(tokens, spec.in_features, generator=generator).to(spec.device, spec.dtype)
-    dy = torch.randn(tokens, spec.out_features, generator=generator).to(spec.device, spec.dtype)
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    if isinstance(layer, Products):
-        return lambda: layer.step(x, dy), layer.weight.numel()
-    x.requires_grad_()
-
-    def step() -> None:
-        for tensor in (x, *trained):
-            tensor.grad = None
-        layer(x).backward(dy)
-
-    return step, sum(p.numel() for p in trained)
+MEMORY = ("peak", "saved", "saved_beyond_x")
+MEMORY_STEPS = 3
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row for every shape, number of tokens and contender."""
     environment = harness.environment(options.device, getattr(torch, options.dtype))
     found = []
-    for m, n in options.layers:
-        spec = LayerSpec(
-            m, n, getattr(torch, options.dtype), options.device, options.pattern, options.rank, options.peft_rank
-        )
+    for spec in layer_specs(options):
         for tokens in options.tokens:
-            made = {name: make_step(name, spec, tokens) for name in options.contenders}
+            memory = {name: _memory_of(options, spec, tokens, name) for name in options.contenders if options.memory}
+            made = {name: LayerStep(name, spec, tokens) for name in options.contenders}
             samples = harness.interleave(
-                {name: step for name, (step, _) in made.items()},
+                {name: made[name].step for name in made},
                 rounds=options.rounds,
                 warmup=options.warmup,
                 device=options.device,
@@ -63,19 +47,54 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 found.append(
                     {
                         "bench": "layer",
-                        "contender": name,
-                        "trainable": made[name][1],
-                        "out_features": m,
-                        "in_features": n,
-                        "tokens": tokens,
-                        "pattern": options.pattern,
-                        "rank": options.rank if not name.startswith(("lora", "hira")) else options.peft_rank,
+                        **layer_conditions(spec, tokens, name),
+                        "trainable": made[name].parameters(),
                         "rounds": options.rounds,
                         **fields,
+                        **memory.get(name, {}),
                         **environment,
                     }
                 )
     return found
+
+
+def layer_specs(options: argparse.Namespace) -> list[LayerSpec]:
+    """Return the layers of `add_layer_options`."""
+    dtype = getattr(torch, options.dtype)
+    rest = (dtype, options.device, options.pattern, options.rank, options.peft_rank)
+    return [LayerSpec(m, n, *rest) for m, n in options.layers]
+
+
+def layer_conditions(spec: LayerSpec, tokens: int, name: str) -> dict[str, Any]:
+    """Return the fields of a row that say what was run."""
+    return {
+        "contender": name,
+        "out_features": spec.out_features,
+        "in_features": spec.in_features,
+        "tokens": tokens,
+        "pattern": spec.pattern,
+        "rank": spec.peft_rank if name in ("lora", "hira") else spec.rank,
+    }
+
+
+def memory_here(step: LayerStep, device: str) -> dict[str, int]:
+    """Return what a contender takes in this process: at the peak above what it holds at rest, and for backward."""
+    memory = harness.measure_memory(step.step, calls=MEMORY_STEPS, device=device)
+    found = {"peak_bytes": memory.peak - memory.rest, "saved_bytes": 0, "saved_beyond_x_bytes": 0}
+    if not isinstance(step.layer, Products):
+        found["saved_bytes"] = saved_bytes(step.forward, step.layer)
+        found["saved_beyond_x_bytes"] = saved_bytes(step.forward, step.layer, [step.x])
+    return found
+
+
+def _memory_of(options: argparse.Namespace, spec: LayerSpec, tokens: int, name: str) -> dict[str, int]:
+    layer = f"{spec.out_features}x{spec.in_features}"
+    arguments = ["--child", name, "--layers", layer, "--tokens", str(tokens), "--pattern", options.pattern]
+    for option in ("rank", "peft-rank", "device", "dtype", "threads"):
+        value = getattr(options, option.replace("-", "_"))
+        if value is not None:
+            arguments += [f"--{option}", str(value)]
+    return harness.in_child("spp.bench.layer", arguments)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -90,11 +109,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
                 row["contender"],
                 f"{row['wall_s']['median'] * 1e3:.2f} ms",
                 *(str(harness.Spread(**row[f"reference_to_this_{clock}"])) for clock in ("wall", "process")),
+                *(byte_text(row[f"{what}_bytes"]) for what in MEMORY if f"{what}_bytes" in row),
             )
         )
-    columns = ("layer", "tokens", "contender", "step", f"{first} / this", "processor time")
+    columns = ["layer", "tokens", "contender", "step", f"{first} / this", "processor time"]
+    if "peak_bytes" in rows[0]:
+        columns += ["peak of a step", "kept for backward", "of it beyond X"]
     title = f"one training step of a layer at {rows[0]['pattern']}; median (p20 … p80)"
-    return Table(title, columns, tuple(lines))
+    return Table(title, tuple(columns), tuple(lines))
 
 
 def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -121,6 +143,10 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         help=f"of {', '.join(contenders())}; ratios are of the first to the others (default: spp full frozen branches "
         "lora hira)",
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="also the memory of a step, each contender in a fresh process"
+    )
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     harness.add_common_options(parser)
     harness.add_timing_options(parser)
     options = parser.parse_args(arguments)
@@ -158,6 +184,10 @@ def check_layer_options(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.bench.layer") -> None:
     """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
     options = parse(arguments, prog)
+    if options.child:
+        (spec,), (tokens,) = layer_specs(options), options.tokens
+        print(json.dumps(memory_here(LayerStep(options.child, spec, tokens), options.device)))
+        return
     rows = measure(options)
     harness.finish(rows, table(rows), options, lambda: plot(rows, options))
 

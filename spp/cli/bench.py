@@ -59,3 +59,14 @@ def gpu(options: Options = None) -> None:
     from spp.bench.gpu import main
 
     main(options or [], prog="spp bench gpu")
+
+
+@app.command("memory", **PASSED_ON)
+def memory(options: Options = None) -> None:
+    """Measure the memory of a training step of a whole model, each contender in a fresh process.
+
+    Example: spp bench memory --model DIR --contenders spp spp-low-memory lora --out memory.json
+    """
+    from spp.bench.memory import main
+
+    main(options or [], prog="spp bench memory")

@@ -43,6 +43,12 @@ def run(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations: less memory, more time (default: False).")
     ] = None,
+    loss_chunk: Annotated[
+        int | None, typer.Option(help="Take the loss over so many tokens at a time: less memory (default: all).")
+    ] = None,
+    saved_activations: Annotated[
+        str | None, typer.Option(help="full or bfloat16: inputs kept for backward at half the memory (default: full).")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay (default: 0.001).")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Share of the steps that warm up (default: 0.03).")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant (default: linear).")] = None,

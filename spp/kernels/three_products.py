@@ -28,6 +28,7 @@ from spp.kernels.blocks import product_dtype
 from spp.kernels.dropout import draw_dropout, unpack_bits
 from spp.kernels.fp8 import check_fp8, check_grad_precision
 from spp.kernels.frozen import frozen_linear, shaped_like_inputs
+from spp.kernels.keep import check_saved_activations, kept_for_backward
 from spp.kernels.once import Once
 from spp.kernels.sources import WeightSource, source_of
 from spp.kernels.vanishing import may_vanish
@@ -39,11 +40,12 @@ from spp.rules.canonical import arithmetic_dtype
 class Call:
     """One call of the layer: what its two autograd functions tell each other."""
 
-    def __init__(self, rule: Rule, scaling: float, dropout: float, needs_x: bool) -> None:
+    def __init__(self, rule: Rule, scaling: float, dropout: float, needs_x: bool, dtype: torch.dtype) -> None:
         self.rule = rule
         self.scaling = scaling
         self.dropout = dropout
         self.needs_x = needs_x
+        self.dtype = dtype  # of X and Y
         self.grad_precision = "auto"
         self.whole = False  # whether spp.kernels.whole computes it
         self.vanish = True  # whether the rescue has to be looked for; found in forward
@@ -62,6 +64,7 @@ def linear(
     scaling: float,
     dropout: float = 0.0,
     grad_precision: str = "auto",
+    saved_activations: str = "full",
 ) -> Tensor:
     """Compute the adapted layer; differentiable once in x, bias and the rule's parameters, never in the frozen weight.
 
@@ -74,11 +77,13 @@ def linear(
         dropout: probability of dropping an entry of X in the residual branch; drawn from torch's generator, one mask
             a call, the one that torch.nn.Dropout would draw.
         grad_precision: of G = dYᵀ X: "auto" is the dtype of the other products, "fp8" that of spp.kernels.fp8.
+        saved_activations: what is kept of x for backward: "full", or "bfloat16" as in spp.kernels.keep.
 
     Returns:
         (…, m) in the dtype of x, under autocast in autocast's.
     """
     check_grad_precision(grad_precision)
+    check_saved_activations(saved_activations)
     device_type = x.device.type
     source = source_of(weight)
     dtype = source.dtype
@@ -94,11 +99,12 @@ def linear(
     with no_autocast(device_type):
         differentiable = [x, *params] if bias is None else [x, bias, *params]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in differentiable):
-            call = Call(rule, scaling, dropout, False)
+            call = Call(rule, scaling, dropout, False, x.dtype)
             if dropout:
                 call.dropped, _ = draw_dropout(x, dropout)
             return _forward(x, source, bias, call, params)
-        call = Call(rule, scaling, dropout, x.requires_grad)
+        call = Call(rule, scaling, dropout, x.requires_grad, x.dtype)
+        kept = kept_for_backward(x, saved_activations) if any(p.requires_grad for p in params) else x
         bits = None
         if dropout:
             call.dropped, bits = draw_dropout(x, dropout)
@@ -106,7 +112,7 @@ def linear(
         if grad_precision == "fp8" and any(p.requires_grad for p in params):
             check_fp8(x.device, dtype)
             call.grad_precision = grad_precision
-        x = _Keep.apply(x, source.tensors(), bits, call, *params)
+        x = _Keep.apply(x, kept, source.tensors(), bits, call, *params)
         result: Tensor = _Linear.apply(x, source, bias, call, *params)
         return result
 
@@ -116,15 +122,21 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: tuple[Tensor, ...], bits: Tensor | None, call: Call, *params: Tensor
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor,
+        weight: tuple[Tensor, ...],
+        bits: Tensor | None,
+        call: Call,
+        *params: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, bits, *params, *weight)
+        ctx.save_for_backward(kept, bits, *params, *weight)
         call.saved = ctx
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None, None, None, *(None for _ in ctx.needs_input_grad[4:])
+        return grads[0], None, None, None, None, *(None for _ in ctx.needs_input_grad[5:])
 
 
 class _Linear(torch.autograd.Function):
@@ -196,7 +208,7 @@ def _backward(
 ) -> tuple[Tensor | None, list[Any]]:
     rule, (m, n) = call.rule, weight.shape
     factors = rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
-    dtype = x.dtype if call.whole else product_dtype(x.dtype, x.device)
+    dtype = call.dtype if call.whole else product_dtype(call.dtype, x.device)
     dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
     x_2d = x.reshape(dy_2d.shape[0], n).to(dtype)
     mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
@@ -208,7 +220,7 @@ def _backward(
         totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params, call.grad_precision)
     elif mask is None:
         d_x, totals = blockwise.backward(
-            dy_2d, x_2d, weight, rule, factors, x.dtype, call.vanish, call.needs_x, needs_params
+            dy_2d, x_2d, weight, rule, factors, call.dtype, call.vanish, call.needs_x, needs_params
         )
     else:
         kept, branch = mask.to(dtype), branch if branch is None else branch.to(dtype)
@@ -216,4 +228,4 @@ def _backward(
             dy_2d, x_2d, kept, keep_scale, branch, weight, rule, factors, call.needs_x, needs_params
         )
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
-    return d_x if d_x is None else d_x.to(x.dtype).view(x.shape), d_params
+    return d_x if d_x is None else d_x.to(call.dtype).view(x.shape), d_params

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from spp.inject_activations import set_saved_activations
+from spp.training.causal_loss import causal_lm_loss
+from spp.training.chunked_loss import chunked_cross_entropy
 from spp.training.config import RECIPES, TuneConfig
 from spp.training.data import Collator, TrainingData, load_data
 from spp.training.interrupt import TrainingInterrupted
@@ -16,6 +19,9 @@ __all__ = [
     "TrainingInterrupted",
     "TuneConfig",
     "TuneResult",
+    "causal_lm_loss",
+    "chunked_cross_entropy",
     "load_data",
+    "set_saved_activations",
     "tune",
 ]

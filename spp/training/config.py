@@ -11,6 +11,7 @@ from typing import Any
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError
+from spp.kernels import check_saved_activations
 
 DATA_FORMATS = ("auto", "text", "alpaca", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,6 +66,10 @@ class TuneConfig:
         batch_size: rows of one forward pass.
         gradient_accumulation: forward passes of one optimizer step.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
+        loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together;
+            None takes it at once. Less memory, the same values up to the order of summation.
+        saved_activations: "full", or "bfloat16": layers keep float32 inputs rounded for backward. Less memory; see
+            spp.inject_activations for what the gradients lose.
         dtype: dtype to load the model in; "auto" is the checkpoint's own.
         bf16: autocast to bfloat16.
         device: "auto" (an accelerator where there is one) or "cpu".
@@ -114,6 +119,8 @@ class TuneConfig:
     batch_size: int = 4
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    loss_chunk: int | None = None
+    saved_activations: str = "full"
     dtype: str = "auto"
     bf16: bool = False
     device: str = "auto"
@@ -138,7 +145,8 @@ class TuneConfig:
             _check_int(name, getattr(self, name), least=2)  # one token is no prediction
         for name in ("batch_size", "gradient_accumulation", "log_every", "save_limit"):
             _check_int(name, getattr(self, name), least=1)
-        for name in ("eval_windows", "steps", "save_every"):
+        check_saved_activations(self.saved_activations)
+        for name in ("eval_windows", "steps", "save_every", "loss_chunk"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), least=1)
         _check_int("seed", self.seed, least=0)

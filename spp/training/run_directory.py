@@ -10,6 +10,7 @@ eval.json       perplexity before and after
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class RunDirectory:
         return earlier
 
     def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
-        before, now = dict(earlier.get("tune") or {}), self.config.to_dict()
+        defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run
+        before, now = {**defaults, **dict(earlier.get("tune") or {})}, self.config.to_dict()
         differing = [
             f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
             for name in sorted(set(before) | set(now))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -21,6 +22,7 @@ from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.files import output_error
 from spp.inject import adapter_layers, adapter_parameters, is_wrapped
 from spp.patterns import nonzero_mask
+from spp.training.causal_loss import captured_states, check_form, loss_of_states
 from spp.training.checkpoints import last_complete, mark_complete, replace_adapter, require_complete, rotate, unmark
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,10 @@ class SPPTrainer(Trainer):
     `load_best_model_at_end` the best checkpoint's adapter is loaded. `save_total_limit` counts whole checkpoints
     and always keeps the last and the best one.
 
+    Args:
+        loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
+            (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
+
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
         MaskError: at a save, the base's zero pattern is not the one at the start.
@@ -49,14 +55,39 @@ class SPPTrainer(Trainer):
         >>> SPPTrainer(model, arguments, train_dataset=rows).train()  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module | None = None, args: Any = None, *rest: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *rest: Any,
+        loss_chunk: int | None = None,
+        **options: Any,
+    ) -> None:
         if model is not None:
             _require_wrapped(model)
+        self.loss_chunk = loss_chunk
+        self._states: list[Tensor] | None = None
+        if loss_chunk is not None:
+            _check_loss_chunk(loss_chunk, args, options)
+            options["compute_loss_func"] = self._chunked_loss
         super().__init__(model, args, *rest, **options)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("SPPTrainer does not support DeepSpeed or FSDP yet; use one device or plain DDP")
         self._masks_at_start = base_masks(self._bare_model())
         self._zeros = _ZeroCount()
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
+        """Compute the loss; with `loss_chunk`, without the logits of the whole batch."""
+        if self.loss_chunk is None:
+            return super().compute_loss(model, inputs, *rest, **options)
+        check_form(model, inputs)
+        with captured_states(model) as self._states:
+            return super().compute_loss(model, inputs, *rest, **options)
+
+    def _chunked_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        assert self._states is not None and self.loss_chunk is not None
+        states, self._states = self._states, None
+        return loss_of_states(self._bare_model(), states, labels, self.loss_chunk, num_items_in_batch)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with the order of the data fixed by `args.seed` where `data_seed` is not given.
@@ -193,6 +224,16 @@ class _ZeroCount:
                 self._known[path] = known
             zeros, total = zeros + known[1], total + size
         return zeros / total
+
+
+def _check_loss_chunk(chunk: object, args: Any, options: Mapping[str, Any]) -> None:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ConfigError(f"loss_chunk is {chunk!r}; it must be None or an int of at least 1: tokens at a time")
+    clashes = [name for name in ("compute_loss_func", "compute_metrics") if options.get(name) is not None]
+    if getattr(args, "label_smoothing_factor", 0):
+        clashes.append("label_smoothing_factor")
+    if clashes:
+        raise ConfigError(f"loss_chunk does not go together with {', '.join(clashes)}: there are no logits for it")
 
 
 def _require_wrapped(model: nn.Module) -> None:

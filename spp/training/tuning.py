@@ -19,6 +19,7 @@ from spp.errors import ConfigError, DataError, WrapError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
 from spp.inject import is_wrapped, unwrap, wrap
+from spp.inject_activations import set_saved_activations
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
 from spp.training.config import TuneConfig
@@ -102,6 +103,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
     measure = _Measure(config, tokenizer, data)
     model = model if model is not None else load_model(str(config.model), config.dtype)
     wrap(model, config.adapter_config())
+    set_saved_activations(model, config.saved_activations)
     try:
         run.begin(data.summary.to_dict())
         with _settings_kept(model):
@@ -122,6 +124,7 @@ def _run(
         train_dataset=data.train,
         data_collator=data.collate,
         callbacks=[log, ProgressBar(config.progress), stop],
+        loss_chunk=config.loss_chunk,
     )
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)

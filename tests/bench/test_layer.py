@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spp.bench import layer
-from spp.bench.adapted import LayerSpec, contenders, make_layer
+from spp.bench.adapted import LayerSpec, LayerStep, contenders, make_layer
 from spp.errors import ConfigError, OutputExistsError
 from spp.patterns import is_nm, nonzero_mask
 from tests.tolerances import assert_matches
@@ -20,6 +20,7 @@ TRAINED = {
     "spp": R * N + M,
     "spp-input-dropout": R * N + M,
     "spp-alpha-dropout": R * N + M,
+    "spp-bf16-saved": R * N + M,
     "spp-packed": R * N + M,
     "lora": P * (M + N),
     "hira": P * (M + N),
@@ -40,7 +41,7 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
 def test_every_contender_trains_what_it_says_on_the_same_weight() -> None:
     pytest.importorskip("peft")
     made = {name: make_layer(name, SPEC) for name in contenders()}
-    assert {name: layer.make_step(name, SPEC, 3)[1] for name in made} == TRAINED
+    assert {name: LayerStep(name, SPEC, 3).parameters() for name in made} == TRAINED
     assert is_nm(nonzero_mask(weight_of(made["spp"])), 2, 4)
     for name, module in made.items():
         assert torch.equal(weight_of(module), weight_of(made["spp"])), name
@@ -102,6 +103,26 @@ def test_rows_table_and_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert chart.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(OutputExistsError, match=r"chart\.png"):
         layer.main([*run, "--out", str(tmp_path / "other.json")])
+
+
+def test_what_is_kept_for_backward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    names = ["spp", "spp-input-dropout", "spp-bf16-saved", "branches", "full", "products"]
+    run = ["--layers", "24x16", "--tokens", "32", "--rank", "4", "--rounds", "1", "--warmup", "0", "--memory"]
+    layer.main([*run, *THREADS, "--out", str(out), "--contenders", *names])
+    rows = {row["contender"]: row for row in json.loads(out.read_text())["rows"]}
+    x = 32 * 16 * 4
+    assert {name: row["saved_beyond_x_bytes"] for name, row in rows.items() if name != "branches"} == {
+        "spp": 0,
+        "spp-input-dropout": 32 * 16 // 8,
+        "spp-bf16-saved": x // 2,
+        "full": 0,
+        "products": 0,
+    }
+    assert rows["branches"]["saved_beyond_x_bytes"] >= 24 * 16 * 4  # at least one tensor of the weight's size
+    assert [rows[name]["saved_bytes"] for name in ("spp", "spp-bf16-saved", "full")] == [x, x // 2, x]
+    assert all(row["peak_bytes"] >= 0 for row in rows.values())
+    assert "of it beyond X" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spp.bench import step
+from spp.bench.trained import Training, contenders, load_model
 from spp.patterns import is_nm, nonzero_mask
 from tests.models import projections
 
@@ -29,26 +30,32 @@ def options(*arguments: str):
 
 def test_every_contender_trains_what_it_says_on_the_same_targets() -> None:
     pytest.importorskip("peft")
-    sizes = {name: step.make_step(options(), name)[1] for name in step.contenders(1, 1)}
+    sizes = {name: Training(options(), name).parameters() for name in contenders(1, 1)}
     spp = 2 * sum(4 * n + m for m, n in SHAPES.values())
     peft = 2 * sum(2 * (m + n) for m, n in SHAPES.values())
-    ours = ("spp", "spp-input-dropout", "spp-alpha-dropout", "spp-packed")
+    ours = [name for name in sizes if name.startswith("spp")]
+    assert len(ours) == 7
     assert sizes == {**dict.fromkeys(ours, spp), "lora": peft, "hira": peft}
 
 
 def test_the_model_is_pruned_to_the_pattern() -> None:
-    weights = [module.weight for module in projections(step.load_model(options())).values()]
+    weights = [module.weight for module in projections(load_model(options())).values()]
     assert len(weights) == 14
     assert all(is_nm(nonzero_mask(weight), 2, 4) for weight in weights)
 
 
-def test_a_step_trains() -> None:
-    call, _ = step.make_step(options(), "spp")
-    cells = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
-    betas = [p for n, p in cells["model"].named_parameters() if n.endswith("spp_beta")]
+@pytest.mark.parametrize("name", ["spp", "spp-low-memory"])
+def test_a_step_trains(name: str) -> None:
+    training = Training(options(), name)
+    betas = [p for n, p in training.model.named_parameters() if n.endswith("spp_beta")]
     assert all(bool((beta == 0).all()) for beta in betas)
-    call()
+    training.step()
     assert all(bool((beta != 0).any()) for beta in betas)
+
+
+def test_the_memory_options_change_no_loss() -> None:
+    losses = {name: float(Training(options(), name).loss().detach()) for name in contenders(1, 1) if name != "hira"}
+    assert all(loss == pytest.approx(losses["spp"], rel=1e-5) for loss in losses.values())
 
 
 def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

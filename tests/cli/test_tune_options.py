@@ -21,6 +21,7 @@ IN_WORDS = {
     "steps",
     "eval_text",
     "eval_windows",
+    "loss_chunk",
     "progress",
     "target_modules",
     "exclude_modules",

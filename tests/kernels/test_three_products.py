@@ -255,14 +255,14 @@ def test_in_place_changes_between_forward_and_backward_are_detected() -> None:
             y.sum().backward()
 
 
-class _Saved:
+class Saved:
     """Counts what autograd saves: bytes per storage, once each."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
         self.keep: list[Tensor] = []
 
-    def __enter__(self) -> _Saved:
+    def __enter__(self) -> Saved:
         def pack(tensor: Tensor) -> Tensor:
             self.keep.append(tensor)
             self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -287,7 +287,7 @@ def test_nothing_is_saved_beyond_the_input_and_what_the_layer_owns(
     monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     case = make_case(64, 32, 8, (40,))
     x = case.x * 1.0
-    with _Saved() as saved:
+    with Saved() as saved:
         y = spp_linear(x, case.weight, case.bias, case.alpha, case.beta, 2.0, dropout)
     for owned in (x, case.weight, case.alpha, case.beta):
         saved.storages.pop(owned.untyped_storage().data_ptr(), None)

@@ -45,7 +45,13 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
 
 
 def trainer(
-    directory: Path, model: Any = None, *, eval_data: bool = False, callbacks: Any = None, **options: Any
+    directory: Path,
+    model: Any = None,
+    *,
+    eval_data: bool = False,
+    callbacks: Any = None,
+    loss_chunk: int | None = None,
+    **options: Any,
 ) -> SPPTrainer:
     made = SPPTrainer(
         wrapped() if model is None else model,
@@ -54,6 +60,7 @@ def trainer(
         eval_dataset=blocks(4) if eval_data else None,
         data_collator=Collator(2),
         callbacks=callbacks,
+        loss_chunk=loss_chunk,
     )
     from transformers import PrinterCallback
 

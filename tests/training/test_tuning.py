@@ -406,6 +406,16 @@ class TestRefused:
             run_tune(config(text, tmp_path / "run", resume=True, lr=1e-2, steps=9))
         run_tune(config(text, tmp_path / "run", resume=True, save_every=5, log_every=2))
 
+    def test_resuming_a_run_from_before_an_option_existed(self, text: Path, tmp_path: Path) -> None:
+        run_tune(config(text, tmp_path / "run"))
+        path = tmp_path / "run" / "config.json"
+        written = json.loads(path.read_text())
+        del written["tune"]["loss_chunk"], written["tune"]["saved_activations"]
+        path.write_text(json.dumps(written))
+        assert run_tune(config(text, tmp_path / "run", resume=True)).steps == 6
+        with pytest.raises(ConfigError, match="loss_chunk: None then, 8 now"):
+            run_tune(config(text, tmp_path / "run", resume=True, loss_chunk=8))
+
     def test_resuming_with_other_data(self, text: Path, tmp_path: Path) -> None:
         run_tune(config(text, tmp_path / "run"))
         text.write_text(TEXT.replace("fox", "fux"))

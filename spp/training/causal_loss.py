@@ -1,0 +1,195 @@
+"""The loss of any causal language model of transformers through chunked_loss.py.
+
+The model's own forward runs, with its wrappers, hooks and checkpointing; only its output head is handed no tokens, and
+the states that it would have got are kept. What a model does to its logits afterwards (scaling, soft-capping) stands in
+its config under a few names; whether the loss computed so is the model's own is checked on a few tokens, once a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spp.errors import ConfigError
+from spp.training.chunked_loss import IGNORED, chunked_cross_entropy
+
+CHECKED_TOKENS = 16  # of the first row, on which the two ways are compared
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; 16 bits: LOW_PRECISION
+LOW_PRECISION = 5e-2
+
+_forms: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What becomes of the head's output: c · tanh(a · … / c)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    chunk: int = 256,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Return the loss that `model(**inputs).loss` would be, without the logits of the whole batch.
+
+    Args:
+        model: a causal language model of transformers; may be wrapped in DistributedDataParallel.
+        inputs: what the model is called with, with "labels" (batch, tokens), which are shifted here.
+        chunk: tokens whose logits exist at once.
+        num_items_in_batch: divide the sum of the losses by this; None divides by the number of targets.
+
+    Raises:
+        ConfigError: there are no labels, or the model's loss is another than that of its head's logits.
+
+    Example:
+        >>> loss = causal_lm_loss(model, batch, chunk=256)  # doctest: +SKIP
+        >>> loss.backward()  # doctest: +SKIP
+    """
+    if inputs.get("labels") is None:
+        raise ConfigError("causal_lm_loss needs labels among the inputs")
+    check_form(model, inputs)
+    with captured_states(model) as states:
+        model(**{name: value for name, value in inputs.items() if name != "labels"})
+    return loss_of_states(model, states, inputs["labels"], chunk, num_items_in_batch)
+
+
+@contextlib.contextmanager
+def captured_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep what the output head gets, in the list that is yielded, and hand the head no tokens."""
+    states: list[Tensor] = []
+
+    def keep(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        states.append(arguments[0])
+        return (arguments[0][:, :0], *arguments[1:])
+
+    handle = output_head(model).register_forward_pre_hook(keep, prepend=True)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def loss_of_states(
+    model: nn.Module, states: list[Tensor], labels: Tensor, chunk: int, num_items: Tensor | int | None
+) -> Tensor:
+    """Return the loss from what `captured_states` kept; labels (batch, tokens) are shifted here."""
+    if len(states) != 1:
+        raise ConfigError(
+            f"{type(unwrapped(model)).__name__} used its output head {len(states)} times in one forward; its loss "
+            "cannot be taken in chunks: leave loss_chunk out"
+        )
+    form = _forms[unwrapped(model)]
+    return _loss(output_head(model), states[0], F.pad(labels, (0, 1), value=IGNORED)[..., 1:], chunk, num_items, form)
+
+
+def check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Find out, once a model, how its loss follows from its head's logits.
+
+    Raises:
+        ConfigError: in no way that is known here.
+    """
+    bare = unwrapped(model)
+    if bare in _forms:
+        return
+    output_head(bare)
+    if getattr(getattr(bare, "config", None), "output_router_logits", False):
+        raise ConfigError("a loss in chunks leaves the router's loss out: set config.output_router_logits to False")
+    few = _first_tokens(inputs)
+    modes = {module: module.training for module in bare.modules()}
+    try:
+        bare.eval()
+        with torch.enable_grad():  # without gradients, adapted layers would keep their effective weights
+            expected = float(bare(**few).loss.detach())
+            with captured_states(bare) as states:
+                bare(**{name: value for name, value in few.items() if name != "labels"})
+            shifted = F.pad(few["labels"], (0, 1), value=IGNORED)[..., 1:]
+            found = {
+                form: float(_loss(output_head(bare), states[0], shifted, CHECKED_TOKENS, None, form).detach())
+                for form in _known_forms(bare)
+            }
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    low = torch.is_autocast_enabled(states[0].device.type)
+    tolerance = LOW_PRECISION if low else TOLERANCE.get(states[0].dtype, LOW_PRECISION)
+    fitting = [form for form, loss in found.items() if abs(loss - expected) <= tolerance * abs(expected)]
+    if not fitting:
+        losses = ", ".join(f"{loss:.4f}" for loss in found.values())
+        raise ConfigError(
+            f"the loss of {type(bare).__name__} is not the cross-entropy of its head's logits ({expected:.4f}, not "
+            f"{losses}), so it cannot be taken in chunks: leave loss_chunk out"
+        )
+    _forms[bare] = fitting[0]
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits of hidden states."""
+    bare: Any = unwrapped(model)
+    head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise ConfigError(f"{type(bare).__name__} has no output head that is known; leave loss_chunk out")
+    return head
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel or torch.compile's wrapper."""
+    for name in ("module", "_orig_mod"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and not hasattr(model, "get_output_embeddings"):
+            return unwrapped(inner)
+    inner = getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _loss(
+    head: nn.Module, states: Tensor, labels: Tensor, chunk: int, num_items: Tensor | int | None, form: _Form
+) -> Tensor:
+    if type(head) is nn.Linear:
+        options: Any = {"bias": head.bias, "chunk": chunk, "num_items": num_items}
+        return chunked_cross_entropy(states, head.weight, labels, scale=form.scale, softcap=form.softcap, **options)
+    # An adapted or quantised head: its logits are computed again in backward.
+    states, labels = states.reshape(-1, states.shape[-1]), labels.reshape(-1).to(states.device)
+    total: Any = 0.0
+    for start in range(0, len(states), chunk):
+        rows = slice(start, start + chunk)
+        total = total + checkpoint(_sum_of_losses, head, states[rows], labels[rows], form, use_reentrant=False)
+    return total / ((labels != IGNORED).sum() if num_items is None else num_items)
+
+
+def _sum_of_losses(head: nn.Module, states: Tensor, labels: Tensor, form: _Form) -> Tensor:
+    logits = head(states)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * form.scale
+    if form.softcap is not None:
+        logits = form.softcap * torch.tanh(logits / form.softcap)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _known_forms(model: nn.Module) -> list[_Form]:
+    """Return what may become of the logits: nothing, or what the config names."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    named = _Form(scale, getattr(config, "final_logit_softcapping", None))
+    return [_Form()] if named == _Form() else [named, _Form()]
+
+
+def _first_tokens(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a few tokens of the first row that takes part, each of them its neighbour's label."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ConfigError("a loss in chunks needs input_ids (batch, tokens)")
+    few = ids[:1, :CHECKED_TOKENS]
+    return {"input_ids": few, "labels": few}
