@@ -1,6 +1,7 @@
 """Adapter directories on disk, read without a model: our own format, and that of the SPP authors' code.
 
-Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks;
+Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks,
+          task_type, and with PEFT as the writer the fields of its own;
           adapter_model.safetensors: base_model.model.<module path>.spp_alpha (r, n) and .spp_beta (m, 1), float32.
 Authors'  adapter_config.json with lora_alpha, lora_dropout and an r that need not be the tensors';
           adapter_model.safetensors or .bin: …<module path>.lora_A.weight (r, n), …lora_A.weight_col (m, 1) or (1, m).
@@ -124,6 +125,12 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
     known = {f.name for f in fields(SPPConfig)}
     config = SPPConfig.from_dict({k: v for k, v in values.items() if k in known or k == "format_version"})
     names = get_rule(config.rule).attribute_names()
+    if values.get("modules_to_save"):
+        whole = ", ".join(map(str, values["modules_to_save"]))
+        raise AdapterError(
+            f"{directory} also holds modules that were trained as a whole, {whole}: load it with PEFT (import "
+            f"spp.integrations.peft first), whose merge_and_unload gives a plain model"
+        )
     strange = sorted(k for k in tensors if not k.startswith(PREFIX) or k.rsplit(".", 1)[-1] not in names)
     if strange:
         raise AdapterError(f"{directory}: unexpected keys {', '.join(strange)}; SPP's end in {' or '.join(names)}")

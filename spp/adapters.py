@@ -80,6 +80,7 @@ def write_adapter(model: nn.Module, directory: Path) -> None:
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": name,
         "base_masks": base_masks(model),
+        "task_type": "CAUSAL_LM" if _generates(uncompiled(model)) else None,  # what PEFT's Auto classes go by
     }
     save_tensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor for key, tensor in adapter_state_dict(model).items()})
     write_json(directory / CONFIG_NAME, config)
@@ -142,6 +143,13 @@ def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:
     """Return the config for a model that may be packed already, whatever the adapter was trained on."""
     packed = any(isinstance(t, Projection) and isinstance(t.module, PackedLinear) for t in targets.values())
     return replace(config, packed=True) if packed else config
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether it is a causal language model of transformers."""
+    can_generate = getattr(model, "can_generate", None)
+    config = getattr(model, "config", None)
+    return callable(can_generate) and bool(can_generate()) and not getattr(config, "is_encoder_decoder", False)
 
 
 def _targets(model: nn.Module, files: AdapterFiles) -> dict[str, Projection]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -21,8 +21,8 @@ from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
 from spp.layer_packed import PackedHolder
-from spp.targets import resolve_projections
-from spp.targets_layout import Projection, find_projections
+from spp.targets import name_targets, resolve_projections
+from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -219,17 +219,11 @@ def require_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def adapter_config(model: nn.Module) -> SPPConfig:
-    """Return the config that the model was wrapped with, its target_modules resolved to names.
-
-    The names are the last components of the module paths where these mean exactly the wrapped layers, else whole paths.
-    """
+    """Return the config that the model was wrapped with, its target_modules resolved to names (`name_targets`)."""
     model = uncompiled(model)
     layers = require_layers(model)
     config: SPPConfig = getattr(model, _STATE).config
-    names = sorted({path.rsplit(".", 1)[-1] for path in layers})
-    meant = {p.path for p in find_projections(model) if p.path.rsplit(".", 1)[-1] in names}
-    resolved = tuple(names) if meant == set(layers) else tuple(layers)
-    return replace(config, target_modules=resolved, exclude_modules=None)
+    return replace(config, target_modules=name_targets(model, list(layers)), exclude_modules=None)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -291,13 +285,16 @@ def _make_config(r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
     return r
 
 
+def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
+    """Raise a ConfigError where an entry of rank_pattern means none of the targets, whose module paths are given."""
+    unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path in paths)]
+    if unused:
+        raise ConfigError(f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {paths[0]}")
+
+
 def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
     """Raise what speaks against adapting any of the targets, before the first one is touched."""
-    unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path in targets)]
-    if unused:
-        raise ConfigError(
-            f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {next(iter(targets))}"
-        )
+    check_rank_pattern(config, list(targets))
     if "" in targets:
         raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
     for path, target in targets.items():

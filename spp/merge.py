@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class MergeReport:
                 f"are smaller than the dtype's steps. Merge with dtype=torch.float32 or torch.float16, with "
                 f"rounding='stochastic', or serve the adapter unmerged",
                 SPPWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return cls(layers, survived, sparsity_report)
 
@@ -121,23 +122,34 @@ def merge(
             results[path] = _merge_layer(path, layer, dtype, rounding, seed)[1]
     if dtype is not None:
         _check_conversion(model, layers, dtype)
-    masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
-    extra = sorted({_key(path, layer) for path, layer in layers.items()} - masks.keys())  # no projection by its name
-    masks |= {name: mask_sha256(layers[name.removesuffix(".weight")].weight) for name in extra}
-    base = {
-        "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "fingerprint": fingerprint(masks),
-        "keys": extra,
-    }
+    base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
     for path, layer in layers.items():
         merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
         _write_weight(layer, merged)
     unwrap(model)
     if dtype is not None:
         _convert_model(model, dtype)
-    model._spp_base = base  # type: ignore[assignment]  # spp.save_model puts it into the certificate
+    return report_merge(model, results, base)
+
+
+def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the certificate says of the base; a merge does not change it, so it may be asked after one.
+
+    Args:
+        merged: {parameter name: a module with its weight}.
+    """
+    masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
+    extra = sorted(merged.keys() - masks.keys())  # no projection by its name
+    masks |= {name: mask_sha256(merged[name].weight) for name in extra}
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
+
+
+def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[str, Any]) -> MergeReport:
+    """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge."""
+    model._spp_base = base  # type: ignore[assignment]
     logger.info("merged %d layers", len(results))
-    merged_others = [(name, model.get_parameter(name).detach(), -1) for name in extra]
+    merged_others = [(name, model.get_parameter(name).detach(), -1) for name in base["keys"]]
     return MergeReport.from_layers(results, report_from_tensors([*projection_weights(model), *merged_others]))
 
 

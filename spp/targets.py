@@ -73,9 +73,11 @@ def resolve_projections(
     return _choose(model, found, target_modules, exclude_modules)
 
 
-def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of every linear, plain or wrapped, in module order; one registered twice comes once."""
-    return [(path, module) for path, module in model.named_modules() if is_linear(module)]
+def name_targets(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Return names that mean exactly these projections: last components of paths where that is so, else the paths."""
+    names = {path.rsplit(".", 1)[-1] for path in paths}
+    meant = {p.path for p in find_projections(model) if p.path.rsplit(".", 1)[-1] in names}
+    return tuple(sorted(names)) if meant == set(paths) else tuple(paths)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -106,10 +106,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def find_projections(model: nn.Module) -> list[Projection]:
     """Return every linear, Conv1D and fused expert weight of a model, in module order, each once."""
-    found = []
+    found: list[Projection] = []
+    inside = "\0"
     for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
         if is_linear(module):
             found.append(Projection(path, module, input_axis=getattr(module, "input_axis", -1)))
+            inside = f"{path}." if path else "\0"  # a layer around a linear counts as that linear
         elif is_conv1d(module):
             found.append(Projection(path, module, input_axis=-2))
         else:

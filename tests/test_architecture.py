@@ -54,8 +54,12 @@ ONLY_IN = {  # third-party packages that belong to some rooms, wherever in a fil
     "typer": ("cli/",),
     "click": ("cli/",),
     "rich": ("cli/",),
-    "peft": ("integrations/peft.py", "bench/"),
+    "peft": ("integrations/peft/", "bench/"),
+    "trl": ("integrations/",),
 }
+# An integration subclasses what another library has, so there it is imported at module level: whoever imports the
+# integration wants that library loaded, and nothing else in spp imports it.
+AT_MODULE_LEVEL_IN = {"peft": "integrations/peft/", "trl": "integrations/trl.py"}
 # A kernel is defined when its file is imported: Triton may be imported at module level in one folder, and that folder
 # nowhere outside of itself but inside functions.
 TRITON_FOLDER, TRITON_MODULES = "kernels/triton/", "spp.kernels.triton"
@@ -131,11 +135,15 @@ def violations(path: str, source: str) -> list[str]:
                 found.append(f"{where}: level {level} imports {module} of level {LEVELS[target]}")
             elif at_import and f"{module}.{attribute}.".startswith(f"{TRITON_MODULES}.") and not in_triton_folder:
                 found.append(f"{where}: {TRITON_MODULES} at module level; import it where it is used")
+            elif at_import and module.startswith("spp.integrations.") and room != "integrations":
+                found.append(f"{where}: {module} at module level; import it where it is used")
         elif package in ONLY_IN and not path.startswith(ONLY_IN[package]):
             found.append(f"{where}: {package} belongs to {' and '.join(ONLY_IN[package])}")
         elif package == "triton" and in_triton_folder:
             continue
-        elif package in NEVER_AT_MODULE_LEVEL and at_import:
+        elif (
+            package in NEVER_AT_MODULE_LEVEL and at_import and not path.startswith(AT_MODULE_LEVEL_IN.get(package, "-"))
+        ):
             found.append(f"{where}: {package} at module level; import it where it is used")
         elif package == "transformers" and at_import and level < TRANSFORMERS_LEVEL and name != "transformers":
             found.append(f"{where}: {name} at module level below level {TRANSFORMERS_LEVEL}")
@@ -166,6 +174,9 @@ def test_files_are_short(path: Path) -> None:
         ("training/tune.py", "import rich.table", "rich belongs to cli/"),
         ("training/tune.py", "def f():\n    import peft", "peft belongs to"),
         ("bench/step.py", "import peft", "peft at module level"),
+        ("integrations/trl.py", "import peft", "peft belongs to"),
+        ("integrations/peft/model.py", "import trl", "trl at module level"),
+        ("cli/tune.py", "import spp.integrations.peft", "spp.integrations.peft at module level"),
         ("kernels/backend.py", "import triton", "triton at module level"),
         ("kernels/backend.py", "from spp.kernels.triton import build", "spp.kernels.triton at module level"),
         ("kernels/backend.py", "from spp.kernels import triton", "spp.kernels.triton at module level"),
@@ -198,6 +209,9 @@ def test_the_walk_finds_what_is_wrong(path: str, source: str, complaint: str) ->
         ("merge.py", "def f():\n    from transformers import PreTrainedModel"),
         ("training/trainer.py", "from transformers import Trainer"),
         ("bench/step.py", "def f():\n    import peft"),
+        ("integrations/peft/model.py", "from peft.tuners.tuners_utils import BaseTuner"),
+        ("integrations/trl.py", "from trl import SFTTrainer"),
+        ("cli/tune.py", "def f():\n    import spp.integrations.peft"),
     ],
 )
 def test_the_walk_allows_what_is_right(path: str, source: str) -> None:

@@ -1,0 +1,125 @@
+"""SPPPeftConfig: SPPConfig's options as a PEFT config, in the adapter_config.json that both sides read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from torch import nn
+
+from spp.config import FORMAT_VERSION, SPPConfig
+from spp.errors import AdapterError, ConfigError
+from spp.files import mask_sha256
+
+_SPP_FIELDS = tuple(field.name for field in fields(SPPConfig))
+
+
+@dataclass
+class SPPPeftConfig(PeftConfig):
+    """The config of an SPP adapter in PEFT; see `spp.SPPConfig` for what the first fields mean.
+
+    Target modules are chosen as `spp.wrap` chooses them (None: the projections of the decoder blocks). Once the adapter
+    is in a model, `target_modules` names exactly what was chosen.
+
+    Args:
+        r, scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, init, rule, packed, seed,
+            format_version: as in spp.SPPConfig.
+        layers_to_transform, layers_pattern: as in PEFT: only targets of these layers.
+        modules_to_save: as in PEFT: modules that are trained and saved as a whole.
+        base_masks: {module path: hash of its zeros} of the base that the adapter was trained on. Filled in when it is
+            saved; where it is given, an adapter is refused on a base with other zeros (None skips the check).
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it.
+
+    Example:
+        >>> SPPPeftConfig(r=8, dropout=0.05, task_type="CAUSAL_LM").peft_type.value
+        'SPP'
+    """
+
+    r: int = 16
+    scaling: float = 2.0
+    dropout: float = 0.0
+    dropout_mode: str = "input"
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    init: str = "paper"
+    rule: str = "spp"
+    packed: bool = False
+    seed: int | None = None
+    format_version: int = FORMAT_VERSION
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    base_masks: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SPP
+        self.spp_config()
+        if self.rule != "spp":
+            raise ConfigError(f"rule is {self.rule!r}; the PEFT plug-in knows 'spp'")
+        if self.layers_to_transform is None and self.layers_pattern:
+            raise ConfigError("layers_pattern is given without layers_to_transform, which says which layers")
+        masks = self.base_masks
+        if masks is not None and not (isinstance(masks, Mapping) and all(isinstance(m, str) for m in masks.values())):
+            raise ConfigError("base_masks must map module paths to hashes, or be None")
+
+    def spp_config(self) -> SPPConfig:
+        """Return the same as an SPPConfig.
+
+        Raises:
+            ConfigError: an option makes no sense.
+        """
+        values = {name: getattr(self, name) for name in _SPP_FIELDS}
+        values["rank_pattern"] = values["rank_pattern"] or None  # PEFT's configs have an empty one
+        for name in ("target_modules", "exclude_modules"):
+            values[name] = values[name] or None
+        return SPPConfig(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; sets as sorted lists, so that files do not depend on their order."""
+        values = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
+    def belongs_to(self, model: nn.Module, adapter: str) -> None:
+        """Remember which model and adapter this is the config of, so that saving can tell the base's zeros."""
+        self._owner = weakref.ref(model), adapter
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with the zeros of the base that the adapter is in.
+
+        Raises:
+            AdapterError: the adapter is a sum of others, which no adapter file can hold.
+        """
+        self.base_masks = self._masks_now() or self.base_masks
+        super().save_pretrained(save_directory, **kwargs)
+
+    def require_savable(self) -> None:
+        """Raise an AdapterError for a sum of adapters."""
+        for layer in self._layers().values():
+            if len(layer.spp_terms[self._owner[1]]) > 1:
+                raise AdapterError(
+                    f"adapter {self._owner[1]!r} is a sum of several, which no adapter file can hold: save these, "
+                    f"merge the sum into the model (merge_and_unload), or make it with combination_type='svd'"
+                )
+
+    def _masks_now(self) -> dict[str, str]:
+        self.require_savable()
+        weights = {path: layer.base_weight() for path, layer in self._layers().items()}
+        return {path: mask_sha256(weight) for path, weight in weights.items() if not weight.is_meta}
+
+    def _layers(self) -> dict[str, Any]:
+        model = self._owner[0]() if hasattr(self, "_owner") else None
+        if model is None:
+            return {}
+        modules = model.named_modules()
+        return {path: m for path, m in modules if hasattr(m, "spp_terms") and self._owner[1] in m.spp_terms}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}

@@ -1,0 +1,55 @@
+"""Making SPP a method that PEFT knows.
+
+PEFT names its methods by an enumeration and refuses others, so a member is added to it: by hand, as the machinery of
+`enum` would have made it. Loading, saving and transformers' adapters look the method up there.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, TypeVar
+
+PREFIX = "spp_"
+Member = TypeVar("Member", bound=enum.Enum)
+
+
+def add_member(cls: type[Member], name: str) -> Member:
+    """Add a member to an enumeration of strings; its value is its name. One that is there already is returned.
+
+    Example:
+        >>> class Fruit(str, enum.Enum):
+        ...     PEAR = "PEAR"
+        >>> add_member(Fruit, "FIG")
+        <Fruit.FIG: 'FIG'>
+        >>> Fruit("FIG") is Fruit["FIG"] is Fruit.FIG  # type: ignore[attr-defined]
+        True
+    """
+    internals: Any = cls
+    if name in internals._member_map_:
+        found: Member = internals._member_map_[name]
+        return found
+    member: Any = str.__new__(internals, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = cls
+    member._sort_order_ = len(internals._member_names_)
+    internals._member_names_.append(name)
+    internals._member_map_[name] = member
+    internals._value2member_map_[name] = member
+    if isinstance(hashable := cls.__dict__.get("_hashable_values_"), list):
+        hashable.append(name)
+    type.__setattr__(cls, name, member)  # enum's own __setattr__ is for outsiders; from Python 3.12 on it is looked up
+    added: Member = member
+    return added
+
+
+def register() -> None:
+    """Tell PEFT of the method; a second time does nothing."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
+    if add_member(PeftType, "SPP") in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    from spp.integrations.peft.config import SPPPeftConfig
+    from spp.integrations.peft.model import SPPPeftModel
+
+    register_peft_method(name="spp", config_cls=SPPPeftConfig, model_cls=SPPPeftModel, prefix=PREFIX)

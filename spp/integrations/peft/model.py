@@ -1,0 +1,257 @@
+"""The tuner: which layers of a model get an adapter, and what is checked before one does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from spp.config import SPPConfig
+from spp.errors import ConfigError, MaskError, TargetError, WrapError
+from spp.files import mask_sha256
+from spp.inject import check_rank_pattern, is_wrapped
+from spp.inject_dense import warn_dense
+from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
+from spp.integrations.peft.config import SPPPeftConfig
+from spp.integrations.peft.layer import SPPPeftLinear
+from spp.integrations.peft.method import PREFIX
+from spp.layer_checks import check_linear
+from spp.merge import describe_base, report_merge
+from spp.targets import name_targets, resolve_projections
+from spp.targets_layout import Projection
+
+logger = logging.getLogger(__name__)
+REFERENCE = "ref"  # the name that TRL gives to the adapter it compares with
+
+
+class SPPPeftModel(BaseTuner):
+    """What `get_peft_model(model, SPPPeftConfig(...))` puts around a model; PEFT makes it.
+
+    Raises:
+        TargetError, ConfigError, NonFiniteError: as for `spp.wrap`, before anything is changed.
+        MaskError: the config says on which zeros its adapter was trained, and the base has others.
+        WrapError: the model is wrapped by `spp.wrap`.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SPPPeftLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's interface; spp.targets chooses
+
+    def _prepare_adapter_config(self, peft_config: SPPPeftConfig, model_config: Any) -> SPPPeftConfig:
+        """Choose the targets as `spp.wrap` does, check all of them, and write their names into the config."""
+        model = self.model
+        if is_wrapped(model):
+            raise WrapError(
+                "the model is wrapped by spp.wrap: keep its adapter with spp.save_adapter(model, path), call "
+                "spp.unwrap(model), and load that directory with PEFT"
+            )
+        config = peft_config.spp_config()
+        chosen = _targets(model, peft_config, config)
+        check_rank_pattern(config, [target.path for target in chosen])
+        fresh = [target for target in chosen if not isinstance(target.module, SPPPeftLinear)]
+        for target in chosen:
+            module = target.module.base_layer if isinstance(target.module, SPPPeftLinear) else target.module
+            assert isinstance(module, nn.Module)
+            check_linear(module, config, target.path, config.rank_for(target.path))
+        _check_masks(chosen, peft_config)
+        warn_dense(fresh, "pack" if config.packed else "train")
+        peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: SPPPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = peft_config.spp_config()
+        if isinstance(target, SPPPeftLinear):
+            layer = target
+        else:
+            layer = SPPPeftLinear(target, current_key, packed=config.packed)
+        layer.update_layer(adapter_name, config, peft_config.inference_mode)
+        if layer is target:
+            return
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SPPPeftLinear):
+            setattr(parent, child_name, new_module)  # the base layer has its weight and is where it was
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model; see PEFT's BaseTuner.
+
+        One that is called "ref" and comes with another's own config object starts as a copy of that other: so does TRL
+        ask for the frozen reference of a model that is tuned further.
+        """
+        config = self.peft_config[adapter_name]
+        others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        if others:
+            config = self.peft_config[adapter_name] = copy.copy(config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.belongs_to(model, adapter_name)
+        if others and adapter_name == REFERENCE:
+            for layer in tuner_layers(model).values():
+                layer.copy_adapter(others[0], adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "stack",
+        r: int | None = None,
+    ) -> dict[str, float]:
+        """Add an adapter that is a weighted sum of others: W_eff = W · (1 + Σ_t w_t·(s_t·β_t) · A_t); zeros stay zeros.
+
+        Args:
+            adapters: names.
+            weights: one each; they multiply the adapters' scalings.
+            adapter_name: of the sum, which is not made active.
+            combination_type: "stack" keeps every adapter's terms and is exact: forward and merge have the bits of the
+                formula. It can be used, trained and merged, not saved. "svd" makes one adapter of rank r, which can be
+                saved: in each of its blocks of rows the best rank-one approximation of what multiplies W.
+            r: of "svd"; None takes the largest rank among the adapters of a layer.
+
+        Returns:
+            {module path: relative error of the sum, ‖U − U'‖ / ‖U‖}; zeros for "stack".
+
+        Raises:
+            ConfigError: an unknown adapter, a name that is taken, or an option that makes no sense.
+        """
+        require_combination(self.peft_config, adapters, weights, adapter_name, combination_type, r)
+        first = self.peft_config[adapters[0]]
+        layers = {
+            p: layer for p, layer in tuner_layers(self.model).items() if any(a in layer.spp_terms for a in adapters)
+        }
+        combine = stack if combination_type == "stack" else approximate
+        errors, ranks = {}, {}
+        for path, layer in layers.items():
+            errors[path] = combine(layer, adapters, weights, adapter_name, first.scaling, r)
+            ranks[path] = sum(term.rank for term in layer.spp_terms[adapter_name])
+        config = combined_config(first, ranks, name_targets(self.model, list(layers)))
+        self.peft_config[adapter_name] = config
+        config.belongs_to(self.model, adapter_name)
+        return errors
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the active adapters, or those named, into the base weights; `unmerge_adapter` puts these back.
+
+        Args:
+            adapter_names: merged together, with one rounding.
+            safe_merge: compute every layer once before the first is written, so that an error leaves the model as it
+                was. Each layer is checked in any case.
+
+        Raises:
+            NonFiniteError, MaskError: as for `spp.merge`.
+        """
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = tuner_layers(self.model)
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        if not merge:
+            for layer in layers.values():
+                layer.unpack_base()
+        model: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, adapter_names=adapter_names
+        )
+        results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
+        if results:
+            base = describe_base(model, {f"{path}.weight": model.get_submodule(path) for path in results})
+            logger.info("%r", report_merge(model, results, base))
+        return model
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for layer in tuner_layers(self.model).values():
+            names = layer.active_names() if adapter_names is None else adapter_names
+            layer.merged_weight([*layer.merged_adapters, *(n for n in names if n not in layer.merged_adapters)])
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would otherwise leave out without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names= (a batch in which each sample has its own adapter) is not supported by SPP; call "
+                "set_adapter and run one batch per adapter"
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: SPPPeftConfig, *args: Any, **kwargs: Any) -> Any:
+        config.require_savable()
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+
+
+def tuner_layers(model: nn.Module) -> dict[str, SPPPeftLinear]:
+    """Return {module path: layer} in module order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SPPPeftLinear)}
+
+
+def _targets(model: nn.Module, peft_config: SPPPeftConfig, config: SPPConfig) -> list[Projection]:
+    """Return the targets, after PEFT's own filters: layers_to_transform and modules_to_save."""
+    chosen = resolve_projections(model, config.target_modules, config.exclude_modules)
+    filters = SimpleNamespace(
+        target_modules={path.rsplit(".", 1)[-1] for path in chosen},
+        layers_to_transform=peft_config.layers_to_transform,
+        layers_pattern=peft_config.layers_pattern,
+        modules_to_save=peft_config.modules_to_save,
+        exclude_modules=None,
+        target_parameters=None,
+    )
+    kept = [target for path, target in chosen.items() if check_target_module_exists(filters, path)]
+    if not kept:
+        raise TargetError(
+            f"layers_to_transform={peft_config.layers_to_transform!r}, layers_pattern={peft_config.layers_pattern!r}, "
+            f"modules_to_save={peft_config.modules_to_save!r} leave none of the {len(chosen)} targets, such as "
+            f"{next(iter(chosen))}"
+        )
+    fused = [target.path for target in kept if target.fused]
+    if fused:
+        raise TargetError(
+            f"{fused[0]} and {len(fused) - 1} more are fused experts, which the PEFT plug-in does not adapt: "
+            f"name other modules in target_modules, or wrap the model with spp.wrap, which does"
+        )
+    return kept
+
+
+def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
+    """Raise where the config says which zeros the adapter was trained on, and the base has others."""
+    differing = []
+    for target in targets:
+        expected = (config.base_masks or {}).get(target.path)
+        if expected is None:
+            continue
+        weight = target.module.base_weight() if isinstance(target.module, SPPPeftLinear) else target.weight
+        if not weight.is_meta and mask_sha256(weight) != expected:
+            differing.append(target.path)
+    if differing:
+        raise MaskError(
+            f"the zeros of the base differ from those that the adapter was trained on, in {len(differing)} layers: "
+            f"{', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. It belongs to "
+            f"{config.base_model_name_or_path or 'another base'}; load it there, or take its config with "
+            f"PeftConfig.from_pretrained, set base_masks to None and pass it as config="
+        )

@@ -1,0 +1,53 @@
+"""Which versions of PEFT the plug-in works with, and one message for all others."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+
+from spp.errors import DependencyError
+
+OLDEST, NEWEST = "0.20.0", "0.21.2"  # both tested; pyproject.toml has the same lower end
+
+
+def require_peft() -> str:
+    """Return PEFT's version.
+
+    Raises:
+        DependencyError: it is missing, or older than the plug-in works with.
+    """
+    try:
+        version = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise DependencyError("spp.integrations.peft needs PEFT: pip install 'spp[peft]'") from None
+    if _numbers(version) < _numbers(OLDEST):
+        raise DependencyError(_refusal(version))
+    return version
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Say which versions work, where registering with the installed one fails because it is built otherwise."""
+    try:
+        yield
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DependencyError):
+            raise
+        found = f"{type(error).__name__}: {error}"
+        raise DependencyError(f"{_refusal(importlib.metadata.version('peft'))} ({found})") from error
+
+
+def _refusal(version: str) -> str:
+    return (
+        f"spp.integrations.peft does not work with peft {version}: it was tested with {OLDEST} to {NEWEST}. "
+        f"Install one of these: pip install 'peft>={OLDEST},<={NEWEST}'"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
