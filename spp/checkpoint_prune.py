@@ -120,7 +120,7 @@ def prune_checkpoint(
         with Work(target, _job(plan, reader, streamed, dtype), len(blocks)) as work:
             streamed.load((key for key in rest if not streamed.is_heads(key)), reader)
             model.tie_weights()  # type: ignore[operator]
-            store = _Streamed(streamed, reader, work, blocks, keys, of_block)
+            store = _Streamed(streamed, source, work, blocks, keys, of_block)
             with evaluating(model):
                 _run(plan, work, store, of_block, lambda: BlockRunner(model, root, blocks, plan.windows.to(device)))
             layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
@@ -155,14 +155,14 @@ class _Streamed(BlockStore):
     def __init__(
         self,
         streamed: StreamedModel,
-        reader: CheckpointReader,
+        source: Path,
         work: Work,
         blocks: list[nn.Module],
         keys: list[list[str]],
         of_block: list[dict[str, Projection]],
     ) -> None:
         self._streamed = streamed
-        self._reader = reader
+        self._source = source
         self._work = work
         self._blocks = blocks
         self._keys = keys
@@ -172,7 +172,8 @@ class _Streamed(BlockStore):
     def resident(self, index: int) -> Iterator[None]:
         """Load a block for as long as it is needed."""
         finished = self.has(index)
-        with self._work.reader(index) if finished else contextlib.nullcontext(self._reader) as origin:
+        # A reader of its own: what one block has read of the files is let go of, and does not add up to all of them.
+        with self._work.reader(index) if finished else CheckpointReader(self._source) as origin:
             self._streamed.load(self._keys[index], origin)
         if not finished:
             for layer in self._of_block[index].values():

@@ -109,8 +109,8 @@ def merge_table(report: MergeReport, *, every: bool = False) -> Table:
 def prune_table(report: PruneReport, *, every: bool = False) -> Table:
     """Return what pruning did, by kind of layer or, with `every`, one row a layer.
 
-    error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where there is any; seconds: without the forward passes,
-    in the last row with them; notes: where something was out of the ordinary.
+    error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where there is any; seconds: without the forward passes;
+    notes: where something was out of the ordinary.
     """
     columns: tuple[str, ...] = ("layer", "layers", "sparsity", "pattern", "error", "seconds", "notes")
     groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
@@ -123,25 +123,31 @@ def prune_table(report: PruneReport, *, every: bool = False) -> Table:
                 name,
                 str(len(layers)),
                 _spread([layer.sparsity for layer in layers], "{:.4f}".format),
-                _joined(str(layer.pattern) for layer in layers),
+                _patterns([layer.pattern for layer in layers]),
                 _spread(errors, "{:.4f}".format),
                 f"{sum(layer.seconds for layer in layers):.1f}",
                 _notes([layer.note for layer in layers]),
             )
         )
-    rows[-1] = (*rows[-1][:2], f"{report.sparsity:.4f}", *rows[-1][3:5], f"{report.seconds:.1f}", rows[-1][6])
+    rows[-1] = (*rows[-1][:2], f"{report.sparsity:.4f}", *rows[-1][3:])
     if not any(layer.note for layer in everything):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return Table(f"pruned by {report.method} to {pattern_text(report.pattern)}", columns, tuple(rows))
 
 
 def prune_lines(report: PruneReport) -> list[str]:
-    """Return what a table of pruning leaves out: the calibration data, and what became of zeros that were there."""
+    """Return what a table of pruning leaves out: the data, what became of zeros that were there, the whole time."""
     drawn = f"{report.windows} windows of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
     fate = "kept, as this method does" if report.keeps_zeros else "weights like any other to this method"
+    lines = []
+    if report.owl is not None:
+        options = ", ".join(f"{name} {value:g}" for name, value in report.owl.items())
+        lines = [f"OWL: blocks with more outliers keep more weights ({options})"]
     return [
+        *lines,
         f"calibration: {drawn if report.windows else 'none'}",
         f"zeros before: {report.sparsity_before:.4f} of the weights, {fate}",
+        f"time: {time_text(report.seconds)}, with the forward passes",
     ]
 
 
@@ -178,6 +184,14 @@ def _merge_row(name: str, layers: Sequence[LayerMerge]) -> tuple[str, ...]:
         _spread([layer.survived for layer in layers], "{:.4f}".format),
         f"{max((layer.max_relative_change for layer in layers), default=0.0):.3f}",
     )
+
+
+def _patterns(patterns: Sequence[str]) -> str:
+    """The different patterns; of more than three fractions the lowest and the highest."""
+    found = dict.fromkeys(patterns)
+    if len(found) > 3 and not any(":" in pattern for pattern in found):
+        return _spread([float(pattern) for pattern in found], "{:.4f}".format)
+    return ", ".join(found)
 
 
 def _notes(notes: Sequence[str]) -> str:

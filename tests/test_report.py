@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spp.calibrate import LayerReport, PruneReport
 from spp.certificate import report_from_tensors
 from spp.inject import wrap
 from spp.merge import merge
-from spp.report import Table, byte_text, kind_of, merge_table, sparsity_table, time_text
+from spp.report import Table, byte_text, kind_of, merge_table, prune_lines, prune_table, sparsity_table, time_text
 from tests.models import prune_nm_, tiny_llama
 
 
@@ -91,3 +92,75 @@ def test_a_merge_adds_up() -> None:
     assert grouped.rows[-1][2] == str(sum(int(row[2]) for row in listed.rows[:-1]))
     assert grouped.rows[-1] == listed.rows[-1]
     assert grouped.rows[0][0] == "self_attn.q_proj" and listed.rows[0][0] == "model.layers.0.self_attn.q_proj"
+
+
+def _layer(**values: object) -> LayerReport:
+    defaults = {"shape": (4, 8), "pattern": "2:4", "sparsity": 0.5, "sparsity_before": 0.0}
+    return LayerReport(**{**defaults, "relative_error": 0.25, "tokens": 64, "seconds": 1.5, **values})
+
+
+def _pruned(layers: dict[str, LayerReport], **values: object) -> PruneReport:
+    defaults = {"method": "wanda", "pattern": "2:4", "sparsity": 0.5, "windows": 4, "seqlen": 16, "seed": 7}
+    more = {"calibration": "a.txt", "owl": None, "sparsity_before": 0.125, "keeps_zeros": True, "seconds": 61.0}
+    return PruneReport(layers=layers, **{**defaults, **more, **values})
+
+
+def test_pruning_by_kind_and_one_by_one() -> None:
+    layers = {
+        "layers.0.up": _layer(),
+        "layers.1.up": _layer(relative_error=0.5, seconds=0.5),
+        "layers.0.down": _layer(relative_error=None, pattern="0.75", sparsity=0.75),
+    }
+    report = _pruned(layers, pattern={"down": "0.75", ".*": "2:4"})
+    assert prune_table(report).text() == (
+        "pruned by wanda to down=0.75, .*=2:4\n"
+        "layer  layers  sparsity    pattern            error  seconds\n"
+        "-----  ------  --------  ---------  ---------------  -------\n"
+        "up          2    0.5000        2:4  0.2500 … 0.5000      2.0\n"
+        "down        1    0.7500       0.75                       1.5\n"
+        "all         3    0.5000  2:4, 0.75  0.2500 … 0.5000      3.5"
+    )
+    assert [row[0] for row in prune_table(report, every=True).rows] == [*layers, "all"]
+
+
+def test_notes_have_a_column_where_there_are_some() -> None:
+    layers = {f"layers.{i}.up": _layer(note="damping raised to 0.1" if i else "") for i in range(3)}
+    layers["layers.0.down"] = _layer(note="no token")
+    table = prune_table(_pruned(layers))
+    assert table.columns[-1] == "notes"
+    assert [row[-1] for row in table.rows] == [
+        "damping raised to 0.1 (2)",
+        "no token",
+        "damping raised to 0.1 (2); no token (1)",
+    ]
+
+
+def test_many_fractions_are_their_range() -> None:
+    layers = {f"layers.{i}.up": _layer(pattern=str(0.5 + i / 100)) for i in range(5)}
+    assert prune_table(_pruned(layers)).rows[0][3] == "0.5000 … 0.5400"
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        (
+            {},
+            [
+                "calibration: 4 windows of 16 tokens from a.txt, seed 7",
+                "zeros before: 0.1250 of the weights, kept, as this method does",
+                "time: 1 min 01 s, with the forward passes",
+            ],
+        ),
+        (
+            {"windows": 0, "keeps_zeros": False, "owl": {"threshold": 5.0, "spread": 0.08}},
+            [
+                "OWL: blocks with more outliers keep more weights (threshold 5, spread 0.08)",
+                "calibration: none",
+                "zeros before: 0.1250 of the weights, weights like any other to this method",
+                "time: 1 min 01 s, with the forward passes",
+            ],
+        ),
+    ],
+)
+def test_what_the_table_leaves_out(values: dict[str, object], lines: list[str]) -> None:
+    assert prune_lines(_pruned({"up": _layer()}, **values)) == lines

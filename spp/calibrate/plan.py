@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ class PrunePlan:
             seqlen=self.windows.shape[1],
             seed=self.options.seed,
             calibration=describe_calibration(self.options.calibration),
+            owl=None if self.options.owl is None else asdict(self.options.owl),
             sparsity_before=share_of(done, "sparsity_before"),
             keeps_zeros=not self.method.updates,
             seconds=time.perf_counter() - started,

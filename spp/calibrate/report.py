@@ -46,6 +46,7 @@ class PruneReport:
         seqlen: their length in tokens.
         seed: with which they were drawn.
         calibration: where they are from: the path or id, "texts" or "token ids"; "" without calibration.
+        owl: OWL's {"threshold", "spread"}; None where every block was pruned alike.
         sparsity_before: share of zeros that the weights together had before.
         keeps_zeros: whether these stayed zeros by the method's own rule; else (SparseGPT, which changes the weights
             that it keeps) they were weights like any other.
@@ -60,6 +61,7 @@ class PruneReport:
     seqlen: int
     seed: int
     calibration: str
+    owl: Mapping[str, float] | None
     sparsity_before: float
     keeps_zeros: bool
     seconds: float

@@ -47,9 +47,11 @@ def note(text: str) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table: drawn on a terminal, plain aligned columns into a pipe or file."""
-    if not sys.stdout.isatty():
-        return say(table.text())
+    """Print a table: drawn on a terminal that is wide enough, else in plain aligned columns."""
+    text = table.text()
+    width = max(map(len, text.splitlines())) + 2 * len(table.columns)
+    if not sys.stdout.isatty() or width > Console().width:
+        return say(text)
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(table.columns):
         drawn.add_column(escape(column), justify="right" if table.numeric(i) else "left")
