@@ -102,10 +102,10 @@ class Pattern:
                 raise PatternError(f"pattern {pattern!r} is a percentage; write the fraction: {value / 100:g}")
             if math.isnan(value) or percent:
                 raise PatternError(_nonsense(pattern))
-            return cls(fraction=value)
+            return cls(fraction=value + 0.0)  # no −0.0
         if isinstance(pattern, (bool, complex)) or not hasattr(pattern, "__float__") or np.ndim(pattern) != 0:
             raise PatternError(_nonsense(pattern))
-        return cls(fraction=float(pattern))
+        return cls(fraction=float(pattern) + 0.0)
 
     @property
     def is_nm(self) -> bool:

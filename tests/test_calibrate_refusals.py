@@ -71,6 +71,15 @@ def test_bad_input_is_refused_before_anything_is_changed(
             assert same.all(), name
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot", "sparsegpt+dsnot"])
+def test_a_fraction_of_0_leaves_every_weight(method: str) -> None:
+    model, before = tiny_llama(), tiny_llama()
+    report = prune(model, method, {"down_proj": 0.5, ".*": 0}, _ids())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before.get_parameter(name)) == ("down_proj" not in name)
+    assert {layer.pattern for layer in report.layers.values()} == {"0.5", "0.0"}
+
+
 def test_activations_that_are_not_finite_name_block_and_layer() -> None:
     model = tiny_llama()
     with torch.no_grad():

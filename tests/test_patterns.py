@@ -124,6 +124,12 @@ def test_nonsense_is_refused(value: object, message: str) -> None:
     assert isinstance(caught.value, ConfigError)
 
 
+@pytest.mark.parametrize("value", [0, 0.0, "0", "-0.0", -0.0])
+def test_nothing_can_be_pruned(value: object) -> None:
+    pattern = Pattern.parse(value)  # type: ignore[arg-type]
+    assert (str(pattern), pattern.sparsity) == ("0.0", 0.0)
+
+
 def test_a_pattern_is_one_thing_only() -> None:
     with pytest.raises(PatternError, match="not both"):
         Pattern(kept=2, group=4, fraction=0.5)

@@ -180,7 +180,7 @@ def test_an_interrupted_run_goes_on(spp: Call, dense: Path, tmp_path: Path, monk
     ("options", "words"),
     [
         (("--pattern", "5:4"), ["pattern 5:4"]),
-        (("--pattern", "1.0"), ["pattern 1.0", "below 1"]),
+        (("--pattern", "1.0"), ["pattern 1.0", "at least 0 and below 1"]),
         (("--pattern", "50"), ["did you mean 0.5"]),
         (("--pattern", "2:4", "--pattern", "1:4"), ["--pattern is given 2 times", "NAME=PATTERN"]),
         (("--pattern", "a=2:4", "--pattern", "a=1:4"), ["--pattern a=1:4 is the second for a"]),
