@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
+
+from spp.kernels import cpu
 
 # Measured on CPUs: matrix products with fewer than 512 rows or columns of W are slower than the whole, and the passes
 # over a block that builds W_eff or reduces G are fastest while the block stays in the last cache.
@@ -41,18 +42,8 @@ def _step(length: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(length, 1), BLOCK_ELEMENTS // _THIN)
 
 
-@cache
-def cpu_has_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype in hardware; without, float32 is several times faster."""
-    if dtype == torch.bfloat16:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    if dtype == torch.float16:
-        return bool(torch.cpu._is_amx_fp16_supported())
-    return True
-
-
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype in which products of `dtype` operands run on `device`."""
-    if device.type == "cpu" and not cpu_has_products(dtype):
+    if device.type == "cpu" and not cpu.has_products(dtype):
         return torch.float32
     return dtype

@@ -9,13 +9,12 @@ on a timing, so that a run repeats bit for bit.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CPUINFO = Path("/proc/cpuinfo")
+from spp.kernels import cpu
 
 
 def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,11 +48,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 @cache
 def onednn_is_faster() -> bool:
     """Whether this is an AMD CPU, and torch's oneDNN product works as expected."""
-    try:
-        vendor = next((line for line in _CPUINFO.read_text().splitlines() if line.startswith("vendor_id")), "")
-    except OSError:
-        return False
-    if "AuthenticAMD" not in vendor or not torch.backends.mkldnn.is_available():
+    if cpu.vendor() != cpu.AMD or not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(2, 3), torch.arange(12.0).view(4, 3)
     try:

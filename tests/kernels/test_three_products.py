@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spp.errors import GradientError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, input_dropout, release_workspace, workspace_bytes
+from spp.kernels import blocks, cpu, input_dropout, release_workspace, workspace_bytes
 from spp.kernels.products import linear_product
 from spp.rules import spp as spp_rule
 from tests.layers import SHAPES, Case, make_case
@@ -73,7 +73,7 @@ def test_sixteen_bit_products_in_float32_where_the_cpu_lacks_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for has_products in (True, False):
-        monkeypatch.setattr(blocks, "cpu_has_products", lambda dtype, answer=has_products: answer)
+        monkeypatch.setattr(cpu, "has_products", lambda dtype, answer=has_products: answer)
         case = make_case(13, 24, 5, (6,), dtype)
         check(case, *run(case), dtype)
 
@@ -119,7 +119,7 @@ def test_forward_multiplies_by_the_effective_weight_bit_for_bit() -> None:
         case = make_case(37, 20, 4, (6,), dtype)
         y = spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0)
         merged = effective_weight(case.weight, case.alpha, case.beta, 2.0)
-        has = blocks.cpu_has_products(dtype)
+        has = cpu.has_products(dtype)
         expected = (
             linear_product(case.x, merged, case.bias)
             if has
