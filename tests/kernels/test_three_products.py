@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spp.errors import GradientError
@@ -332,6 +334,39 @@ def test_recomputation_skips_the_last_product_of_a_checkpointed_block(monkeypatc
     assert len(calls) == 2
     y.sum().backward()  # type: ignore[union-attr]
     assert len(calls) == 3  # the first product only is computed again
+
+
+class _CountProducts(TorchDispatchMode):
+    """Counts matrix products of two factors of the layers' width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "addmm", "_linear_pointwise"):
+            factors = [t.shape for t in args if isinstance(t, Tensor) and t.ndim == 2]
+            self.count += all(self.width in shape for shape in factors)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("reentrant", "recomputed"), [(None, 0), (False, 2), (True, 3)])
+def test_checkpointing_computes_no_product_again_that_it_need_not(reentrant: bool | None, recomputed: int) -> None:
+    width = 40
+    layers = [make_case(width, width, 4, (5,), bias=False, seed=seed) for seed in range(3)]
+
+    def block(x: Tensor) -> Tensor:
+        for case in layers[:2]:
+            x = spp_linear(x, case.weight, None, case.alpha, case.beta, 2.0).tanh()
+        return spp_linear(x, layers[2].weight, None, layers[2].alpha, layers[2].beta, 2.0)
+
+    x = layers[0].x
+    with _CountProducts(width) as found:
+        y: Any = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+        y.backward(layers[0].dy)
+    assert found.count == 3 * 3 + recomputed
 
 
 def test_threads_do_not_share_scratch_memory() -> None:
