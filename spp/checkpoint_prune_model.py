@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spp.calibrate.plan import FLOATS
 from spp.checkpoint_keys import DiskKeys, Group
+from spp.checkpoint_memory import trim_memory
 from spp.errors import ConfigError, NonFiniteError, StreamingError
 from spp.files import CheckpointReader, dtype_name, read_json
 from spp.patterns import all_finite
@@ -89,6 +90,7 @@ class StreamedModel:
             for name, value in module._parameters.items():
                 if value is not None:
                     module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+        trim_memory()
 
     def value(self, key: str) -> Tensor:
         """Return what the pruned checkpoint holds under a key: the model's tensor, or what the disk holds."""
