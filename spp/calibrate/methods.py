@@ -25,6 +25,7 @@ from spp.pruning.wanda import wanda_mask
 from spp.targets_layout import Projection
 
 _NAMED = 8  # experts that a note names
+_DSNOT_THRESHOLD = 0.1  # of |ε| summed over the tokens of a window
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class LayerInputs:
                 self._hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
             )
         return self._factor
+
+    def dsnot_threshold(self) -> float:
+        """Return DSnoT's threshold for ε = Σ W μ with the mean μ over tokens.
+
+        The authors' code sums inputs over a window's tokens and compares that ε with 0.1.
+        """
+        return _DSNOT_THRESHOLD * self._windows / self.collector.count
 
     def square_norm(self, weight: Tensor) -> float:
         """Return ‖X Wᵀ‖²_F of a weight (m, n), on all inputs or on the sample."""
@@ -176,7 +184,7 @@ def _pruned(path: str, weight: Tensor, inputs: LayerInputs, method: Method, patt
     else:
         mask = magnitude_mask(weight, pattern)
     if method.refined:
-        mask = dsnot(weight, mask, inputs.collector.stats(), pattern)
+        mask = dsnot(weight, mask, inputs.collector.stats(), pattern, threshold=inputs.dsnot_threshold())
     return weight.masked_fill(~mask, 0), note
 
 
