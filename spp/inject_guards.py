@@ -28,7 +28,8 @@ def refuse_while_wrapped(*args: object, **kwargs: object) -> NoReturn:
     raise WrapError(
         "the model is still wrapped, and save_pretrained would write a checkpoint that transformers cannot load. "
         "Save the adapter with spp.save_adapter(model, path), or merge first: spp.merge(model), then "
-        "spp.save_model(model, path). Training with transformers' Trainer? spp.training.SPPTrainer saves adapters."
+        "spp.save_model(model, path). Training with transformers' Trainer? spp.training.SPPTrainer saves adapters; "
+        "for TRL's SFTTrainer, spp.integrations.trl.SPPSFTTrainer does."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -70,3 +71,29 @@ def test_own_loop(model: Path, tmp_path: Path) -> None:
     )
     assert "before" in out
     assert_same_zeros_but_tuned(model, tmp_path / "out/merged")
+
+
+@pytest.mark.slow
+def test_peft_plugin(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ("--model", model, "--text", text, "--out", tmp_path / "out", "--block-length", "32", "--steps", "12")
+    out = run("peft_plugin.py", *arguments)
+    assert "trainable params" in out and out.rstrip().endswith("2:4")
+    assert_same_zeros_but_tuned(model, tmp_path / "out/merged")
+
+
+@pytest.mark.slow
+def test_trl_sft(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'spp[test]'")
+    data = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(30)))
+    merged = []
+    for way in ([], ["--wrapped"]):
+        directory = tmp_path / f"out{len(way)}"
+        out = run("trl_sft.py", "--model", model, "--data", data, "--out", directory, "--steps", "12", *way)
+        assert out.rstrip().endswith("2:4")
+        assert_same_zeros_but_tuned(model, directory / "merged")
+        merged.append((directory / "merged/model.safetensors").read_bytes())
+    assert merged[0] == merged[1]
