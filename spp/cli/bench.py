@@ -48,6 +48,17 @@ def prune(options: Options = None) -> None:
     main(options or [], prog="spp bench prune")
 
 
+@app.command("merge", **PASSED_ON)
+def merge(options: Options = None) -> None:
+    """Time the merge of an adapter into a checkpoint on disk against a plain copy of the same files.
+
+    Example: spp bench merge --shape llama-7b --blocks 16 --directory scratch
+    """
+    from spp.bench.merge import main
+
+    main(options or [], prog="spp bench merge")
+
+
 @app.command("gpu", **PASSED_ON)
 def gpu(options: Options = None) -> None:
     """Check every GPU kernel against float64, and time a layer's training step on a GPU against its peers.

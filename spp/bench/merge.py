@@ -1,0 +1,227 @@
+"""How fast an adapter is merged into a checkpoint on disk, beside a plain copy of the same files.
+
+A merge reads every tensor, checks it, scales it, checks the result, hashes it and writes it; `cp -r` reads and writes,
+and is followed here by an fsync of every file and folder, as a merge is. The two take turns, each into a new folder.
+The files were written just before, so the reads come from the system's cache as far as it holds them ("cache": "warm").
+
+    python -m spp.bench.merge --shape llama-7b --blocks 16        spp bench merge --shape smollm2 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spp.bench import harness
+from spp.bench.adapted import BETA
+from spp.bench.models import SHAPES
+from spp.bench.plot import plot_ratios
+from spp.checkpoint import merge_checkpoint
+from spp.config import SPPConfig
+from spp.errors import ConfigError, SPPError
+from spp.files import mask_sha256, save_tensors, write_json, write_tensors
+from spp.files.hashes import tensor_bytes
+from spp.files.header import size_of
+from spp.patterns import Pattern
+from spp.pruning import magnitude_mask
+from spp.report import Table, byte_text
+from spp.rules import get_rule
+
+COPY, MERGE = "cp -r + fsync", "merge"
+
+
+def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
+    """Write a pruned Llama checkpoint of random weights and an adapter of it, one tensor at a time; return its bytes.
+
+    Every matrix of one shape holds the same numbers: what is measured does not depend on them.
+    """
+    dtype, pattern = getattr(torch, options.dtype), Pattern.parse(options.pattern)
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, _ = SHAPES[options.shape]
+    narrow = hidden * kv_heads // heads
+    of_block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[tuple[int, int], torch.Tensor] = {}
+    for shape in set(of_block.values()):
+        dense = torch.randn(shape, generator=generator).to(dtype)
+        tensors[shape] = dense * magnitude_mask(dense, pattern)
+    paths = {
+        f"model.layers.{i}.{name}": shape for i in range(options.blocks or layers) for name, shape in of_block.items()
+    }
+    layout = {f"{path}.weight": (dtype, shape) for path, shape in paths.items()}
+    layout["model.embed_tokens.weight"] = (dtype, (vocabulary, hidden))
+    base, adapter = directory / "base", directory / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    shards = _shards(layout, options.shards)
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    tensors[vocabulary, hidden] = torch.zeros(vocabulary, hidden, dtype=dtype)  # the embedding
+    for name, shard in zip(names, shards, strict=True):
+        part = {key: layout[key] for key in shard}
+        write_tensors(base / name, part, lambda key: tensor_bytes(tensors[layout[key][1]]))
+    file_of = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    size = sum(size_of(*entry) for entry in layout.values())
+    write_json(base / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_of})
+    write_json(base / "config.json", {"model_type": "llama", "dtype": options.dtype})
+    masks = {shape: mask_sha256(tensor) for shape, tensor in tensors.items()}
+    rule, parameters = get_rule("spp"), {}
+    for path, shape in paths.items():
+        for name, wanted in zip(rule.attribute_names(), rule.shapes(*shape, options.rank), strict=True):
+            values = torch.randn(wanted, generator=generator) * BETA
+            parameters[f"base_model.model.{path}.{name}"] = values
+    save_tensors(adapter / "adapter_model.safetensors", parameters)
+    config = SPPConfig(r=options.rank, target_modules=tuple(name.split(".")[1] for name in of_block)).to_dict()
+    extra = {"peft_type": "SPP", "base_masks": {path: masks[shape] for path, shape in paths.items()}}
+    write_json(adapter / "adapter_config.json", {**config, **extra, "base_model_name_or_path": None})
+    return size
+
+
+def _shards(layout: dict[str, Any], count: int) -> list[list[str]]:
+    """Deal the keys out to `count` shards, in order, of about equal sizes."""
+    keys, total = list(layout), sum(size_of(*entry) for entry in layout.values())
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key in keys:
+        if filled >= total * len(shards) / count and len(shards) < count:
+            shards.append([])
+        shards[-1].append(key)
+        filled += size_of(*layout[key])
+    return shards
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a folder with `cp -r`, and wait until it is on disk."""
+    subprocess.run(["cp", "-r", os.fspath(source), os.fspath(target)], check=True)
+    for folder, _, names in os.walk(target):
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def measure(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
+    """Return one row for the merge and one for the copy, ratios of the merge to each."""
+    size = make_checkpoint(options, directory)
+    base, adapter, out = directory / "base", directory / "adapter", directory / "out"
+    memory = harness.Memory(**harness.in_child("spp.bench.merge", ["--child", str(directory)]))
+    shutil.rmtree(out)
+    calls = {MERGE: lambda: merge_checkpoint(base, adapter, out), COPY: lambda: copy(base, out)}
+    samples: dict[str, list[harness.Sample]] = {name: [] for name in calls}
+    for index in range(options.warmup + options.rounds):
+        for name in sorted(calls, reverse=index % 2 == 1):
+            sample = harness.time_call(calls[name])
+            shutil.rmtree(out)
+            if index >= options.warmup:
+                samples[name].append(sample)
+    rows = []
+    for name, fields in harness.compare(samples).items():
+        row: dict[str, Any] = {
+            "bench": "merge",
+            "contender": name,
+            "model": options.shape,
+            "blocks": options.blocks or SHAPES[options.shape][2],
+            "shards": options.shards,
+            "pattern": options.pattern,
+            "rank": options.rank,
+            "rounds": options.rounds,
+            "cache": "warm",
+            "checkpoint_bytes": size,
+            "bytes_per_s": size / fields["wall_s"]["median"],
+            **fields,
+            **harness.environment("cpu", getattr(torch, options.dtype)),
+        }
+        if name == MERGE:
+            row["rest_bytes"], row["peak_bytes"] = memory.rest, memory.peak
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table; its ratios are speeds, of the contender to the merge."""
+    lines = [
+        (
+            row["contender"],
+            f"{row['wall_s']['median']:.2f} s",
+            f"{byte_text(int(row['bytes_per_s']))}/s",
+            str(harness.Spread(**row["reference_to_this_wall"])),
+            byte_text(row["peak_bytes"] - row["rest_bytes"]) if "peak_bytes" in row else "",
+        )
+        for row in rows
+    ]
+    what = f"{byte_text(rows[0]['checkpoint_bytes'])} in {rows[0]['shards']} shards, warm cache; median (p20 … p80)"
+    columns = ("contender", "time", "throughput", "merge's time / this", "peak memory")
+    return Table(f"merging {rows[0]['model']} at {rows[0]['pattern']}: {what}", columns, tuple(lines))
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Parse and check the options."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Time the merge of an adapter into a checkpoint against a copy of the same files."
+    )
+    parser.add_argument("--shape", default="smollm2", choices=sorted(SHAPES), help="random weights of this shape")
+    parser.add_argument("--blocks", type=int, help="decoder blocks (default: as the shape has)")
+    parser.add_argument("--shards", type=int, default=3, help="files of the checkpoint (default: 3)")
+    parser.add_argument("--rank", type=int, default=16, help="r of the adapter (default: 16)")
+    parser.add_argument("--pattern", default="2:4", help="of the zeros (default: 2:4)")
+    parser.add_argument("--directory", type=Path, help="where to work (default: the system's temporary folder)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    harness.add_timing_options(parser, rounds=3, warmup=1)
+    harness.add_common_options(parser)
+    parser.set_defaults(dtype="bfloat16")
+    options = parser.parse_args(arguments)
+    harness.check_common_options(options)
+    if options.device != "cpu":
+        raise ConfigError(f"--device is {options.device}; checkpoints are merged on the processor: cpu")
+    for name in ("blocks", "shards", "rank"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    Pattern.parse(options.pattern)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.bench.merge") -> None:
+    """Run the benchmark and print its table; `--out` and `--plot` write files."""
+    options = parse(arguments, prog)
+    if options.child:
+        there = Path(options.child)
+        memory = harness.measure_memory(
+            lambda: merge_checkpoint(there / "base", there / "adapter", there / "out"), calls=1
+        )
+        print(json.dumps({"rest": memory.rest, "peak": memory.peak}))
+        return
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="spp-bench-") as scratch:
+        rows = measure(options, Path(scratch))
+    made = table(rows)
+
+    def plot() -> None:
+        conditions = harness.environment_line(rows[0])
+        plot_ratios({made.title: rows}, "merging", conditions, options.plot, overwrite=options.overwrite)
+
+    harness.finish(rows, made, options, plot)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SPPError as error:
+        sys.exit(f"error: {error}")
