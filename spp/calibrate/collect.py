@@ -15,7 +15,7 @@ from spp.errors import NonFiniteError
 from spp.pruning.stats import StatsCollector
 from spp.targets_layout import Projection
 
-_SAMPLED = 512  # inputs kept to measure an output error on (SmolLM2, two blocks: 8 % off on average, 65 % at worst)
+_SAMPLED = 512  # inputs kept to measure an output error on (SmolLM2, two blocks: 2 % off on average, 21 % at worst)
 
 
 class _NotSharedError(Exception):

@@ -63,7 +63,16 @@ def test_the_sample_is_spread_evenly(cut: list[int]) -> None:
     collector = StatsCollector(7, sample=10, expected=101)
     for part in x.split(cut):
         collector.add(part)
-    assert torch.equal(collector.sample(), x[::10])
+    assert torch.equal(collector.sample(), x[::11])
+
+
+def test_the_sample_meets_every_position_of_a_window_alike() -> None:
+    collector = StatsCollector(1, sample=512, expected=32 * 512)
+    for _ in range(32):
+        collector.add(torch.arange(512.0)[:, None])
+    counts = torch.bincount(collector.sample().view(-1).long(), minlength=512)
+    assert counts.max() == 1
+    assert counts.sum() > 480
 
 
 def test_bad_statistics_are_refused() -> None:
