@@ -87,8 +87,9 @@ class DiskKeys:
 
     def _read(self, keys: list[str]) -> None:
         disk: dict[str, list[str]] = {}
+        rename = self._renaming()
         for key in keys:
-            name, pattern = self._renamed(key)
+            name, pattern = (key, None) if key in self._state else rename(key)
             if pattern is None:
                 self.memory[key] = name if name in self._state else key
             else:
@@ -97,17 +98,21 @@ class DiskKeys:
                 disk.setdefault(name, []).append(key)
         self.groups = {name: Group(tuple(keys), ()) for name, keys in disk.items()}
 
-    def _renamed(self, key: str) -> tuple[str, str | None]:
-        if key in self._state:
-            return key, None
+    def _renaming(self) -> Callable[[str], tuple[str, str | None]]:
+        """Return what gives a disk key's name in memory, and the pattern of the converter that it needs, if any."""
         try:
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
         except ImportError:  # a transformers that loads every key as it is
-            return key, None
+            return lambda key: (key, None)
         renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        name, pattern = rename_source_key(key, renamings, converters, self._model.base_model_prefix, self._state)
-        return name, pattern if name in self._state else None
+        prefix = self._model.base_model_prefix
+
+        def rename(key: str) -> tuple[str, str | None]:
+            name, pattern = rename_source_key(key, renamings, converters, prefix, self._state)
+            return name, pattern if name in self._state else None
+
+        return rename
 
     def _converter(self, pattern: str) -> Any:
         return next(c for c in self._conversions if hasattr(c, "operations") and pattern in c.source_patterns)

@@ -85,9 +85,13 @@ class Projection:
 
     def matrices(self) -> list[Tensor]:
         """Return views (out, in): one, or one an expert; what is written to them is written to the parameter."""
-        weight = self.weight.detach()
-        stored = list(weight.unbind(0)) if self.fused else [weight]
-        return stored if self.input_axis == -1 else [matrix.T for matrix in stored]
+        return as_matrices(self.weight.detach(), transposed=self.input_axis == -2)
+
+
+def as_matrices(weight: Tensor, *, transposed: bool) -> list[Tensor]:
+    """Return a weight, (out, in) or (E, out, in), or with inputs first, as views (out, in): one, or one an expert."""
+    stored = list(weight.unbind(0)) if weight.dim() == 3 else [weight]
+    return [matrix.T for matrix in stored] if transposed else stored
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from spp.certificate import (
     certify_tensor,
     fingerprint,
 )
-from spp.checkpoint.places import FLOATS, Place, Places
+from spp.checkpoint.places import Place, Places
 from spp.checkpoint.sources import checkpoint_directory, input_axes
 from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError
 from spp.files import (
@@ -49,7 +49,7 @@ from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
 from spp.files.reader import INDEX, require_inside
 from spp.inject import layer_generator
-from spp.merge import MergeReport, check_rounding, draw_seed
+from spp.merge import DTYPES, MergeReport, check_rounding, draw_seed
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
 from spp.patterns import all_finite
 from spp.rules import get_rule, rescue_
@@ -251,7 +251,7 @@ class _Job:
 def _stored(reader: CheckpointReader, key: str, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype that a tensor of the output has."""
     found = reader.dtype(key)
-    return dtype if dtype is not None and found in FLOATS else found
+    return dtype if dtype is not None and found in DTYPES else found
 
 
 def refuse_overlap(out: Path, source: Path, what: str) -> None:

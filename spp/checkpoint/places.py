@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from spp.adapter_files import AdapterFiles
@@ -18,11 +17,11 @@ from spp.checkpoint.sources import input_axes
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
 from spp.files import CheckpointReader, dtype_name
+from spp.merge import DTYPES
 from spp.rules import Rule, get_rule
-from spp.targets_layout import find_projections
+from spp.targets_layout import as_matrices, find_projections
 
 logger = logging.getLogger(__name__)
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a merge can change
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Place:
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """Return the weight as matrices (m, n), one or one an expert: views."""
-        stored = list(weight.unbind(0)) if len(self.shape) == 3 else [weight]
-        return [matrix.T for matrix in stored] if self.transposed else stored
+        return as_matrices(weight, transposed=self.transposed)
 
     def check(self, rule: Rule, params: Sequence[Tensor]) -> None:
         """Raise an AdapterError unless an adapter's parameters fit the weight."""
@@ -90,7 +88,7 @@ class Places:
             if place is None:
                 problems.append(f"{path}: the base has no {path}.weight")
                 continue
-            wrong = [key for key in place.keys if reader.dtype(key) not in FLOATS]
+            wrong = [key for key in place.keys if reader.dtype(key) not in DTYPES]
             if wrong or len(place.shape) not in (2, 3):
                 key = (wrong or place.keys)[0]
                 stored = f"{dtype_name(reader.dtype(key))} {reader.shape(key)}"

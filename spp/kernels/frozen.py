@@ -35,9 +35,21 @@ def base_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
     Returns:
         (…, m) in the dtype of x, under autocast in autocast's.
     """
-    device_type = x.device.type
+    x, bias = operands(x, weight, bias)
+    with no_autocast(x.device.type):
+        result: Tensor = _Frozen.apply(x, weight, bias)
+        return result
+
+
+def operands(x: Tensor, weight: WeightSource, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return x and the bias in the dtype of the product: autocast's, or that of W, which x must have then.
+
+    Raises:
+        TypeError: x is of another dtype than W, and autocast is off.
+        ValueError: the last dimension of x is not W's.
+    """
     dtype = weight.dtype
-    if cast := autocast_dtype(device_type, dtype, x.dtype):
+    if cast := autocast_dtype(x.device.type, dtype, x.dtype):
         x, dtype = x.to(cast), cast
     if x.dtype != dtype:
         raise TypeError(
@@ -45,10 +57,7 @@ def base_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
         )
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"the input has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}")
-    bias = bias if bias is None else bias.to(dtype)
-    with no_autocast(device_type):
-        result: Tensor = _Frozen.apply(x, weight, bias)
-        return result
+    return x, bias if bias is None else bias.to(dtype)
 
 
 class _Frozen(torch.autograd.Function):

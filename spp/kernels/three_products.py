@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from spp.kernels import blockwise, input_dropout, whole
-from spp.kernels.autocast import autocast_dtype, no_autocast
+from spp.kernels.autocast import no_autocast
 from spp.kernels.blocks import product_dtype
 from spp.kernels.dropout import draw_dropout, unpack_bits
 from spp.kernels.fp8 import check_fp8, check_grad_precision
-from spp.kernels.frozen import frozen_linear, shaped_like_inputs
+from spp.kernels.frozen import frozen_linear, operands, shaped_like_inputs
 from spp.kernels.keep import check_saved_activations, kept_for_backward
 from spp.kernels.once import Once
 from spp.kernels.sources import WeightSource, source_of
@@ -84,19 +84,9 @@ def linear(
     """
     check_grad_precision(grad_precision)
     check_saved_activations(saved_activations)
-    device_type = x.device.type
     source = source_of(weight)
-    dtype = source.dtype
-    if cast := autocast_dtype(device_type, dtype, x.dtype):
-        x, dtype = x.to(cast), cast
-    if x.dtype != dtype:
-        raise TypeError(
-            f"the input is {x.dtype} and the weight {source.dtype}: convert one, or run the model under torch.autocast"
-        )
-    if x.ndim == 0 or x.shape[-1] != source.shape[1]:
-        raise ValueError(f"the input has shape {tuple(x.shape)}; its last dimension must be {source.shape[1]}")
-    bias = bias if bias is None else bias.to(dtype)
-    with no_autocast(device_type):
+    x, bias = operands(x, source, bias)
+    with no_autocast(x.device.type):
         differentiable = [x, *params] if bias is None else [x, bias, *params]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in differentiable):
             call = Call(rule, scaling, dropout, False, x.dtype)
@@ -110,7 +100,7 @@ def linear(
             call.dropped, bits = draw_dropout(x, dropout)
         call.make_source = source.maker()
         if grad_precision == "fp8" and any(p.requires_grad for p in params):
-            check_fp8(x.device, dtype)
+            check_fp8(x.device, x.dtype)
             call.grad_precision = grad_precision
         x = _Keep.apply(x, kept, source.tensors(), bits, call, *params)
         result: Tensor = _Linear.apply(x, source, bias, call, *params)
