@@ -1,10 +1,12 @@
-"""Who does the element-wise work around the products: Triton's kernels on a GPU that they work on, else plain torch.
+"""Who computes an adapted layer: Triton's kernels around the products on a GPU, compiled products on a CPU, or torch.
 
-    SPP_KERNELS=auto      Triton on CUDA GPUs of capability 8.0 and later, plain torch elsewhere (the default)
-    SPP_KERNELS=torch     plain torch everywhere: the kernels' twin, several passes over W instead of one
+    SPP_KERNELS=auto      Triton on CUDA GPUs of capability 8.0 and later; on a CPU with a C compiler products that skip
+                          the zeros, where a layer has enough of them; plain torch elsewhere (the default)
+    SPP_KERNELS=torch     plain torch everywhere: the kernels' twin
+    SPP_KERNELS=native    the compiled products for every layer on a CPU that they can compute, or an error
     SPP_KERNELS=triton    Triton everywhere, or an error that says why not; on CPU tensors with TRITON_INTERPRET=1
 
-The numbers of W_eff are the same bits either way; dα and dβ may differ in the order of their sums.
+The numbers of W_eff are the same bits either way; outputs and gradients may differ in the order of their sums.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from spp.errors import ConfigError, DependencyError, SPPWarning
 
 VARIABLE = "SPP_KERNELS"
-CHOICES = ("auto", "torch", "triton")
+CHOICES = ("auto", "torch", "native", "triton")
 CAPABILITY = (8, 0)  # bfloat16 in hardware; nothing older was ever compiled for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +30,7 @@ _choice = os.environ.get(VARIABLE, "auto")
 
 
 def kernels() -> str:
-    """Return the choice in force: "auto", "torch" or "triton".
+    """Return the choice in force: "auto", "torch", "native" or "triton".
 
     Raises:
         ConfigError: the environment variable holds something else.
@@ -43,7 +45,7 @@ def use_kernels(choice: str) -> Iterator[None]:
     """Choose for the whole process inside a `with` block; it goes before the environment variable.
 
     Args:
-        choice: "auto", "torch" or "triton", as SPP_KERNELS.
+        choice: "auto", "torch", "native" or "triton", as SPP_KERNELS.
 
     Raises:
         ConfigError: another choice.
@@ -75,7 +77,9 @@ def by_triton(device: torch.device, dtype: torch.dtype, rule: str = "spp") -> bo
         ConfigError, DependencyError: Triton was asked for, and cannot do it; the message says why.
     """
     choice = kernels()
-    if choice == "torch" or (choice == "auto" and (device.type != "cuda" or dtype not in DTYPES or rule != "spp")):
+    if choice in ("torch", "native") or (
+        choice == "auto" and (device.type != "cuda" or dtype not in DTYPES or rule != "spp")
+    ):
         return False
     if choice == "auto":
         return _works(device)

@@ -110,7 +110,10 @@ def _through_gradient(
         block = weight.block(WHOLE, cols)
         if d_x is not None and spread is not None:
             torch.mm(dy, delta(rule, block, factors, WHOLE, cols, dtype), out=spread[:, cols])
-            torch.mm(dy, plain(block, dtype), out=d_x[:, cols])
+            frozen = plain(block, dtype)
+            if len(dy) == 1:  # for one token MKL's order of summation depends on how far rows of W lie apart
+                frozen = frozen.contiguous()
+            torch.mm(dy, frozen, out=d_x[:, cols])
         if wanted:
             gradient = workspace("gradient", tuple(block.shape), dtype, dy.device)
             torch.mm(dy.t(), dropped[:, cols], out=gradient)

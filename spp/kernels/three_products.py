@@ -4,8 +4,8 @@
     backward   dX = dY W_eff                                        one product
                G  = dYᵀ X, and the rule reduces W ⊙ G into dθ       one product
 
-On a CPU by blocks that stay in its cache (blockwise.py), with input dropout in four or five products
-(input_dropout.py); on a GPU a layer at a time (whole.py).
+On a CPU by blocks that stay in its cache (blockwise.py), where a C compiler is at hand without W's zeros (native/),
+with input dropout in four or five products (input_dropout.py); on a GPU a layer at a time (whole.py).
 
 What backward needs (X, W, θ, the dropout bits) is saved by an identity that X passes first, not by the function that
 computes the product. Under activation checkpointing the recomputation stops at the last tensor that was saved, so the
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.kernels import blockwise, input_dropout, whole
+from spp.kernels import blockwise, input_dropout, native, whole
 from spp.kernels.autocast import no_autocast
 from spp.kernels.blocks import product_dtype
 from spp.kernels.dropout import draw_dropout, unpack_bits
@@ -48,6 +48,7 @@ class Call:
         self.dtype = dtype  # of X and Y
         self.grad_precision = "auto"
         self.whole = False  # whether spp.kernels.whole computes it
+        self.native = False  # whether spp.kernels.native does
         self.vanish = True  # whether the rescue has to be looked for; found in forward
         self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
         self.branch: Tensor | None = None  # V of input_dropout.py, between the product and its saving only
@@ -177,7 +178,10 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
         return shaped_like_inputs(frozen_linear(x, weight, bias), x)
     dtype = product_dtype(x.dtype, x.device)
     operand, bias = rows_2d.to(dtype), bias if bias is None else bias.to(dtype)
-    if dropped is None:
+    call.native = dropped is None and native.suits(rule, weight, len(operand), x.dtype, dtype)
+    if call.native:
+        y = native.forward(operand, weight, bias, factors, x.dtype)
+    elif dropped is None:
         call.vanish = may_vanish(weight.kept(), largest)
         y = blockwise.forward(operand, weight, bias, rule, factors, x.dtype, call.vanish)
     else:
@@ -208,6 +212,8 @@ def _backward(
         work = work_for(rule, weight, factors)
         d_x = whole.input_gradient(dy_2d, mask, keep_scale, work) if call.needs_x else None
         totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params, call.grad_precision)
+    elif call.native:
+        d_x, totals = native.backward(dy_2d, x_2d, weight, factors, call.dtype, call.needs_x, needs_params)
     elif mask is None:
         d_x, totals = blockwise.backward(
             dy_2d, x_2d, weight, rule, factors, call.dtype, call.vanish, call.needs_x, needs_params

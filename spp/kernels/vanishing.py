@@ -11,12 +11,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from spp.kernels.facts import remembered
 from spp.patterns import nonzero_mask
 from spp.rules.canonical import smallest_kept
 
-_minima: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, address, min |W kept|)
 _ROUNDING = 1e-3  # far above what the roundings of the canonical order can take off the bound
 
 
@@ -29,16 +28,10 @@ def may_vanish(weight: Tensor, largest_factor: float) -> bool:
     """
     if weight.device.type != "cpu" or type(weight) not in (Tensor, torch.nn.Parameter):
         return True  # reading the bound back would stall the device; there the rescue is always looked for
-    bound = _smallest_kept_weight(weight) * (1 - largest_factor - _ROUNDING)
+    bound = remembered("smallest kept", weight, _smallest_kept_weight) * (1 - largest_factor - _ROUNDING)
     return not bound >= smallest_kept(weight.dtype)
 
 
 def _smallest_kept_weight(weight: Tensor) -> float:
-    state = (weight._version if not weight.is_inference() else -1, weight.data_ptr())
-    known = _minima.get(weight)
-    if known is None or known[:2] != state or state[0] < 0:
-        kept = weight.detach().abs().masked_fill_(~nonzero_mask(weight), math.inf)
-        smallest = float(kept.amin()) if kept.numel() else math.inf
-        known = (*state, smallest)
-        _minima[weight] = known
-    return float(known[2])
+    kept = weight.detach().abs().masked_fill_(~nonzero_mask(weight), math.inf)
+    return float(kept.amin()) if kept.numel() else math.inf

@@ -30,7 +30,7 @@ def test_a_choice_ends_with_its_block() -> None:
             assert kernels() == "triton"
         assert kernels() == "torch"
     assert kernels() == "auto"
-    with pytest.raises(ConfigError, match="'cuda'; known: auto, torch, triton"), use_kernels("cuda"):
+    with pytest.raises(ConfigError, match="'cuda'; known: auto, torch, native, triton"), use_kernels("cuda"):
         pass
 
 
@@ -42,7 +42,7 @@ def test_the_environment_chooses_and_a_wrong_value_is_explained() -> None:
     environment = {"SPP_KERNELS": "fast", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0
-    assert "ConfigError: SPP_KERNELS is 'fast'; known: auto, torch, triton" in run.stderr
+    assert "ConfigError: SPP_KERNELS is 'fast'; known: auto, torch, native, triton" in run.stderr
 
 
 @pytest.mark.parametrize(

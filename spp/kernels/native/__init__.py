@@ -1,0 +1,18 @@
+"""Products on a CPU that skip the zeros of W: fewer multiplications than the three dense products of full fine-tuning.
+
+    forward    Y  = X W_effᵀ        one multiplication for each kept weight and token
+    backward   dX = dY W_eff        likewise
+               H  = W ⊙ (dYᵀ X)     computed at the kept weights alone, and reduced into dα, dβ on the spot
+
+With a share d of the weights kept that is 3 · d · m · n · T multiplications. Compiled by the user's own C compiler when
+the first pruned layer asks for it, into the user's cache, and used where the result passes a check against torch
+(compiler.py); without a compiler, or on another processor than x86-64 with AVX2 and FMA, torch does the work
+(blockwise.py, which is the twin that the tests compare with).
+"""
+
+from __future__ import annotations
+
+from spp.kernels.native.compiler import why_not
+from spp.kernels.native.linear import FEWEST_TOKENS, backward, forward, suits
+
+__all__ = ["FEWEST_TOKENS", "backward", "forward", "suits", "why_not"]

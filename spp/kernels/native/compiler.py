@@ -1,0 +1,183 @@
+"""sparse.c, compiled once for this machine by the C compiler that is here, checked, and loaded.
+
+The library lies in the user's cache (SPP_CACHE, else $XDG_CACHE_HOME/spp, else ~/.cache/spp), named by a hash of the
+source, the compiler and the processor: another machine with the same home makes its own. Where the cache cannot be
+written it is made in a temporary folder and lives as long as the process. SPP_CC or CC name the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+ABI = 1
+SOURCE = Path(__file__).with_name("sparse.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+SECONDS = 120  # a compiler that takes longer is given up; the usual time is two seconds
+REQUIRED = ("avx2", "fma", "f16c")  # of the processor
+
+i64, f32p, i32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+
+
+class Block(ctypes.Structure):
+    """`block` of sparse.c."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("scaled_beta", ctypes.c_void_p),
+        ("stride", i64),
+        ("rows", i64),
+        ("cols", i64),
+        ("first", i64),
+        ("all_rows", i64),
+        ("r", i64),
+        ("dtype", ctypes.c_int32),
+        ("rounded_to", ctypes.c_int32),
+        ("form", ctypes.c_int32),
+    ]
+
+
+class Refused(Exception):
+    """The compiled products cannot be had here; the message says why."""
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None where there is none: `why_not` says why."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """Return why the compiled products cannot be had on this machine; None where they can."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        loaded = _open(_compiled())
+        from spp.kernels.native.probe import probe
+
+        probe(loaded)
+    except Refused as refusal:
+        _log.info("products that skip zeros are not used: %s", refusal)
+        return None, str(refusal)
+    return loaded, None
+
+
+def _compiled() -> Path:
+    """Return the path of the library, after compiling it where it is not there yet."""
+    flags = _processor()
+    compiler = _compiler()
+    identity = "\n".join([SOURCE.read_text(), compiler, _version(compiler), *FLAGS, flags])
+    name = f"sparse-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    folder = _folder()
+    target = folder / name
+    if target.is_file():
+        return target
+    handle, partial = tempfile.mkstemp(suffix=".so", prefix="sparse-", dir=folder)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [compiler, *FLAGS, "-o", partial, str(SOURCE)], capture_output=True, text=True, timeout=SECONDS
+        )
+        if done.returncode:
+            raise Refused(f"{compiler} could not compile {SOURCE.name}: {done.stderr.strip()[-500:]}")
+        os.replace(partial, target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{compiler} could not compile {SOURCE.name}: {error}") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(partial)
+    return target
+
+
+def _processor() -> str:
+    """Return what the processor can do, as Linux tells it."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise Refused(f"they are for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError as error:
+        raise Refused(f"the processor's description cannot be read: {error}") from error
+    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    missing = [name for name in REQUIRED if name not in flags.split()]
+    if missing:
+        raise Refused(f"the processor lacks {', '.join(missing)}")
+    return flags
+
+
+def _compiler() -> str:
+    names = [os.environ[name] for name in ("SPP_CC", "CC") if os.environ.get(name)]
+    names = names or list(COMPILERS)
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        raise Refused(f"there is no C compiler ({', '.join(names)}); install one, or name it in SPP_CC")
+    return found
+
+
+def _version(compiler: str) -> str:
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{compiler} --version: {error}") from error
+    return done.stdout.partition("\n")[0]
+
+
+def _folder() -> Path:
+    """Return a folder of the user's own that can be written."""
+    named = os.environ.get("SPP_CACHE")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(named) if named else Path(caches) / "spp"
+    folder = folder / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        ours = state.st_uid == os.getuid() and not state.st_mode & 0o022  # nobody else may put a library there
+        if ours and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(_temporary().name)
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="spp-native-")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        # torch has its OpenMP runtime loaded by now; the library takes the same one, and so the same threads
+        loaded = ctypes.CDLL(str(path))
+        found = loaded.spp_abi()
+    except (OSError, AttributeError) as error:
+        raise Refused(f"{path} cannot be loaded: {error}") from error
+    if found != ABI:
+        raise Refused(f"{path} has version {found}, expected {ABI}")
+    block = ctypes.POINTER(Block)
+    loaded.spp_pack.argtypes = [f32p, i64, i64, i64, i64, f32p, i32]
+    loaded.spp_product.argtypes = [f32p, block, i32, i64, i64, i64, f32p, i64, i32, i64, ctypes.c_void_p, i32]
+    loaded.spp_reduce.argtypes = [f32p, f32p, block, i64, i64, f32p, f32p, i64, i64, ctypes.c_void_p, i32]
+    for name in ("spp_pack", "spp_product", "spp_reduce"):
+        getattr(loaded, name).restype = None
+    loaded.spp_product_scratch.argtypes, loaded.spp_product_scratch.restype = [i64, i64, i64], i64
+    loaded.spp_reduce_scratch.argtypes, loaded.spp_reduce_scratch.restype = [i64], i64
+    return loaded
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in sparse.c

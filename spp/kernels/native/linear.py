@@ -1,0 +1,112 @@
+"""The adapted layer with SPP's rule by the compiled products: what blockwise.py computes, without the zeros of W."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.errors import ConfigError
+from spp.kernels.blocks import row_step, slices
+from spp.kernels.choice import VARIABLE, kernels
+from spp.kernels.density import density
+from spp.kernels.native.compiler import DTYPES, Block, library, why_not
+from spp.kernels.native.products import EFFECTIVE, FROZEN, KEYS, Products, Tiles, block_of
+from spp.kernels.sources import WeightSource
+from spp.kernels.workspace import workspace
+from spp.rules.base import Rule
+
+WHOLE = slice(None)
+FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and evaluation keeps W_eff (layer_adapted.py)
+MOST_KEPT = 0.6  # of the weights; measured: at 50 % the products take 0.7 of the dense ones' time, at 60 % about 0.85
+
+
+def suits(rule: Rule, weight: WeightSource, tokens: int, stored_as: torch.dtype, products: torch.dtype) -> bool:
+    """Whether the layer is computed here; SPP_KERNELS=native means wherever that can be.
+
+    Args:
+        tokens: T. stored_as: the dtype of the layer's input; products: that of its products.
+
+    Raises:
+        ConfigError: SPP_KERNELS=native asks for it, and there is no library; the message says why.
+    """
+    choice = kernels()
+    if choice not in ("auto", "native") or weight.device.type != "cpu":
+        return False
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in weight.tensors())  # no stand-in, no shard
+    possible = (
+        rule.name == "spp"
+        and plain
+        and products == torch.float32
+        and weight.dtype in DTYPES
+        and stored_as in DTYPES
+        and min(weight.shape) > 0
+    )
+    if choice == "native":
+        if possible and why_not():
+            raise ConfigError(f"{VARIABLE}=native: {why_not()}; use auto or torch")
+        return possible
+    worth_it = possible and tokens >= FEWEST_TOKENS and density(weight) <= MOST_KEPT
+    return worth_it and library() is not None
+
+
+def forward(x: Tensor, weight: WeightSource, bias: Tensor | None, factors: Any, stored_as: torch.dtype) -> Tensor:
+    """Return Y (T, m) from X (T, n), both float32; arguments as in blockwise.forward."""
+    m = weight.shape[0]
+    y = torch.empty(len(x), m)
+    if not len(x):
+        return y
+    products = Products(library())
+    tiles = products.tiles("x", x)
+    for first, block in _blocks(weight, factors, EFFECTIVE, stored_as):
+        products.product(tiles, block, y[:, first:], transposed=False, add=False)
+    return y if bias is None else y.add_(bias)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: WeightSource,
+    factors: Any,
+    stored_as: torch.dtype,
+    needs_x: bool,
+    needs_params: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return dX (T, n), where it is needed, and [dα, dβ]; arguments as in blockwise.backward, all float32."""
+    m, n = weight.shape
+    d_alpha = torch.zeros_like(factors.alpha)
+    beta_parts = torch.zeros(-(-n // KEYS), m)
+    d_x = torch.zeros(len(x), n) if needs_x else None
+    if len(x):
+        products = Products(library())
+        dy_tiles = products.tiles("dy", dy)
+        if d_x is not None:
+            for first, block in _blocks(weight, factors, EFFECTIVE, stored_as):
+                products.product(dy_tiles, block, d_x, transposed=True, add=first > 0)
+        if any(needs_params):
+            _reduce(products, products.tiles("x", x), dy_tiles, weight, factors, d_alpha, beta_parts)
+    d_beta = beta_parts.sum(0).mul_(factors.scaling).view(m, 1)
+    return d_x, [grad if needed else None for grad, needed in zip((d_alpha, d_beta), needs_params, strict=True)]
+
+
+def _reduce(
+    products: Products, x: Tiles, dy: Tiles, weight: WeightSource, factors: Any, d_alpha: Tensor, beta_parts: Tensor
+) -> None:
+    for _, block in _blocks(weight, factors, FROZEN, weight.dtype):
+        products.reduce(x, dy, block, d_alpha, beta_parts)
+
+
+def _blocks(weight: WeightSource, factors: Any, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
+    """Yield (first row, block): all of a tensor that is stored by rows, else rows decoded or copied, a block each."""
+    m, n = weight.shape
+    alpha, scaled_beta = factors.alpha.contiguous(), factors.scaled_beta.contiguous()
+    step = m
+    if not weight.is_tensor or weight.block(WHOLE, WHOLE).stride(1) != 1:
+        step = row_step(m, n, 1)
+    for rows in slices(m, step):
+        values = weight.block(rows, WHOLE)
+        if values.stride(1) != 1:
+            values = workspace("native weight", tuple(values.shape), values.dtype, values.device).copy_(values)
+        yield rows.start, block_of(values, rows.start, m, alpha, scaled_beta, form, rounded_to)

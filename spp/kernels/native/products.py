@@ -1,0 +1,131 @@
+"""The functions of sparse.c on tensors: tiles of tokens, products with a block of W, the reduction of its gradient.
+
+tiles     X (T, n) as [tile][n][width], `width` tokens a tile
+block     rows [first, first + rows) of W, and as what it multiplies: W, W_eff or W_eff − W
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.kernels.native.compiler import DTYPES, Block
+from spp.kernels.workspace import workspace
+
+KEYS = 64  # as in sparse.c: columns of W that one list of keys covers
+MAX_VECTORS = 12
+ALIGNMENT = 64  # bytes, of tiles and scratch
+FROZEN, EFFECTIVE, DELTA = 0, 1, 2  # the forms of a block
+
+SHARE_ELEMENTS = 2**20  # of W that a thread compresses at a time: non-zeros and keys stay in the last cache
+MOST_ROWS, FEWEST_ROWS = 256, 32  # of them, so that a part of a tile is used often before the next one replaces it
+TASKS = 4  # a thread, at least, where the layer is large enough: threads finish together
+MOST_GROUPS = 8  # of KEYS columns that the reduction takes at a time
+
+
+@dataclass
+class Tiles:
+    """X (T, n), repacked; `data` lies in a workspace.
+
+    Attributes:
+        data: (tiles, n, width) float32. tokens: T. cols: n. width: tokens of a tile.
+    """
+
+    data: Tensor
+    tokens: int
+    cols: int
+    width: int
+
+
+class Products:
+    """The compiled functions with torch's number of threads.
+
+    Args:
+        library: from `spp.kernels.native.compiler.library`.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+        self.lanes: int = library.spp_lanes()
+        self.threads = torch.get_num_threads()
+
+    def tiles(self, tag: str, x: Tensor) -> Tiles:
+        """Return x (T, n) float32 as tiles in the workspace of that tag."""
+        x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        tokens, n = x.shape
+        vectors = math.ceil(tokens / self.lanes)
+        width = self.lanes * math.ceil(vectors / math.ceil(vectors / MAX_VECTORS))
+        shape = (math.ceil(tokens / width), n, width)
+        data = _aligned(f"{tag} tiles", math.prod(shape), torch.float32).view(shape)
+        self.library.spp_pack(x.data_ptr(), tokens, n, x.stride(0), width, data.data_ptr(), self.threads)
+        return Tiles(data, tokens, n, width)
+
+    def product(self, tiles: Tiles, block: Block, out: Tensor, *, transposed: bool, add: bool) -> None:
+        """Write X Wᵀ for the block's rows of W into `out` (T, rows), or X[:, rows] W into `out` (T, n).
+
+        Args:
+            tiles: of X (T, n), or `transposed` of X (T, m).
+            out: float32 with unit stride along its last axis.
+            add: to what is there, in the order in which one block would have added.
+        """
+        outs, inner = (block.cols, block.rows) if transposed else (block.rows, block.cols)
+        share = min(MOST_ROWS, max(FEWEST_ROWS, _eights(SHARE_ELEMENTS // max(inner, 1))))
+        share = max(FEWEST_ROWS, min(share, _eights(math.ceil(outs / (TASKS * self.threads)) + 7)))
+        scratch = _scratch(self.threads * self.library.spp_product_scratch(share, inner, tiles.width))
+        self.library.spp_product(
+            tiles.data.data_ptr(), ctypes.byref(block), transposed, tiles.tokens, tiles.width, tiles.cols,
+            out.data_ptr(), out.stride(0), add, share, scratch, self.threads,
+        )  # fmt: skip
+
+    def reduce(self, x: Tiles, dy: Tiles, block: Block, d_alpha: Tensor, beta_parts: Tensor) -> None:
+        """Add the block's part to `d_alpha` (r, n), and write its rows of `beta_parts`, whose sum over groups is H α.
+
+        Args:
+            x, dy: of X (T, n) and dY (T, m).
+            block: of form FROZEN, with the factors.
+            beta_parts: (groups of KEYS columns, m).
+        """
+        across = max(1, min(MOST_GROUPS, len(beta_parts) // (2 * self.threads)))
+        scratch = _scratch(self.threads * self.library.spp_reduce_scratch(MOST_ROWS))
+        self.library.spp_reduce(
+            x.data.data_ptr(), dy.data.data_ptr(), ctypes.byref(block), x.tokens, x.width, d_alpha.data_ptr(),
+            beta_parts.data_ptr(), MOST_ROWS, across, scratch, self.threads,
+        )  # fmt: skip
+
+
+def block_of(
+    weight: Tensor, first: int, all_rows: int, alpha: Tensor, scaled_beta: Tensor, form: int, rounded_to: torch.dtype
+) -> Block:
+    """Return rows of a weight as sparse.c takes them; the tensors must outlive it.
+
+    Args:
+        weight: W[first : first + rows] with unit stride along its rows.
+        alpha (r, n), scaled_beta (m, 1): contiguous float32, of the whole layer.
+        rounded_to: what W_eff is rounded to, after W's own dtype.
+    """
+    rows, cols = weight.shape
+    return Block(
+        weight.data_ptr(), alpha.data_ptr(), scaled_beta.data_ptr(), weight.stride(0), rows, cols, first, all_rows,
+        len(alpha), DTYPES[weight.dtype], DTYPES[rounded_to], form,
+    )  # fmt: skip
+
+
+def _eights(count: int) -> int:
+    return count // 8 * 8
+
+
+def _scratch(size: int) -> int:
+    return _aligned("native", size, torch.uint8).data_ptr()
+
+
+def _aligned(tag: str, count: int, dtype: torch.dtype) -> Tensor:
+    """Return `count` elements of the workspace whose address is a multiple of ALIGNMENT."""
+    spare = ALIGNMENT // dtype.itemsize
+    buffer = workspace(tag, (count + spare,), dtype, torch.device("cpu"))
+    start = -buffer.data_ptr() % ALIGNMENT // dtype.itemsize
+    return buffer[start : start + count]
