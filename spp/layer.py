@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
@@ -100,8 +101,10 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             setattr(self, hooks, getattr(linear, hooks))
         stored = self.stored_weight
         dtype = arithmetic_dtype(stored.dtype)
+        self._adapter_names = self.spp_rule.attribute_names()
+        self._tensor_names = ("weight", *self._adapter_names)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
-        for name, shape in zip(self.spp_rule.attribute_names(), shapes, strict=True):
+        for name, shape in zip(self._adapter_names, shapes, strict=True):
             empty = torch.empty(shape, dtype=dtype, device="meta" if stored.is_meta else "cpu")
             self.register_parameter(name, nn.Parameter(empty))
         if not stored.is_meta:
@@ -119,7 +122,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Return [W_α, W_β]."""
-        return [getattr(self, name) for name in self.spp_rule.attribute_names()]
+        held = self._parameters  # straight from it: nn.Module's own look-up would cost as much as the rest of a token
+        return [held[name] for name in self._adapter_names]  # type: ignore[misc]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -189,23 +193,38 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         params = self.adapter_parameters()
         return Active(self.spp_rule, params, self.scaling, self.dropout, self.dropout_mode)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Y (…, m) from x (…, n)."""
+        cached, held = self._cached, self._parameters
+        # Asked for every layer and token that is generated, so at once and without the detours of `active`.
+        if (
+            cached is not None
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and x.numel() <= cached.most
+            and not (self.disabled or self.training or torch.is_autocast_enabled(cached.device))
+            and self.scaling == cached.key[1]
+            and cached.holds([held.get(name) for name in self._tensor_names])
+        ):
+            return F.linear(x, cached.effective, held["bias"])
+        return super().forward(x)
+
     def frozen(self) -> Tensor | PackedSource:
         """Return the base weight."""
         return self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
 
     def frozen_bias(self) -> Tensor | None:
         """Return the bias."""
-        return self.bias
+        return self._parameters["bias"]
 
     def kept_weight(self) -> Tensor:
         """Return `stored_weight`."""
-        return self.stored_weight
+        return self._parameters["weight"] if self.packed_layout is None else self.stored_weight  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPLinear:
         """Convert or move; W_α and W_β follow the device, but stay float32 (float64 for a float64 base)."""
         self._cached = None
-        names = self.spp_rule.attribute_names()
-        adapter = {name: self._parameters.pop(name) for name in names}
+        adapter = {name: self._parameters.pop(name) for name in self._adapter_names}
         try:
             super()._apply(fn, recurse)
             for name, parameter in adapter.items():

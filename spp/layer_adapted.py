@@ -81,18 +81,20 @@ class AdaptedLinear(nn.Module):
         if torch.compiler.is_compiling():
             assert _opaque_forward is not None
             return _opaque_forward(self, x)
+        if self._cached is not None and self._may_cache(x) and self._is_current(self._cached):
+            return F.linear(x, self._cached.effective, self.frozen_bias())
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
         weight, bias, active = self.frozen(), self.frozen_bias(), self.active()
         if active is None:
             return F.linear(x, weight, bias) if isinstance(weight, Tensor) else base_linear(x, weight, bias)
+        if self._may_cache(x):
+            return F.linear(x, self._new_effective(active), bias)
         params, dropout = active.params, active.dropout if self.training else 0.0
         if dropout and active.dropout_mode == "alpha":
             params = [F.dropout(p, dropout) if i in active.dropped else p for i, p in enumerate(params)]
             dropout = 0.0
-        if self._may_cache(x):
-            return F.linear(x, self._cached_weight(active), bias)
         run = dropout, self.grad_precision, self.saved_activations
         return linear(x, weight, bias, active.rule, params, active.scaling, *run)
 
@@ -100,21 +102,26 @@ class AdaptedLinear(nn.Module):
         if self.training or torch.is_grad_enabled():
             self._cached = None  # an optimizer's step may follow, and not every one leaves a trace on the tensors
             return False
-        return (
-            self.cache_effective
-            and not self.kept_weight().is_meta
-            and x.numel() <= CACHED_TOKENS * self.in_features
-            and not torch.is_autocast_enabled(x.device.type)
+        return x.numel() <= self._most() and self.cache_effective and not torch.is_autocast_enabled(x.device.type)
+
+    def _most(self) -> int:
+        return CACHED_TOKENS * self.in_features
+
+    def _is_current(self, cached: CachedWeight) -> bool:
+        active = self.active()
+        return active is not None and cached.is_current(
+            self.kept_weight(), active.params, (active.rule, active.scaling)
         )
 
-    def _cached_weight(self, active: Active) -> Tensor:
-        kept, key = self.kept_weight(), (active.rule, active.scaling)
-        if any(t.is_inference() for t in (kept, *active.params)):
+    def _new_effective(self, active: Active) -> Tensor:
+        kept = self.kept_weight()
+        tensors = (kept, *active.params)
+        if kept.is_meta or any(t.is_inference() for t in tensors):
             return self._effective_weight(active)  # such tensors have no version to tell whether they changed
-        if self._cached is None or not self._cached.is_current(kept, active.params, key):
-            with torch.inference_mode(False):
-                self._cached = CachedWeight(kept, active.params, key, self._effective_weight(active))
-        return self._cached.effective
+        with torch.inference_mode(False):
+            effective = self._effective_weight(active)
+            self._cached = CachedWeight(kept, active.params, (active.rule, active.scaling), effective, self._most())
+        return effective
 
     def _effective_weight(self, active: Active) -> Tensor:
         weight = self.frozen()

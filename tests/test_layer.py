@@ -294,3 +294,29 @@ def test_outputs_may_be_written_to(shape: tuple[int, ...], bias: bool, trained: 
     layer(x).mul_(3).add_(1).square().sum().backward()  # as some models do with what a linear returns
     for p, grad in zip(layer.adapter_parameters(), expected, strict=True):
         assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_write_to_the_adapter_shows_in_evaluation(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("spp.kernels.native.digest.library", lambda: None)
+    torch.manual_seed(0)
+    layer = SPPLinear(torch.nn.Linear(35, 13), r=3).eval()
+    layer.spp_beta.data.normal_()
+    x = torch.randn(2, 35)
+    with torch.no_grad():
+        layer(x)
+        for parameter in layer.adapter_parameters():
+            for index in range(parameter.numel()):
+                kept = layer._cached
+                assert kept is not None
+                layer(x)
+                assert layer._cached is kept
+                parameter.data.view(-1)[index] += 1.0  # no version counter tells of it
+                found = layer(x)
+                assert layer._cached is not kept
+                assert_same_bits(found, torch.nn.functional.linear(x, layer.effective_weight(), layer.bias))
+        layer.scaling = 0.5
+        assert_same_bits(layer(x), torch.nn.functional.linear(x, layer.effective_weight(), layer.bias))
+        layer.spp_beta = torch.nn.Parameter(torch.zeros_like(layer.spp_beta))
+        assert_same_bits(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

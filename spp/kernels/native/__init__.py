@@ -13,6 +13,7 @@ the first pruned layer asks for it, into the user's cache, and used where the re
 from __future__ import annotations
 
 from spp.kernels.native.compiler import why_not
+from spp.kernels.native.digest import Digest
 from spp.kernels.native.linear import FEWEST_TOKENS, backward, forward, suits
 
-__all__ = ["FEWEST_TOKENS", "backward", "forward", "suits", "why_not"]
+__all__ = ["FEWEST_TOKENS", "Digest", "backward", "forward", "suits", "why_not"]

@@ -23,7 +23,7 @@ import torch
 
 _log = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 3
 SOURCE = Path(__file__).with_name("sparse.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -176,6 +176,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for name in ("spp_pack", "spp_product", "spp_reduce"):
         getattr(loaded, name).restype = None
     loaded.spp_product_scratch.argtypes, loaded.spp_product_scratch.restype = [i64, i64, i64], i64
+    loaded.spp_digest.argtypes, loaded.spp_digest.restype = [ctypes.c_void_p, ctypes.c_void_p, i32], ctypes.c_uint64
     loaded.spp_reduce_scratch.argtypes, loaded.spp_reduce_scratch.restype = [i64], i64
     return loaded
 
