@@ -178,8 +178,10 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
         return shaped_like_inputs(frozen_linear(x, weight, bias), x)
     dtype = product_dtype(x.dtype, x.device)
     operand, bias = rows_2d.to(dtype), bias if bias is None else bias.to(dtype)
-    call.native = dropped is None and native.suits(rule, weight, len(operand), x.dtype, dtype)
-    if call.native:
+    call.native = native.suits(rule, weight, len(operand), x.dtype, dtype)
+    if call.native and dropped is not None:
+        y = native.forward_dropout(operand, dropped.to(dtype), weight, bias, factors)
+    elif call.native:
         y = native.forward(operand, weight, bias, factors, x.dtype)
     elif dropped is None:
         call.vanish = may_vanish(weight.kept(), largest)
@@ -212,6 +214,10 @@ def _backward(
         work = work_for(rule, weight, factors)
         d_x = whole.input_gradient(dy_2d, mask, keep_scale, work) if call.needs_x else None
         totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params, call.grad_precision)
+    elif call.native and mask is not None:
+        d_x, totals = native.backward_dropout(
+            dy_2d, x_2d, mask.to(dtype), keep_scale, weight, factors, call.needs_x, needs_params
+        )
     elif call.native:
         d_x, totals = native.backward(dy_2d, x_2d, weight, factors, call.dtype, call.needs_x, needs_params)
     elif mask is None:

@@ -68,6 +68,20 @@ def test_values_and_gradients(
     assert calls == ([] if 0 in leading else ["product", "product", "reduce"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "r", "leading"), SHAPES + LARGER)
+def test_input_dropout_is_the_papers_formula_with_the_mask_of_torch(
+    m: int, n: int, r: int, leading: tuple[int, ...], dtype: torch.dtype, calls: list[str]
+) -> None:
+    case = make_case(m, n, r, leading, dtype)
+    torch.manual_seed(7)
+    mask = torch.nn.functional.dropout(torch.ones_like(case.x), 0.3)
+    torch.manual_seed(7)
+    y, grads = run(case, dropout=0.3)
+    check(case, y, grads, dtype, mask)
+    assert calls == ([] if 0 in leading else ["product"] * 4 + ["reduce"])
+
+
 def test_a_wrong_value_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(70, 67, 5, (100,))
     original = Products.product

@@ -14,6 +14,15 @@ from __future__ import annotations
 
 from spp.kernels.native.compiler import why_not
 from spp.kernels.native.digest import Digest
-from spp.kernels.native.linear import FEWEST_TOKENS, backward, forward, suits
+from spp.kernels.native.linear import FEWEST_TOKENS, backward, backward_dropout, forward, forward_dropout, suits
 
-__all__ = ["FEWEST_TOKENS", "Digest", "backward", "forward", "suits", "why_not"]
+__all__ = [
+    "FEWEST_TOKENS",
+    "Digest",
+    "backward",
+    "backward_dropout",
+    "forward",
+    "forward_dropout",
+    "suits",
+    "why_not",
+]

@@ -13,7 +13,7 @@ from spp.kernels.blocks import row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.density import density
 from spp.kernels.native.compiler import DTYPES, Block, library, why_not
-from spp.kernels.native.products import EFFECTIVE, FROZEN, KEYS, Products, Tiles, block_of
+from spp.kernels.native.products import DELTA, EFFECTIVE, FROZEN, KEYS, Products, Tiles, block_of
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
 from spp.rules.base import Rule
@@ -63,6 +63,49 @@ def forward(x: Tensor, weight: WeightSource, bias: Tensor | None, factors: Any, 
     for first, block in _blocks(weight, factors, EFFECTIVE, stored_as):
         products.product(tiles, block, y[:, first:], transposed=False, add=False)
     return y if bias is None else y.add_(bias)
+
+
+def forward_dropout(x: Tensor, dropped: Tensor, weight: WeightSource, bias: Tensor | None, factors: Any) -> Tensor:
+    """Return Y (T, m) = X Wᵀ + b + X̃ W′ᵀ, W′ = W_eff − W, from X and X̃ (T, n), all float32: two products."""
+    m = weight.shape[0]
+    y = torch.empty(len(x), m)
+    if not len(x):
+        return y
+    products = Products(library())
+    for form, operand in ((FROZEN, x), (DELTA, dropped)):
+        tiles = products.tiles("x", operand)
+        for first, block in _blocks(weight, factors, form, weight.dtype):
+            products.product(tiles, block, y[:, first:], transposed=False, add=form == DELTA)
+    return y if bias is None else y.add_(bias)
+
+
+def backward_dropout(
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    scale: float,
+    weight: WeightSource,
+    factors: Any,
+    needs_x: bool,
+    needs_params: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return dX (T, n) = dY W + mask ⊙ (dY W′), where it is needed, and [dα, dβ], of which H has X̃ for X.
+
+    Args:
+        kept (T, n): 0 or 1. scale: 1 / (1 − p); mask is their product. The rest as in `backward`.
+    """
+    d_x = None
+    if needs_x:
+        d_x = torch.zeros(x.shape)
+        if len(x):
+            products = Products(library())
+            tiles, spread = products.tiles("dy", dy), torch.zeros(x.shape)
+            for form, out in ((FROZEN, d_x), (DELTA, spread)):
+                for first, block in _blocks(weight, factors, form, weight.dtype):
+                    products.product(tiles, block, out, transposed=True, add=first > 0)
+            d_x.addcmul_(spread, kept, value=scale)
+    dropped = (x * kept).mul_(scale) if any(needs_params) else x
+    return d_x, backward(dy, dropped, weight, factors, weight.dtype, False, needs_params)[1]
 
 
 def backward(
