@@ -17,6 +17,10 @@ from spp.functional import effective_weight, spp_linear
 from spp.kernels import blocks, linear, native, use_kernels
 from spp.kernels.native import compiler
 from spp.kernels.native.products import EFFECTIVE, Products, block_of
+from spp.kernels.packed import PackedSource
+from spp.packed import PackedWeight
+from spp.patterns import Pattern
+from spp.pruning import magnitude_mask
 from spp.rules import get_rule
 from tests.kernels.test_sources import Forgetful
 from tests.kernels.test_three_products import check, run, run_reference
@@ -160,6 +164,26 @@ def test_blocks_do_not_change_a_bit(dtype: torch.dtype, elements: int, monkeypat
             for found, expected in zip(other, results[0], strict=True):
                 assert_same_bits(found, expected, f"{m} × {n}")
         assert len(log) >= 3 and (elements > m * n or len(log) > 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "2:8", "1:4", "1:2", 0.5, 0.8, 0.0])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_packed_weights_give_the_bits_of_dense_ones(pattern: str | float, dtype: torch.dtype, dropout: float) -> None:
+    for m, n in ((13, 72), (300, 40), (5, 2104), (64, 576)):
+        case = make_case(m, n, 5, (50,), dtype)
+        dense = torch.randn(m, n)
+        dense *= magnitude_mask(dense, Pattern.parse(pattern))
+        dense[0, : n // 2] = 0  # fewer than the pattern keeps
+        case.weight = dense.to(dtype)
+        results = []
+        packed = PackedSource(PackedWeight.pack(case.weight))
+        for weight in (case.weight, packed):
+            torch.manual_seed(3)
+            y = linear(case.x, weight, case.bias, get_rule("spp"), (case.alpha, case.beta), 2.0, dropout)
+            results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
+        for found, expected in zip(results[1], results[0], strict=True):
+            assert_same_bits(found, expected, f"{m} × {n}, {packed.packed.layout}")
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -23,7 +23,7 @@ import torch
 
 _log = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 SOURCE = Path(__file__).with_name("sparse.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -40,15 +40,19 @@ class Block(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("alpha", ctypes.c_void_p),
         ("scaled_beta", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
         ("stride", i64),
         ("rows", i64),
         ("cols", i64),
         ("first", i64),
         ("all_rows", i64),
         ("r", i64),
+        *((name, i64) for name in ("code_bytes", "stretches", "values", "row_values", "kept", "group")),
         ("dtype", ctypes.c_int32),
         ("rounded_to", ctypes.c_int32),
         ("form", ctypes.c_int32),
+        ("wide_starts", ctypes.c_int32),
     ]
 
 

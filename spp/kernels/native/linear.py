@@ -13,7 +13,8 @@ from spp.kernels.blocks import row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.density import density
 from spp.kernels.native.compiler import DTYPES, Block, library, why_not
-from spp.kernels.native.products import DELTA, EFFECTIVE, FROZEN, KEYS, Products, Tiles, block_of
+from spp.kernels.native.products import DELTA, EFFECTIVE, FROZEN, KEYS, Products, Tiles, block_of, packed_block
+from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
 from spp.rules.base import Rule
@@ -142,9 +143,14 @@ def _reduce(
 
 
 def _blocks(weight: WeightSource, factors: Any, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
-    """Yield (first row, block): all of a tensor that is stored by rows, else rows decoded or copied, a block each."""
+    """Yield (first row, block): all of what is stored by rows, else rows decoded or copied, a block each."""
     m, n = weight.shape
     alpha, scaled_beta = factors.alpha.contiguous(), factors.scaled_beta.contiguous()
+    if isinstance(weight, PackedSource):
+        whole = packed_block(weight.packed, alpha, scaled_beta, form, rounded_to)
+        if whole is not None:
+            yield 0, whole
+            return
     step = m
     if not weight.is_tensor or weight.block(WHOLE, WHOLE).stride(1) != 1:
         step = row_step(m, n, 1)

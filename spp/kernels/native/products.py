@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spp.kernels.native.compiler import DTYPES, Block
 from spp.kernels.workspace import workspace
+from spp.packed import PackedWeight
 
 KEYS = 64  # as in sparse.c: columns of W that one list of keys covers
 MAX_VECTORS = 12
@@ -110,8 +111,30 @@ def block_of(
     """
     rows, cols = weight.shape
     return Block(
-        weight.data_ptr(), alpha.data_ptr(), scaled_beta.data_ptr(), weight.stride(0), rows, cols, first, all_rows,
-        len(alpha), DTYPES[weight.dtype], DTYPES[rounded_to], form,
+        weight=weight.data_ptr(), alpha=alpha.data_ptr(), scaled_beta=scaled_beta.data_ptr(), stride=weight.stride(0),
+        rows=rows, cols=cols, first=first, all_rows=all_rows, r=len(alpha), dtype=DTYPES[weight.dtype],
+        rounded_to=DTYPES[rounded_to], form=form,
+    )  # fmt: skip
+
+
+def packed_block(
+    packed: PackedWeight, alpha: Tensor, scaled_beta: Tensor, form: int, rounded_to: torch.dtype
+) -> Block | None:
+    """Return all rows of a packed weight, to be decoded while they are compressed; None for a layout with indices.
+
+    Args:
+        packed: W, on the CPU. The rest as in `block_of`.
+    """
+    layout, starts = packed.layout, packed.starts
+    if layout.index_bits or (layout.is_nm and 8 % layout.group) or not packed.codes.is_contiguous():
+        return None
+    return Block(
+        weight=packed.values.data_ptr(), alpha=alpha.data_ptr(), scaled_beta=scaled_beta.data_ptr(),
+        codes=packed.codes.data_ptr(), starts=None if starts is None else starts.data_ptr(), rows=layout.rows,
+        cols=layout.cols, all_rows=layout.rows, r=len(alpha), code_bytes=layout.row_bytes, stretches=layout.stretches,
+        values=packed.values.numel(), row_values=layout.row_values if layout.is_nm else 0, kept=layout.kept,
+        group=layout.group, dtype=DTYPES[packed.dtype], rounded_to=DTYPES[rounded_to], form=form,
+        wide_starts=starts is not None and starts.dtype == torch.int64,
     )  # fmt: skip
 
 

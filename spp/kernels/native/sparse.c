@@ -14,9 +14,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ABI 3
+#define ABI 4
 #define KEYS 64 /* columns a key of one byte tells apart; 64 columns x 12 registers are 24 KB of tile */
 #define MAX_VECTORS 12
+#define STRETCH 1024 /* columns between two starts of a packed row */
 
 typedef int64_t i64;
 
@@ -46,12 +47,17 @@ enum { FROZEN, EFFECTIVE, DELTA };   /* W; W_eff in the canonical order; W_eff -
 
 /* Rows [first, first + rows) of a weight (all_rows, cols), and the factors of the rule for the whole of it. */
 typedef struct {
-    const void *weight; /* W[first, 0]; rows lie `stride` elements apart */
+    const void *weight; /* W[first, 0]; rows lie `stride` elements apart; or, with codes, the kept values of all rows */
     const float *alpha; /* (r, cols) contiguous */
     const float *scaled_beta; /* s * beta, (all_rows,) */
+    const uint8_t *codes; /* a mask of all rows (spp.packed.layout), or 0; then first is 0 and rows is all_rows */
+    const void *starts;   /* for any pattern: int32, or int64 where wide_starts; 0 for N:M */
     i64 stride, rows, cols, first, all_rows, r;
-    int32_t dtype, rounded_to, form;
+    i64 code_bytes, stretches, values, row_values, kept, group; /* of the packed form: `values` in all */
+    int32_t dtype, rounded_to, form, wide_starts;
 } block;
+
+static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
 int spp_abi(void) { return ABI; }
 int spp_lanes(void) { return LANES; }
@@ -95,6 +101,34 @@ static inline __m256 computed(__m256 w, __m256 alpha, __m256 scaled_beta, const 
     return b->rounded_to == b->dtype ? result : round_to(result, b->rounded_to);
 }
 
+static uint32_t places_of[256][8] __attribute__((aligned(32))); /* of a mask, highest bit first: which value a lane has */
+
+/* Where the values of row i from column `from`, a multiple of 8, begin. */
+static inline i64 first_value(const block *b, i64 i, i64 from) {
+    if (!b->starts) return i * b->row_values + from / b->group * b->kept;
+    i64 stretch = from / STRETCH, at = i * b->stretches + stretch;
+    i64 place = b->wide_starts ? ((const int64_t *)b->starts)[at] : ((const int32_t *)b->starts)[at];
+    const uint8_t *codes = b->codes + i * b->code_bytes;
+    for (i64 j = stretch * (STRETCH / 8); j < from / 8; j++) place += __builtin_popcount(codes[j]);
+    return place;
+}
+
+/* Eight columns of a packed row: the values from `place` on, put where the mask has a bit. */
+static inline __m256 expand(const block *b, i64 place, int mask) {
+    i64 size = element_size(b->dtype);
+    const char *from = (const char *)b->weight + place * size;
+    char rest[32];
+    if (place + 8 > b->values) { /* nothing is read behind the last value */
+        memset(rest, 0, sizeof rest);
+        memcpy(rest, from, (b->values - place) * size);
+        from = rest;
+    }
+    __m256 spread = _mm256_permutevar8x32_ps(load(from, b->dtype), _mm256_load_si256((const __m256i *)places_of[mask]));
+    __m256i bits = _mm256_and_si256(_mm256_set1_epi32(mask), _mm256_set_epi32(1, 2, 4, 8, 16, 32, 64, 128));
+    __m256i none = _mm256_cmpeq_epi32(bits, _mm256_setzero_si256());
+    return _mm256_andnot_ps(_mm256_castsi256_ps(none), spread);
+}
+
 /* Values of row i (counted in the block), columns [from, from + count), count <= KEYS, zeros up to a multiple of 8. */
 static inline void row_values(const block *b, i64 i, i64 from, i64 count, float *out) {
     i64 size = element_size(b->dtype);
@@ -107,6 +141,21 @@ static inline void row_values(const block *b, i64 i, i64 from, i64 count, float 
         scaled_beta = _mm256_set1_ps(b->scaled_beta[row]);
     }
     i64 j = 0;
+    if (b->codes) {
+        i64 place = first_value(b, i, from);
+        const uint8_t *codes = b->codes + i * b->code_bytes + from / 8;
+        for (; j < count; j += 8) {
+            __m256 value = expand(b, place, codes[j / 8]);
+            place += __builtin_popcount(codes[j / 8]);
+            if (alpha) {
+                float factors[8] = {0};
+                memcpy(factors, alpha + j, smaller(count - j, 8) * sizeof(float));
+                value = computed(value, _mm256_loadu_ps(factors), scaled_beta, b);
+            }
+            _mm256_storeu_ps(out + j, value);
+        }
+        return;
+    }
     for (; j + 8 <= count; j += 8) {
         __m256 value = load(w + j * size, b->dtype);
         if (alpha) value = computed(value, _mm256_loadu_ps(alpha + j), scaled_beta, b);
@@ -138,6 +187,8 @@ __attribute__((constructor)) static void fill_tables(void) {
                 lanes_of[mask][count] = bit;
                 keys_of[mask] |= (uint64_t)bit << 8 * count++;
             }
+        for (int lane = 0, place = 0; lane < 8; lane++)
+            places_of[mask][lane] = mask >> (7 - lane) & 1 ? place++ : 0;
     }
 }
 
@@ -189,7 +240,6 @@ static void transpose(const float *from, i64 from_stride, float *to, i64 to_stri
         for (i64 j = 0; j < cols; j++) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
-static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 pieces(i64 length, i64 step) { return (length + step - 1) / step; }
 static inline i64 padded(i64 bytes) { return (bytes + 63) & ~63LL; }
 
