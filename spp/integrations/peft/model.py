@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,10 @@ class SPPPeftModel(BaseTuner):
                 layer.update_layer(adapter_name, config, peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
+        known = (
+            self.targeted_parameter_names
+        )  # PEFT 0.20 looks there for what was found, later ones at what is returned
+        known.extend(path for path in self._fused if path not in known)
         return list(self._fused)
 
     def _create_and_replace(
@@ -132,7 +137,10 @@ class SPPPeftModel(BaseTuner):
         others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         if others:
             config = self.peft_config[adapter_name] = copy.copy(config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():  # the targets and rank_pattern are checked here; PEFT does not count parameters
+            for message in ("target_modules=.* no module was matched", "The following rank_pattern keys did not match"):
+                warnings.filterwarnings("ignore", message, RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.belongs_to(model, adapter_name)
         if others and adapter_name == REFERENCE:
             for layer in tuner_layers(model).values():
