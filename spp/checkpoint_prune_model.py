@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.calibrate.plan import FLOATS
+from spp.checkpoint_classes import auto_class
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.checkpoint_memory import trim_memory
 from spp.errors import ConfigError, NonFiniteError, StreamingError
@@ -176,12 +177,11 @@ def refuse_quantized(source: Path) -> None:
 def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
     """Return the model without weights, its buffers computed as its own code does."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = _load_config(reader.directory)
     dtype = wanted or getattr(config, "dtype", None) or _first_dtype(reader)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}  # what stays in float32
     for part, kept in plan.items():
         for name, parameter in list(model.named_parameters()):

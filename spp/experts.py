@@ -9,6 +9,7 @@ tokens only, and one expert's block of W_eff exists at a time.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,42 @@ _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts 
 _opaque_forward: Callable[..., Any] | None = None
 
 
-class SPPExperts(nn.Module):
+class ExpertsAdapter(nn.Module):
+    """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
+
+    Args:
+        projection: the fused weight.
+    """
+
+    disabled: bool
+    weight_requires_grad: bool
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__()
+        self._projection = (projection,)  # in a tuple: the module that it belongs to is no submodule of this one
+        self.num_experts = projection.weight.shape[0]
+        self.out_features, self.in_features = projection.out_features, projection.in_features
+
+    @property
+    def projection(self) -> Projection:
+        """The fused weight."""
+        return self._projection[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The fused weight as it is stored: (E, m, n) or (E, n, m)."""
+        return self.projection.weight
+
+    @abstractmethod
+    def has_no_effect(self) -> bool:
+        """Whether W_eff is W and nothing is to be learned from this call."""
+
+    @abstractmethod
+    def multiplier(self) -> Callable[[int, Tensor], Tensor]:
+        """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
+
+
+class SPPExperts(ExpertsAdapter):
     """The adapter of one fused expert weight; `adapt_experts` puts it in place.
 
     Args:
@@ -62,7 +98,7 @@ class SPPExperts(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(projection)
         config = SPPConfig(r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule)
         check_experts(projection, config, r)
         self.spp_rule: Rule = get_rule(rule)
@@ -75,10 +111,7 @@ class SPPExperts(nn.Module):
         self.disabled = False
         self.grad_precision = "auto"
         self.saved_activations = "full"
-        self._projection = (projection,)  # in a tuple: the module that it belongs to is no submodule of this one
         weight = projection.weight
-        self.num_experts = weight.shape[0]
-        self.out_features, self.in_features = projection.out_features, projection.in_features
         self.weight_requires_grad = weight.requires_grad
         dtype = arithmetic_dtype(weight.dtype)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
@@ -93,19 +126,9 @@ class SPPExperts(nn.Module):
         self.training = projection.module.training
 
     @property
-    def weight(self) -> Tensor:
-        """The fused weight as it is stored: (E, m, n) or (E, n, m)."""
-        return self.projection.weight
-
-    @property
     def stored_weight(self) -> Tensor:
         """What holds the weight's numbers: the fused weight."""
         return self.weight
-
-    @property
-    def projection(self) -> Projection:
-        """The fused weight."""
-        return self._projection[0]
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Return [W_α, W_β] of all experts."""
@@ -217,12 +240,12 @@ class ExpertsForward:
         set_experts_implementation(self.module, self.implementation)
 
 
-def adapters_of(module: nn.Module) -> dict[str, SPPExperts]:
+def adapters_of(module: nn.Module) -> dict[str, ExpertsAdapter]:
     """Return {parameter name: adapter} of a module of fused experts."""
-    return {name: child for name, child in module._modules.items() if isinstance(child, SPPExperts)}
+    return {name: child for name, child in module._modules.items() if isinstance(child, ExpertsAdapter)}
 
 
-def adapt_experts(adapters: Mapping[str, SPPExperts]) -> None:
+def adapt_experts(adapters: Mapping[str, ExpertsAdapter]) -> None:
     """Put adapters of one module's fused weights in place: as submodules beside the parameters, and into its forward.
 
     Args:

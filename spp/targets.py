@@ -45,8 +45,8 @@ def resolve_targets(
 
     Args:
         model: any module; a layer that is wrapped already counts as its linear.
-        target_modules: None (the projections), "all-linear" (every linear but the head and routers), a sequence of
-            name suffixes, or a regular expression for the whole path.
+        target_modules: None (the projections of the text side), "all-linear" (every linear but the head and routers),
+            a sequence of name suffixes, or a regular expression for the whole path.
         exclude_modules: name suffixes or a regular expression of what to leave out.
 
     Raises:
@@ -88,6 +88,24 @@ def output_head(model: nn.Module) -> nn.Module | None:
     except (NotImplementedError, AttributeError):
         head = None
     return head if isinstance(head, nn.Module) else None
+
+
+def text_side(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that hold a model's text side: [""], the whole, unless it has several modalities.
+
+    Such a model's config holds one of its text part, which transformers' `get_text_config` gives; the modules of the
+    text side are those with a config of its class.
+    """
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    text = getter() if callable(getter) else config
+    if text is None or text is config or type(text) is type(config):
+        return [""]
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if type(getattr(module, "config", None)) is type(text) and not any(path.startswith(f"{f}.") for f in found):
+            found.append(path)
+    return found or [""]
 
 
 def is_projection_key(key: str, ndim: int) -> bool:
@@ -132,6 +150,9 @@ def _choose(
     """Return those of the projections found that the arguments mean."""
     head = output_head(model)
     chosen = {path: p for path, p in found.items() if _is_target(path, p.module, target_modules, head)}
+    if target_modules is None:
+        text = text_side(model)
+        chosen = {path: p for path, p in chosen.items() if any(not t or path.startswith(f"{t}.") for t in text)}
     if exclude_modules is not None:
         excluded = _excluded(found, exclude_modules)
         chosen = {path: p for path, p in chosen.items() if path not in excluded}
@@ -183,8 +204,23 @@ def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: 
     without = f" without exclude_modules={excluded!r}" if excluded is not None else ""
     return (
         f"target_modules={wanted!r}{without} matches no linear module. The model has these:\n{listing}\n"
-        f"Pass target_modules= with some of these names."
+        f"{_suggestion(suffixes)}"
     )
+
+
+def _suggestion(names: Mapping[str, Sequence[str]]) -> str:
+    """Return the argument to pass: the names that come back in every block, which projections do and heads do not."""
+    often = max((len(paths) for paths in names.values()), default=0)
+    likely = sorted(
+        {
+            name.split(" ", 1)[0]
+            for name, paths in names.items()
+            if len(paths) == often and not any(_NOT_PROJECTION.search(f"{path}.weight") for path in paths)
+        }
+    )
+    if not likely or any(name.isdigit() for name in likely):
+        return "Pass target_modules= with some of these names."
+    return f"Pass those that are projections, such as target_modules={likely}"
 
 
 def _refuse_tied(model: nn.Module, chosen: Mapping[str, Projection]) -> None:

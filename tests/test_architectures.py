@@ -1,18 +1,21 @@
 """Every architecture by one road: prune, wrap, train, save and load the adapter, merge, save, reload with transformers.
 
-Tiny random models of transformers' own classes; no argument names a module anywhere.
+Tiny random models of transformers' own classes; no argument names a module anywhere. What the run finds is written
+down in architectures.md: it is compared with that file, and written to it where SPP_WRITE_ARCHITECTURES is set.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import spp
 from spp.files import CheckpointReader
@@ -22,6 +25,7 @@ from spp.targets_layout import find_projections
 from tests.models import MOE_ARCHITECTURES
 from tests.tolerances import LOGITS, error
 
+IMAGE = 95  # the token that stands for a piece of an image
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96, "pad_token_id": 0}
 GATED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
 HEADS = {**GATED, "head_dim": 8}
@@ -44,14 +48,106 @@ DENSE: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 96, "expansion_ratio": 2, "max_seq_len": 64},
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 96, "rotary_dim": 8, "n_positions": 64},
 }
-ARCHITECTURES = {**DENSE, **{name: MOE_ARCHITECTURES[name] for name in MOE_ARCHITECTURES if name != "jetmoe"}}
-UNTOUCHED = ("router", "lm_head", "embed", "wte", "wpe", "mlp.gate.", "norm", "ln_")
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "image_size": 16,
+    "patch_size": 8,
+}
+# Of these, the vision tower and the projector stay as they are.
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {"model_type": "llama", **GATED},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "vision_feature_layer": -1,
+        "image_token_index": IMAGE,
+    },
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", **HEADS, "sliding_window": 16},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+        "mm_tokens_per_image": 4,
+        "image_token_index": IMAGE,
+    },
+    "qwen2_vl": {
+        "text_config": {
+            **GATED,
+            "model_type": "qwen2_vl_text",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "vision_config": {
+            "depth": 1,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 1,
+        },
+        "image_token_id": IMAGE,
+    },
+}
+ARCHITECTURES = {
+    **DENSE,
+    **MULTIMODAL,
+    **{name: MOE_ARCHITECTURES[name] for name in MOE_ARCHITECTURES if name != "jetmoe"},
+}
+OTHER_MODALITIES = ("vision_tower", "visual", "multi_modal_projector")
+UNTOUCHED = ("router", "lm_head", "embed", "wte", "wpe", "mlp.gate.", "norm", "ln_", *OTHER_MODALITIES)
+WRITES_TABLE = bool(os.environ.get("SPP_WRITE_ARCHITECTURES"))
+TABLE = Path(__file__).with_name("architectures.md")
+HEADING = """\
+# Architectures that the tests take through the whole road
+
+Pruned to 2:4, wrapped, trained, saved, loaded, merged and reloaded by `tests/test_architectures.py`, with the targets
+that are chosen when none are named. That test made this table: `SPP_WRITE_ARCHITECTURES=1 make test`.
+
+| `model_type` | adapted by default | stored as | left as it was |
+| --- | --- | --- | --- |
+"""
+
+
+def _auto(architecture: str) -> Any:
+    return AutoModelForImageTextToText if architecture in MULTIMODAL else AutoModelForCausalLM
+
+
+def _row(architecture: str, model: nn.Module, adapted: dict[str, Any]) -> str:
+    """What was adapted in a model, and what was not, as a row of the table."""
+    names = dict.fromkeys(projection.path.rpartition(".")[2] for projection in adapted.values())
+    layouts = [("in, out" if p.input_axis == -2 else "out, in", p.fused) for p in adapted.values()]
+    stored = dict.fromkeys(f"({'E, ' if fused else ''}{layout})" for layout, fused in layouts)
+    left = dict.fromkeys(
+        _part(n) for n, p in model.named_parameters() if p.dim() > 1 and n not in adapted and "bias" not in n
+    )
+    return f"| {architecture} | {', '.join(names)} | {', '.join(stored)} | {', '.join(left)} |"
+
+
+def _part(name: str) -> str:
+    """The part of a model that a parameter belongs to: the module's name, or the modality's."""
+    modules = name.split(".")[:-1]
+    return next((part for part in OTHER_MODALITIES if part in modules), modules[-1])
+
+
+def _other_modality(key: str) -> bool:
+    return any(part in key.split(".") for part in OTHER_MODALITIES)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[dict[str, str]]:
+    """The rows of the table that this run makes; a whole run rewrites the file where it was asked to."""
+    made: dict[str, str] = {}
+    yield made
+    if WRITES_TABLE and made.keys() == ARCHITECTURES.keys():
+        TABLE.write_text(HEADING + "".join(f"{made[name]}\n" for name in ARCHITECTURES), encoding="utf-8")
 
 
 def _model(architecture: str) -> nn.Module:
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = _auto(architecture).from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # far enough from zero that three steps show
             if parameter.dim() > 1 and "norm" not in name:
@@ -79,7 +175,7 @@ def _train(model: nn.Module, ids: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_whole_road(architecture: str, tmp_path: Path) -> None:
+def test_the_whole_road(architecture: str, rows: dict[str, str], tmp_path: Path) -> None:
     model, ids = _model(architecture), _ids()
     before = copy.deepcopy(model.state_dict())
     report = spp.prune(model, "wanda", "2:4", ids)
@@ -107,20 +203,25 @@ def test_the_whole_road(architecture: str, tmp_path: Path) -> None:
     with torch.no_grad():
         merged = model(ids, use_cache=False).logits
     assert error(merged, tuned) <= LOGITS[torch.float32]
+    adapted = {p.parameter_path: p for p in find_projections(model) if p.path in report.layers}
+    assert not [name for name in adapted if any(part in name for part in UNTOUCHED)]
     for name, tensor in model.state_dict().items():
         assert torch.equal(nonzero_mask(tensor), masks[name]), name
-        if any(part in name for part in UNTOUCHED):
+        if name in adapted:
+            assert all(is_nm(nonzero_mask(matrix), 2, 4) for matrix in adapted[name].matrices()), name
+            assert not torch.equal(tensor, pruned.state_dict()[name]), name
+        else:  # routers, heads, embeddings, norms; of several modalities, all but the text side
             assert torch.equal(tensor, before[name]), name
-    for projection in find_projections(model):
-        if projection.path in report.layers:
-            assert all(is_nm(nonzero_mask(matrix), 2, 4) for matrix in projection.matrices()), projection.path
-
     spp.save_model(model, tmp_path / "merged")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    reloaded = _auto(architecture).from_pretrained(tmp_path / "merged").eval()
     for name, tensor in model.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], tensor), name
+        assert torch.equal(nonzero_mask(reloaded.state_dict()[name]), masks[name]), name
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids, use_cache=False).logits, merged)
     disk = spp.verify(tmp_path / "merged")
-    assert {tensor.pattern for tensor in disk.tensors.values()} == {"2:4"}
+    assert {t.pattern for key, t in disk.tensors.items() if not _other_modality(key)} == {"2:4"}
+    assert {t.pattern for key, t in disk.tensors.items() if _other_modality(key)} <= {"dense"}
     spp.save_model(pruned, tmp_path / "pruned")
     spp.verify(tmp_path / "pruned", tmp_path / "merged")
     spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "streamed")
@@ -128,6 +229,19 @@ def test_the_whole_road(architecture: str, tmp_path: Path) -> None:
         assert one.keys() == other.keys()
         for key in one:
             assert one.raw(key) == other.raw(key), key
+    with CheckpointReader(tmp_path / "pruned") as one, CheckpointReader(tmp_path / "merged") as other:
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(nonzero_mask(one.tensor(key)), nonzero_mask(other.tensor(key))), key
     unwrapped = spp.unwrap(again)
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(unwrapped.state_dict()[name], tensor), name
+    rows[architecture] = _row(architecture, model, adapted)
+    assert WRITES_TABLE or rows[architecture] in TABLE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_table_has_these_architectures_and_no_others() -> None:
+    text = TABLE.read_text(encoding="utf-8")
+    assert text.startswith(HEADING)
+    listed = [line.split(" | ")[0].removeprefix("| ") for line in text.removeprefix(HEADING).splitlines()]
+    assert listed == list(ARCHITECTURES)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import spp
@@ -349,3 +351,48 @@ def test_save_pretrained_of_a_wrapped_model_names_the_ways_out(tmp_path: object)
         model.save_pretrained(tmp_path)
     spp.unwrap(model)
     model.save_pretrained(tmp_path)
+
+
+def test_layers_of_different_dtypes_keep_theirs() -> None:
+    model = pruned()
+    model.model.layers[0].to(torch.bfloat16)  # type: ignore[union-attr, index, operator]
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    spp.wrap(model, 4, seed=0)
+    assert all(p.dtype == torch.float32 for p in spp.adapter_parameters(model))
+    stir(model)
+    spp.merge(model)
+    assert {name: p.dtype for name, p in model.named_parameters()} == dtypes
+    assert spp.sparsity(model).pattern == "2:4"
+
+
+def test_wrapping_copies_no_base_weight() -> None:
+    model = pruned()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    spp.wrap(model, 4)
+    after = {
+        name.replace(".base_layer", ""): p.data_ptr() for name, p in model.named_parameters() if "spp_" not in name
+    }
+    assert after == before
+    spp.unwrap(model)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+
+
+def test_a_linear_registered_twice_is_saved_once(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(8, 8)})
+    model["second"] = model["first"]
+    with torch.no_grad():
+        model["first"].weight[:, ::2] = 0.0
+    spp.wrap(model, 2, target_modules=["first"], seed=0)
+    assert model["second"] is model["first"]
+    assert list(spp.adapter_state_dict(model)) == ["first.spp_alpha", "first.spp_beta"]
+    directory = spp.save_adapter(model, tmp_path / "adapter")
+    keys = load_file(directory / "adapter_model.safetensors")
+    assert sorted(keys) == ["base_model.model.first.spp_alpha", "base_model.model.first.spp_beta"]
+
+
+def test_a_parametrized_linear_is_refused_with_the_way_out() -> None:
+    model = pruned()
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule("model.layers.1.mlp.up_proj"))
+    with pytest.raises(TargetError, match=r"layers\.1\.mlp\.up_proj has a parametrization on weight.*remove_param"):
+        spp.wrap(model, 4)
+    assert not adapter_layers(model)

@@ -98,3 +98,29 @@ def test_projection_keys() -> None:
     ]:
         assert not is_projection_key(key, ndim), key
     assert len(list(projection_weights(tiny_llama()))) == 14
+
+
+def test_unrecognised_projections_name_the_argument_to_pass() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList(
+        nn.ModuleDict({"mix": nn.Linear(8, 8), "expand": nn.Linear(8, 16), "norm": nn.LayerNorm(8)}) for _ in range(3)
+    )
+    model.head = nn.Linear(8, 32)
+    message = (
+        r"(?s)matches no linear module.*expand \(16, 8\): 3 ×, such as blocks\.0\.expand.*"
+        r"target_modules=\['expand', 'mix'\]$"
+    )
+    with pytest.raises(TargetError, match=message):
+        spp.wrap(model, r=2)
+
+
+def test_the_text_side_is_meant_unless_more_is_named() -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from tests.test_architectures import MULTIMODAL
+
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **MULTIMODAL["llava"]))
+    found = paths(model)
+    assert len(found) == 14 and all(path.startswith("model.language_model.") for path in found)
+    assert any(path.startswith("model.vision_tower.") for path in paths(model, "all-linear"))
+    assert paths(model, ["vision_tower.encoder.layers.0.mlp.fc1"]) == ["model.vision_tower.encoder.layers.0.mlp.fc1"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spp.checkpoint_classes import auto_class
 from spp.errors import CheckpointError
 from spp.files.hub import local_directory
 
@@ -14,7 +15,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
-    """Load a causal language model with transformers.
+    """Load a causal language model, or one that reads images as well, with transformers.
 
     Args:
         name: directory or hub id.
@@ -23,11 +24,12 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
     Raises:
         CheckpointError: it cannot be found, reached or read.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     directory = local_directory(name, "model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype))
+        auto = auto_class(AutoConfig.from_pretrained(directory))
+        model = auto.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype))
     except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
     model.config._name_or_path = os.fspath(name)  # a hub id, not its folder in the cache: adapters name their base

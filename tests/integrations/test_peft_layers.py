@@ -227,13 +227,6 @@ def test_quantized_weights_are_refused() -> None:
         get_peft_model(model, SPPPeftConfig(r=4))
 
 
-def test_fused_experts_are_refused_with_the_way_out() -> None:
-    from tests.models import moe_model
-
-    with pytest.raises(TargetError, match=r"fused experts.*spp\.wrap"):
-        get_peft_model(moe_model("mixtral"), SPPPeftConfig(r=4))
-
-
 def test_a_dense_model_warns() -> None:
     from tests.models import tiny_llama
 

@@ -19,7 +19,8 @@ with explained():
 
     register()
     from spp.integrations.peft.config import SPPPeftConfig
+    from spp.integrations.peft.experts import SPPPeftExperts
     from spp.integrations.peft.layer import SPPPeftLinear
     from spp.integrations.peft.model import SPPPeftModel
 
-__all__ = ["SPPPeftConfig", "SPPPeftLinear", "SPPPeftModel"]
+__all__ = ["SPPPeftConfig", "SPPPeftExperts", "SPPPeftLinear", "SPPPeftModel"]

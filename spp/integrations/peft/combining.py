@@ -19,7 +19,7 @@ from torch import Tensor
 from spp.config import SPPConfig
 from spp.errors import ConfigError
 from spp.integrations.peft.config import SPPPeftConfig
-from spp.integrations.peft.layer import SPPPeftLinear, Term
+from spp.integrations.peft.terms import Term, TermsLayer
 
 COMBINATIONS = ("stack", "svd")
 
@@ -72,26 +72,39 @@ def combined_config(first: SPPPeftConfig, ranks: Mapping[str, int], targets: Seq
 
 
 def stack(
-    layer: SPPPeftLinear, adapters: Sequence[str], weights: Sequence[float], name: str, scaling: float, r: int | None
+    layer: TermsLayer, adapters: Sequence[str], weights: Sequence[float], name: str, scaling: float, r: int | None
 ) -> float:
     """Give a layer the sum as it is; the error is 0."""
     here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.spp_terms]
-    alpha = torch.cat([layer.spp_alpha[adapter].detach() for adapter, _ in here])  # (Σ r_t, n)
-    beta = torch.cat([layer.spp_beta[adapter].detach() for adapter, _ in here], dim=1)  # (m, terms)
+    alpha = torch.cat([layer.spp_alpha[adapter].detach() for adapter, _ in here], dim=-2)  # (…, Σ r_t, n)
+    beta = torch.cat([layer.spp_beta[adapter].detach() for adapter, _ in here], dim=-1)  # (…, m, terms)
     _add(layer, name, _terms(layer, here), [alpha, beta], here[0][0])
     return 0.0
 
 
 def approximate(
-    layer: SPPPeftLinear, adapters: Sequence[str], weights: Sequence[float], name: str, scaling: float, r: int | None
+    layer: TermsLayer, adapters: Sequence[str], weights: Sequence[float], name: str, scaling: float, r: int | None
 ) -> float:
     """Give a layer one adapter of rank r near the sum; return the relative error."""
     here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.spp_terms]
     terms = _terms(layer, here)
     r = min(r or max(term.rank for term in terms), layer.out_features)
     params = [param.detach().double() for adapter, _ in here for param in layer.adapter_params(adapter)]
+    fused = params[0].dim() == 3
+    made = [_near(terms, one, r, scaling) for one in (zip(*params, strict=True) if fused else [params])]
+    alphas, betas, kept, total = zip(*made, strict=True)
+    dtype = layer.spp_alpha[here[0][0]].dtype
+    stacked = [torch.stack(parts) if fused else parts[0] for parts in (alphas, betas)]
+    _add(layer, name, (Term(r, scaling),), [param.to(dtype) for param in stacked], here[0][0])
+    return math.sqrt(max(0.0, 1.0 - sum(kept) / sum(total))) if sum(total) else 0.0
+
+
+def _near(
+    terms: Sequence[Term], params: Sequence[Tensor], r: int, scaling: float
+) -> tuple[Tensor, Tensor, float, float]:
+    """Return α (r, n) and β (m, 1) near the sum of one matrix's terms, ‖U'‖² and ‖U‖²."""
     alphas, betas = params[::2], params[1::2]
-    m, n = layer.out_features, layer.in_features
+    m, n = betas[0].shape[0], alphas[0].shape[1]
     alpha, beta = alphas[0].new_empty(r, n), alphas[0].new_empty(m, 1)
     kept, total = 0.0, 0.0
     for k in range(r):
@@ -100,12 +113,10 @@ def approximate(
         size = math.sqrt(float(sigma[0]) / scaling) or 1.0
         alpha[k], beta[rows, 0] = v * size, u * float(sigma[0]) / (scaling * size)
         kept, total = kept + float(sigma[0] ** 2), total + float(sigma.square().sum())
-    dtype = layer.spp_alpha[here[0][0]].dtype
-    _add(layer, name, (Term(r, scaling),), [alpha.to(dtype), beta.to(dtype)], here[0][0])
-    return math.sqrt(max(0.0, 1.0 - kept / total)) if total else 0.0
+    return alpha, beta, kept, total
 
 
-def _terms(layer: SPPPeftLinear, here: Sequence[tuple[str, float]]) -> tuple[Term, ...]:
+def _terms(layer: TermsLayer, here: Sequence[tuple[str, float]]) -> tuple[Term, ...]:
     return tuple(Term(t.rank, w * t.scaling) for adapter, w in here for t in layer.spp_terms[adapter])
 
 
@@ -132,7 +143,7 @@ def _leading(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_left @ u[:, 0], sigma, q_right @ vh[0]
 
 
-def _add(layer: SPPPeftLinear, name: str, terms: Sequence[Term], params: Sequence[Tensor], like: str) -> None:
+def _add(layer: TermsLayer, name: str, terms: Sequence[Term], params: Sequence[Tensor], like: str) -> None:
     layer.set_terms(name, terms, params, layer.spp_dropout[like])
     for container in layer.adapter_layer_names:
         getattr(layer, container)[name].requires_grad_(False)

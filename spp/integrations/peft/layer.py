@@ -1,62 +1,35 @@
-"""The tuner layer: one frozen linear layer with any number of SPP adapters, of which those that are active compute.
-
-The active adapters' terms are summed, W_eff = W · (1 + Σ_t (s_t·β_t) · A_t) (spp.rules.terms; one term: spp.rules.spp).
-An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighted combination of adapters is several.
-"""
+"""The tuner layer: one frozen linear layer with any number of SPP adapters, of which those that are active compute."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
-from spp.errors import ConfigError
-from spp.inject import layer_generator
+from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import PackedSource
-from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
+from spp.layer_adapted import AdaptedLinear, convert_parameter
 from spp.layer_checks import features, input_axis_of
 from spp.layer_packed import HOOKS, PackedLinear, release_weight
 from spp.merge_weight import LayerMerge, merge_tensor
-from spp.rules import Rule, get_rule
+from spp.rules import get_rule
 from spp.rules.canonical import arithmetic_dtype
-from spp.rules.terms import TermsRule
 
 _SPP = get_rule("spp")
 
 
-class Term(NamedTuple):
-    """One SPP adapter's part of a sum.
-
-    Attributes:
-        rank: r, its rows of α.
-        scaling: s, times its weight in the combination.
-    """
-
-    rank: int
-    scaling: float
-
-
-class SPPPeftLinear(AdaptedLinear, BaseTunerLayer):
+class SPPPeftLinear(TermsLayer, AdaptedLinear):
     """A frozen linear layer and its adapters, as PEFT's machinery handles them.
 
     Args:
         base_layer: nn.Linear or a subclass, transformers' Conv1D, or a PackedLinear.
         where: the layer's path in the model, for messages and seeds.
         packed: pack the weight, unless it is packed already.
-
-    Attributes:
-        spp_alpha: {adapter: α (Σ r_t, n)}; spp_beta: {adapter: β (m, terms)}; of a usual adapter (r, n) and (m, 1).
-        spp_terms: {adapter: its terms}.
-        spp_merge: what the last merge did, or None.
     """
-
-    adapter_layer_names = ("spp_alpha", "spp_beta")
-    other_param_names = ("spp_terms", "spp_dropout")
 
     def __init__(self, base_layer: nn.Module, where: str, *, packed: bool = False) -> None:
         AdaptedLinear.__init__(self)
@@ -66,91 +39,17 @@ class SPPPeftLinear(AdaptedLinear, BaseTunerLayer):
             assert isinstance(base_layer, nn.Linear)
             base_layer = PackedLinear(base_layer, where=where)
         self.base_layer = base_layer
-        self.spp_rule: Rule = _SPP
-        self.spp_name = where
+        self._init_terms(_SPP, where)
         self.out_features, self.in_features = features(base_layer)
         self.input_axis = input_axis_of(base_layer)
-        self.spp_alpha = nn.ParameterDict()
-        self.spp_beta = nn.ParameterDict()
-        self.spp_terms: dict[str, tuple[Term, ...]] = {}
-        self.spp_dropout: dict[str, tuple[float, str]] = {}
-        self.spp_merge: LayerMerge | None = None
-        self.merged_adapters: list[str] = []
         self.cache_effective = not isinstance(base_layer, PackedLinear)
-        self._before_merge: Tensor | None = None
         for hooks in HOOKS:  # the base layer itself is never called
             setattr(self, hooks, getattr(base_layer, hooks))
         self.training = base_layer.training
 
-    def update_layer(self, adapter: str, config: SPPConfig, inference_mode: bool = False) -> None:
-        """Add an adapter, or make one anew: drawn as `spp.wrap` draws it."""
-        r, kept = config.rank_for(self.spp_name), self.kept_weight()
-        generator = None if config.seed is None else layer_generator(config.seed, self.spp_name)
-        shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
-        params = [torch.empty(shape, dtype=arithmetic_dtype(kept.dtype)) for shape in shapes]
-        with torch.no_grad():
-            self.spp_rule.init_(params, config.init, generator)
-        self.set_terms(adapter, (Term(r, config.scaling),), params, (config.dropout, config.dropout_mode))
-        self.set_adapter(self.active_names(), inference_mode=inference_mode)
-
-    def set_terms(
-        self, adapter: str, terms: Sequence[Term], params: Sequence[Tensor], dropout: tuple[float, str]
-    ) -> None:
-        """Put an adapter's parameters in place: α (Σ r_t, n) and β (m, terms)."""
+    def drop_cache(self) -> None:
+        """Forget W_eff."""
         self._cached = None
-        device = self.kept_weight().device
-        for name, param in zip(self.adapter_layer_names, params, strict=True):
-            moved = param if device.type == "meta" else param.to(device)
-            getattr(self, name)[adapter] = nn.Parameter(moved)
-        self.spp_terms[adapter] = tuple(terms)
-        self.spp_dropout[adapter] = dropout
-
-    @torch.no_grad()
-    def copy_adapter(self, source: str, target: str) -> None:
-        """Give an adapter the values of another of the same shape, where this layer has them."""
-        if source in self.spp_terms and target in self.spp_terms:
-            self._cached = None
-            for name in self.adapter_layer_names:
-                getattr(self, name)[target].copy_(getattr(self, name)[source])
-
-    def adapter_params(self, adapter: str) -> list[Tensor]:
-        """Return α and β of each of an adapter's terms, in turn."""
-        alpha, beta, terms = self.spp_alpha[adapter], self.spp_beta[adapter], self.spp_terms[adapter]
-        if len(terms) == 1:
-            return [alpha, beta]
-        alphas, betas = alpha.split([term.rank for term in terms]), beta.split(1, dim=1)
-        return [param for pair in zip(alphas, betas, strict=True) for param in pair]
-
-    def combined(self, adapters: Sequence[str]) -> Active | None:
-        """Return the sum of some adapters; None where this layer has none of them."""
-        here = [name for name in adapters if name in self.spp_terms]
-        terms = [term for name in here for term in self.spp_terms[name]]
-        if not terms:
-            return None
-        params = [param for name in here for param in self.adapter_params(name)]
-        dropout, mode = self._common_dropout(here)
-        if len(terms) == 1:
-            return Active(self.spp_rule, params, terms[0].scaling, dropout, mode)
-        rule = TermsRule(self.spp_rule, tuple(t.rank for t in terms), tuple(t.scaling for t in terms))
-        return Active(rule, params, 1.0, dropout, mode, tuple(range(0, len(params), 2)))
-
-    def _common_dropout(self, adapters: Sequence[str]) -> tuple[float, str]:
-        found = {name: self.spp_dropout[name] for name in adapters}
-        if len(set(found.values())) > 1 and self.training:
-            raise ConfigError(
-                f"{self.spp_name}: active adapters have different dropout {found}; activate one, call model.eval(), "
-                "or give them the same"
-            )
-        return next(iter(found.values()))
-
-    def active_names(self) -> list[str]:
-        """Return the names of the active adapters; this layer need not have all of them."""
-        names: Any = self.active_adapters
-        return list(names)
-
-    def active(self) -> Active | None:
-        """Return the active adapters' sum, unless they are disabled or merged."""
-        return None if self.disable_adapters or self.merged else self.combined(self.active_names())
 
     def frozen(self) -> Tensor | PackedSource:
         """Return the base weight."""
@@ -271,17 +170,6 @@ class SPPPeftLinear(AdaptedLinear, BaseTunerLayer):
             for adapter, parameter in container.items():
                 container[adapter] = convert_parameter(parameter, fn, dtype)
         return self
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to its base; in its own dtype, not the base's."""
-        kept = self.kept_weight()
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].is_meta and not kept.is_meta:
-                parameter = container[adapter_name]
-                moved = parameter.detach().to(device or kept.device, arithmetic_dtype(kept.dtype))
-                if moved is not parameter.detach():
-                    container[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,16 @@ from torch import nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, MaskError, TargetError, WrapError
+from spp.experts import adapt_experts, adapters_of, check_experts, release_experts
 from spp.files import mask_sha256
 from spp.inject import check_rank_pattern, is_wrapped
 from spp.inject_dense import warn_dense
 from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
 from spp.integrations.peft.config import SPPPeftConfig
+from spp.integrations.peft.experts import SPPPeftExperts
 from spp.integrations.peft.layer import SPPPeftLinear
 from spp.integrations.peft.method import PREFIX
+from spp.integrations.peft.terms import TermsLayer
 from spp.layer_checks import check_linear
 from spp.merge import describe_base, report_merge
 from spp.targets import name_targets, resolve_projections
@@ -40,7 +44,7 @@ class SPPPeftModel(BaseTuner):
     """
 
     prefix = PREFIX
-    tuner_layer_cls = SPPPeftLinear
+    tuner_layer_cls = TermsLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's interface; spp.targets chooses
 
     def _prepare_adapter_config(self, peft_config: SPPPeftConfig, model_config: Any) -> SPPPeftConfig:
@@ -54,15 +58,46 @@ class SPPPeftModel(BaseTuner):
         config = peft_config.spp_config()
         chosen = _targets(model, peft_config, config)
         check_rank_pattern(config, [target.path for target in chosen])
-        fresh = [target for target in chosen if not isinstance(target.module, SPPPeftLinear)]
+        fresh = [target for target in chosen if _tuner_layer(target) is None]
         for target in chosen:
+            if target.fused:
+                check_experts(target, config, config.rank_for(target.path))
+                continue
             module = target.module.base_layer if isinstance(target.module, SPPPeftLinear) else target.module
             assert isinstance(module, nn.Module)
             check_linear(module, config, target.path, config.rank_for(target.path))
         _check_masks(chosen, peft_config)
         warn_dense(fresh, "pack" if config.packed else "train")
         peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
+        self._fused = {target.path: target for target in chosen if target.fused}
+        peft_config.target_parameters = list(self._fused)  # no field, so not stored: it makes PEFT ask for these
         return peft_config
+
+    def _check_target_module_exists(self, peft_config: SPPPeftConfig, key: str) -> Any:
+        """Leave the adapters beside fused weights to `_inject_parameters`: they have the paths of parameters."""
+        return key not in self._fused and super()._check_target_module_exists(peft_config, key)
+
+    def _inject_parameters(
+        self, peft_config: SPPPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Give the fused weights of experts their adapters; PEFT's own way would compute with a copy of the weight."""
+        from accelerate import init_empty_weights
+
+        config = peft_config.spp_config()
+        for target in self._fused.values():
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                layer = _tuner_layer(target)
+                if layer is None:
+                    layer = SPPPeftExperts(target)
+                    adapt_experts({target.name: layer})
+                layer.update_layer(adapter_name, config, peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+        known = (
+            self.targeted_parameter_names
+        )  # PEFT 0.20 looks there for what was found, later ones at what is returned
+        known.extend(path for path in self._fused if path not in known)
+        return list(self._fused)
 
     def _create_and_replace(
         self,
@@ -102,7 +137,10 @@ class SPPPeftModel(BaseTuner):
         others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         if others:
             config = self.peft_config[adapter_name] = copy.copy(config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():  # the targets and rank_pattern are checked here; PEFT does not count parameters
+            for message in ("target_modules=.* no module was matched", "The following rank_pattern keys did not match"):
+                warnings.filterwarnings("ignore", message, RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.belongs_to(model, adapter_name)
         if others and adapter_name == REFERENCE:
             for layer in tuner_layers(model).values():
@@ -175,13 +213,24 @@ class SPPPeftModel(BaseTuner):
             self._check_merge(adapter_names)
         if not merge:
             for layer in layers.values():
-                layer.unpack_base()
+                if isinstance(layer, SPPPeftLinear):
+                    layer.unpack_base()
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
+        for layer in layers.values():
+            if isinstance(layer, SPPPeftExperts):
+                if merge:
+                    layer.merge(adapter_names=adapter_names)
+                release_experts(layer.projection.module)
         results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
         if results:
-            base = describe_base(model, {f"{path}.weight": model.get_submodule(path) for path in results})
+            merged = {
+                path if isinstance(layer, SPPPeftExperts) else f"{path}.weight": layer
+                for path, layer in layers.items()
+                if path in results
+            }
+            base = describe_base(model, merged)
             logger.info("%r", report_merge(model, results, base))
         return model
 
@@ -206,9 +255,15 @@ class SPPPeftModel(BaseTuner):
         return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
 
-def tuner_layers(model: nn.Module) -> dict[str, SPPPeftLinear]:
-    """Return {module path: layer} in module order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SPPPeftLinear)}
+def tuner_layers(model: nn.Module) -> dict[str, TermsLayer]:
+    """Return {module path: layer} in module order, fused experts under the path of their parameter."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TermsLayer)}
+
+
+def _tuner_layer(target: Projection) -> TermsLayer | None:
+    """Return the layer that a target has already."""
+    found = adapters_of(target.module).get(target.name) if target.fused else target.module
+    return found if isinstance(found, TermsLayer) else None
 
 
 def _targets(model: nn.Module, peft_config: SPPPeftConfig, config: SPPConfig) -> list[Projection]:
@@ -229,12 +284,6 @@ def _targets(model: nn.Module, peft_config: SPPPeftConfig, config: SPPConfig) ->
             f"modules_to_save={peft_config.modules_to_save!r} leave none of the {len(chosen)} targets, such as "
             f"{next(iter(chosen))}"
         )
-    fused = [target.path for target in kept if target.fused]
-    if fused:
-        raise TargetError(
-            f"{fused[0]} and {len(fused) - 1} more are fused experts, which the PEFT plug-in does not adapt: "
-            f"name other modules in target_modules, or wrap the model with spp.wrap, which does"
-        )
     return kept
 
 
@@ -245,7 +294,8 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
         expected = (config.base_masks or {}).get(target.path)
         if expected is None:
             continue
-        weight = target.module.base_weight() if isinstance(target.module, SPPPeftLinear) else target.weight
+        layer = _tuner_layer(target)
+        weight = target.weight if layer is None else layer.base_weight()
         if not weight.is_meta and mask_sha256(weight) != expected:
             differing.append(target.path)
     if differing:

@@ -1,0 +1,163 @@
+"""What every tuner layer keeps: its adapters, each a sum of terms, and which of them are active.
+
+The active adapters' terms are summed, W_eff = W · (1 + Σ_t (s_t·β_t) · A_t) (spp.rules.terms; one term: spp.rules.spp).
+An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighted combination of adapters is several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from spp.config import SPPConfig
+from spp.errors import ConfigError
+from spp.inject import layer_generator
+from spp.layer_adapted import Active
+from spp.merge_weight import LayerMerge
+from spp.rules import Rule
+from spp.rules.canonical import arithmetic_dtype
+from spp.rules.terms import TermsRule
+
+
+class Term(NamedTuple):
+    """One SPP adapter's part of a sum.
+
+    Attributes:
+        rank: r, its rows of α.
+        scaling: s, times its weight in the combination.
+    """
+
+    rank: int
+    scaling: float
+
+
+class TermsLayer(BaseTunerLayer):
+    """A tuner layer's adapters; a matrix's, or with a leading dimension those of E experts.
+
+    Attributes:
+        spp_alpha: {adapter: α (…, Σ r_t, n)}; spp_beta: {adapter: β (…, m, terms)}; usually (…, r, n) and (…, m, 1).
+        spp_terms: {adapter: its terms}.
+        spp_merge: what the last merge did, or None.
+    """
+
+    adapter_layer_names = ("spp_alpha", "spp_beta")
+    other_param_names = ("spp_terms", "spp_dropout")
+    spp_rule: Rule
+    spp_name: str
+    in_features: int
+    out_features: int
+    training: bool
+    num_experts: int
+
+    def _init_terms(self, rule: Rule, where: str) -> None:
+        self.spp_rule = rule
+        self.spp_name = where
+        self.spp_alpha = nn.ParameterDict()
+        self.spp_beta = nn.ParameterDict()
+        self.spp_terms: dict[str, tuple[Term, ...]] = {}
+        self.spp_dropout: dict[str, tuple[float, str]] = {}
+        self.spp_merge: LayerMerge | None = None
+        self.merged_adapters: list[str] = []
+        self._before_merge: Tensor | None = None
+
+    def kept_weight(self) -> Tensor:
+        """Return the tensor that holds the base's numbers."""
+        raise NotImplementedError
+
+    def base_weight(self) -> Tensor:
+        """Return W as it was before any merge, as it is stored."""
+        raise NotImplementedError
+
+    def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
+        """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here."""
+        raise NotImplementedError
+
+    def drop_cache(self) -> None:
+        """Forget what was computed from the adapters."""
+
+    def update_layer(self, adapter: str, config: SPPConfig, inference_mode: bool = False) -> None:
+        """Add an adapter, or make one anew: drawn as `spp.wrap` draws it."""
+        r, kept = config.rank_for(self.spp_name), self.kept_weight()
+        generator = None if config.seed is None else layer_generator(config.seed, self.spp_name)
+        experts = (self.num_experts,) if hasattr(self, "num_experts") else ()
+        shapes = [(*experts, *shape) for shape in self.spp_rule.shapes(self.out_features, self.in_features, r)]
+        params = [torch.empty(shape, dtype=arithmetic_dtype(kept.dtype)) for shape in shapes]
+        with torch.no_grad():
+            for one in zip(*params, strict=True) if experts else [params]:  # expert after expert
+                self.spp_rule.init_(one, config.init, generator)
+        self.set_terms(adapter, (Term(r, config.scaling),), params, (config.dropout, config.dropout_mode))
+        self.set_adapter(self.active_names(), inference_mode=inference_mode)
+
+    def set_terms(
+        self, adapter: str, terms: Sequence[Term], params: Sequence[Tensor], dropout: tuple[float, str]
+    ) -> None:
+        """Put an adapter's parameters in place: α (…, Σ r_t, n) and β (…, m, terms)."""
+        self.drop_cache()
+        device = self.kept_weight().device
+        for name, param in zip(self.adapter_layer_names, params, strict=True):
+            moved = param if device.type == "meta" else param.to(device)
+            getattr(self, name)[adapter] = nn.Parameter(moved)
+        self.spp_terms[adapter] = tuple(terms)
+        self.spp_dropout[adapter] = dropout
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give an adapter the values of another of the same shape, where this layer has them."""
+        if source in self.spp_terms and target in self.spp_terms:
+            self.drop_cache()
+            for name in self.adapter_layer_names:
+                getattr(self, name)[target].copy_(getattr(self, name)[source])
+
+    def adapter_params(self, adapter: str) -> list[Tensor]:
+        """Return α and β of each of an adapter's terms, in turn."""
+        alpha, beta, terms = self.spp_alpha[adapter], self.spp_beta[adapter], self.spp_terms[adapter]
+        if len(terms) == 1:
+            return [alpha, beta]
+        alphas, betas = alpha.split([term.rank for term in terms], dim=-2), beta.split(1, dim=-1)
+        return [param for pair in zip(alphas, betas, strict=True) for param in pair]
+
+    def combined(self, adapters: Sequence[str]) -> Active | None:
+        """Return the sum of some adapters; None where this layer has none of them."""
+        here = [name for name in adapters if name in self.spp_terms]
+        terms = [term for name in here for term in self.spp_terms[name]]
+        if not terms:
+            return None
+        params = [param for name in here for param in self.adapter_params(name)]
+        dropout, mode = self._common_dropout(here)
+        if len(terms) == 1:
+            return Active(self.spp_rule, params, terms[0].scaling, dropout, mode)
+        rule = TermsRule(self.spp_rule, tuple(t.rank for t in terms), tuple(t.scaling for t in terms))
+        return Active(rule, params, 1.0, dropout, mode, tuple(range(0, len(params), 2)))
+
+    def _common_dropout(self, adapters: Sequence[str]) -> tuple[float, str]:
+        found = {name: self.spp_dropout[name] for name in adapters}
+        if len(set(found.values())) > 1 and self.training:
+            raise ConfigError(
+                f"{self.spp_name}: active adapters have different dropout {found}; activate one, call model.eval(), "
+                "or give them the same"
+            )
+        return next(iter(found.values()))
+
+    def active_names(self) -> list[str]:
+        """Return the names of the active adapters; this layer need not have all of them."""
+        names: Any = self.active_adapters
+        return list(names)
+
+    def active(self) -> Active | None:
+        """Return the active adapters' sum, unless they are disabled or merged."""
+        return None if self.disable_adapters or self.merged else self.combined(self.active_names())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to its base; in its own dtype, not the base's."""
+        kept = self.kept_weight()
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if adapter_name in container and not container[adapter_name].is_meta and not kept.is_meta:
+                parameter = container[adapter_name]
+                moved = parameter.detach().to(device or kept.device, arithmetic_dtype(kept.dtype))
+                if moved is not parameter.detach():
+                    container[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)

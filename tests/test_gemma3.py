@@ -1,0 +1,68 @@
+"""A second real family, Gemma 3 270M: prune, tune, merge, verify, reload. Skipped where it cannot be downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spp
+from spp.evaluation import perplexity
+from spp.patterns import nonzero_mask
+from tests.conftest import EXAMPLES
+from tests.test_smollm2 import TEXT
+from tests.tolerances import LOGITS, error
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def gemma3() -> Path:
+    spec = importlib.util.spec_from_file_location("gemma3", EXAMPLES / "gemma3.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    try:
+        return example.gemma3()
+    except RuntimeError as reason:
+        pytest.skip(f"Gemma 3 270M is not here: {reason}")
+
+
+def test_the_road(gemma3: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gemma3)
+    model = AutoModelForCausalLM.from_pretrained(gemma3)
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :128]
+    dense = perplexity(model, tokenizer, TEXT, window=128)
+    report = spp.prune(model, "wanda", "2:4", tokens)
+    assert len(report.layers) == 7 * 18 and not [path for path in report.layers if "embed" in path or "head" in path]
+    spp.save_model(model, tmp_path / "pruned")
+    masks = {name: nonzero_mask(tensor) for name, tensor in model.state_dict().items()}
+    before = perplexity(model, tokenizer, TEXT, window=128)
+    assert dense < before
+
+    spp.wrap(model, seed=0).train()
+    optimizer = torch.optim.AdamW(spp.adapter_parameters(model), lr=1e-2)
+    for _ in range(4):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    tuned = perplexity(model, tokenizer, TEXT, window=128)
+    assert tuned < 0.7 * before
+    with torch.no_grad():
+        unmerged = model(tokens).logits
+    spp.merge(model)
+    with torch.no_grad():
+        merged = model(tokens).logits
+    assert error(merged, unmerged) <= LOGITS[torch.float32]
+    spp.save_model(model, tmp_path / "merged")
+    assert spp.verify(tmp_path / "pruned", tmp_path / "merged").pattern == "2:4"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], tensor), name
+        assert torch.equal(nonzero_mask(tensor), masks[name]), name
+    with torch.no_grad():
+        assert torch.equal(reloaded(tokens).logits, merged)
