@@ -32,6 +32,11 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
             f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
             f"with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
+        raise ConfigError(
+            f"{where} is offloaded by accelerate, and an adapter on it would not be found by an optimizer: load the "
+            f"model without offloading, onto devices only"
+        )
     if quantized_kind(linear):
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")

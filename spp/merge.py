@@ -20,6 +20,7 @@ from spp.experts import SPPExperts
 from spp.files import mask_sha256
 from spp.inject import AdapterLayer, layer_generator, require_layers, uncompiled, unwrap
 from spp.inject_quantized import forget_quantizer
+from spp.layer import SPPLinear
 from spp.layer_packed import NAMES as PACKED_NAMES
 from spp.layer_packed import PackedHolder
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
@@ -140,7 +141,8 @@ def merge(
         else:
             lost = results[path].kept - int(torch.count_nonzero(again.dense()))
             results[path] = replace(results[path], lost=lost)
-            layer.hold_packed(again)  # type: ignore[union-attr]  # experts are never quantized
+            assert isinstance(layer, SPPLinear)  # experts are never quantized
+            layer.hold_packed(again)
     unwrap(model)
     forget_quantizer(model)
     if dtype is not None:

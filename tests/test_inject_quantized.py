@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import spp
-from spp.errors import ConfigError, NonFiniteError
+from spp.errors import ConfigError, NonFiniteError, TargetError
 from tests.models import projections
 from tests.quantized import FORMS, own_dense, quantized_llama
 
@@ -119,6 +119,7 @@ def test_adapters_copies_checkpointing_and_generation(form: dict, tmp_path: Path
     tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
     spp.merge(twin)
     assert torch.equal(twin.generate(IDS, max_new_tokens=4, do_sample=False), tokens)
+    plain: list[torch.Tensor] = []
     for checkpointed in (False, True):
         loaded.train()
         if checkpointed:
@@ -169,3 +170,48 @@ def test_refusals() -> None:
     plain = spp.wrap(dense_twin(quantized_llama("nf4")), r=4)
     with pytest.raises(ConfigError, match="none of the merged weights is quantized"):
         spp.merge(plain, requantize=True)
+
+
+@pytest.mark.parametrize("kind", ["torchao", "offloaded"])
+def test_weights_that_cannot_be_adapted_name_their_layer(kind: str, tmp_path: Path) -> None:
+    model = dense_twin(quantized_llama("nf4"))
+    if kind == "torchao":
+
+        class Int8Tensor(torch.Tensor):
+            __module__ = "torchao.quantization"
+
+        linear = model.model.layers[0].self_attn.q_proj
+        linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Int8Tensor), requires_grad=False)
+        with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj\.weight is torchao's Int8Tensor"):
+            spp.wrap(model, r=4)
+        return
+    from accelerate import disk_offload
+
+    disk_offload(model, str(tmp_path), execution_device="cpu")
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj is offloaded by accelerate"):
+        spp.wrap(model, r=4)
+
+
+def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
+
+    from tests.training.helpers import arguments, losses, pruned, trainer
+
+    pruned().save_pretrained(tmp_path / "pruned")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options: dict[str, Any] = {"quantization_config": settings, "dtype": torch.float32, "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", **options)
+    assert model.is_quantized
+    spp.wrap(model, r=4, seed=0)
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, arguments(tmp_path / "plain"))
+    made = trainer(tmp_path / "run", model)
+    assert not getattr(model, "_hf_peft_config_loaded", False)
+    made.train()
+    assert losses(made)[-1] < losses(made)[0]
+    spp.merge(model)
+    assert not model.is_quantized and not hasattr(model.config, "quantization_config")
+    spp.save_model(model, tmp_path / "merged")
+    spp.verify(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
