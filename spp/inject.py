@@ -17,6 +17,7 @@ from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts import SPPExperts, adapt_experts, check_experts, release_experts
 from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
+from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
@@ -96,6 +97,7 @@ def wrap(
     config = _make_config(r, options)
     check_grad_precision(grad_precision)
     given, model = model, uncompiled(model)
+    check_quantizer(model)
     if is_wrapped(model):
         raise WrapError(
             "the model is wrapped already; spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, "
@@ -107,12 +109,13 @@ def wrap(
     state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
     layers: dict[int, SPPLinear] = {}
     experts: dict[nn.Module, dict[str, SPPExperts]] = {}
+    dtype = dtype_of_model(model)
     try:
         for target in targets.values():
             if target.fused:
                 experts.setdefault(target.module, {})[target.name] = SPPExperts(target, **_options(config, target.path))
             else:
-                layers[id(target.module)] = _make_layer(target, config)
+                layers[id(target.module)] = _make_layer(target, config, dtype)
     except BaseException:
         for layer in layers.values():
             layer.restore()
@@ -317,9 +320,9 @@ def _options(config: SPPConfig, path: str) -> dict[str, Any]:
     }
 
 
-def _make_layer(target: Projection, config: SPPConfig) -> SPPLinear:
+def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> SPPLinear:
     module: Any = target.module
-    return SPPLinear(module, packed=config.packed, where=target.path, **_options(config, target.path))
+    return SPPLinear(module, packed=config.packed, dtype=dtype, where=target.path, **_options(config, target.path))
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from spp.errors import SPPWarning
 from spp.layer_packed import PackedHolder
+from spp.packed import QuantizedWeight
 from spp.targets_layout import Projection
 
 
@@ -42,6 +43,8 @@ def _is_dense(target: Projection) -> bool:
     module = target.module
     if isinstance(module, PackedHolder) and module.packed_layout:
         packed = module.packed_weight()
+        if isinstance(packed, QuantizedWeight):
+            return int(torch.count_nonzero(packed.dense())) == packed.numel
         return not packed.layout.is_nm and packed.values.numel() == packed.numel
     weight = target.weight
     if weight.is_meta or weight.numel() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from spp.kernels import PackedSource
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
 from spp.layer_checks import check_linear, features, input_axis_of
 from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
-from spp.packed import PackedWeight
+from spp.packed import (
+    PackedWeight,
+    QuantizedLayout,
+    QuantizedWeight,
+    quantized_kind,
+    read_quantized,
+    release_quantized,
+    write_quantized,
+)
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 
@@ -28,6 +37,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             frozen. With packed=True it lets go of its weight until `restore`; a PackedLinear hands over its packed one.
         r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig.
         packed: store the weight packed (spp.packed.layout) and decode it a block at a time.
+        dtype: of an 8-bit weight of bitsandbytes where it is multiplied, which does not say itself; None is its
+            bias's, or float32.
         generator: where W_α is drawn from; None is torch's global generator. Drawn on the CPU, whatever the device.
         where: the layer's name in error messages.
 
@@ -68,6 +79,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         rule: str = "spp",
         *,
         packed: bool = False,
+        dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         where: str = "SPPLinear",
     ) -> None:
@@ -87,9 +99,12 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         self.input_axis = input_axis_of(linear)
         self.disabled = False
         self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
-        self.cache_effective = not packed
+        self.cache_effective = not packed and not quantized_kind(linear)
         self._requires_grad = {name: p.requires_grad for name, p in linear.named_parameters(recurse=False)}
-        if not packed:
+        quantized = quantized_kind(linear) is not None
+        if quantized:
+            self.hold_packed(read_quantized(linear, f"{where}.weight", dtype))
+        elif not packed:
             self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]  # a Parameter
         elif isinstance(linear, PackedLinear):
             self.hold_packed(linear.packed_weight())
@@ -117,6 +132,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         self.training = linear.training
         if isinstance(linear, PackedLinear):
             linear.drop_weight()
+        elif quantized:
+            release_quantized(linear)
         elif packed:
             release_weight(linear)
 
@@ -176,6 +193,10 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         original: nn.Module = self._linear[0]
         if isinstance(original, PackedLinear) and self.packed_layout is not None:
             original.hold_packed(self.packed_weight())
+        elif quantized_kind(original) and isinstance(held := self.held_packed(), QuantizedWeight):
+            write_quantized(original, held)
+        elif quantized_kind(original):
+            original = self._plain(original)
         else:
             original = original.linear() if isinstance(original, PackedLinear) else original
             weight = self.weight
@@ -185,6 +206,18 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             if name in original._parameters:
                 original.get_parameter(name).requires_grad_(flag)
         return original.train(self.training)
+
+    def held_packed(self) -> PackedWeight | QuantizedWeight | None:
+        """Return the packed or quantized weight, None where it is dense."""
+        return None if self.packed_layout is None else self.packed_weight()
+
+    def _plain(self, original: nn.Module) -> nn.Linear:
+        """Return an nn.Linear in the place of a quantized one, with the dense weight that this layer holds."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(self.weight, requires_grad=False)
+        for hooks in HOOKS:
+            setattr(plain, hooks, getattr(original, hooks))
+        return plain
 
     def active(self) -> Active | None:
         """Return the adapter, unless it is disabled."""
@@ -227,6 +260,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         adapter = {name: self._parameters.pop(name) for name in self._adapter_names}
         try:
             super()._apply(fn, recurse)
+            if isinstance(layout := self.packed_layout, QuantizedLayout):  # codes stay what they are, W follows
+                self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
             for name, parameter in adapter.items():
                 assert parameter is not None
                 adapter[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.errors import ConfigError, TargetError
+from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.kernels import PackedSource, base_linear
-from spp.packed import DTYPES, Layout, PackedWeight
+from spp.packed import DTYPES, Layout, PackedWeight, QuantizedLayout, QuantizedWeight
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")
 HOOKS = (
@@ -29,13 +29,13 @@ HOOKS = (
 
 
 class PackedHolder(nn.Module):
-    """A module whose frozen weight is a Parameter, or packed.
+    """A module whose frozen weight is a Parameter, or packed, or quantized, which is held in the same way.
 
     Attributes:
         packed_layout: how to read the packed tensors; None while the weight is a Parameter.
     """
 
-    packed_layout: Layout | None = None
+    packed_layout: Layout | QuantizedLayout | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -52,12 +52,15 @@ class PackedHolder(nn.Module):
         """What holds the weight's numbers, in its dtype and on its device: the Parameter, or the packed values."""
         return self.weight if self.packed_layout is None else self.packed_weight().values
 
-    def packed_weight(self) -> PackedWeight:
+    def packed_weight(self) -> PackedWeight | QuantizedWeight:
         """Return the packed weight; the tensors are the module's."""
-        assert self.packed_layout is not None
-        return PackedWeight(self.packed_layout, *(self._buffers[n] for n in NAMES if n in self._buffers))  # type: ignore[arg-type]
+        layout, tensors = self.packed_layout, [self._buffers[name] for name in NAMES if name in self._buffers]
+        if isinstance(layout, QuantizedLayout):
+            return QuantizedWeight(layout, *tensors)  # type: ignore[arg-type]
+        assert layout is not None
+        return PackedWeight(layout, *tensors)  # type: ignore[arg-type]
 
-    def hold_packed(self, packed: PackedWeight) -> None:
+    def hold_packed(self, packed: PackedWeight | QuantizedWeight) -> None:
         """Take a packed weight in place of what is held."""
         self.drop_weight()
         self.packed_layout = packed.layout
@@ -76,7 +79,7 @@ class PackedHolder(nn.Module):
         if self.packed_layout is not None and any(prefix + name in state_dict for name in NAMES):
             try:
                 self.packed_weight().check(f"{prefix}weight")
-            except ConfigError as error:
+            except (ConfigError, NonFiniteError) as error:
                 args[-1].append(str(error))  # error_msgs: load_state_dict raises with all of them
 
 
@@ -105,7 +108,9 @@ class PackedLinear(PackedHolder):
 
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, packed: PackedWeight | None = None, *, where: str = "PackedLinear") -> None:
+    def __init__(
+        self, linear: nn.Linear, packed: PackedWeight | QuantizedWeight | None = None, *, where: str = "PackedLinear"
+    ) -> None:
         super().__init__()
         if packed is None:
             check_packable(linear, where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from spp.errors import ConfigError, NonFiniteError, SPPWarning
 from spp.experts import SPPExperts
 from spp.files import mask_sha256
 from spp.inject import AdapterLayer, layer_generator, require_layers, uncompiled, unwrap
+from spp.inject_quantized import forget_quantizer
+from spp.layer import SPPLinear
 from spp.layer_packed import NAMES as PACKED_NAMES
 from spp.layer_packed import PackedHolder
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
+from spp.packed import QuantizedLayout, QuantizedWeight, quantize_like
 from spp.patterns import all_finite
 from spp.rules import rescue_
 from spp.targets import is_projection_key, projection_weights
@@ -88,6 +91,7 @@ def merge(
     dtype: torch.dtype | None = None,
     rounding: str = "nearest",
     seed: int | None = None,
+    requantize: bool = False,
 ) -> MergeReport:
     """Merge the adapter into the weights in place and take the wrapping out; the zero pattern stays what it was.
 
@@ -97,6 +101,8 @@ def merge(
             saves that pass, and an error then comes when earlier layers are merged already.
         dtype: store in another floating dtype; the whole model is converted. None keeps each weight's own.
         rounding: "nearest", or "stochastic" (unbiased; for 16-bit dtypes, from which small updates would vanish).
+        requantize: quantize merged weights in the form that they had; without it they come back dense, and once
+            nothing is quantized any more the model counts as a plain one.
         seed: of stochastic rounding; None draws one from torch's global generator.
 
     Returns:
@@ -115,18 +121,30 @@ def merge(
     model = uncompiled(model)
     layers = require_layers(model)
     check_rounding(dtype, rounding)
+    if requantize:
+        _check_requantize(layers, dtype)
     seed = draw_seed(rounding, seed)
     results: dict[str, LayerMerge] = {}
     if check:
         for path, layer in layers.items():
-            results[path] = _merge_layer(path, layer, dtype, rounding, seed)[1]
+            merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
+            if requantize:
+                _quantize_again(path, layer, merged)
     if dtype is not None:
         _check_conversion(model, layers, dtype)
     base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
     for path, layer in layers.items():
         merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
-        _write_weight(layer, merged)
+        again = _quantize_again(path, layer, merged) if requantize else None
+        if again is None:
+            _write_weight(layer, merged)
+        else:
+            lost = results[path].kept - int(torch.count_nonzero(again.dense()))
+            results[path] = replace(results[path], lost=lost)
+            assert isinstance(layer, SPPLinear)  # experts are never quantized
+            layer.hold_packed(again)
     unwrap(model)
+    forget_quantizer(model)
     if dtype is not None:
         _convert_model(model, dtype)
     return report_merge(model, results, base)
@@ -203,6 +221,22 @@ def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:
             layer.weight.copy_(merged)  # the Parameter keeps its identity
         else:
             layer.hold_dense(merged)
+
+
+def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
+    """Raise a ConfigError where quantizing again makes no sense."""
+    if not any(isinstance(getattr(layer, "packed_layout", None), QuantizedLayout) for layer in layers.values()):
+        raise ConfigError("requantize=True, but none of the merged weights is quantized; leave it out")
+    if dtype is not None:
+        raise ConfigError(
+            f"requantize=True and dtype={dtype}: a quantized weight has its own form; leave one of them out"
+        )
+
+
+def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor) -> QuantizedWeight | None:
+    """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none."""
+    layout = getattr(layer, "packed_layout", None)
+    return quantize_like(layout, merged, path) if isinstance(layout, QuantizedLayout) else None
 
 
 def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype) -> None:

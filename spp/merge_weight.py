@@ -28,6 +28,7 @@ class LayerMerge:
         survived: ⟨W_merged − W, ΔW⟩ / ⟨ΔW, ΔW⟩, the share of the update that rounding left; 1 where ΔW is 0.
         max_relative_change: the largest |W_merged − W| / |W| over the kept weights.
         update_norm: ‖ΔW‖, Frobenius.
+        lost: kept weights that quantizing the result again rounded to zero.
     """
 
     kept: int
@@ -35,6 +36,7 @@ class LayerMerge:
     survived: float
     max_relative_change: float
     update_norm: float
+    lost: int = 0
 
 
 def merge_tensor(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
 from spp.errors import TargetError
+from spp.packed import quantized_kind, read_quantized
 from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -125,7 +126,7 @@ def is_projection_key(key: str, ndim: int) -> bool:
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too.
 
-    A packed weight comes as a dense copy, decoded when it is reached.
+    A packed or quantized weight comes as a dense copy, decoded when it is reached.
     """
     yield from dense_projection_weights(model)
     for name, module in packed_modules(model).items():
@@ -136,8 +137,11 @@ def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Yield what `projection_weights` does, but for packed weights."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
+    quantized = {f"{path}.weight": m for path, m in model.named_modules() if quantized_kind(m)}
     for name, parameter in model.named_parameters():
-        if is_projection_key(name, parameter.ndim):
+        if name in quantized and is_projection_key(name, 2) and not parameter.is_meta:
+            yield name, read_quantized(quantized[name], name).dense(), -1
+        elif is_projection_key(name, parameter.ndim):
             yield name, parameter.detach(), axes.get(id(parameter), -1)
 
 

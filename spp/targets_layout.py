@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spp.packed import quantized_kind, read_quantized
+
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
 _CONV1D_TYPES = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp_decoder")
@@ -40,7 +42,9 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as it is stored now: (out, in), (in, out), or either with experts in front."""
+        """The parameter as it is stored now: (out, in), (in, out), either with experts; quantized, a copy."""
+        if quantized_kind(self.module):
+            return read_quantized(self.module, self.path).dense()
         weight = getattr(self.module, self.name)
         assert isinstance(weight, Tensor)
         return weight
@@ -59,7 +63,7 @@ class Projection:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight as it is stored; of a packed one, as it would be."""
         parameter = self.module._parameters.get(self.name)
-        if parameter is not None:
+        if parameter is not None and not quantized_kind(self.module):
             return tuple(parameter.shape)
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 

@@ -46,7 +46,9 @@ LEVELS = {
     "bench": 11,
     "cli": 12,
 }
-BESIDE = {("files", "patterns")}  # within a level: the hash of a mask is a file's matter, its bits a pattern's
+# Within a level: the hash of a mask is a file's matter, its bits a pattern's; a projection may be
+# quantized, and how to read it is the packed room's matter.
+BESIDE = {("files", "patterns"), ("targets", "packed")}
 PUBLIC_LEVEL = 8  # what spp/__init__.py may import: the names of `import spp`, which must stay light
 TRANSFORMERS_LEVEL = 9  # from here up, Trainer and modelling files may be imported at module level
 

@@ -1,4 +1,4 @@
-"""Packed weights as the kernels ask for them: each block is decoded into the shared workspace."""
+"""Packed and quantized weights as the kernels ask for them: each block is decoded into the shared workspace."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from spp.kernels.choice import by_triton
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
-from spp.packed import Layout, PackedWeight
+from spp.packed import PackedWeight, QuantizedWeight
 
 
 class PackedSource(WeightSource):
-    """W as kept values and codes.
+    """W as kept values and codes, or as quantized codes and scales.
 
     Args:
         packed: W.
@@ -22,7 +22,7 @@ class PackedSource(WeightSource):
 
     is_tensor = False
 
-    def __init__(self, packed: PackedWeight) -> None:
+    def __init__(self, packed: PackedWeight | QuantizedWeight) -> None:
         self.packed = packed
         self.shape = packed.shape
         self.dtype = packed.dtype
@@ -32,24 +32,25 @@ class PackedSource(WeightSource):
         """Decode W[rows, cols]."""
         shape = tuple(len(range(*part.indices(size))) for part, size in zip((rows, cols), self.shape, strict=True))
         out = workspace("packed", shape, self.dtype, self.device)
-        if self.device.type != "cpu" and by_triton(self.device, self.dtype):
+        packed = self.packed
+        if isinstance(packed, PackedWeight) and self.device.type != "cpu" and by_triton(self.device, self.dtype):
             from spp.kernels.triton import decode
 
-            return decode(self.packed, rows, cols, out)
-        return self.packed.decode(rows, cols, out)
+            return decode(packed, rows, cols, out)
+        return packed.decode(rows, cols, out)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return values, codes and, if there are some, starts."""
+        """Return what the packed weight is made of."""
         return self.packed.tensors()
 
     def maker(self) -> Callable[..., WeightSource]:
         """Return a function that knows the layout."""
-        return partial(_make, self.packed.layout)
+        return partial(_make, type(self.packed), self.packed.layout)
 
     def kept(self) -> Tensor:
-        """Return the values; a group that keeps fewer than N has zeros among them."""
+        """Return the values, zeros among them; of a quantized weight, a bound a block (`QuantizedWeight.values`)."""
         return self.packed.values
 
 
-def _make(layout: Layout, *tensors: Tensor) -> PackedSource:
-    return PackedSource(PackedWeight(layout, *tensors))
+def _make(kind: Callable[..., PackedWeight | QuantizedWeight], layout: object, *tensors: Tensor) -> PackedSource:
+    return PackedSource(kind(layout, *tensors))

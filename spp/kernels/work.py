@@ -146,7 +146,8 @@ class TritonWork(Work):
         quantise(x, inverse, out)
 
     def _weight(self) -> Tensor | PackedWeight:
-        return self.source.packed if isinstance(self.source, PackedSource) else self.source.block(WHOLE, WHOLE)
+        packed = self.source.packed if isinstance(self.source, PackedSource) else None
+        return packed if isinstance(packed, PackedWeight) else self.source.block(WHOLE, WHOLE)
 
 
 def work_for(rule: Rule, source: WeightSource, factors: Any) -> Work:

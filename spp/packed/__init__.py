@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from spp.packed.bitsandbytes import (
+    quantize_like,
+    quantized_kind,
+    read_quantized,
+    release_quantized,
+    write_quantized,
+)
 from spp.packed.layout import Layout
+from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.weight import DTYPES, PackedWeight
 
-__all__ = ["DTYPES", "Layout", "PackedWeight"]
+__all__ = [
+    "DTYPES",
+    "Layout",
+    "PackedWeight",
+    "QuantizedLayout",
+    "QuantizedWeight",
+    "quantize_like",
+    "quantized_kind",
+    "read_quantized",
+    "release_quantized",
+    "write_quantized",
+]

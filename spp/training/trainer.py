@@ -7,9 +7,10 @@ has the sparsity.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from transformers.trainer_utils import TrainOutput
 from spp.adapters import base_masks, load_adapter
 from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.files import output_error
-from spp.inject import adapter_layers, adapter_parameters, is_wrapped
+from spp.inject import adapter_layers, adapter_parameters, is_wrapped, uncompiled
 from spp.patterns import nonzero_mask
 from spp.training.causal_loss import captured_states, check_form, loss_of_states
 from spp.training.checkpoints import last_complete, mark_complete, replace_adapter, require_complete, rotate, unmark
 
 logger = logging.getLogger(__name__)
 
+_PEFT_MARK = "_hf_peft_config_loaded"
 _WRITER = "PytorchStreamWriter"  # torch.save says RuntimeError where the disk is full
 
 
@@ -70,7 +72,8 @@ class SPPTrainer(Trainer):
         if loss_chunk is not None:
             _check_loss_chunk(loss_chunk, args, options)
             options["compute_loss_func"] = self._chunked_loss
-        super().__init__(model, args, *rest, **options)
+        with _adapter_is_known(model):
+            super().__init__(model, args, *rest, **options)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("SPPTrainer does not support DeepSpeed or FSDP yet; use one device or plain DDP")
         self._masks_at_start = base_masks(self._bare_model())
@@ -234,6 +237,28 @@ def _check_loss_chunk(chunk: object, args: Any, options: Mapping[str, Any]) -> N
         clashes.append("label_smoothing_factor")
     if clashes:
         raise ConfigError(f"loss_chunk does not go together with {', '.join(clashes)}: there are no logits for it")
+
+
+@contextlib.contextmanager
+def _adapter_is_known(model: nn.Module | None) -> Iterator[None]:
+    """Meet Trainer's guard against training quantized weights: a wrapped model has an adapter, which alone trains.
+
+    The guard asks for the mark that PEFT leaves. It is set while Trainer is made and no longer: elsewhere it would have
+    transformers look for PEFT's adapters. wrap has refused what is quantized by a method that it does not know.
+    """
+    bare: Any = None if model is None else uncompiled(model)
+    if not getattr(bare, "is_quantized", False) or getattr(bare, _PEFT_MARK, False):
+        yield
+        return
+    before = bare.__dict__.get(_PEFT_MARK)
+    setattr(bare, _PEFT_MARK, True)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(bare, _PEFT_MARK)
+        else:
+            setattr(bare, _PEFT_MARK, before)
 
 
 def _require_wrapped(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from spp.integrations.peft.method import PREFIX
 from spp.integrations.peft.terms import TermsLayer
 from spp.layer_checks import check_linear
 from spp.merge import describe_base, report_merge
+from spp.packed import quantized_kind
 from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection
 
@@ -65,6 +66,11 @@ class SPPPeftModel(BaseTuner):
                 continue
             module = target.module.base_layer if isinstance(target.module, SPPPeftLinear) else target.module
             assert isinstance(module, nn.Module)
+            if quantized_kind(module):
+                raise ConfigError(
+                    f"{target.path} is quantized: the plug-in adapts unquantized bases; spp.wrap(model) trains on "
+                    f"bitsandbytes' 4 and 8 bits, and PEFT reads the adapters that spp.save_adapter writes"
+                )
             check_linear(module, config, target.path, config.rank_for(target.path))
         _check_masks(chosen, peft_config)
         warn_dense(fresh, "pack" if config.packed else "train")

@@ -1,0 +1,160 @@
+"""A frozen weight as bitsandbytes quantized it, read a block at a time; its zeros are exact, or it is refused.
+
+    4 bits   W[i] = table[code[i]] · scale[i // b]        "nf4", "fp4": two codes a byte, flat blocks of b weights
+    8 bits   W[i, j] = code[i, j] · scale[i] / 127        "int8": a scale a row
+
+A nested scale of 4 bits is itself table₂[code₂] · scale₂ + offset. Zero is an entry of either table, and code 0 of the
+8 bits, so a pruned weight stays zero whatever the scale is, as long as the scale is finite: `check` looks at it.
+Small kept weights may have become zero by quantization; the mask that is kept from there on is that of what is stored.
+
+Scales are held as the bits of float32 in int32 tensors: nn.Module.to(dtype) leaves those alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.errors import ConfigError, NonFiniteError
+
+_NESTED_HEAD = 257  # entries before the nested scales: 256 of the table, the offset
+_SMALLEST_CODE = {"nf4": 0.0795, "fp4": 0.0052, "int8": 1 / 127}  # at most the least magnitude of a code but zero
+
+
+@dataclass(frozen=True)
+class QuantizedLayout:
+    """How to read the tensors of a quantized weight.
+
+    Attributes:
+        form: "nf4", "fp4" or "int8".
+        rows, cols: m, n.
+        dtype: of W where it is multiplied.
+        block: weights that share a scale, 4 bits. nested: scales that share one, 0 where scales are not quantized.
+    """
+
+    form: str
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    block: int = 0
+    nested: int = 0
+
+    def __str__(self) -> str:
+        return self.form
+
+
+class QuantizedWeight:
+    """W (m, n) as codes and scales, with the methods of `PackedWeight` that a frozen weight needs.
+
+    Args:
+        layout: how to read the rest.
+        codes: uint8 (m·n / 2,) or int8 (m, n).
+        scales: int32, the bits of float32; nested, uint8.
+        nested: int32 (256 + 1 + …,), the bits of table₂, offset and scale₂.
+    """
+
+    def __init__(self, layout: QuantizedLayout, codes: Tensor, scales: Tensor, nested: Tensor | None = None) -> None:
+        self.layout, self.codes, self.scale_bits, self.nested = layout, codes, scales, nested
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.layout.rows, self.layout.cols
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of W where it is multiplied."""
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.codes.device
+
+    @property
+    def numel(self) -> int:
+        """M · n."""
+        return self.layout.rows * self.layout.cols
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors())
+
+    @property
+    def values(self) -> Tensor:
+        """A tensor in W's dtype, none of whose non-zero magnitudes is above the least kept one of its block."""
+        if self.device.type == "meta":
+            return torch.empty(0, dtype=self.dtype, device="meta")
+        scales = self.scales()
+        least = (scales.abs() * _SMALLEST_CODE[self.layout.form]).to(self.dtype)
+        lowest = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+        return torch.where(scales == 0, torch.zeros_like(least), least.clamp_min(lowest))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return codes, scales and, where these are quantized, what they are read with."""
+        rest = () if self.nested is None else (self.nested,)
+        return (self.codes, self.scale_bits, *rest)
+
+    def scales(self) -> Tensor:
+        """Return the scales in float32, flat: one a block of 4-bit weights, or one a row."""
+        if self.nested is None:
+            return self.scale_bits.view(torch.float32)
+        table = self.nested.view(torch.float32)
+        group = torch.arange(self.scale_bits.numel(), device=self.device) // self.layout.nested
+        return table[self.scale_bits.long()] * table[_NESTED_HEAD:][group] + table[_NESTED_HEAD - 1]
+
+    def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """Write W[rows, cols] into `out`, of the block's shape and W's dtype and device; return it."""
+        (m, n), scales = self.shape, self.scales()
+        top, bottom, _ = rows.indices(m)
+        left, right, _ = cols.indices(n)
+        if out.numel() == 0:
+            return out
+        if self.layout.form == "int8":
+            block = self.codes[top:bottom, left:right].float() * scales[top:bottom, None]
+            return out.copy_(block.mul_(7.874015718698502e-3))  # bitsandbytes' own 1 / 127
+        size = self.layout.block
+        if n % size == 0:  # scales belong to parts of rows: no other column is decoded
+            first, last = left // size, -(-right // size)
+            codes = self.codes.view(m, n // size, size // 2)[top:bottom, first:last]
+            chosen = scales.view(m, n // size)[top:bottom, first:last]
+            decoded = self._decode_flat(codes.reshape(-1, 1), chosen.reshape(-1), (bottom - top, (last - first) * size))
+            return out.copy_(decoded[:, left - first * size : right - first * size])
+        first, last = top * n // size, -(-bottom * n // size)
+        end = min(last * size, m * n)
+        codes = self.codes[first * size // 2 : -(-end // 2)]
+        flat = self._decode_flat(codes.reshape(-1, 1), scales[first:last], (end - first * size,))
+        start = top * n - first * size
+        return out.copy_(flat[start : start + (bottom - top) * n].view(-1, n)[:, left:right])
+
+    def _decode_flat(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+        import bitsandbytes  # noqa: F401  registers the operator
+
+        decode: Any = torch.ops.bitsandbytes.dequantize_4bit.default
+        args = (codes.contiguous(), scales.contiguous(), self.layout.block, self.layout.form, shape, self.dtype)
+        return decode(*args).view(shape)
+
+    def dense(self) -> Tensor:
+        """Return W (m, n) as a new tensor."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return out if out.is_meta else self.decode(slice(None), slice(None), out)
+
+    def check(self, where: str = "the quantized weight") -> None:
+        """Raise a ConfigError unless the tensors belong together, a NonFiniteError where a scale is not finite.
+
+        Args:
+            where: its name in messages.
+        """
+        count = self.layout.rows * self.layout.cols
+        blocks = -(-count // self.layout.block) if self.layout.block else self.layout.rows
+        expected = count if self.layout.form == "int8" else -(-count // 2)
+        for name, tensor, numel in (("codes", self.codes, expected), ("scales", self.scale_bits, blocks)):
+            if tensor.numel() != numel:
+                raise ConfigError(f"{where}: {tensor.numel()} {name}, expected {numel} for {self.shape}")
+        if self.device.type != "meta" and not bool(torch.isfinite(self.scales()).all()):
+            bad = int((~torch.isfinite(self.scales())).sum())
+            raise NonFiniteError(f"{where} holds {bad} scales that are NaN or infinite of {blocks}; re-load the model")

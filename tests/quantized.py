@@ -1,0 +1,57 @@
+"""Small models that bitsandbytes quantized, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.models import projections, prune_nm_, tiny_llama
+
+FORMS: list[dict[str, Any]] = [
+    {"form": "nf4"},
+    {"form": "nf4", "nested": True},
+    {"form": "fp4"},
+    {"form": "int8"},
+]
+
+
+def quantize_linear(linear: nn.Linear, form: str, nested: bool = False) -> nn.Linear:
+    """bitsandbytes' own layer with the linear's weight, quantized by bitsandbytes."""
+    import bitsandbytes as bnb
+
+    n, m, bias = linear.in_features, linear.out_features, linear.bias is not None
+    if form == "int8":
+        quantized = bnb.nn.Linear8bitLt(n, m, bias=bias, has_fp16_weights=False)
+    else:
+        quantized = bnb.nn.Linear4bit(
+            n, m, bias=bias, compute_dtype=linear.weight.dtype, compress_statistics=nested, quant_type=form
+        )
+    quantized = quantized.to(linear.weight.dtype) if bias else quantized
+    quantized.load_state_dict(linear.state_dict(), strict=False)
+    if form != "int8":
+        quantized.weight = bnb.nn.Params4bit(
+            linear.weight.detach().clone(), requires_grad=False, compress_statistics=nested, quant_type=form
+        )
+    return quantized.to("cpu")
+
+
+def own_dense(linear: Any) -> torch.Tensor:
+    """The weight as bitsandbytes itself dequantizes it: the oracle."""
+    import bitsandbytes as bnb
+
+    if isinstance(linear, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    scales = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+    return bnb.functional.int8_vectorwise_dequant(linear.weight.data, scales)
+
+
+def quantized_llama(form: str = "nf4", nested: bool = False, **overrides: object) -> Any:
+    """A tiny Llama at 2:4 whose projections bitsandbytes quantized."""
+    model = prune_nm_(tiny_llama(**overrides))
+    for path, linear in projections(model).items():
+        parent, _, name = path.rpartition(".")
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), name, quantize_linear(linear, form, nested))
+    return model
