@@ -324,3 +324,18 @@ def test_a_choice_of_native_refuses_nothing_that_torch_computes() -> None:
 def test_an_unknown_choice_is_an_error() -> None:
     with pytest.raises(ConfigError, match="known: auto, torch, native, triton"), use_kernels("c"):
         pass
+
+
+def test_a_quantized_weight_is_counted_by_its_values() -> None:
+    pytest.importorskip("bitsandbytes")
+    from spp.kernels.density import density
+    from spp.layer import SPPLinear
+    from tests.quantized import quantized_llama
+
+    model = quantized_llama("nf4")
+    linear = model.model.layers[0].self_attn.q_proj
+    source = SPPLinear(linear, r=2).frozen()
+    assert isinstance(source, PackedSource)
+    dense = source.block(slice(None), slice(None))
+    assert density(source) == int(torch.count_nonzero(dense)) / dense.numel()
+    assert 0.2 < density(source) < 0.8

@@ -17,6 +17,7 @@ from spp.kernels.native.products import DELTA, EFFECTIVE, FROZEN, KEYS, Products
 from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
+from spp.packed import PackedWeight
 from spp.rules.base import Rule
 
 WHOLE = slice(None)
@@ -146,7 +147,7 @@ def _blocks(weight: WeightSource, factors: Any, form: int, rounded_to: torch.dty
     """Yield (first row, block): all of what is stored by rows, else rows decoded or copied, a block each."""
     m, n = weight.shape
     alpha, scaled_beta = factors.alpha.contiguous(), factors.scaled_beta.contiguous()
-    if isinstance(weight, PackedSource):
+    if isinstance(weight, PackedSource) and isinstance(weight.packed, PackedWeight):
         whole = packed_block(weight.packed, alpha, scaled_beta, form, rounded_to)
         if whole is not None:
             yield 0, whole
