@@ -18,19 +18,20 @@ block):
 
 Below that floor: a pruned layer needs the share d of its weights that is kept, and no more. With a C compiler the
 products of native/ skip the zeros: 3 · d · m · n · T multiplications (input dropout 5 · d), each of W's blocks read
-three times a step (input dropout five) and nothing of its size written: W_eff is computed, and a packed W decoded, while
-its non-zeros are compressed. A multiply-add there reads its operand from the first cache, where a dense product has it
-in a register, which costs a third of the speed: at d = 1/2 a product takes 0.7 of the dense one's time, at 1/4 0.45.
-X and dY are repacked once a product: one pass over T × n and T × m.
+three times a step (input dropout five) and nothing of its size written: W_eff is computed, and a packed W decoded,
+while its non-zeros are compressed. A multiply-add there reads its operand from the first cache, where a dense product
+has it in a register, which costs a third of the speed: at d = 1/2 a product takes 0.7 of the dense one's time, at 1/4
+0.45. X and dY are repacked once a product: one pass over T × n and T × m.
 
 A 16-bit base on a CPU that does not multiply 16 bits faster (cpu.py) is rounded to its dtype and widened again in the
-same blocks: two passes more in plain torch, none in native/. Of activations a layer keeps X alone for backward (keep.py:
-or its bfloat16 copy), with input dropout one bit an entry more. On a GPU see whole.py.
+same blocks: two passes more in plain torch, none in native/. Of activations a layer keeps X alone for backward
+(keep.py: or its bfloat16 copy), with input dropout one bit an entry more. On a GPU see whole.py.
 
 Measured: `spp bench layer --layers 4096x4096 --tokens 512 2048 --threads 2 --contenders spp spp-packed full hira
 branches lora spp-alpha-dropout`, 2:4, float32, medians of interleaved rounds on two cores of an AMD EPYC with AVX2,
-torch 2.13, wall time of spp relative to full fine-tuning of the layer: 0.76 and 0.74 (512 and 2048 rows). In plain torch
-(SPP_KERNELS=torch) on two cores of an Intel Xeon with AVX-512 it was 1.08 and 1.02, with 11008 × 4096 1.09 and 1.04.
+torch 2.13, wall time of spp relative to full fine-tuning of the layer: 0.76 and 0.74 (512 and 2048 rows). In plain
+torch (SPP_KERNELS=torch) on two cores of an Intel Xeon with AVX-512 it was 1.08 and 1.02, with 11008 × 4096 1.09 and
+1.04.
 """
 
 from __future__ import annotations
