@@ -28,6 +28,8 @@ from spp._version import __version__
 from spp.bench.plot import check_plot
 from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
 from spp.files import atomic_file, write_json
+from spp.kernels import native
+from spp.kernels.choice import kernels
 from spp.report import Table
 
 PACKAGES = ("transformers", "peft", "triton")
@@ -172,7 +174,7 @@ def in_child(module: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a number is worth nothing without: machine, threads, dtype, versions."""
+    """Return what a number is worth nothing without: machine, threads, dtype, who computes (SPP_KERNELS), versions."""
     versions = {"spp": __version__, "torch": torch.__version__}  # torch tells its build: +cpu, +cu130
     versions |= {name: found for name in PACKAGES if (found := installed(name))}
     return {
@@ -180,6 +182,8 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "kernels": kernels(),
+        "compiled_products": device == "cpu" and kernels() in ("auto", "native") and native.why_not() is None,
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -189,7 +193,8 @@ def environment_line(found: Mapping[str, Any]) -> str:
     """Return `environment` on one line, to stand under a table."""
     versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items())
     threads = f"{found['threads']} threads on {found['cores']} cores"
-    return f"{found['device']}, {threads}, {found['dtype']}; Python {found['python']}, {versions}"
+    products = "products that skip zeros" if found["compiled_products"] else f"kernels {found['kernels']}"
+    return f"{found['device']}, {threads}, {found['dtype']}, {products}; Python {found['python']}, {versions}"
 
 
 def processor() -> str:
