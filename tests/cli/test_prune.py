@@ -217,7 +217,10 @@ def test_options_are_checked_before_the_model_is_looked_for(
         (("--pattern", "2:6"), ["layers.0.self_attn.q_proj", "nearest"]),
         (("--pattern", "up_proj=2:4"), ["no name in --pattern up_proj=2:4 matches model.layers.0"]),
         (("--pattern", "nonsense=0.5", "--pattern", "2:4"), ["names in --pattern that decide", "nonsense"]),
-        (("--target-modules", "nothing"), ["--target-modules nothing matches no linear", "Pass --target-modules with"]),
+        (
+            ("--target-modules", "nothing"),
+            ["--target-modules nothing matches no linear", "such as --target-modules down_proj"],
+        ),
         (("--exclude-modules", "nothing"), ["--exclude-modules: no linear"]),
         (("--owl", "--owl-spread", 0.4, "--pattern", 0.9), ["take a spread below"]),
         (("--seqlen", 512, "--target-modules", "lm_head"), ["--method magnitude"]),

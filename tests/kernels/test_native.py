@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,20 @@ from spp.patterns import Pattern
 from spp.pruning import magnitude_mask
 from spp.rules import get_rule
 from tests.kernels.test_sources import Forgetful
-from tests.kernels.test_three_products import check, run, run_reference
+from tests.kernels.test_three_products import (  # noqa: F401  # what must hold whoever computes runs here again
+    check,
+    run,
+    run_reference,
+    test_a_second_derivative_is_refused_with_the_way_out,
+    test_activation_checkpointing_gives_the_same_gradients,
+    test_in_place_changes_between_forward_and_backward_are_detected,
+    test_inference_mode_before_training_leaves_a_usable_workspace,
+    test_meta_tensors_give_shapes,
+    test_mixed_dtypes_and_wrong_shapes_are_explained,
+    test_only_what_requires_a_gradient_gets_one,
+    test_retain_graph_and_repeated_calls_give_the_same_gradients,
+    test_the_weight_is_frozen_even_when_it_requires_a_gradient,
+)
 from tests.layers import SHAPES, Case, make_case
 from tests.tolerances import assert_matches, assert_same_bits
 
@@ -238,6 +252,44 @@ def test_a_changed_weight_is_counted_again_and_few_tokens_stay_with_torch(calls:
     with use_kernels("torch"):
         run(case)
     assert not calls
+
+
+def test_threads_do_not_share_scratch_memory() -> None:
+    cases = [make_case(40, 70, 8, (50,), seed=seed) for seed in range(4)]
+    expected = [[(y := run(case))[0], *y[1]] for case in cases]
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(20):
+                y, grads = run(cases[index])
+                for found, wanted in zip([y, *grads], expected[index], strict=True):
+                    assert_same_bits(found, wanted)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_one_bit_an_entry_is_kept_with_input_dropout_and_nothing_without() -> None:
+    case = make_case(32, 64, 4, (48,), bias=False)
+    for dropout, extra in ((0.0, 0), (0.25, 48 * 64 // 8)):
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = spp_linear(case.x, case.weight, None, case.alpha, case.beta, 2.0, dropout)
+        owned = {t.untyped_storage().data_ptr() for t in (case.x, case.weight, case.alpha, case.beta)}
+        assert sum(size for place, size in sizes.items() if place not in owned) == extra
+        del y
 
 
 def test_not_finite_values_come_out_as_they_go_in() -> None:

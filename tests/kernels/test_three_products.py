@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spp.errors import GradientError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, cpu, input_dropout, release_workspace, workspace_bytes
+from spp.kernels import blocks, cpu, input_dropout, release_workspace, use_kernels, workspace_bytes
 from spp.kernels.products import linear_product
 from spp.rules import spp as spp_rule
 from tests.layers import SHAPES, Case, make_case
@@ -22,6 +23,12 @@ from tests.tolerances import ROUNDING, assert_matches, assert_same_bits
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ONE_BLOCK, SMALL_BLOCKS = 2**22, 24
 FOUR, FIVE = 1, 10**9  # what input_dropout.GROUP_ROWS has to be for input dropout to take so many products
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch() -> Iterator[None]:
+    with use_kernels("torch"):  # the compiled products run the tests of test_native.py
+        yield
 
 
 def run(case: Case, **options: float) -> tuple[Tensor, list[Tensor]]:
