@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from spp.config import SPPConfig
 from spp.errors import AdapterError, CheckpointError, NonFiniteError
 from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
+from spp.files.reader import require_inside
 from spp.rules import get_rule
 
 PEFT_TYPE = "SPP"
@@ -108,17 +111,42 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _read_old(path: Path) -> dict[str, Tensor]:
     """Read the authors' pickle with tensors only: code in it is refused, not run."""
+    _check_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors, or is corrupt, and was not loaded (such a file can run code): {error}"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from None
-    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{path} is no mapping of names to tensors")
+    except Exception as error:  # a damaged pickle can fail in any way: AttributeError, TypeError, MemoryError, …
+        reason = f"{type(error).__name__} {error}".strip().split("\n")[0]
+        raise CheckpointError(f"{path} cannot be read, it may be truncated or corrupt: {reason}") from None
+    if not isinstance(loaded, Mapping) or not all(_is_plain(tensor) for tensor in loaded.values()):
+        raise CheckpointError(f"{path} is no mapping of names to plain tensors")
+    size = path.stat().st_size
+    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > size:
+        raise CheckpointError(f"{path} has {size} bytes, fewer than its tensors claim to be: it is corrupt")
     return {str(key): tensor for key, tensor in loaded.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what torch.load would give memory to before it looked at it: links out, old formats, compression."""
+    require_inside(path, path.parent)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as an archive of torch.save, it may be truncated or older than torch 1.6: {error}"
+        ) from None
+    if any(file.compress_type != zipfile.ZIP_STORED or file.file_size != file.compress_size for file in files):
+        raise CheckpointError(f"{path} is compressed, which torch.save never does; it is not read")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a tensor whose numbers are all there: no sparse, quantized or meta one, no subclass."""
+    plain = type(value) in (Tensor, Parameter) and isinstance(value, Tensor)
+    return plain and value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
 def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
@@ -126,7 +154,8 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
     config = SPPConfig.from_dict({k: v for k, v in values.items() if k in known or k == "format_version"})
     names = get_rule(config.rule).attribute_names()
     if values.get("modules_to_save"):
-        whole = ", ".join(map(str, values["modules_to_save"]))
+        modules = values["modules_to_save"]
+        whole = ", ".join(map(str, modules if isinstance(modules, list) else [modules]))
         raise AdapterError(
             f"{directory} also holds modules that were trained as a whole, {whole}: load it with PEFT (import "
             f"spp.integrations.peft first), whose merge_and_unload gives a plain model"
@@ -170,7 +199,7 @@ def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]
     try:
         scaling = float(values["lora_alpha"]) / float(values["r"])
         dropout = float(values.get("lora_dropout", 0.0))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{directory / CONFIG_NAME}: lora_alpha and r are needed for the scaling: {type(error).__name__} {error}"
         ) from None

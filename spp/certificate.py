@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 MIXED = "mixed"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_LARGEST_RANK = 64  # dimensions that torch allows
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,8 @@ def _facts(t: Tensor, input_axis: int) -> tuple[TensorSparsity, Any]:
 
 def _record(value: Any) -> TensorRecord:
     shape = value["shape"]
+    if not isinstance(shape, list) or len(shape) > _LARGEST_RANK:
+        raise ValueError(f"{shape!r:.60} is no shape")
     record = TensorRecord(
         shape=tuple(_number(length) for length in shape),
         dtype=_text(value["dtype"]),
@@ -303,8 +306,8 @@ def _hashes(value: Any) -> dict[str, str] | None:
 
 
 def _number(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.60} is no whole number")
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{str(value):.60} is no number of bytes, weights or a dimension")
     return value
 
 

@@ -25,6 +25,10 @@ from spp.patterns import all_finite
 from spp.targets import output_head
 
 
+_PARTS = re.compile(r"layer|block|expert|depth")  # names in a config that tell how many modules there are
+_MOST_PARTS = 10_000
+
+
 class StreamedModel:
     """A transformers model on the meta device, and the checkpoint that its weights come from.
 
@@ -178,10 +182,15 @@ def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
     """Return the model without weights, its buffers computed as its own code does."""
     from accelerate import init_empty_weights
 
+    _refuse_endless(reader)
     config = _load_config(reader.directory)
     dtype = wanted or getattr(config, "dtype", None) or _first_dtype(reader)
-    with init_empty_weights(include_buffers=False):
-        model = auto_class(config).from_config(config, dtype=dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = auto_class(config).from_config(config, dtype=dtype)
+    except Exception as error:  # whatever the model's own code meets in a config that makes no sense
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise StreamingError(f"cannot make a model of the config in {reader.directory}: {reason}") from error
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}  # what stays in float32
     for part, kept in plan.items():
         for name, parameter in list(model.named_parameters()):
@@ -190,6 +199,21 @@ def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
                 owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.to(kept), requires_grad=False)
     model.tie_weights()
     return model
+
+
+def _refuse_endless(reader: CheckpointReader) -> None:
+    """Raise where a config claims more parts of a model than the checkpoint has tensors, and than memory has room."""
+    path = reader.directory / "config.json"
+    values = [read_json(path, "the model's config")] if path.exists() else []
+    most = max(_MOST_PARTS, len(reader.keys()))
+    while values:
+        for name, value in values.pop().items():
+            if isinstance(value, dict):
+                values.append(value)
+            elif type(value) is int and value > most and _PARTS.search(name):
+                raise StreamingError(
+                    f"{path} claims {name} = {value}, and the checkpoint has {len(reader.keys())} tensors: it is corrupt"
+                )
 
 
 def _first_dtype(reader: CheckpointReader) -> torch.dtype | None:

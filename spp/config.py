@@ -134,7 +134,9 @@ def name_matches(path: str, name: str) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63  # beyond, float() is an error of its own
+    return isinstance(value, float)
 
 
 def _check_rank(name: str, r: object) -> None:

@@ -35,6 +35,8 @@ _OTHERS_AT_WORK = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, e
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is used up: free some space or write elsewhere",
+    errno.EFBIG: "a file would be larger than the system allows: raise the limit (ulimit -f) or write elsewhere",
+    errno.EIO: "the disk reports an error: check it, or write elsewhere",
     errno.EROFS: "the file system is read-only: write elsewhere",
     errno.EACCES: "permission is denied: change the permissions of the folder or write elsewhere",
     errno.EPERM: "the operation is not permitted: change the permissions of the folder or write elsewhere",
@@ -268,7 +270,7 @@ def _is_failure_to_write(error: BaseException, temporary: Path) -> bool:
     if isinstance(error, OutputError) or not isinstance(error, Exception):
         return False
     number = _errno_of(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return True
     name = getattr(error, "filename", None)
     return number is not None and isinstance(name, str) and Path(name).is_relative_to(temporary)

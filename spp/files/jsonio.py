@@ -12,6 +12,7 @@ from spp.errors import CheckpointError
 from spp.files.atomic import output_error
 
 LARGEST_JSON = 200_000_000  # bytes; the index of the largest public models is below 10 MB
+DEEPEST_JSON = 64  # objects and arrays inside each other; configs have a handful
 
 
 def write_json(path: str | os.PathLike[str], obj: object) -> None:
@@ -57,7 +58,33 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} holds a JSON {type(value).__name__}; an object was expected")
+    _check_contents(value, what)
     return value
+
+
+def _check_contents(value: Any, what: str) -> None:
+    """Refuse what whoever reads or shows the value would stumble over: deep nesting, text that is no Unicode."""
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > DEEPEST_JSON:
+            raise CheckpointError(f"{what} nests objects or arrays more than {DEEPEST_JSON} deep")
+        inner: list[Any] = []
+        for container in layer:
+            for item in (*container, *container.values()) if isinstance(container, dict) else container:
+                if isinstance(item, str):
+                    if not item.isascii():
+                        _check_text(item, what)
+                elif isinstance(item, (dict, list)):
+                    inner.append(item)
+        layer = inner
+
+
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{what} holds text that is no Unicode: {text[:60]!r}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

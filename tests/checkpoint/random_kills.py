@@ -1,0 +1,145 @@
+"""Run as a script: kill -9 a piece of work at random moments, and look at what is left.
+
+    random_kills.py FOLDER WORK COUNT [SEED]       WORK: a name in WORKS
+
+A fork of this process does the work over an old output and is killed after a random part of the time that the work
+takes; so that slow phases (fsync, hashing, a rename) are met as often as they last. After each kill the output is the
+old state or the new one, whole by its own check; what lies beside it is hidden and marked as a temporary; a rerun
+succeeds and leaves the new state and nothing else. Prints how many kills met the work alive.
+
+Another kind of work joins by an entry in WORKS.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import spp
+from spp.adapter_files import read_adapter
+from tests.checkpoint.helpers import pruned_model, shard, wrapped_model
+
+MARKS = (".out.spp-", ".out.pruning")  # how what may lie beside the output `out` begins: temporaries, a pruning to go on
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that replaces the directory `out`.
+
+    Args:
+        run: does it, given the folder of sources and the output.
+        check: raises unless the output is whole.
+        old: makes an older output of the same kind, which must differ in bytes from what `run` makes.
+    """
+
+    run: Callable[[Path, Path], object]
+    check: Callable[[Path], object]
+    old: Callable[[Path, Path], object]
+
+
+def _save_old(sources: Path, out: Path) -> None:
+    spp.save_model(pruned_model(torch.float16), out, overwrite=True)
+
+
+def _read(out: Path) -> None:
+    read_adapter(out).layers()
+
+
+WORKS: dict[str, Work] = {
+    "merge": Work(
+        run=lambda sources, out: spp.merge_checkpoint(sources / "base", sources / "adapter", out, overwrite=True),
+        check=spp.verify,
+        old=_save_old,
+    ),
+    "save": Work(
+        run=lambda sources, out: spp.save_model(pruned_model(), out, overwrite=True),
+        check=spp.verify,
+        old=_save_old,
+    ),
+    "adapter": Work(
+        run=lambda sources, out: spp.save_adapter(wrapped_model(), out, overwrite=True),
+        check=_read,
+        old=lambda sources, out: spp.save_adapter(wrapped_model(scale=0.1), out, overwrite=True),
+    ),
+    "prune": Work(
+        run=lambda sources, out: spp.prune_checkpoint(sources / "base", out, "magnitude", "1:4", overwrite=True),
+        check=spp.verify,
+        old=_save_old,
+    ),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def killed(work: Callable[[], object], after: float) -> bool:
+    """Do the work in a fork that is killed after so many seconds; return whether it was still at work."""
+    ready, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(begin, b"1")
+        work()
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(begin)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"the work failed by itself: status {status}"
+    return os.WIFSIGNALED(status)
+
+
+def main(folder: Path, name: str, count: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    work, draw = WORKS[name], random.Random(seed)
+    sources, outputs = folder / "sources", folder / "outputs"
+    for made in (sources, outputs):
+        made.mkdir()
+    out = outputs / "out"
+    spp.save_model(pruned_model(), sources / "whole")
+    shard(sources / "whole", sources / "base")
+    spp.save_adapter(wrapped_model(), sources / "adapter")
+
+    def do() -> None:
+        work.run(sources, out)
+
+    work.old(sources, sources / "old")
+    do()
+    started = time.perf_counter()
+    do()
+    duration = time.perf_counter() - started
+    old, new = contents(sources / "old"), contents(out)
+    assert old != new, "the old and the new state must differ"
+    inputs = contents(sources)
+    kills = 0
+    for i in range(count):
+        shutil.rmtree(out)
+        shutil.copytree(sources / "old", out)
+        kills += killed(do, draw.uniform(0, 1.1 * duration))
+        found = contents(out)
+        assert found in (old, new), f"kill {i}: neither the old nor the new state: {sorted(found)}"
+        work.check(out)
+        strays = [stray for stray in os.listdir(outputs) if stray != "out"]
+        assert all(stray.startswith(MARKS) for stray in strays), f"kill {i}: {strays}"
+        do()
+        assert contents(out) == new, f"kill {i}: the rerun left something else"
+        assert os.listdir(outputs) == ["out"], f"kill {i}: {os.listdir(outputs)}"
+    assert contents(sources) == inputs, "a source was changed"
+    print(kills)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 0)

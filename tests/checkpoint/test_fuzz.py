@@ -1,0 +1,217 @@
+"""Fuzzing: whatever is in the files, the readers return or raise an error of spp; they never hang or fill the memory.
+
+Each reader meets 300 inputs in the daily run and 10,000 in the stress run: good files with a few places changed, their
+bytes edited, or nothing of them left.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import spp
+from spp.adapter_files import read_adapter
+from spp.certificate import Certificate
+from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, verify
+from spp.errors import SPPError
+from spp.files import CheckpointReader, read_json, save_tensors
+from tests.checkpoint.fuzzing import EDITS, HOSTILE, as_json, documents, edited, fuzz
+from tests.checkpoint.helpers import pruned_model, shard, tensors_of, wrapped_model
+from tests.files.test_reader import HEADERS, safetensors_bytes
+
+DAILY, STRESS = 300, 10_000
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+INDEX = "model.safetensors.index.json"
+Case = tuple[st.SearchStrategy[Any], Callable[[Any], object]]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pruned checkpoint, whole and in shards, and an adapter of ours and of the SPP authors for it."""
+    folder = tmp_path_factory.mktemp("good")
+    save_model(pruned_model(**SMALL), folder / "base")
+    certify(folder / "base", deep=True)
+    shard(folder / "base", folder / "shards", 2)
+    from tests.models import prune_nm_, tiny_llama
+
+    model = spp.wrap(prune_nm_(tiny_llama(**SMALL)), r=2, seed=0)
+    with torch.no_grad():
+        for parameter in spp.adapter_parameters(model):
+            parameter.fill_(0.1)
+    spp.save_adapter(model, folder / "adapter")
+    authors = folder / "authors"
+    authors.mkdir()
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
+    torch.save({f"{prefix}.weight": torch.ones(2, 16), f"{prefix}.weight_col": torch.ones(16, 1)}, authors / "adapter_model.bin")
+    (authors / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "peft_type": "LORA"}))
+    return folder
+
+
+def replaced(folder: Path, name: str, use: Callable[[], object]) -> Callable[[bytes], None]:
+    def run(data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        use()
+
+    return run
+
+
+def the_certificate(folder: Path) -> Case:
+    def use() -> None:
+        try:
+            certificate = Certificate.read(folder / "base")
+            certificate.fingerprint()
+            certificate.report()
+            assert Certificate.from_dict(certificate.to_dict()) == certificate
+        finally:
+            verify(folder / "base", deep=True)
+
+    values = read_json(folder / "base" / "sparsity.json", "it")
+    few = {key: dict(list(values[key].items())[:2]) for key in ("tensors", "other", "content_sha256")}
+    run = replaced(folder / "base", "sparsity.json", use)
+    return documents(values) | documents({**values, **few}), run
+
+
+def the_index(folder: Path) -> Case:
+    def use() -> None:
+        with CheckpointReader(folder / "shards") as reader:
+            assert sum(reader.tensor(key).numel() for key in reader) == total
+        verify(folder / "shards")
+
+    total = sum(tensor.numel() for tensor in tensors_of(folder / "shards").values())
+    return documents(read_json(folder / "shards" / INDEX, "it")), replaced(folder / "shards", INDEX, use)
+
+
+def the_config(folder: Path) -> Case:
+    def use() -> None:
+        for read in (sparsity, verify, certify, spp.load_packed):
+            try:
+                read(folder / "base")
+            except SPPError:
+                pass
+
+    values = {**read_json(folder / "base" / "config.json", "it"), "text_config": {"num_layers": 1}}
+    return documents(values), replaced(folder / "base", "config.json", use)
+
+
+def the_adapter_config(folder: Path) -> Case:
+    def use() -> None:
+        files = read_adapter(folder / "adapter")
+        files.layers()
+        for path in files.layers():
+            files.config.rank_for(path)
+        merge_checkpoint(folder / "base", folder / "adapter", folder / "out", overwrite=True)
+
+    values = read_json(folder / "adapter" / "adapter_config.json", "it")
+    values["rank_pattern"] = {"q_proj": 2}
+    return documents(values), replaced(folder / "adapter", "adapter_config.json", use)
+
+
+def the_authors_config(folder: Path) -> Case:
+    def use() -> None:
+        read_adapter(folder / "authors").layers()
+
+    values = read_json(folder / "authors" / "adapter_config.json", "it")
+    return documents({**values, "lora_dropout": 0.1, "base_model_name_or_path": "x"}), replaced(
+        folder / "authors", "adapter_config.json", use
+    )
+
+
+def the_adapter_tensors(folder: Path) -> Case:
+    def use(data: bytes) -> None:
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(data)
+        read_adapter(folder / "adapter").layers()
+        merge_checkpoint(folder / "base", folder / "adapter", folder / "out", overwrite=True)
+
+    whole = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    return (
+        st.one_of(
+            documents(header).map(lambda text: safetensors_bytes(text, data)),
+            EDITS.map(lambda edits: edited(whole, edits)),
+        ),
+        use,
+    )
+
+
+def the_old_adapter(folder: Path) -> Case:
+    whole = (folder / "authors" / "adapter_model.bin").read_bytes()
+    use = replaced(folder / "authors", "adapter_model.bin", lambda: read_adapter(folder / "authors").layers())
+    return EDITS.map(lambda edits: edited(whole, edits)), use
+
+
+def the_weights(folder: Path) -> Case:
+    """Of a checkpoint with its certificate: whatever is read as a tensor is counted, compared and certified."""
+
+    def use(data: bytes) -> None:
+        (folder / "base" / "model.safetensors").write_bytes(data)
+        for read in (verify, sparsity, certify):
+            try:
+                read(folder / "base")
+            except SPPError:
+                pass
+        shutil.copyfile(folder / "certificate", folder / "base" / "sparsity.json")
+
+    shutil.copyfile(folder / "base" / "sparsity.json", folder / "certificate")
+    whole = (folder / "base" / "model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    dtypes = st.sampled_from(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F16", "I16", "U16", "C64", "F64", "I64", "U64"])
+    keys = st.sampled_from(sorted(key for key in header if key != "__metadata__"))
+
+    def retyped(change: tuple[str, str, int]) -> bytes:
+        key, dtype, axes = change
+        begin, end = header[key]["data_offsets"]
+        size = {"8": 1, "16": 2, "32": 4, "64": 8, "E4M3": 1, "E5M2": 1}.get(dtype.lstrip("BOFULIC_").removeprefix("8_"), 1)
+        size = 8 if dtype in ("C64", "F64", "I64", "U64") else size
+        count = (end - begin) // size
+        shape = {0: [count], 1: [count, 1], 2: [1, count], 3: [1, 1, count], 4: [1] * 5 + [count]}[axes]
+        return safetensors_bytes({**header, key: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}, data)
+
+    return (
+        st.one_of(
+            documents(header).map(lambda text: safetensors_bytes(text, data)),
+            st.tuples(HEADERS, st.binary(max_size=32)).map(lambda p: safetensors_bytes(*p)),
+            st.tuples(keys, dtypes, st.integers(0, 4)).map(retyped),
+            EDITS.map(lambda edits: edited(whole, edits)),
+        ),
+        use,
+    )
+
+
+READERS: dict[str, Callable[[Path], Case]] = {
+    "certificate": the_certificate,
+    "index": the_index,
+    "config": the_config,
+    "adapter config": the_adapter_config,
+    "authors' config": the_authors_config,
+    "adapter tensors": the_adapter_tensors,
+    "old adapter": the_old_adapter,
+    "weights": the_weights,
+}
+
+
+def run(good: Path, folder: Path, name: str, count: int) -> None:
+    shutil.copytree(good, folder / "copy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fuzz(*READERS[name](folder / "copy"), count)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_fuzz(good: Path, tmp_path: Path, name: str) -> None:
+    run(good, tmp_path, name, DAILY)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", READERS)
+def test_fuzz_at_length(good: Path, tmp_path: Path, name: str) -> None:
+    run(good, tmp_path, name, STRESS)
