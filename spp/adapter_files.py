@@ -145,8 +145,9 @@ def _check_archive(path: Path) -> None:
 
 def _is_plain(value: object) -> bool:
     """Whether a value is a tensor whose numbers are all there: no sparse, quantized or meta one, no subclass."""
-    plain = type(value) in (Tensor, Parameter) and isinstance(value, Tensor)
-    return plain and value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, Parameter):
+        return False
+    return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
 def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:

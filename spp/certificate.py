@@ -307,7 +307,7 @@ def _hashes(value: Any) -> dict[str, str] | None:
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{str(value):.60} is no number of bytes, weights or a dimension")
+        raise ValueError(f"{value!s:.60} is no number of bytes, weights or a dimension")
     return value
 
 

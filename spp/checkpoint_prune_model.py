@@ -24,7 +24,6 @@ from spp.files import CheckpointReader, dtype_name, read_json
 from spp.patterns import all_finite
 from spp.targets import output_head
 
-
 _PARTS = re.compile(r"layer|block|expert|depth")  # names in a config that tell how many modules there are
 _MOST_PARTS = 10_000
 
@@ -212,7 +211,7 @@ def _refuse_endless(reader: CheckpointReader) -> None:
                 values.append(value)
             elif type(value) is int and value > most and _PARTS.search(name):
                 raise StreamingError(
-                    f"{path} claims {name} = {value}, and the checkpoint has {len(reader.keys())} tensors: it is corrupt"
+                    f"{path} claims {name} = {value}, and the checkpoint has {len(reader.keys())} tensors: corrupt"
                 )
 
 

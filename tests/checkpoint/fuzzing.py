@@ -24,7 +24,9 @@ HOSTILE = st.one_of(
     st.booleans(),
     st.integers(-3, 70),
     st.sampled_from([2**31, 2**62, 2**63, 2**64, -(2**63), 10**400, -(10**400), 0.5, -0.0, 1e308]),
-    st.sampled_from([float("nan"), float("inf"), "", ".", "..", "/", "../x", "/etc/passwd", "a\0b", "\ud800", "x" * 300]),
+    st.sampled_from(
+        [float("nan"), float("inf"), "", ".", "..", "/", "../x", "/etc/passwd", "a\0b", "\ud800", "x" * 300]
+    ),
     st.sampled_from(["(", "(a+)+$", "*", "SPP", "LORA", "model.safetensors", "0" * 64, "q_proj", "2:4", "float32"]),
     st.text(max_size=6),
     st.sampled_from([[], {}, [[]], [None], {"": 1}, [2**63, 2**63], [0, 0], ["a", "a"], {"a": {"a": {}}}]),
@@ -133,9 +135,8 @@ def fuzz(inputs: st.SearchStrategy[Any], use: Callable[[Any], object], count: in
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(inputs)
     def check(value: Any) -> None:
-        with watched():
-            with contextlib.suppress(SPPError):
-                use(value)
+        with watched(), contextlib.suppress(SPPError):
+            use(value)
 
     with bounded():
         check()

@@ -29,7 +29,10 @@ import spp
 from spp.adapter_files import read_adapter
 from tests.checkpoint.helpers import pruned_model, shard, wrapped_model
 
-MARKS = (".out.spp-", ".out.pruning")  # how what may lie beside the output `out` begins: temporaries, a pruning to go on
+MARKS = (
+    ".out.spp-",
+    ".out.pruning",
+)  # how what may lie beside the output `out` begins: temporaries, a pruning to go on
 
 
 @dataclass(frozen=True)
