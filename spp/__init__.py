@@ -11,7 +11,7 @@ Imported by name: spp.training, spp.evaluation, spp.report, spp.bench.
 
 from __future__ import annotations
 
-from spp import functional, pruning
+from spp import functional, pruning, pst
 from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter
 from spp.calibrate import prune
@@ -47,6 +47,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "pruning",
+    "pst",
     "save_adapter",
     "save_model",
     "sparsity",

@@ -1,0 +1,177 @@
+"""The masked low-rank linear of PST and its straight-through gradients (arXiv 2205.11005, §3).
+
+    W' = W + b·U V                                    (m, n)    the updated weight
+    S  = |W'| + a₁·A B + a₂·(R ⊕ C)                   (m, n)    its importance, (R ⊕ C)ᵢⱼ = Rᵢ + Cⱼ
+    M  = 0 at the lowest ⌊m·n·sparsity⌋ of S, else 1            of equals the lower index (row-major) is kept
+    Y  = X (M ⊙ W')ᵀ + bias
+
+The straight-through estimator takes ∂M/∂S for the identity. With G = dYᵀ X:
+
+    dS = G ⊙ W'            dW' = G ⊙ M + dS ⊙ sign(W') = G ⊙ (M + |W'|)
+    dU = b·dW' Vᵀ    dV = b·Uᵀ dW'    dA = a₁·dS Bᵀ    dB = a₁·Aᵀ dS    dR = a₂·dS 1    dC = a₂·dSᵀ 1
+
+W', S and G are in float32 (float64 for a float64 W). For backward a bit a weight is kept, the mask, beside X and the
+parameters; W' is made again, G a block of rows at a time. N:M masks keep, of every group of M along a row, all but the
+lowest ⌊M·sparsity⌋, so a schedule that ends at 1 − N / M ends at N:M.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.kernels.autocast import autocast_dtype, no_autocast
+from spp.kernels.once import Once
+from spp.patterns import Pattern
+from spp.pruning.select import keep_groups, keep_of_all, pruned_count
+from spp.rules.canonical import arithmetic_dtype
+
+_BLOCK = 1 << 22  # entries of G that exist together
+Factors = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # U (m, k), V (k, n), A (m, k), B (k, n), R (m,), C (n,)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """b, a₁ and a₂ of the equations, and which mask.
+
+    Args:
+        weight: b. low_rank: a₁. structured: a₂.
+        sparsity: the share that is pruned.
+        pattern: N:M, or None for a mask over the whole matrix.
+    """
+
+    weight: float
+    low_rank: float
+    structured: float
+    sparsity: float
+    pattern: Pattern | None
+
+
+def updated_weight(weight: Tensor, factors: Factors, scales: Scales, rows: slice = slice(None)) -> Tensor:
+    """Return rows of W' in the arithmetic's dtype, as a new tensor."""
+    u, v = factors[:2]
+    return (scales.weight * u[rows]) @ v + weight[rows].to(arithmetic_dtype(weight.dtype))
+
+
+def importance(updated: Tensor, factors: Factors, scales: Scales) -> Tensor:
+    """Return S (m, n) of W'."""
+    _, _, a, b, r, c = factors
+    scores = updated.abs() + (scales.low_rank * a) @ b
+    return scores.add_(scales.structured * (r[:, None] + c))
+
+
+def keep_mask(scores: Tensor, scales: Scales) -> Tensor:
+    """Return M as bool (m, n): exactly ⌊m·n·sparsity⌋ are False, or ⌊M·sparsity⌋ of each group."""
+    if scales.pattern is None:
+        return keep_of_all(scores, pruned_count(scales.sparsity, scores.numel()))
+    kept, group = scales.pattern.kept, scales.pattern.group
+    assert kept is not None and group is not None
+    if scales.sparsity < scales.pattern.sparsity:  # else N itself, which rounding of 1 − N / M must not change
+        kept = max(kept, group - pruned_count(scales.sparsity, group))
+    return keep_groups(scores, kept, group)
+
+
+@torch.no_grad()
+def masked_weight(weight: Tensor, factors: Factors, scales: Scales) -> tuple[Tensor, Tensor]:
+    """Return (M ⊙ W' in the arithmetic's dtype, M)."""
+    updated = updated_weight(weight, factors, scales)
+    mask = keep_mask(importance(updated, factors, scales), scales)
+    return updated.masked_fill_(~mask, 0.0), mask
+
+
+def pst_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scales: Scales) -> Tensor:
+    """Return Y (…, m) for X (…, n): W (m, n) is constant, X, the bias and the six factors get gradients.
+
+    Raises:
+        GradientError: a second derivative is asked for.
+    """
+    dtype = autocast_dtype(x.device.type, x.dtype, weight.dtype)
+    if dtype is not None:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    with no_autocast(x.device.type):
+        y: Tensor = _PST.apply(x, weight.detach(), bias, scales, *factors)
+    return y
+
+
+class _PST(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales, *factors: Any) -> Tensor:
+        effective, mask = masked_weight(weight, factors, scales)
+        ctx.scales = scales
+        ctx.save_for_backward(x, weight, bias, _pack(mask), *factors)
+        return torch.nn.functional.linear(x, effective.to(weight.dtype).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, _, bits, *factors = ctx.saved_tensors
+        dy = grads[0]
+        with no_autocast(x.device.type):
+            found = _gradients(ctx.scales, ctx.needs_input_grad, dy, x, weight, bits, tuple(factors))
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = (dy, x, *factors)
+            found = [g if g is None else Once.apply(g, *sources) for g in found]
+        dx, dbias, *rest = found
+        return (dx, None, dbias, None, *rest)
+
+
+@torch.no_grad()
+def _gradients(
+    scales: Scales, needed: Any, dy: Tensor, x: Tensor, weight: Tensor, bits: Tensor, factors: Factors
+) -> list[Tensor | None]:
+    """Return dX, dbias, dU, dV, dA, dB, dR, dC, None where it is not needed."""
+    u, v, a, b, r, c = factors
+    m, n = weight.shape
+    mask = _unpack(bits, m, n)
+    tokens, dy = x.reshape(-1, n), dy.reshape(-1, m)  # (T, n), (T, m)
+    dx = dbias = None
+    if needed[0]:
+        effective = updated_weight(weight, factors, scales).masked_fill_(~mask, 0.0).to(weight.dtype)
+        dx = (dy @ effective.to(dy.dtype)).view(x.shape)
+        del effective
+    if needed[2]:
+        dbias = dy.sum(0)
+    if not any(needed[4:]):
+        return [dx, dbias, *(None for _ in factors)]
+    du, da, dr = torch.empty_like(u), torch.empty_like(a), torch.empty_like(r)
+    dv, db, dc = torch.zeros_like(v), torch.zeros_like(b), torch.zeros_like(c)
+    step = max(1, _BLOCK // max(1, n))
+    for start in range(0, m, step):
+        rows = slice(start, start + step)
+        gradient = (dy[:, rows].T @ tokens).to(u.dtype)  # (rows, n)
+        updated = updated_weight(weight, factors, scales, rows)
+        scored = gradient * updated  # dS
+        gradient *= updated.abs_().add_(mask[rows])  # dW'
+        du[rows] = gradient @ v.T
+        dv += u[rows].T @ gradient
+        da[rows] = scored @ b.T
+        db += a[rows].T @ scored
+        dr[rows] = scored.sum(1)
+        dc += scored.sum(0)
+    found = [
+        *(scales.weight * g for g in (du, dv)),
+        *(scales.low_rank * g for g in (da, db)),
+        *(scales.structured * g for g in (dr, dc)),
+    ]
+    return [dx, dbias, *(g if need else None for g, need in zip(found, needed[4:], strict=True))]
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Return the mask's bits, eight in a byte, the last byte padded."""
+    flat = mask.reshape(-1)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).view(torch.uint8)
+    packed = flat[:, 0].clone()
+    for bit in range(1, 8):
+        packed |= flat[:, bit] << bit
+    return packed
+
+
+def _unpack(packed: Tensor, m: int, n: int) -> Tensor:
+    bits = torch.empty(len(packed), 8, dtype=torch.bool, device=packed.device)
+    for bit in range(8):
+        bits[:, bit] = (packed >> bit) & 1
+    return bits.view(-1)[: m * n].view(m, n)

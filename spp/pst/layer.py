@@ -1,0 +1,239 @@
+"""PSTLinear: a frozen linear layer with a low-rank update and a learned mask (the maths: spp.pst.function)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.config import SPPConfig
+from spp.errors import ConfigError, NonFiniteError, PatternError, TargetError
+from spp.layer_adapted import convert_parameter
+from spp.layer_checks import check_linear, features, input_axis_of
+from spp.layer_packed import HOOKS, PackedLinear
+from spp.packed import quantized_kind
+from spp.patterns import Pattern
+from spp.pst.function import Factors, Scales, importance, keep_mask, masked_weight, pst_linear, updated_weight
+from spp.rules.canonical import arithmetic_dtype
+
+FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
+
+
+class PSTLinear(nn.Module):
+    """A linear layer that computes with M ⊙ (W + b·U V), W frozen, M the mask of the learned importance (PST, §3).
+
+    Args:
+        linear: the nn.Linear (or subclass, or transformers' Conv1D); its Parameters are used, not copied, and frozen.
+        weight_rank: k of U and V. weight_scale: b, the factor of U V.
+        mask_rank: k of A and B. low_rank_scale: a₁, the factor of A B.
+        structured_scale: a₂, the factor of R ⊕ C.
+        pattern: "N:M" for masks that prune ⌊M·sparsity⌋ of every M inputs; None prunes over the whole matrix.
+        generator: where U and A are drawn from; None is torch's global generator. Drawn on the CPU.
+        where: the layer's name in error messages.
+
+    Attributes:
+        weight (m, n), bias (m,) or None: the frozen base; that of a Conv1D is stored (n, m).
+        weight_U (m, k): normal. weight_V (k, n): zeros.
+        score_A (m, k): normal. score_B (k, n), score_R (m,), score_C (n,): zeros.
+        sparsity: the share of weights that the mask prunes, in [0, 1), 0 at the start: the schedule sets it.
+
+    Raises:
+        ConfigError, TargetError, NonFiniteError: an option makes no sense, or the linear cannot be used.
+
+    Example:
+        >>> layer = PSTLinear(nn.Linear(8, 4), weight_rank=2, mask_rank=2)
+        >>> layer.sparsity = 0.5
+        >>> int(layer.mask().sum())
+        16
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_U: nn.Parameter
+    weight_V: nn.Parameter
+    score_A: nn.Parameter
+    score_B: nn.Parameter
+    score_R: nn.Parameter
+    score_C: nn.Parameter
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        weight_rank: int = 8,
+        weight_scale: float = 1.0,
+        mask_rank: int = 8,
+        low_rank_scale: float = 1.0,
+        structured_scale: float = 1.0,
+        *,
+        pattern: str | Pattern | None = None,
+        generator: torch.Generator | None = None,
+        where: str = "PSTLinear",
+    ) -> None:
+        super().__init__()
+        check_options(weight_rank, weight_scale, mask_rank, low_rank_scale, structured_scale)
+        parsed = check_pattern(pattern)
+        check_base(linear, parsed, where)
+        self.weight_rank, self.mask_rank = weight_rank, mask_rank
+        self.weight_scale, self.low_rank_scale = float(weight_scale), float(low_rank_scale)
+        self.structured_scale = float(structured_scale)
+        self.pattern = parsed
+        self.pst_name = where
+        self.out_features, self.in_features = features(linear)
+        self.input_axis = input_axis_of(linear)
+        self._sparsity = 0.0
+        self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
+        self._requires_grad = {name: p.requires_grad for name, p in linear.named_parameters(recurse=False)}
+        weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        for hooks in HOOKS:
+            setattr(self, hooks, getattr(linear, hooks))
+        dtype = arithmetic_dtype(weight.dtype)
+        for name, shape in zip(FACTORS, self._shapes(), strict=True):
+            value = torch.zeros(shape, dtype=dtype)
+            if name in ("weight_U", "score_A"):
+                value.normal_(generator=generator)
+            self.register_parameter(name, nn.Parameter(value.to(weight.device)))
+        for parameter in (weight, bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        self.training = linear.training
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that the mask prunes."""
+        return self._sparsity
+
+    @sparsity.setter
+    def sparsity(self, value: float) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < 1:
+            raise ConfigError(f"{self.pst_name}: sparsity is {value!r}; it must be a number in [0, 1)")
+        if self.pattern is not None and value > self.pattern.sparsity:
+            raise ConfigError(
+                f"{self.pst_name}: sparsity is {value}, above the {self.pattern.sparsity} of pattern {self.pattern}"
+            )
+        self._sparsity = float(value)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as (m, n), whatever its storage."""
+        return self.weight if self.input_axis == -1 else self.weight.T
+
+    def factors(self) -> Factors:
+        """Return U, V, A, B, R, C: what trains."""
+        return self.weight_U, self.weight_V, self.score_A, self.score_B, self.score_R, self.score_C
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (…, m) for (…, n)."""
+        return pst_linear(x, self.matrix, self.bias, self.factors(), self._scales())
+
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """Return the mask as bool (m, n), computed now: True is kept."""
+        factors, scales = self.factors(), self._scales()
+        return keep_mask(importance(updated_weight(self.matrix, factors, scales), factors, scales), scales)
+
+    def effective_weight(self) -> Tensor:
+        """Return the masked weight in the dtype and layout of `weight`: what the forward multiplies by."""
+        effective = masked_weight(self.matrix, self.factors(), self._scales())[0].to(self.weight.dtype)
+        return effective if self.input_axis == -1 else effective.T.contiguous()
+
+    def convert(self) -> nn.Module:
+        """Return a plain linear, of the class that was wrapped, with the masked weight; this layer stays as it is.
+
+        Raises:
+            NonFiniteError: the masked weight holds NaN or infinity.
+        """
+        effective = self.effective_weight()
+        finite = all(bool(torch.isfinite(t).all()) for t in (effective, *self.factors()))
+        if not finite:
+            raise NonFiniteError(f"{self.pst_name}: the masked weight or a score is not finite; training diverged")
+        original: Any = self._linear[0]
+        plain: nn.Module = copy.deepcopy(original, {id(p): p for p in original.parameters(recurse=False)})
+        flags = self._requires_grad
+        plain.register_parameter("weight", nn.Parameter(effective, requires_grad=flags["weight"]))
+        if self.bias is not None:
+            bias = nn.Parameter(self.bias.detach().clone(), requires_grad=flags["bias"])
+            plain.register_parameter("bias", bias)
+        return plain.train(self.training)
+
+    def restore(self) -> nn.Module:
+        """Return the module that was wrapped, with the frozen weight and the flags as they were."""
+        original: nn.Module = self._linear[0]
+        original.register_parameter("weight", self.weight)
+        original.register_parameter("bias", self.bias)
+        for name, flag in self._requires_grad.items():
+            original.get_parameter(name).requires_grad_(flag)
+        return original.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight_rank={self.weight_rank}, mask_rank={self.mask_rank}, sparsity={self.sparsity:.4g}"
+        )
+
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        m, n, k, q = self.out_features, self.in_features, self.weight_rank, self.mask_rank
+        return (m, k), (k, n), (m, q), (q, n), (m,), (n,)
+
+    def _scales(self) -> Scales:
+        return Scales(self.weight_scale, self.low_rank_scale, self.structured_scale, self._sparsity, self.pattern)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSTLinear:
+        """Convert or move; what trains follows the device, but stays float32 (float64 for a float64 base)."""
+        held = {name: self._parameters.pop(name) for name in FACTORS}
+        try:
+            super()._apply(fn, recurse)
+            for name, parameter in held.items():
+                assert parameter is not None
+                held[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.weight.dtype))
+        finally:
+            self._parameters.update(held)
+        return self
+
+
+def check_options(
+    weight_rank: object, weight_scale: object, mask_rank: object, low_rank_scale: object, structured_scale: object
+) -> None:
+    """Raise a ConfigError, naming it, for an option that makes no sense."""
+    for name, rank in (("weight_rank", weight_rank), ("mask_rank", mask_rank)):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"{name} is {rank!r}; it must be an int of at least 1")
+    scales = (
+        ("weight_scale", weight_scale),
+        ("low_rank_scale", low_rank_scale),
+        ("structured_scale", structured_scale),
+    )
+    for name, scale in scales:
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not math.isfinite(scale):  # type: ignore[arg-type]  # a number
+            raise ConfigError(f"{name} is {scale!r}; it must be a finite number")
+
+
+def check_pattern(pattern: str | Pattern | None) -> Pattern | None:
+    """Return the parsed N:M pattern, or None; a PatternError for a fraction."""
+    if pattern is None:
+        return None
+    parsed = Pattern.parse(pattern)
+    if not parsed.is_nm:
+        raise PatternError(
+            f"pattern is {pattern!r}; it must be N:M or None: a fraction is the schedule's final_sparsity"
+        )
+    return parsed
+
+
+def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> None:
+    """Raise unless the linear can be used: dense, floating-point, loaded, finite, in whole groups of the pattern."""
+    if isinstance(linear, PackedLinear) or quantized_kind(linear):
+        raise TargetError(f"{where} is packed or quantized; PST learns which weights of a dense linear to prune")
+    check_linear(linear, SPPConfig(r=1), where)
+    if linear.get_parameter("weight").is_meta:
+        raise ConfigError(f"{where}.weight is on the meta device and has no values; load the model first")
+    if pattern is not None:
+        pattern.require_fit(features(linear)[1], where)

@@ -1,0 +1,253 @@
+"""Put PST layers into a model, set their sparsity, and take them out again, as they were or masked for good."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar, overload
+
+from torch import nn
+
+from spp.config import is_suffix
+from spp.errors import ConfigError, TargetError, WrapError
+from spp.inject import InputGradients, layer_generator, replace_modules, uncompiled
+from spp.inject import is_wrapped as is_spp_wrapped
+from spp.pst.config import PSTConfig
+from spp.pst.layer import PSTLinear, check_base, check_pattern
+from spp.targets import resolve_projections
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+_STATE = "_pst_state"
+_ENCODER_BLOCK = r"(.*\.)?(encoder|transformer)\.layer\.\d+\..*"  # BERT, RoBERTa, …; DistilBERT
+_HEADS = ("classifier", "score")  # what transformers' classifiers add, with random values
+
+
+@dataclass
+class _State:
+    config: PSTConfig
+    requires_grad: dict[str, bool]
+
+
+def wrap(
+    model: Model,
+    weight_rank: int | PSTConfig = 8,
+    weight_scale: float = 1.0,
+    mask_rank: int = 8,
+    low_rank_scale: float = 1.0,
+    structured_scale: float = 1.0,
+    *,
+    pattern: str | None = None,
+    target_modules: str | list[str] | tuple[str, ...] | None = None,
+    exclude_modules: str | list[str] | tuple[str, ...] | None = None,
+    modules_to_save: list[str] | tuple[str, ...] | None = None,
+    seed: int | None = None,
+) -> Model:
+    """Prepare a dense model for PST in place: its projections become PSTLinear at sparsity 0, the rest is frozen.
+
+    The wrapped model computes what the dense one did until a sparsity is set. The new head of a classifier trains too.
+
+    Args:
+        model: any torch module with linears; causal language models and encoders of Hugging Face need no arguments.
+        weight_rank: the rank of the update, or a whole PSTConfig (then no other option).
+        weight_scale, mask_rank, low_rank_scale, structured_scale, pattern, target_modules, exclude_modules,
+            modules_to_save, seed: as in PSTConfig.
+
+    Returns:
+        The same object.
+
+    Raises:
+        WrapError: the model is wrapped already.
+        TargetError: nothing matches, or a match cannot be used.
+        ConfigError: an option makes no sense or does not fit a layer, which is named.
+        NonFiniteError: a weight holds NaN or infinity.
+        In each case the model is left as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        >>> model = wrap(model, target_modules="all-linear")  # doctest: +SKIP
+    """
+    options: dict[str, Any] = {
+        "weight_scale": weight_scale,
+        "mask_rank": mask_rank,
+        "low_rank_scale": low_rank_scale,
+        "structured_scale": structured_scale,
+        "pattern": pattern,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "modules_to_save": modules_to_save,
+        "seed": seed,
+    }
+    config = _make_config(weight_rank, options)
+    given, model = model, uncompiled(model)
+    if is_wrapped(model) or is_spp_wrapped(model):
+        raise WrapError("the model is wrapped already; take the layers out first (spp.pst.unwrap, or spp.unwrap)")
+    targets = resolve_projections(model, _targets(model, config), config.exclude_modules)
+    whole = _trained_whole(model, config)
+    parsed = check_pattern(config.pattern)
+    for path, target in targets.items():
+        if target.fused:
+            raise TargetError(f"{path} holds fused experts, which PST does not prune; leave it out (exclude_modules)")
+        if not path:
+            raise TargetError("the model itself is a linear, which cannot be replaced; use spp.pst.PSTLinear(linear)")
+        if any(path == name or path.startswith(f"{name}.") for name in whole):
+            raise TargetError(f"{path} is among the targets and in modules_to_save; it can only be one of them")
+        check_base(target.module, parsed, path)
+    state = _State(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    layers = {}
+    for path, target in targets.items():
+        layers[id(target.module)] = PSTLinear(
+            target.module,
+            config.weight_rank,
+            config.weight_scale,
+            config.mask_rank,
+            config.low_rank_scale,
+            config.structured_scale,
+            pattern=config.pattern,
+            generator=None if config.seed is None else layer_generator(config.seed, path),
+            where=path,
+        )
+    model.requires_grad_(False)
+    for module in whole.values():
+        module.requires_grad_(True)
+    replace_modules(model, layers)
+    setattr(model, _STATE, state)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_saving  # type: ignore[assignment]
+    _install_input_gradients(model)
+    logger.info("wrapped %d layers for PST", len(layers))
+    return given
+
+
+def unwrap(model: Model) -> Model:
+    """Take the layers out: the dense model again, bit for bit, its requires_grad flags as before wrap.
+
+    Modules that trained as a whole keep what they learned.
+
+    Raises:
+        WrapError: the model is not wrapped.
+    """
+    layers = require_layers(model)
+    _finish(model, {id(layer): layer.restore() for layer in layers.values()})
+    return model
+
+
+@overload
+def convert(layer_or_model: PSTLinear) -> nn.Module: ...
+@overload
+def convert(layer_or_model: Model) -> Model: ...
+def convert(layer_or_model: nn.Module) -> nn.Module:
+    """Make the mask and the update permanent: plain linears of the class that was wrapped, with the masked weight.
+
+    Args:
+        layer_or_model: a PSTLinear, which stays as it is, or a wrapped model, which is changed in place.
+
+    Returns:
+        A new linear, or the same model; `spp.save_model` writes it with the certificate of its zeros.
+
+    Raises:
+        WrapError: the model is not wrapped.
+        NonFiniteError: a masked weight holds NaN or infinity; the model is left as it was.
+    """
+    if isinstance(layer_or_model, PSTLinear):
+        return layer_or_model.convert()
+    layers = require_layers(layer_or_model)
+    _finish(layer_or_model, {id(layer): layer.convert() for layer in layers.values()})
+    return layer_or_model
+
+
+def set_sparsity(model: nn.Module, sparsity: float) -> None:
+    """Set the sparsity of every PST layer of a model."""
+    for layer in require_layers(model).values():
+        layer.sparsity = sparsity
+
+
+def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
+    """Return {path: layer} in module order."""
+    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, PSTLinear)}
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether the model holds PST layers."""
+    return any(isinstance(module, PSTLinear) for module in model.modules())
+
+
+def require_layers(model: nn.Module) -> dict[str, PSTLinear]:
+    """Return `pst_layers(model)`; a WrapError where `wrap` did not make it."""
+    if not hasattr(uncompiled(model), _STATE):
+        raise WrapError("the model is not wrapped for PST; call spp.pst.wrap(model) first, and pass the same object")
+    return pst_layers(model)
+
+
+def config_of(model: nn.Module) -> PSTConfig:
+    """Return the config that the model was wrapped with."""
+    require_layers(model)
+    state: _State = getattr(uncompiled(model), _STATE)
+    return state.config
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return {name: parameter} of what PST trains and saves, in module order: the factors, and whole modules."""
+    layers, model = require_layers(model), uncompiled(model)
+    found = {id(p) for layer in layers.values() for p in layer.factors()}
+    found |= {id(p) for module in _trained_whole(model, config_of(model)).values() for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in found}
+
+
+def _make_config(first: int | PSTConfig, options: dict[str, Any]) -> PSTConfig:
+    if not isinstance(first, PSTConfig):
+        return PSTConfig(weight_rank=first, **options)
+    plain = PSTConfig()
+    given = sorted(name for name, value in options.items() if value != getattr(plain, name))
+    if given:
+        raise ConfigError(f"wrap was given a whole PSTConfig and also {', '.join(given)}; put them into the config")
+    return first
+
+
+def _targets(model: nn.Module, config: PSTConfig) -> str | tuple[str, ...] | None:
+    """Return what target_modules means: in an encoder, every linear of its blocks, as the authors have it."""
+    encoder = any(re.fullmatch(_ENCODER_BLOCK, path) for path, _ in model.named_modules())
+    return _ENCODER_BLOCK if config.target_modules is None and encoder else config.target_modules
+
+
+def _trained_whole(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
+    """Return {path: module} of modules_to_save; a TargetError for a name that means none."""
+    if config.modules_to_save is None:
+        return {path: module for path, module in model.named_children() if path in _HEADS}
+    modules = dict(model.named_modules())
+    unknown = [name for name in config.modules_to_save if not any(is_suffix(path, name) for path in modules)]
+    if unknown:
+        raise TargetError(f"modules_to_save: no module is called {', '.join(unknown)}")
+    return {p: m for p, m in modules.items() if p and any(is_suffix(p, name) for name in config.modules_to_save)}
+
+
+def _finish(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    model = uncompiled(model)
+    replace_modules(model, replacements)
+    state: _State = getattr(model, _STATE)
+    for name, parameter in model.named_parameters():
+        if name in state.requires_grad:
+            parameter.requires_grad_(state.requires_grad[name])
+    delattr(model, _STATE)
+    model.__dict__.pop("save_pretrained", None)
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
+            del module._forward_hooks[key]
+
+
+def _install_input_gradients(model: nn.Module) -> None:
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    if isinstance(embedding, nn.Module):
+        embedding.register_forward_hook(InputGradients(model))
+
+
+def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
+    raise WrapError(
+        "the model is still wrapped for PST, and save_pretrained would write a checkpoint that transformers cannot "
+        "load. Save its state with spp.pst.save(model, path), or convert first: spp.pst.convert(model), then "
+        "spp.save_model(model, path)"
+    )
