@@ -178,7 +178,7 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
         return shaped_like_inputs(frozen_linear(x, weight, bias), x)
     dtype = product_dtype(x.dtype, x.device)
     operand, bias = rows_2d.to(dtype), bias if bias is None else bias.to(dtype)
-    call.native = native.suits(rule, weight, len(operand), x.dtype, dtype)
+    call.native = native.suits(rule, weight, operand, x.dtype)
     if call.native and dropped is not None:
         y = native.forward_dropout(operand, dropped.to(dtype), weight, bias, factors)
     elif call.native:

@@ -25,11 +25,11 @@ FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and eval
 MOST_KEPT = 0.6  # of the weights; measured: at 50 % the products take 0.7 of the dense ones' time, at 60 % about 0.85
 
 
-def suits(rule: Rule, weight: WeightSource, tokens: int, stored_as: torch.dtype, products: torch.dtype) -> bool:
+def suits(rule: Rule, weight: WeightSource, x: Tensor, stored_as: torch.dtype) -> bool:
     """Whether the layer is computed here; SPP_KERNELS=native means wherever that can be.
 
     Args:
-        tokens: T. stored_as: the dtype of the layer's input; products: that of its products.
+        x: X (T, n) in the dtype of the products. stored_as: that of the layer's input.
 
     Raises:
         ConfigError: SPP_KERNELS=native asks for it, and there is no library; the message says why.
@@ -37,11 +37,11 @@ def suits(rule: Rule, weight: WeightSource, tokens: int, stored_as: torch.dtype,
     choice = kernels()
     if choice not in ("auto", "native") or weight.device.type != "cpu":
         return False
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in weight.tensors())  # no stand-in, no shard
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *weight.tensors()))  # no stand-in, no shard
     possible = (
         rule.name == "spp"
         and plain
-        and products == torch.float32
+        and x.dtype == torch.float32
         and weight.dtype in DTYPES
         and stored_as in DTYPES
         and min(weight.shape) > 0
@@ -50,7 +50,7 @@ def suits(rule: Rule, weight: WeightSource, tokens: int, stored_as: torch.dtype,
         if possible and why_not():
             raise ConfigError(f"{VARIABLE}=native: {why_not()}; use auto or torch")
         return possible
-    worth_it = possible and tokens >= FEWEST_TOKENS and density(weight) <= MOST_KEPT
+    worth_it = possible and len(x) >= FEWEST_TOKENS and density(weight) <= MOST_KEPT
     return worth_it and library() is not None
 
 
