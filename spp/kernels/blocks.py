@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from spp.kernels import cpu
+from spp.kernels.choice import kernels
 
 # Measured on CPUs: matrix products with fewer than 512 rows or columns of W are slower than the whole, and the passes
 # over a block that builds W_eff or reduces G are fastest while the block stays in the last cache.
@@ -43,7 +44,7 @@ def _step(length: int) -> int:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype in which products of `dtype` operands run on `device`."""
-    if device.type == "cpu" and not cpu.has_products(dtype):
+    """Return the dtype in which products of `dtype` operands run on `device`; the compiled ones know float32 alone."""
+    if device.type == "cpu" and dtype.itemsize == 2 and (kernels() == "native" or not cpu.has_products(dtype)):
         return torch.float32
     return dtype

@@ -49,6 +49,7 @@ class Call:
         self.grad_precision = "auto"
         self.whole = False  # whether spp.kernels.whole computes it
         self.native = False  # whether spp.kernels.native does
+        self.products = dtype  # the dtype of the operands of both directions
         self.vanish = True  # whether the rescue has to be looked for; found in forward
         self.dropped: Tensor | None = None  # X̃, between the draw and the forward product only
         self.branch: Tensor | None = None  # V of input_dropout.py, between the product and its saving only
@@ -172,11 +173,12 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
     if call.whole:
         y = whole.forward(rows_2d, dropped, bias, work_for(rule, weight, factors))
         return shaped_like_inputs(y, x)
+    call.products = product_dtype(x.dtype, x.device)
     # Reading a bound back would stall a device; there, W_eff is built whatever the factors are.
     largest = rule.largest_factor(factors) if x.device.type == "cpu" else math.nan
     if largest == 0:  # an untrained adapter: exactly the pruned layer, in the same call
         return shaped_like_inputs(frozen_linear(x, weight, bias), x)
-    dtype = product_dtype(x.dtype, x.device)
+    dtype = call.products
     operand, bias = rows_2d.to(dtype), bias if bias is None else bias.to(dtype)
     call.native = native.suits(rule, weight, operand, x.dtype)
     if call.native and dropped is not None:
@@ -204,7 +206,7 @@ def _backward(
 ) -> tuple[Tensor | None, list[Any]]:
     rule, (m, n) = call.rule, weight.shape
     factors = rule.prepare(params, call.scaling, m, arithmetic_dtype(weight.dtype))
-    dtype = call.dtype if call.whole else product_dtype(call.dtype, x.device)
+    dtype = call.products
     dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
     x_2d = x.reshape(dy_2d.shape[0], n).to(dtype)
     mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)

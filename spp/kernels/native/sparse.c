@@ -17,6 +17,7 @@
 #define ABI 4
 #define KEYS 64 /* columns a key of one byte tells apart; 64 columns x 12 registers are 24 KB of tile */
 #define MAX_VECTORS 12
+#define AHEAD 16 /* rows of W that are asked of the memory before they are read */
 #define STRETCH 1024 /* columns between two starts of a packed row */
 
 typedef int64_t i64;
@@ -156,6 +157,8 @@ static inline void row_values(const block *b, i64 i, i64 from, i64 count, float 
         }
         return;
     }
+    if (i + AHEAD < b->rows) /* rows lie too far apart for the processor to foresee */
+        for (i64 k = 0; k < count * size; k += 64) _mm_prefetch(w + AHEAD * b->stride * size + k, _MM_HINT_T0);
     for (; j + 8 <= count; j += 8) {
         __m256 value = load(w + j * size, b->dtype);
         if (alpha) value = computed(value, _mm256_loadu_ps(alpha + j), scaled_beta, b);
