@@ -235,6 +235,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and x.numel() <= cached.most
+            and self.cache_effective
             and not (self.disabled or self.training or torch.is_autocast_enabled(cached.device))
             and self.scaling == cached.key[1]
             and cached.holds([held.get(name) for name in self._tensor_names])
