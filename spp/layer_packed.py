@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.kernels import PackedSource, base_linear
-from spp.packed import DTYPES, Layout, PackedWeight, QuantizedLayout, QuantizedWeight
+from spp.packed import DTYPES, Layout, PackedWeight, QuantizedLayout, QuantizedWeight, give_back_pages
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")
 HOOKS = (
@@ -166,7 +166,11 @@ def check_packable(linear: nn.Module, where: str) -> None:
 
 
 def release_weight(linear: nn.Module) -> None:
-    """Put a Parameter without values in the place of a module's weight."""
+    """Put a Parameter without values in the place of a module's weight, whose memory is free if nobody else uses it."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+    storage = weight.untyped_storage() if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta else None
+    del weight
+    if storage is not None:
+        give_back_pages(storage)

@@ -10,6 +10,7 @@ from spp.packed.bitsandbytes import (
     write_quantized,
 )
 from spp.packed.layout import Layout
+from spp.packed.mapped import give_back_pages
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.weight import DTYPES, PackedWeight
 
@@ -19,6 +20,7 @@ __all__ = [
     "PackedWeight",
     "QuantizedLayout",
     "QuantizedWeight",
+    "give_back_pages",
     "quantize_like",
     "quantized_kind",
     "read_quantized",
