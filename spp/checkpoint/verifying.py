@@ -143,7 +143,8 @@ def _examine_two(before: Source, after: Source) -> Verification:
     problems = compare(before, old, after, new, {*before.axes, *after.axes, *pruned})
     kept = [key for key in [*after.axes, *pruned] if key in new]
     facts = {key: facts_of(new[key]) for key in kept}
-    return Verification(after.name, before.name, dict(facts), tuple(problems), make_report(facts))
+    tensors = {**{problem.key: None for problem in problems}, **facts}
+    return Verification(after.name, before.name, tensors, tuple(problems), make_report(facts))
 
 
 def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:

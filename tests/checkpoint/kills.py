@@ -45,7 +45,7 @@ def killed(folder: Path, at: int, work: object) -> bool:
 
 
 def main(sources: Path, kind: str, step: int) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)  # of a merge's pipeline; tensors are too small for torch to share them out
     warnings.simplefilter("ignore")
     folder = sources / "outputs"
     folder.mkdir()

@@ -27,7 +27,7 @@ import torch
 
 import spp
 from spp.adapter_files import read_adapter
-from tests.checkpoint.helpers import pruned_model, shard, wrapped_model
+from tests.checkpoint.helpers import contents, pruned_model, shard, wrapped_model
 
 MARKS = (
     ".out.spp-",
@@ -82,10 +82,6 @@ WORKS: dict[str, Work] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def killed(work: Callable[[], object], after: float) -> bool:
     """Do the work in a fork that is killed after so many seconds; return whether it was still at work."""
     ready, begin = os.pipe()
@@ -105,7 +101,7 @@ def killed(work: Callable[[], object], after: float) -> bool:
 
 
 def main(folder: Path, name: str, count: int, seed: int) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)  # of a merge's pipeline; tensors are too small for torch to share them out
     warnings.simplefilter("ignore")
     work, draw = WORKS[name], random.Random(seed)
     sources, outputs = folder / "sources", folder / "outputs"
