@@ -11,189 +11,33 @@ zeros that the adapter was trained on, the result is finite and has them too.
 from __future__ import annotations
 
 import math
-import threading
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from spp.certificate import TensorRecord
-from spp.checkpoint.adapters import Part, sum_of
+from spp.checkpoint.merge_state import Merging
 from spp.checkpoint.pipeline import Job, Scratch, Sink
-from spp.checkpoint.places import Place, Places
-from spp.checkpoint.scanning import (
-    PIECE_BYTES,
-    Bytes,
-    crc32,
-    describe,
-    entry_pieces,
-    put_together,
-    read_piece,
-    scan_piece,
-)
-from spp.checkpoint.sources import input_axes
+from spp.checkpoint.places import Place
+from spp.checkpoint.scanning import PIECE_BYTES, Bytes, crc32, entry_pieces, put_together, read_piece, scan_piece
 from spp.errors import MaskError, NonFiniteError
-from spp.files import CheckpointReader, mask_sha256
-from spp.inject import layer_generator
-from spp.kernels.native import elementwise
-from spp.kernels.native.compiler import DTYPES as COMPILED
-from spp.kernels.native.elementwise import Found, Matrix, terms_of
-from spp.merge import DTYPES
-from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts
+from spp.kernels.native.elementwise import Found, Matrix
+from spp.merge_weight import layer_merge, sum_experts
 from spp.patterns import all_finite, pack_bits
 from spp.rules import rescue_
 from spp.targets import is_projection_key
 
 
-class Merging:
-    """What all jobs of a merge share, and what they have found so far.
-
-    Args:
-        reader: of the base; places: of the layers in it.
-        parts: the adapters.
-        dtype, rounding, seed: as for `merge_checkpoint`.
-
-    Attributes:
-        merges: {module path: what was done}.
-        tensors, other: as in a certificate. base_masks: {key: mask_sha256} of the base's tensors.
-    """
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        places: Places,
-        parts: list[Part],
-        dtype: torch.dtype | None,
-        rounding: str,
-        seed: int,
-    ) -> None:
-        self.reader, self.places, self.parts = reader, places, parts
-        self.dtype, self.rounding, self.seed = dtype, rounding, seed
-        self.layers = sum_of(parts)
-        self.axes = input_axes(reader)
-        self.merges: dict[str, LayerMerge] = {}
-        self.tensors: dict[str, TensorRecord] = {}
-        self.other: dict[str, int] = {}
-        self.base_masks: dict[str, str] = {}
-        self.by_torch = threading.Lock()  # held by who works on a whole weight: one at a time is in memory
-        self._place_of = {key: place for place in places.places for key in place.keys}
-        self._ready: dict[str, Tensor] = {}  # merged tensors on disk of a group whose other tensors were asked for
-
-    def stored(self, key: str) -> torch.dtype:
-        """Return the dtype that a tensor of the output has."""
-        found = self.reader.dtype(key)
-        return self.dtype if self.dtype is not None and found in DTYPES else found
-
-    def job(self, key: str, sink: Sink) -> Job:
-        """Return the work on a tensor, which hands its bytes to `sink`."""
-        shape, place = self.reader.shape(key), self._place_of.get(key)
-        if place is None and not is_projection_key(key, len(shape)):
-            return OtherJob(self, key, sink)
-        if place is None and self.stored(key) == self.reader.dtype(key):
-            return WeightJob(self, key, sink, None, [])
-        matrices = self._matrices(key, place)
-        return TorchJob(self, key, sink, place) if matrices is None else WeightJob(self, key, sink, place, matrices)
-
-    def _matrices(self, key: str, place: Place | None) -> list[Matrix] | None:
-        """Return what the compiled pass needs to merge or convert a weight; None where torch has to do it."""
-        before, after, shape = self.reader.dtype(key), self.stored(key), self.reader.shape(key)
-        by_chance = place is not None and self.rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
-        grouped = place is not None and place.group is not None
-        library = elementwise.library() if before in COMPILED and after in COMPILED else None
-        if library is None or by_chance or grouped or len(shape) not in (2, 3) or math.prod(shape) == 0:
-            return None
-        rows, cols = shape[-2:]
-        if place is None:
-            return [Matrix(library, math.prod(shape[:-1]), cols, before, after)]
-        if len(shape) == 3 and rows * cols % 8:
-            return None  # packed bits of an expert would begin inside a byte
-        layer = self.layers[place.path]
-        outputs = cols if place.transposed else rows
-        of_experts = zip(*(p.unbind(0) for p in layer.params), strict=True) if len(shape) == 3 else [layer.params]
-        matrices = []
-        for params in of_experts:
-            terms = terms_of(layer.rule, layer.rule.prepare(list(params), layer.scaling, outputs, torch.float32))
-            if terms is None:
-                return None
-            matrices.append(Matrix(library, rows, cols, before, after, terms, transposed=place.transposed))
-        return matrices
-
-    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> None:
-        """Record a weight that was made, from the packed mask of the base, which it has too."""
-        facts, mask = describe(self.reader.shape(key), dtype, self.axes[key], bits, found)
-        self.base_masks[key] = mask
-        self.tensors[key] = TensorRecord(
-            facts.shape, facts.dtype, self.axes[key], facts.pattern, facts.zeros, mask, found.crc
-        )
-
-    def require_finite(self, key: str, finite: bool) -> None:
-        """Raise unless a projection of the base is finite."""
-        if not finite:
-            raise NonFiniteError(f"{key} of {self.reader.directory} holds NaN or infinity; mend the base first")
-
-    def require_masks(self, path: str, mask: str) -> None:
-        """Raise unless a layer of the base has the zeros that the adapters were trained on."""
-        for part in self.parts:
-            if path in part.layers and (part.files.base_masks or {}).get(path, mask) != mask:
-                self._raise_masks(part)
-
-    def merged_on_disk(self, key: str, place: Place) -> Tensor:
-        """Return one tensor on disk of a merged weight; the others of its group wait to be asked for."""
-        if key not in self._ready:
-            if place.group is None:
-                self._ready[key] = self.merge(place, self.reader.tensor(key))
-            else:
-                disk = self.places.disk
-                assert disk is not None
-                joined = disk.join(place.group, self.reader.tensor)
-                for other in self.places.places:
-                    if other.group is place.group:
-                        name = next(name for name in joined if name in (other.path, f"{other.path}.weight"))
-                        joined[name] = self.merge(other, joined[name])
-                self._ready |= disk.split(joined)
-        return self._ready.pop(key).contiguous()
-
-    def merge(self, place: Place, weight: Tensor) -> Tensor:
-        """Return the merged weight of a layer, in the layout of `weight`."""
-        path = place.path
-        self.require_masks(path, mask_sha256(weight))
-        options: dict[str, Any] = {
-            "dtype": self.dtype,
-            "rounding": self.rounding,
-            "generator": layer_generator(self.seed, path),
-            "where": path,
-        }
-        layer = self.layers[path]
-        matrices = place.matrices(weight)
-        if len(place.shape) == 3:
-            of_experts = list(zip(*(p.unbind(0) for p in layer.params), strict=True))
-            merged, self.merges[path] = merge_experts(
-                layer.rule, matrices, of_experts, layer.scaling, transposed=place.transposed, **options
-            )
-        else:
-            merged, self.merges[path] = merge_tensor(layer.rule, matrices[0], layer.params, layer.scaling, **options)
-            merged = merged.T if place.transposed else merged
-        return merged
-
-    def _raise_masks(self, part: Part) -> None:
-        masks, differing = part.files.base_masks or {}, []
-        for place in self.places.places:
-            if place.path not in part.layers or place.path not in masks:
-                continue
-            if place.group is None:
-                weight = self.reader.tensor(place.keys[0])
-            else:
-                assert self.places.disk is not None
-                joined = self.places.disk.join(place.group, self.reader.tensor)
-                weight = joined.get(place.path, joined.get(f"{place.path}.weight", torch.empty(0)))
-            if mask_sha256(weight) != masks[place.path]:
-                differing.append(place.path)
-        raise MaskError(
-            f"the zeros of {self.reader.directory} are not those that the adapter in {part.files.source} was trained "
-            f"on in {len(differing)} layers: {', '.join(sorted(differing))}. It belongs to "
-            f"{part.files.base_name or 'another base'}: pass that one"
-        )
+def job_of(merging: Merging, key: str, sink: Sink) -> Job:
+    """Return the work on a tensor, which hands its bytes to `sink`."""
+    shape, place = merging.reader.shape(key), merging.place_of.get(key)
+    if place is None and not is_projection_key(key, len(shape)):
+        return OtherJob(merging, key, sink)
+    if place is None and merging.stored(key) == merging.reader.dtype(key):
+        return WeightJob(merging, key, sink, None, [])
+    matrices = merging.matrices(key, place)
+    if matrices is None:
+        return TorchJob(merging, key, sink, place)
+    return WeightJob(merging, key, sink, place, matrices)
 
 
 class OtherJob(Job):

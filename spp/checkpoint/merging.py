@@ -23,7 +23,8 @@ from tqdm import tqdm
 from spp.certificate import BaseRecord, Certificate, fingerprint
 from spp.checkpoint.adapters import AdapterLike, read_parts
 from spp.checkpoint.carrying import carry_files, refuse_overlap, update_config
-from spp.checkpoint.merge_jobs import Merging
+from spp.checkpoint.merge_jobs import job_of
+from spp.checkpoint.merge_state import Merging
 from spp.checkpoint.pipeline import Job, Sink, run
 from spp.checkpoint.places import Places
 from spp.checkpoint.sources import checkpoint_directory
@@ -122,7 +123,7 @@ def _merge_shards(merging: Merging, directory: Path | None) -> None:
             files.push(own)
             count = [len(names)]
             for key in names:
-                job = merging.job(key, Sink(file, key))
+                job = job_of(merging, key, Sink(file, key))
                 left[job] = own, count
                 yield job
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 MERGE = Source("merge", 1, ("avx2", "f16c", "pclmulqdq", "popcnt"))
 PIECE = 2**20  # entries; a multiple of the 4096 that are summed up together, so part of what a report says
 _SIZES = 5  # of groups that are counted
+
+_loading = threading.Lock()  # several threads may want it first
 
 pointer = ctypes.c_void_p
 Bytes = npt.NDArray[np.uint8]
@@ -224,8 +227,13 @@ def _found(found: _Findings, size: int) -> Found:
     return Found(*counts, bool(found.finite_before), bool(found.finite_after), tuple(found.most), found.crc, size)
 
 
-@cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    with _loading:
+        return _loaded()
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         loaded = load(MERGE)
         loaded.spp_crc32.argtypes, loaded.spp_crc32.restype = [ctypes.c_uint32, pointer, i64], ctypes.c_uint32
