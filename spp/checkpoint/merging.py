@@ -135,7 +135,7 @@ def _merge_shards(merging: Merging, directory: Path | None) -> None:
             own.close()
 
     with ExitStack() as files, tqdm(total=len(reader.keys()), desc="merging", unit="tensor", disable=None) as bar:
-        run(jobs(), done)
+        run(jobs(), done, waiting=1)
 
 
 def _require_all_merged(merging: Merging) -> None:

@@ -80,12 +80,13 @@ class Job(ABC):
         """Do what is left to do when all pieces are done; called once."""
 
 
-def run(jobs: Iterable[Job], done: Callable[[Job], object] | None = None) -> None:
+def run(jobs: Iterable[Job], done: Callable[[Job], object] | None = None, *, waiting: int = 0) -> None:
     """Do all jobs, with as many threads as torch uses.
 
     Args:
         jobs: taken one after the other, when a thread is free.
         done: called with each job that is finished; one call at a time.
+        waiting: threads more, for as many as wait for the disk at a time.
 
     Raises:
         Exception: the first that a job raised; what others raised after it is dropped.
@@ -93,7 +94,7 @@ def run(jobs: Iterable[Job], done: Callable[[Job], object] | None = None) -> Non
     work = _Work(iter(jobs), done)
     try:
         with _deaf() as heard:  # Thread.start is not to be interrupted: has it started one, or not?
-            for number in range(max(1, min(torch.get_num_threads(), MOST_THREADS))):
+            for number in range(max(1, min(torch.get_num_threads() + waiting, MOST_THREADS))):
                 work.start(number)
         if heard:
             signal.raise_signal(signal.SIGINT)
@@ -122,6 +123,8 @@ def _deaf() -> Iterator[list[int]]:
 
 
 class _Work:
+    """What the threads share. The main thread takes none of its locks: a signal could keep it from letting go."""
+
     def __init__(self, jobs: Iterator[Job], done: Callable[[Job], object] | None) -> None:
         self.error: BaseException | None = None
         self._jobs = jobs
@@ -130,31 +133,29 @@ class _Work:
         self._job: Job | None = None
         self._next = 0
         self._left: dict[Job, int] = {}  # {job that was begun: pieces that are not done}
-        self._threads = 0  # at work; Thread.join takes one for stopped when a signal comes while it waits
-        self._idle = threading.Condition(self._lock)
+        self._begun: list[threading.Thread] = []  # Thread.join would not do: after a signal it takes one for stopped
+        self._ended: list[threading.Thread] = []
+        self._bell = threading.Lock()  # free when all threads have ended
+        self._bell.acquire()
 
     def start(self, number: int) -> None:
         """Start a thread."""
         thread = threading.Thread(target=self._run, name=f"spp-{number}", daemon=True)
-        with self._lock:
-            self._threads += 1
+        self._begun.append(thread)
         try:
             thread.start()
-        except BaseException:
-            with self._lock:
-                self._threads -= 1
+        except RuntimeError:  # the system has none left
+            self._begun.remove(thread)
             raise
 
     def wait(self) -> None:
         """Wait until no thread is at work."""
-        with self._idle:
-            while self._threads:
-                self._idle.wait(_ALERT)
+        while len(self._ended) < len(self._begun):
+            self._bell.acquire(timeout=_ALERT)
 
     def stop(self, error: BaseException) -> None:
         """Remember the first error; nothing more is begun."""
-        with self._lock:
-            self.error = self.error or error
+        self.error = self.error or error
 
     def _run(self) -> None:
         """Do pieces until there are none, or until something went wrong: a thread's whole life."""
@@ -175,9 +176,10 @@ class _Work:
         except BaseException as error:
             self.stop(error)
         finally:
-            with self._idle:
-                self._threads -= 1
-                self._idle.notify_all()
+            with self._lock:
+                self._ended.append(threading.current_thread())
+                if self._bell.locked():
+                    self._bell.release()
 
     def _take(self) -> tuple[Job, int] | None:
         with self._lock:

@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import spp
 from spp.adapter_files import read_adapter
@@ -102,6 +104,7 @@ def killed(work: Callable[[], object], after: float) -> bool:
 
 def main(folder: Path, name: str, count: int, seed: int) -> None:
     torch.set_num_threads(3)  # of a merge's pipeline; tensors are too small for torch to share them out
+    tqdm.set_lock(threading.RLock())  # its own is one of all forks: who is killed with it in hand stops the others
     warnings.simplefilter("ignore")
     work, draw = WORKS[name], random.Random(seed)
     sources, outputs = folder / "sources", folder / "outputs"

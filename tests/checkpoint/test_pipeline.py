@@ -49,7 +49,7 @@ def test_every_piece_once_and_then_the_end_of_the_job() -> None:
     log: list[object] = []
     finished: list[Job] = []
     jobs = [Logged(str(i), 1 + i % 4, log) for i in range(50)]
-    run(iter(jobs), finished.append)
+    run(iter(jobs), finished.append, waiting=2)
     assert Counter(log) == Counter([job.name for job in jobs] + [(j.name, p) for j in jobs for p in range(j.pieces)])
     assert all(log.index(job.name) > max(log.index((job.name, p)) for p in range(job.pieces)) for job in jobs)
     assert sorted(map(id, finished)) == sorted(map(id, jobs))
