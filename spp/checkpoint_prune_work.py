@@ -158,6 +158,7 @@ class Work:
                 write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
             with CheckpointReader(directory) as pruned:
                 make_certificate(pruned).write(directory)
+        (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         shutil.rmtree(self._folder)
 
     def _note(self) -> None:
