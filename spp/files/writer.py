@@ -87,7 +87,11 @@ class TensorFile:
         self._begin = dict(zip(self.names, accumulate(sizes, initial=len(header)), strict=False))
         try:
             self._file = OutputFile(path, len(header) + sum(sizes))
-            self._file.put(0, memoryview(header))
+            try:
+                self._file.put(0, memoryview(header))
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise output_error(error, path) from error
 
@@ -95,7 +99,13 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            if kind is None:
+                self._file.finish()
+        except OSError as failure:
+            raise output_error(failure, self._path) from failure
+        finally:
+            self._file.close()
         for name, written in self._written.items() if kind is None else ():
             if written != size_of(*self._layout[name]):
                 dtype, shape = self._layout[name]

@@ -45,6 +45,7 @@ def fill(path: Path, data: bytes, seed: int, *, aligned: bool = True) -> list[st
     try:
         for begin, end in pieces:
             file.put(begin, placed(data[begin:end], begin % PAGE if aligned else 8))
+        file.finish()
         ways.append("around" if file._direct >= 0 else "through")
     finally:
         file.close()
@@ -61,6 +62,39 @@ def test_every_byte_at_its_place(tmp_path: Path, large: None, size: int, aligned
         assert (tmp_path / "file").read_bytes() == data
 
 
+def test_ends_of_pieces_that_become_many_are_written_on_the_way(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_MOST_KEPT", 2 * PAGE)
+    data = random.Random(0).randbytes(60 * PAGE)
+    file = OutputFile(tmp_path / "file", len(data))
+    kept = []
+    for begin in range(0, len(data), 3 * PAGE - 1000):
+        piece = data[begin : begin + 3 * PAGE - 1000]
+        file.put(begin, placed(piece, begin % PAGE))
+        kept.append(len(file._ends))
+    assert max(kept) <= 5
+    file.finish()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_a_file_that_will_not_fit_is_found_out_at_once(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(output, "_reserve", full)
+    if hasattr(os, "O_DIRECT"):
+        try:
+            os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+        except OSError:
+            pytest.skip("no O_DIRECT here")
+        with pytest.raises(OutputError, match="disk is full"):
+            TensorFile(tmp_path / "file", {"a": (torch.uint8, (4 * PAGE,))})
+
+
 def test_small_files_go_through_the_cache(tmp_path: Path) -> None:
     assert fill(tmp_path / "file", bytes(10 * PAGE), 0) == ["through"]
 
@@ -68,7 +102,8 @@ def test_small_files_go_through_the_cache(tmp_path: Path) -> None:
 def test_whole_pages_go_around_the_cache_from_where_they_lie(
     tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, data = OutputFile(tmp_path / "file", 0), random.Random(0).randbytes(3 * PAGE + 100)
+    data = random.Random(0).randbytes(3 * PAGE + 100)
+    file = OutputFile(tmp_path / "file", len(data))
     if file._direct < 0:
         pytest.skip("no O_DIRECT here")
     sizes: dict[int, list[int]] = {}
@@ -82,6 +117,7 @@ def test_whole_pages_go_around_the_cache_from_where_they_lie(
     direct = file._direct
     file.put(0, placed(data[:10], 0))
     file.put(10, placed(data[10:], 10))  # from the middle of the first page into the last
+    file.finish()
     file.close()
     assert (tmp_path / "file").read_bytes() == data
     assert sizes.pop(direct) == [2 * PAGE] and sum(sum(found) for found in sizes.values()) == PAGE + 100
@@ -91,7 +127,8 @@ def test_whole_pages_go_around_the_cache_from_where_they_lie(
 def test_what_the_system_does_not_take_around_goes_through(
     tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch, taken: int, number: int
 ) -> None:
-    file, data = OutputFile(tmp_path / "file", 0), random.Random(0).randbytes(4 * PAGE + 5)
+    data = random.Random(0).randbytes(4 * PAGE + 5)
+    file = OutputFile(tmp_path / "file", len(data))
     real, calls = os.pwrite, []
     file._direct = os.dup(file._file.fileno()) if file._direct < 0 else file._direct
     direct = file._direct
@@ -106,6 +143,7 @@ def test_what_the_system_does_not_take_around_goes_through(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     file.put(0, placed(data, 0))
+    file.finish()
     file.close()
     assert calls and (tmp_path / "file").read_bytes() == data
 
