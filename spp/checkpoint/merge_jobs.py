@@ -107,15 +107,16 @@ class WeightJob(Job):
         number, first, begin, end = self.bounds[piece]
         begin, end = first + begin, first + end
         size, stored = self.before.itemsize, self.after.itemsize
-        place = self.sink.place(begin * stored)
-        data = read_piece(self.merging.reader, self.key, begin * size, end * size, scratch, place)
+        reader, place = self.merging.reader, self.sink.place(begin * stored)
         bits = self.bits[begin // 8 : (end + 7) // 8]
         if self.matrices:
-            out = scratch.bytes("out", (end - begin) * stored, place)
-            matrix, source = self.matrices[number], data.ctypes.data
-            self.found[piece] = matrix.merge(source, out.ctypes.data, bits, begin - first, end - first)
-            data = out
+            data = scratch.bytes("out", (end - begin) * stored, place)
+            merge = self.matrices[number].merge_file
+            with reader.reading(self.key) as (file, start):
+                offset = start + begin * size
+                self.found[piece] = merge(file, offset, data.ctypes.data, bits, begin - first, end - first)
         else:
+            data = read_piece(reader, self.key, begin * size, end * size, scratch, place)
             self.found[piece] = scan_piece(data, self.before, bits)
         self.sink.write(begin * stored, data)
 

@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -128,17 +129,28 @@ class CheckpointReader:
         Raises:
             CheckpointError: the file can no longer be read, or has become shorter.
         """
-        at = self._entry(key).begin + start
-        path = self.directory / self._file_of[key]
-        file = self._files[self._file_of[key]]
-        while out:
-            try:
-                count = os.preadv(file.fileno(), [out], at) if hasattr(os, "preadv") else self._copy(key, at, out)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            if not count:
-                raise CheckpointError(f"{path} has become shorter while it was read")
-            out, at = out[count:], at + count
+        with self.reading(key) as (file, at):
+            at += start
+            while out:
+                count = os.preadv(file, [out], at) if hasattr(os, "preadv") else self._copy(key, at, out)
+                if not count:
+                    raise EOFError
+                out, at = out[count:], at + count
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[tuple[int, int]]:
+        """Give the descriptor of a tensor's file, and where the tensor begins in it, to whoever reads it himself.
+
+        Raises:
+            CheckpointError: instead of an OSError or an EOFError of the block.
+        """
+        begin, name = self._entry(key).begin, self._file_of[key]
+        try:
+            yield self._files[name].fileno(), begin
+        except EOFError:
+            raise CheckpointError(f"{self.directory / name} has become shorter while it was read") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.directory / name} cannot be read: {error.strerror}") from error
 
     def release(self, key: str) -> None:
         """Give the memory back in which a mapped tensor lies; who looks at it again reads it from the file again."""

@@ -251,12 +251,12 @@ def test_no_thread_to_be_had_is_an_error_that_leaves_nothing(
 def test_a_compiled_merge_that_errs_is_caught(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge = elementwise.Matrix.merge
+    merge = elementwise.Matrix.merge_file
 
     def wrong(self: elementwise.Matrix, *arguments: Any) -> elementwise.Found:
         return merge(self, *arguments).then(elementwise.Found(changed=1))
 
-    monkeypatch.setattr(elementwise.Matrix, "merge", wrong)
+    monkeypatch.setattr(elementwise.Matrix, "merge_file", wrong)
     with pytest.raises(AssertionError, match="failed its checks where torch's passed"):
         merge_checkpoint(base, adapter, tmp_path / "out")
     nothing_left(tmp_path, ["base", "adapter"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from spp.rules.terms import TermFactors
 
 _log = logging.getLogger(__name__)
 
-MERGE = Source("merge", 1, ("avx2", "f16c", "pclmulqdq", "popcnt"))
+MERGE = Source("merge", 2, ("avx2", "f16c", "pclmulqdq", "popcnt"))
 PIECE = 2**20  # entries; a multiple of the 4096 that are summed up together, so part of what a report says
 _SIZES = 5  # of groups that are counted
 
@@ -140,6 +141,24 @@ def scan(library: Any, address: int, dtype: torch.dtype, count: int, bits: Bytes
     return _found(found, count * dtype.itemsize)
 
 
+def scan_file(library: Any, file: int, offset: int, dtype: torch.dtype, count: int, bits: Bytes) -> Found:
+    """`scan` entries of an open file, which begin at its byte `offset`.
+
+    Raises:
+        OSError: it cannot be read. EOFError: it ends too early.
+    """
+    found = _Findings(finite_before=1, finite_after=1)
+    _require(library.spp_scan_file(file, offset, DTYPES[dtype], count, bits.ctypes.data, ctypes.byref(found)))
+    return _found(found, count * dtype.itemsize)
+
+
+def crc32_file(library: Any, file: int, offset: int, size: int) -> int:
+    """Return zlib.crc32 of bytes of an open file; raises as `scan_file`."""
+    found = _Findings()
+    _require(library.spp_crc32_file(file, offset, size, ctypes.byref(found)))
+    return int(found.crc)
+
+
 class Matrix:
     """A weight as it is stored, with what it is to be multiplied by.
 
@@ -180,6 +199,16 @@ class Matrix:
         found = _Findings(finite_before=1, finite_after=1)
         self._library.spp_merge(
             ctypes.byref(self._plan), weight, out, bits.ctypes.data, begin, end, ctypes.byref(found)
+        )
+        return _found(found, (end - begin) * self.stored_as.itemsize)
+
+    def merge_file(self, file: int, offset: int, out: int, bits: Bytes, begin: int, end: int) -> Found:
+        """`merge` entries of an open file, where `begin` is at byte `offset`; raises as `scan_file`."""
+        found = _Findings(finite_before=1, finite_after=1)
+        _require(
+            self._library.spp_merge_file(
+                ctypes.byref(self._plan), file, offset, out, bits.ctypes.data, begin, end, ctypes.byref(found)
+            )
         )
         return _found(found, (end - begin) * self.stored_as.itemsize)
 
@@ -227,6 +256,14 @@ def _found(found: _Findings, size: int) -> Found:
     return Found(*counts, bool(found.finite_before), bool(found.finite_after), tuple(found.most), found.crc, size)
 
 
+def _require(failed: int) -> None:
+    """Raise what a function says that reads a file."""
+    if failed < 0:
+        raise EOFError
+    if failed:
+        raise OSError(failed, os.strerror(failed))
+
+
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     with _loading:
         return _loaded()
@@ -240,6 +277,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         loaded.spp_scan.argtypes, loaded.spp_scan.restype = [pointer, i32, i64, pointer, pointer], None
         loaded.spp_merge.argtypes = [pointer, pointer, pointer, pointer, i64, i64, pointer]
         loaded.spp_merge.restype = None
+        loaded.spp_crc32_file.argtypes = [i32, i64, i64, pointer]
+        loaded.spp_scan_file.argtypes = [i32, i64, i32, i64, pointer, pointer]
+        loaded.spp_merge_file.argtypes = [pointer, i32, i64, pointer, pointer, i64, i64, pointer]
         from spp.kernels.native.probe import probe_merge
 
         probe_merge(loaded)

@@ -8,12 +8,17 @@
    Sums over a chunk run in 16 lanes of float, lane l over the entries l, l + 16, ..., and are added up in double, lane
    after lane and chunk after chunk: they do not depend on threads, or on how wide the processor is. */
 
+#define _XOPEN_SOURCE 700
+
+#include <errno.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
-#define ABI 1
+#define ABI 2
 #define CHUNK 4096
+#define SLICE 131072 /* bytes that are read from a file at a time, into the second cache; whole chunks */
 #define SIZES 5 /* of the groups that are counted: 2, 4, 8, 16, 32 */
 
 typedef int64_t i64;
@@ -99,6 +104,30 @@ uint32_t spp_crc32(uint32_t crc, const uint8_t *data, i64 bytes) {
         state = bytewise(0, rest, 16);
     }
     return ~bytewise(state, data, bytes);
+}
+
+/* Bytes [offset, offset + bytes) of a file. */
+static int read_all(int file, i64 offset, i64 bytes, char *into) {
+    while (bytes > 0) {
+        ssize_t count = pread(file, into, bytes, offset);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return count < 0 ? errno : -1;
+        into += count;
+        offset += count;
+        bytes -= count;
+    }
+    return 0;
+}
+
+int spp_crc32_file(int file, i64 offset, i64 bytes, findings *f) {
+    char data[SLICE] __attribute__((aligned(64)));
+    for (i64 at = 0; at < bytes; at += SLICE) {
+        i64 length = smaller(SLICE, bytes - at);
+        int failed = read_all(file, offset + at, length, data);
+        if (failed) return failed;
+        f->crc = spp_crc32(f->crc, (const uint8_t *)data, length);
+    }
+    return 0;
 }
 
 /* ---- Masks from bits -------------------------------------------------------------------------------------------- */
@@ -214,6 +243,18 @@ void spp_scan(const void *values, int dtype, i64 count, uint8_t *bits, findings 
     add_counts(&c, f);
     f->finite_before &= all_finite(high, dtype);
     f->finite_after = f->finite_before;
+}
+
+int spp_scan_file(int file, i64 offset, int dtype, i64 count, uint8_t *bits, findings *f) {
+    char data[SLICE] __attribute__((aligned(64)));
+    i64 size = element_size(dtype), step = SLICE / size;
+    for (i64 at = 0; at < count; at += step) {
+        i64 length = smaller(step, count - at);
+        int failed = read_all(file, offset + at * size, length * size, data);
+        if (failed) return failed;
+        spp_scan(data, dtype, length, bits + at / 8, f);
+    }
+    return 0;
 }
 
 /* ---- W_merged = W * (1 + u) ------------------------------------------------------------------------------------- */
@@ -411,4 +452,17 @@ void spp_merge(const plan *p, const void *weight, void *out, uint8_t *bits, i64 
     add_counts(&c, f);
     f->finite_before &= all_finite(before, p->dtype);
     f->finite_after &= all_finite(after, p->stored_as);
+}
+
+/* The same of a matrix that lies in a file: `offset` is that of entry `begin`. */
+int spp_merge_file(const plan *p, int file, i64 offset, void *out, uint8_t *bits, i64 begin, i64 end, findings *f) {
+    char data[SLICE] __attribute__((aligned(64)));
+    i64 size = element_size(p->dtype), stored = element_size(p->stored_as), step = SLICE / size;
+    for (i64 at = begin; at < end; at += step) {
+        i64 length = smaller(step, end - at), done = at - begin;
+        int failed = read_all(file, offset + done * size, length * size, data);
+        if (failed) return failed;
+        spp_merge(p, data, (char *)out + done * stored, bits + done / 8, at, at + length, f);
+    }
+    return 0;
 }
