@@ -192,10 +192,14 @@ def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
         raise StreamingError(f"cannot make a model of the config in {reader.directory}: {reason}") from error
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}  # what stays in float32
     for part, kept in plan.items():
-        for name, parameter in list(model.named_parameters()):
-            if re.search(part.replace("*", ".*"), name):
-                owner = model.get_submodule(name.rpartition(".")[0])
-                owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.to(kept), requires_grad=False)
+        pattern = re.compile(part.replace("*", ".*"))
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and pattern.search(f"{path}.{name}"):
+                    module._parameters[name] = nn.Parameter(parameter.to(kept), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and pattern.search(f"{path}.{name}"):
+                    module._buffers[name] = buffer.to(kept)
     model.tie_weights()
     return model
 
