@@ -18,7 +18,6 @@ from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, Targ
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
 from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
-from spp.layer_packed import PackedLinear
 from spp.rules import get_rule
 from spp.targets import resolve_projections
 from spp.targets_layout import Projection
@@ -141,7 +140,7 @@ def check_finite(model: nn.Module) -> None:
 
 def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:
     """Return the config for a model that may be packed already, whatever the adapter was trained on."""
-    packed = any(isinstance(t, Projection) and isinstance(t.module, PackedLinear) for t in targets.values())
+    packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
     return replace(config, packed=True) if packed else config
 
 
@@ -222,8 +221,9 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None
 
 def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
     """Return (E,) of a fused weight, () of a matrix."""
-    fused = target.fused if isinstance(target, Projection) else isinstance(target, SPPExperts)
-    return (target.weight.shape[0],) if fused else ()
+    if isinstance(target, Projection):
+        return target.shape[:1] if target.fused else ()
+    return (target.num_experts,) if isinstance(target, SPPExperts) else ()
 
 
 def _mask_of(target: Projection | AdapterLayer) -> str | None:

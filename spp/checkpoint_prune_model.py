@@ -8,7 +8,7 @@ else the config's, else that of the first floating tensor; and what an architect
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,26 @@ class StreamedModel:
                 for name, value in made.items():
                     self._set(name, lambda value=value: value)  # type: ignore[misc]
 
+    def experts(self, name: str, keys: Sequence[str], origin: CheckpointReader) -> Callable[[int], Tensor] | None:
+        """Return what reads one expert of a fused weight, on the CPU; None where they can only be read together.
+
+        Args:
+            name: of the weight in memory.
+            keys: what it is stored as.
+        """
+        groups = {self._keys.group_of(key) for key in keys}
+        if len(groups) != 1:
+            return None
+        (group,) = groups
+        if group is None:
+            (key,) = keys
+            return lambda expert: self._convert(key, origin.tensor(key)[expert], copy=False)
+        parts = self._keys.experts(group, name)
+        if parts is None:
+            return None
+        read = lambda key: self._converted(key, origin, copy=False)  # noqa: E731
+        return lambda expert: self._keys.join(parts[expert], read)[name][0]
+
     def unload(self, block: nn.Module) -> None:
         """Put a block's parameters back on the meta device."""
         self._split.clear()
@@ -117,7 +137,10 @@ class StreamedModel:
         return self._wanted if self._wanted is not None and stored in FLOATS else stored
 
     def _converted(self, key: str, origin: CheckpointReader, *, copy: bool = True) -> Tensor:
-        before, dtype = origin.tensor(key), self.dtype(key)
+        return self._convert(key, origin.tensor(key), copy=copy)
+
+    def _convert(self, key: str, before: Tensor, *, copy: bool) -> Tensor:
+        dtype = self.dtype(key)
         after = before.to(self._device if copy else "cpu", dtype, copy=copy)
         if dtype != before.dtype and all_finite(before) and not all_finite(after):
             raise NonFiniteError(f"{key} overflows in {dtype_name(dtype)}; take a wider dtype, such as bfloat16")

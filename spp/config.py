@@ -124,13 +124,13 @@ class SPPConfig:
 
 
 def is_suffix(path: str, name: str) -> bool:
-    """Whether `name` is the module path or its last components."""
-    return path == name or path.endswith("." + name)
+    """Whether `name` is the path of a module, or of its parameter `weight`, or the last components of it."""
+    return f".{path}".endswith("." + name) or f".{path}".endswith(f".{name}.weight")
 
 
 def name_matches(path: str, name: str) -> bool:
-    """Whether `name` means the module at `path`: its last components, or a regular expression for the whole path."""
-    return is_suffix(path, name) or re.fullmatch(name, path) is not None
+    """Whether `name` means the module at `path`: as `is_suffix`, or a regular expression for the whole path."""
+    return is_suffix(path, name) or any(re.fullmatch(name, p) for p in (path, path.removesuffix(".weight")))
 
 
 def _is_number(value: object) -> bool:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig, name_matches
 from spp.errors import ConfigError, TargetError, WrapError
-from spp.experts import SPPExperts, adapt_experts, check_experts, release_experts
+from spp.experts import SPPExperts, check_experts
+from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
-from spp.layer_packed import PackedHolder
+from spp.packed import PackedHolder
 from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection
 
@@ -117,7 +118,8 @@ def wrap(
             else:
                 layers[id(target.module)] = _make_layer(target, config, dtype)
     except BaseException:
-        for layer in layers.values():
+        made: list[Any] = [*layers.values(), *(adapter for of in experts.values() for adapter in of.values())]
+        for layer in made:
             layer.restore()
         _restore_flags(model, state)
         raise
@@ -147,7 +149,7 @@ def unwrap(model: Model) -> Model:
     replace_modules(model, {id(layer): layer.restore() for layer in linears})
     for layer in layers.values():
         if isinstance(layer, SPPExperts):
-            release_experts(layer.projection.module)
+            release_experts(layer.projection.module, SPPExperts)
     _restore_flags(model, getattr(model, _STATE))
     delattr(model, _STATE)
     guard_saving(model)
@@ -316,13 +318,13 @@ def _options(config: SPPConfig, path: str) -> dict[str, Any]:
         "dropout_mode": config.dropout_mode,
         "init": config.init,
         "rule": config.rule,
+        "packed": config.packed,
         "generator": None if config.seed is None else layer_generator(config.seed, path),
     }
 
 
 def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> SPPLinear:
-    module: Any = target.module
-    return SPPLinear(module, packed=config.packed, dtype=dtype, where=target.path, **_options(config, target.path))
+    return SPPLinear(target.module, dtype=dtype, where=target.path, **_options(config, target.path))  # type: ignore[arg-type]
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:

@@ -14,9 +14,10 @@ from spp.config import SPPConfig
 from spp.errors import NonFiniteError
 from spp.kernels import PackedSource
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
-from spp.layer_checks import check_linear, features, input_axis_of
-from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
+from spp.layer_checks import check_linear
+from spp.layer_packed import HOOKS, PackedLinear, pack_linear, release_weight
 from spp.packed import (
+    PackedHolder,
     PackedWeight,
     QuantizedLayout,
     QuantizedWeight,
@@ -27,6 +28,7 @@ from spp.packed import (
 )
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import features, input_axis_of
 
 
 class SPPLinear(AdaptedLinear, PackedHolder):
@@ -110,7 +112,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             self.hold_packed(linear.packed_weight())
             self._requires_grad["weight"] = linear.weight_requires_grad
         else:
-            self.hold_packed(PackedWeight.pack(linear.weight, f"{where}.weight"))
+            self.hold_packed(pack_linear(linear, where))
         self.register_parameter("bias", linear.bias)
         for hooks in HOOKS:
             setattr(self, hooks, getattr(linear, hooks))
@@ -155,6 +157,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
     @property
     def matrix(self) -> Tensor:
         """The frozen weight as (m, n), whatever its storage; of a packed one a dense copy."""
+        if (packed := self.held_packed()) is not None:
+            return packed.dense()
         return self.weight if self.input_axis == -1 else self.weight.T
 
     def merge(self) -> nn.Linear:
@@ -172,7 +176,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         if self.input_axis == -1:
             plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         else:
-            make: Any = type(self._linear[0])
+            inner = self._linear[0]
+            make: Any = type(inner.linear() if isinstance(inner, PackedLinear) else inner)
             plain = make(self.out_features, self.in_features)
         plain.weight = nn.Parameter(merged, requires_grad=self._requires_grad["weight"])
         if self.bias is not None:
@@ -180,7 +185,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         return plain.train(self.training)
 
     def hold_dense(self, weight: Tensor) -> None:
-        """Take a dense weight (m, n) in place of what is held."""
+        """Take a dense weight, as it is stored, in place of what is held."""
         self._cached = None
         self.drop_weight()
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
@@ -191,9 +196,10 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         A PackedLinear comes back if the weight is packed still; after a merge it is the linear that had been packed.
         """
         original: nn.Module = self._linear[0]
-        if isinstance(original, PackedLinear) and self.packed_layout is not None:
-            original.hold_packed(self.packed_weight())
-        elif quantized_kind(original) and isinstance(held := self.held_packed(), QuantizedWeight):
+        held = self.held_packed()
+        if isinstance(original, PackedLinear) and held is not None:
+            original.hold_packed(held)
+        elif quantized_kind(original) and isinstance(held, QuantizedWeight):
             write_quantized(original, held)
         elif quantized_kind(original):
             original = self._plain(original)
@@ -209,7 +215,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     def held_packed(self) -> PackedWeight | QuantizedWeight | None:
         """Return the packed or quantized weight, None where it is dense."""
-        return None if self.packed_layout is None else self.packed_weight()
+        return None if self.packed_layout is None else self.packed_matrix()
 
     def _plain(self, original: nn.Module) -> nn.Linear:
         """Return an nn.Linear in the place of a quantized one, with the dense weight that this layer holds."""
@@ -244,7 +250,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     def frozen(self) -> Tensor | PackedSource:
         """Return the base weight."""
-        return self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
+        packed = self.held_packed()
+        return self.matrix if packed is None else PackedSource(packed)
 
     def frozen_bias(self) -> Tensor | None:
         """Return the bias."""

@@ -11,7 +11,7 @@ from spp.layer_packed import PackedLinear
 from spp.packed import quantized_kind, read_quantized
 from spp.patterns import all_finite
 from spp.rules import get_rule
-from spp.targets_layout import is_conv1d
+from spp.targets_layout import features, is_conv1d
 
 
 def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None = None) -> None:
@@ -19,10 +19,7 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     if isinstance(linear, PackedLinear):
         if not config.packed:
             raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
-    elif is_conv1d(linear):
-        if config.packed:
-            raise ConfigError(f"{where} is a Conv1D, whose weight is stored (in, out): it is not packed; packed=False")
-    elif not isinstance(linear, nn.Linear):
+    elif not isinstance(linear, nn.Linear) and not is_conv1d(linear):
         raise TargetError(
             f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
         )
@@ -62,16 +59,3 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
         raise NonFiniteError(
             f"{where}.weight holds {bad} NaN or infinite values of {weight.numel()}; mend or re-load the model first"
         )
-
-
-def input_axis_of(linear: nn.Module) -> int:
-    """Return the axis of a linear's weight that its inputs run along: −1, of transformers' Conv1D −2."""
-    return -2 if is_conv1d(linear) else -1
-
-
-def features(linear: nn.Module) -> tuple[int, int]:
-    """Return (out_features, in_features) of a linear, whatever its storage."""
-    if is_conv1d(linear):
-        n, m = linear.get_parameter("weight").shape
-        return m, n
-    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]

@@ -21,10 +21,9 @@ from spp.files import mask_sha256
 from spp.inject import AdapterLayer, layer_generator, require_layers, uncompiled, unwrap
 from spp.inject_quantized import forget_quantizer
 from spp.layer import SPPLinear
-from spp.layer_packed import NAMES as PACKED_NAMES
-from spp.layer_packed import PackedHolder
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
-from spp.packed import QuantizedLayout, QuantizedWeight, quantize_like
+from spp.packed import NAMES as PACKED_NAMES
+from spp.packed import PackedHolder, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.patterns import all_finite
 from spp.rules import rescue_
 from spp.targets import is_projection_key, projection_weights
@@ -199,10 +198,10 @@ def _merge_layer(
     if isinstance(layer, SPPExperts):
         return merge_experts(
             layer.spp_rule,
-            layer.projection.matrices(),
+            layer.dense_matrices(),
             layer.of_experts(),
             layer.scaling,
-            transposed=layer.projection.input_axis != -1,
+            transposed=layer.input_axis != -1,
             where=path,
             **options,
         )
@@ -214,10 +213,9 @@ def _merge_layer(
 
 def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:
     with torch.no_grad():
-        if isinstance(layer, SPPExperts):
+        if isinstance(layer, SPPExperts) and layer.packed_layout is None:
             layer.projection.write(merged)
-            return
-        if layer.packed_layout is None and merged.dtype == layer.weight.dtype:
+        elif layer.packed_layout is None and merged.dtype == layer.weight.dtype:
             layer.weight.copy_(merged)  # the Parameter keeps its identity
         else:
             layer.hold_dense(merged)

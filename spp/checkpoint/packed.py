@@ -7,19 +7,20 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from spp.calibrate.plan import Names
 from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
-from spp.errors import TargetError
+from spp.experts_forward import adapt_experts
+from spp.experts_packed import PackedExperts
 from spp.files import CheckpointReader
 from spp.inject import replace_modules
 from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.layer_packed import PackedLinear
-from spp.targets import resolve_targets
+from spp.packed import PackedStack
+from spp.targets import resolve_projections
 from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,12 @@ def load_packed(
 ) -> Any:
     """Load a pruned checkpoint with its projections packed, as `spp.pack` packs them, one weight after the other.
 
-    At any time at most one projection is dense. What is not packed (embeddings, norms, an output
-    head) is loaded as it is.
+    At any time at most one projection is dense, of fused experts one expert's, if the checkpoint allows reading them
+    one by one. What is not packed (embeddings, norms, an output head) is loaded as it is.
 
     Args:
         dir: a checkpoint of safetensors files, or a hub id.
-        target_modules, exclude_modules: which linears are packed, as in SPPConfig.
+        target_modules, exclude_modules: which projections are packed, as in SPPConfig.
         dtype: of all floating tensors; None is the checkpoint's own.
         device: where the model is put.
 
@@ -49,7 +50,7 @@ def load_packed(
 
     Raises:
         CheckpointError: the files are bad, or (StreamingError) name or shape the weights otherwise than the model does.
-        ConfigError: the checkpoint is quantized. TargetError: nothing matches, or a match is no nn.Linear.
+        ConfigError: the checkpoint is quantized. TargetError: nothing matches.
 
     Example:
         >>> model = spp.load_packed("pruned-2of4")  # doctest: +SKIP
@@ -58,24 +59,25 @@ def load_packed(
     with CheckpointReader(directory) as reader:
         streamed = StreamedModel(reader, dtype, device)
         model: Any = streamed.model
-        targets = resolve_targets(model, target_modules, exclude_modules)
-        others = [path for path, module in targets if not isinstance(module, nn.Linear)]
-        if others:
-            raise TargetError(f"{others[0]} is no torch.nn.Linear; those and their subclasses are packed")
-        stored: dict[str, list[str]] = {f"{path}.weight": [] for path, _ in targets}  # {name in memory: keys on disk}
-        rest: list[str] = []
+        targets = resolve_projections(model, target_modules, exclude_modules)
+        stored: dict[str, list[str]] = {target.parameter_path: [] for target in targets.values()}
+        rest: list[str] = []  # keys on disk of what is not packed
         for key in reader:
             stored.get(streamed.memory_key(key), rest).append(key)
         streamed.require_floats(stored)
         streamed.load(rest, reader)
         packed = []
-        for path, module in tqdm(targets, desc="packing", unit="layer", disable=None):
-            streamed.load(stored[f"{path}.weight"], reader)  # one dense weight, which the layer packs and lets go of
-            assert isinstance(module, nn.Linear)
-            layer = PackedLinear(module, where=path)
+        for path, target in tqdm(targets.items(), desc="packing", unit="layer", disable=None):
+            keys = stored[target.parameter_path]
+            if target.fused:
+                _pack_experts(target, keys, streamed, reader)
+                packed.append(target)
+                continue
+            streamed.load(keys, reader)  # one dense weight, which the layer packs and lets go of
+            layer = PackedLinear(target.module, where=path)
             layer.weight_requires_grad = True
-            packed.append(Projection(path, layer))
-            replace_modules(model, {id(module): layer})
+            packed.append(Projection(path, layer, input_axis=layer.input_axis))
+            replace_modules(model, {id(target.module): layer})
     warn_dense(packed, "pack")
     model.tie_weights()
     model.to(device)  # buffers that the model's own code computes
@@ -86,6 +88,24 @@ def load_packed(
     guard_saving(model)
     logger.info("loaded %s with %d packed layers", directory, len(packed))
     return model.eval()
+
+
+def _pack_experts(target: Projection, keys: list[str], streamed: StreamedModel, reader: CheckpointReader) -> None:
+    """Have a module of fused experts hold one of its weights packed, read expert by expert where that can be."""
+    get, packed = streamed.experts(target.parameter_path, keys, reader), None
+    if get is None:
+        streamed.load(keys, reader)
+    else:
+        transposed = target.input_axis == -2
+        packed = PackedStack.pack(
+            lambda expert: get(expert).T if transposed else get(expert),
+            target.shape[0],
+            transposed=transposed,
+            where=target.parameter_path,
+        )
+    experts = PackedExperts(target, packed)
+    experts.weight_requires_grad = True
+    adapt_experts({target.name: experts})
 
 
 def _take_generation_config(model: Any, directory: os.PathLike[str]) -> None:

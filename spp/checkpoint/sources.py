@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
-from spp.targets import dense_projection_weights, is_projection_key, packed_modules
+from spp.targets import dense_projection_weights, is_projection_key, packed_modules, packed_ndim
 from spp.targets_layout import disk_input_axes
 
 ModelOrPath = nn.Module | str | os.PathLike[str]
@@ -77,20 +78,22 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         ConfigError: `what` is neither a model nor a path; or a model on the meta device, which has no values.
     """
     if isinstance(what, nn.Module):
-        packed = packed_modules(what)
+        packed: dict[str, Any] = packed_modules(what)
         weights = {name: (weight, axis % weight.ndim) for name, weight, axis in dense_projection_weights(what)}
         empty = sorted(name for name, (weight, _) in weights.items() if weight.is_meta)
         empty += sorted(name for name, module in packed.items() if module.stored_weight.is_meta)
         if empty:
             raise ConfigError(f"the model is on the meta device and has no values, such as {empty[0]}; load it first")
         name, axes = f"the {type(what).__name__}", {k: axis for k, (_, axis) in weights.items()}
-        axes |= {name: 1 for name in packed if is_projection_key(name, 2)}
+        for key, module in packed.items():
+            if is_projection_key(key, packed_ndim(module)):
+                axes[key] = module.input_axis % packed_ndim(module)
         others = {n: p for n, p in what.named_parameters() if is_other_matrix(n, p.ndim, p.dtype) and not p.is_meta}
         weights |= {n: (p.detach(), 1) for n, p in others.items()}
         others_packed = {name for name in packed if name not in axes and is_other_matrix(name, 2, torch.float32)}
 
         def get(key: str) -> Tensor:
-            return packed[key].weight if key in packed else weights[key][0]  # type: ignore[return-value]
+            return packed[key].weight if key in packed else weights[key][0]
 
         yield Source(name, axes, dict.fromkeys([*others, *others_packed], 1), get)
         return

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, PatternError, TargetError
 from spp.layer_adapted import convert_parameter
-from spp.layer_checks import check_linear, features, input_axis_of
+from spp.layer_checks import check_linear
 from spp.layer_packed import HOOKS, PackedLinear
 from spp.packed import quantized_kind
 from spp.patterns import Pattern
 from spp.pst.function import Factors, Scales, importance, keep_mask, masked_weight, pst_linear, updated_weight
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import features, input_axis_of
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
 

@@ -12,14 +12,15 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import spp
-from spp.errors import MaskError, NonFiniteError
+from spp.errors import ConfigError, MaskError, NonFiniteError
 from spp.inject import adapter_layers
+from spp.inject_packed import packed_layers
 from spp.integrations.peft import SPPPeftConfig, SPPPeftExperts
 from spp.integrations.peft.model import tuner_layers
 from spp.patterns import nonzero_mask
 from tests.integrations.helpers import logits, scatter, train
 from tests.models import moe_model
-from tests.tolerances import LOGITS, assert_same_bits, error
+from tests.tolerances import LOGITS, assert_matches, assert_same_bits, error
 
 ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss"]  # the last stores (E, in, out)
 
@@ -153,3 +154,52 @@ def test_sixteen_bits_copies_and_targets() -> None:
     layer = next(iter(experts(model).values()))
     assert layer.weight.dtype == torch.bfloat16 and layer.spp_alpha["default"].dtype == torch.float32
     assert_same_bits(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_packed_experts_are_the_dense_ones(architecture: str, tmp_path: Path) -> None:
+    dense, packed = adapted(architecture), adapted(architecture, packed=True)
+    assert all(layer.packed_layout is not None for layer in experts(packed).values())
+    assert not [name for name, p in packed.named_parameters() if p.dim() == 3 and "spp" not in name]
+    for model in (dense, packed):
+        train(model)
+    for path, layer in tuner_layers(packed).items():
+        assert_same_bits(layer.spp_alpha["default"], tuner_layers(dense)[path].spp_alpha["default"], path)
+        assert_same_bits(layer.spp_beta["default"], tuner_layers(dense)[path].spp_beta["default"], path)
+    tuned = logits(packed)
+    assert_matches(tuned, logits(dense).double(), torch.float32)  # dense linears keep W_eff for so few tokens
+    packed.save_pretrained(tmp_path)
+    for base, options in ((spp.pack(sparse(architecture)), {}), (sparse(architecture), {"low_cpu_mem_usage": True})):
+        assert_same_bits(logits(PeftModel.from_pretrained(base, tmp_path, **options)), tuned)
+
+    for model in (dense, packed):
+        model.merge_adapter(safe_merge=True)
+    for path, layer in experts(packed).items():
+        assert layer.packed_layout is None
+        assert_same_bits(layer.weight, experts(dense)[path].weight, path)
+        assert_same_bits(layer.base_weight(), experts(dense)[path].base_weight() + 0.0, path)
+    packed.unmerge_adapter()
+    assert_same_bits(logits(packed), tuned)
+    half = logits(copy.deepcopy(packed).to(torch.bfloat16))
+    packed.merge_adapter()
+    packed.to(torch.bfloat16)
+    packed.unmerge_adapter()
+    assert all(layer.packed_experts().dtype == torch.bfloat16 for layer in experts(packed).values())
+    assert_same_bits(logits(packed), half)
+
+    again = PeftModel.from_pretrained(sparse(architecture), tmp_path)
+    plain, before = copy.deepcopy(again).unload(), sparse(architecture).state_dict()
+    merged, expected = again.merge_and_unload(safe_merge=True).state_dict(), dense.unload().state_dict()
+    assert list(merged) == list(expected) == list(plain.state_dict())
+    for key, tensor in merged.items():
+        assert_same_bits(tensor + 0.0, expected[key] + 0.0, key)
+        assert_same_bits(plain.state_dict()[key] + 0.0, before[key] + 0.0, key)
+
+
+def test_what_was_packed_before_stays_packed() -> None:
+    model = get_peft_model(spp.pack(sparse("mixtral")), SPPPeftConfig(r=4, packed=True))
+    plain = model.unload()
+    assert len(packed_layers(plain)) == 12
+    assert_same_bits(logits(spp.unpack(plain)), logits(sparse("mixtral")))
+    with pytest.raises(ConfigError, match=r"is packed: pass packed=True"):
+        get_peft_model(spp.pack(sparse("mixtral")), SPPPeftConfig(r=4))

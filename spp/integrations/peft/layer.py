@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import PackedSource
 from spp.layer_adapted import AdaptedLinear, convert_parameter
-from spp.layer_checks import features, input_axis_of
 from spp.layer_packed import HOOKS, PackedLinear, release_weight
 from spp.merge_weight import LayerMerge, merge_tensor
 from spp.rules import get_rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import features, input_axis_of
 
 _SPP = get_rule("spp")
 
@@ -55,7 +55,7 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         """Return the base weight."""
         base = self.base_layer
         if isinstance(base, PackedLinear):
-            return PackedSource(base.packed_weight())
+            return PackedSource(base.packed_matrix())
         weight = base.weight
         assert isinstance(weight, Tensor)
         return weight if self.input_axis == -1 else weight.T
@@ -162,6 +162,8 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             super()._apply(fn, recurse)
             if self._before_merge is not None:
                 self._before_merge = fn(self._before_merge)
+            for packed in self._packed_before_merge:
+                packed._apply(fn)
         finally:
             self._modules.update(containers)
         dtype = arithmetic_dtype(self.kept_weight().dtype)

@@ -15,7 +15,8 @@ from torch import nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, MaskError, TargetError, WrapError
-from spp.experts import adapt_experts, adapters_of, check_experts, release_experts
+from spp.experts import check_experts
+from spp.experts_forward import adapt_experts, adapters_of, release_experts
 from spp.files import mask_sha256
 from spp.inject import check_rank_pattern, is_wrapped
 from spp.inject_dense import warn_dense
@@ -94,7 +95,7 @@ class SPPPeftModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
                 layer = _tuner_layer(target)
                 if layer is None:
-                    layer = SPPPeftExperts(target)
+                    layer = SPPPeftExperts(target, packed=config.packed)
                     adapt_experts({target.name: layer})
                 layer.update_layer(adapter_name, config, peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
@@ -228,7 +229,7 @@ class SPPPeftModel(BaseTuner):
             if isinstance(layer, SPPPeftExperts):
                 if merge:
                     layer.merge(adapter_names=adapter_names)
-                release_experts(layer.projection.module)
+                release_experts(layer.projection.module, SPPPeftExperts)
         results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
         if results:
             merged = {
