@@ -22,7 +22,7 @@ from tests.integrations.helpers import logits, scatter, train
 from tests.models import moe_model
 from tests.tolerances import LOGITS, assert_matches, assert_same_bits, error
 
-ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss"]  # the last stores (E, in, out)
+ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss", "jetmoe"]  # gpt_oss stores (E, in, out)
 
 
 def sparse(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -42,7 +42,7 @@ def experts(model: nn.Module) -> dict[str, SPPPeftExperts]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_files_and_merge_are_those_of_wrap(architecture: str, tmp_path: Path) -> None:
     model, wrapped = adapted(architecture), spp.wrap(sparse(architecture), 4, seed=0)
-    assert len(experts(model)) == 4
+    assert len(experts(model)) == (8 if architecture == "jetmoe" else 4)
     assert_same_bits(logits(model), logits(wrapped))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains and all("spp_" in name for name in trains)
@@ -203,3 +203,30 @@ def test_what_was_packed_before_stays_packed() -> None:
     assert_same_bits(logits(spp.unpack(plain)), logits(sparse("mixtral")))
     with pytest.raises(ConfigError, match=r"is packed: pass packed=True"):
         get_peft_model(spp.pack(sparse("mixtral")), SPPPeftConfig(r=4))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "jetmoe"])
+def test_transformers_own_loader(architecture: str, tmp_path: Path) -> None:
+    wrapped = train(spp.wrap(sparse(architecture), 4, seed=0))
+    spp.save_adapter(wrapped, tmp_path / "ours")
+    model = sparse(architecture)
+    result = model.load_adapter(str(tmp_path / "ours"))
+    assert not result.missing_keys and not result.unexpected_keys
+    assert_same_bits(logits(model), logits(wrapped))
+    for path, layer in tuner_layers(model).items():
+        assert model.get_submodule(path) is layer
+    with pytest.raises(AttributeError, match="nothing"):
+        model.get_submodule("model.nothing")
+    model.save_pretrained(tmp_path / "theirs")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    assert_same_bits(logits(copy.deepcopy(model)), logits(wrapped))
+    model.disable_adapters()
+    assert_same_bits(logits(model), logits(sparse(architecture)))
+
+
+def test_unloading_leaves_nothing() -> None:
+    plain = sparse("mixtral")
+    kept = [sorted(module.__dict__) for module in plain.modules()]
+    unloaded = get_peft_model(plain, SPPPeftConfig(r=4)).unload()
+    assert unloaded is plain and [sorted(module.__dict__) for module in unloaded.modules()] == kept

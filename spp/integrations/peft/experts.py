@@ -3,8 +3,8 @@
 The weight stays a parameter of the module that has it, and that module's own forward runs, its products replaced
 (spp.experts). An adapter has W_α (E, r, n) and W_β (E, m, 1), in the files under `<path>.experts.gate_up_proj`.
 
-Known limit: transformers' own `model.load_adapter` looks up submodules where the parameters are and fails for these;
-`PeftModel.from_pretrained` and `spp.load_adapter` read the same directory.
+An adapter lies where its parameter is, under the same name, which attribute access finds first: `FindsAdapters` has a
+model's `get_submodule` find the adapter, as transformers' `model.load_adapter` needs it.
 """
 
 from __future__ import annotations
@@ -182,3 +182,35 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         ranks = {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"num_experts={self.num_experts}, {sizes}, r={ranks}"
+
+
+class FindsAdapters:
+    """What stands in for a model's `get_submodule`: it finds submodules that have the name of a parameter beside them.
+
+    Args:
+        model: whose own it replaces, until `remove`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, target: str) -> nn.Module:
+        """Return the submodule at a path; as nn.Module's own, an AttributeError where there is none."""
+        module = self.model
+        for name in target.split(".") if target else ():
+            child = module._modules.get(name)
+            if child is None:
+                return type(self.model).get_submodule(self.model, target)
+            module = child
+        return module
+
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Have a model's adapters of experts be found."""
+        model.__dict__["get_submodule"] = cls(model)
+
+    @classmethod
+    def remove(cls, model: nn.Module) -> None:
+        """Give a model its own look-up back."""
+        if isinstance(model.__dict__.get("get_submodule"), cls):
+            del model.__dict__["get_submodule"]

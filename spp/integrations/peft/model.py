@@ -22,7 +22,7 @@ from spp.inject import check_rank_pattern, is_wrapped
 from spp.inject_dense import warn_dense
 from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
 from spp.integrations.peft.config import SPPPeftConfig
-from spp.integrations.peft.experts import SPPPeftExperts
+from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
 from spp.integrations.peft.layer import SPPPeftLinear
 from spp.integrations.peft.method import PREFIX
 from spp.integrations.peft.terms import TermsLayer
@@ -82,7 +82,7 @@ class SPPPeftModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: SPPPeftConfig, key: str) -> Any:
         """Leave the adapters beside fused weights to `_inject_parameters`: they have the paths of parameters."""
-        return key not in self._fused and super()._check_target_module_exists(peft_config, key)
+        return not {key, f"{key}.weight"} & self._fused.keys() and super()._check_target_module_exists(peft_config, key)
 
     def _inject_parameters(
         self, peft_config: SPPPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -100,9 +100,9 @@ class SPPPeftModel(BaseTuner):
                 layer.update_layer(adapter_name, config, peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-        known = (
-            self.targeted_parameter_names
-        )  # PEFT 0.20 looks there for what was found, later ones at what is returned
+        if self._fused:
+            FindsAdapters.install(model)
+        known = self.targeted_parameter_names  # PEFT 0.20 looks there for what was found, later ones at the result
         known.extend(path for path in self._fused if path not in known)
         return list(self._fused)
 
@@ -230,6 +230,7 @@ class SPPPeftModel(BaseTuner):
                 if merge:
                     layer.merge(adapter_names=adapter_names)
                 release_experts(layer.projection.module, SPPPeftExperts)
+        FindsAdapters.remove(model)
         results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
         if results:
             merged = {
