@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,26 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-def run(name: str, *arguments: str | Path) -> str:
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example with arguments, in this process, whose imports are done already; returns what it printed."""
+
+    def start(name: str, *arguments: str | Path) -> str:
+        script = str(ROOT / "examples" / name)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(ROOT / "examples"))  # where python finds what an example imports of another
+        capsys.readouterr()
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def run_alone(name: str, *arguments: str | Path) -> str:
+    """The same in a process of its own, as a reader does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
@@ -49,7 +70,7 @@ def assert_same_zeros_but_tuned(base: Path, merged: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trainer(model: Path, tmp_path: Path) -> None:
+def test_trainer(model: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ("--model", model, "--text", text, "--out", tmp_path / "out", "--block-length", "32")
@@ -65,7 +86,7 @@ def test_trainer(model: Path, tmp_path: Path) -> None:
 def test_own_loop(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    out = run(
+    out = run_alone(
         *("own_loop.py", "--model", model, "--text", text, "--out", tmp_path / "out"),
         *("--steps", "12", "--block-length", "32"),
     )
@@ -74,7 +95,7 @@ def test_own_loop(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peft_plugin(model: Path, tmp_path: Path) -> None:
+def test_peft_plugin(model: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ("--model", model, "--text", text, "--out", tmp_path / "out", "--block-length", "32", "--steps", "12")
@@ -84,7 +105,7 @@ def test_peft_plugin(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trl_sft(model: Path, tmp_path: Path) -> None:
+def test_trl_sft(model: Path, tmp_path: Path, run: Run) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install 'spp[test]'")
     data = tmp_path / "chats.jsonl"
     chat = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
