@@ -118,3 +118,14 @@ def test_trl_sft(model: Path, tmp_path: Path, run: Run) -> None:
         assert_same_zeros_but_tuned(model, directory / "merged")
         merged.append((directory / "merged/model.safetensors").read_bytes())
     assert merged[0] == merged[1]
+
+
+@pytest.mark.slow
+def test_trl_dpo(model: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'spp[test]'")
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"after {i}: ", "chosen": f"{i + 1}.", "rejected": f"{i + 2}!"} for i in range(12)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    out = run("trl_dpo.py", "--model", model, "--data", data, "--out", tmp_path / "out", "--steps", "6")
+    assert out.rstrip().endswith("2:4")
+    assert_same_zeros_but_tuned(model, tmp_path / "out/merged")

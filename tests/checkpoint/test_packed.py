@@ -19,7 +19,7 @@ from spp.layer_packed import PackedLinear
 from spp.packed import PackedStack
 from tests.made import Made
 from tests.models import moe_model, projections, prune_nm_, tiny_llama
-from tests.tolerances import assert_same_bits
+from tests.tolerances import assert_matches, assert_same_bits
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,22 @@ def test_fused_experts_are_read_one_by_one(architecture: str, tmp_path: Path, mo
         unpacked = spp.unpack(loaded).state_dict()
         for key, tensor in load(tmp_path / "base", dtype=dtype or torch.float32).state_dict().items():
             assert_same_bits(unpacked[key] + 0.0, tensor + 0.0, key)
+
+
+def test_conv1d_is_packed_too(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=96, n_positions=64)).eval()
+    spp.prune(model, "magnitude", "2:4")
+    spp.save_model(model, tmp_path / "base")
+    loaded = spp.load_packed(tmp_path / "base")
+    assert sum(isinstance(m, PackedLinear) for m in loaded.modules()) == 4
+    assert spp.verify(tmp_path / "base", loaded).pattern == "2:4"
+    with torch.no_grad():
+        assert_matches(loaded(ids() % 96).logits, model(ids() % 96).logits.double(), torch.float32)
+    for key, tensor in spp.unpack(loaded).state_dict().items():
+        assert_same_bits(tensor + 0.0, model.state_dict()[key] + 0.0, key)
 
 
 def test_experts_that_the_disk_holds_otherwise_are_loaded_together(
