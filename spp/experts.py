@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.experts_forward import ExpertsAdapter, Multiply
-from spp.experts_packed import PackedExperts
+from spp.experts_packed import PackedExperts, require_alone
 from spp.kernels import linear
 from spp.patterns import all_finite
 from spp.rules import Rule, effective_weight, get_rule
@@ -43,7 +43,7 @@ class SPPExperts(ExpertsAdapter):
     Raises:
         ConfigError: r > m or r < 1, or an option makes no sense.
         NonFiniteError: the weight holds NaN or infinity.
-        TargetError: the weight is not floating-point.
+        TargetError: the weight is not floating-point, or has an adapter already.
         ConfigError: packed experts without packed=True, or packed=True on the meta device.
     """
 
@@ -67,6 +67,7 @@ class SPPExperts(ExpertsAdapter):
         config = SPPConfig(
             r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
         )
+        require_alone(projection)
         check_experts(projection, config, r)
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init

@@ -6,7 +6,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import nn
 
 from spp.errors import ConfigError, TargetError
-from spp.experts_forward import ExpertsAdapter, Multiply
+from spp.experts_forward import ExpertsAdapter, Multiply, adapters_of
 from spp.packed import DTYPES, PackedStack
 from spp.targets_layout import Projection
 
@@ -60,9 +60,17 @@ class PackedExperts(ExpertsAdapter):
         )
 
 
+def require_alone(projection: Projection) -> None:
+    """Raise a TargetError where an adapter, such as PEFT's, sits beside a fused weight already."""
+    beside = adapters_of(projection.module).get(projection.name)
+    if beside is not None and not isinstance(beside, PackedExperts):
+        raise TargetError(f"{projection.path} has a {type(beside).__name__} beside it already; take that out first")
+
+
 def check_packable_experts(projection: Projection) -> None:
     """Raise unless a fused weight can be packed: plain, floating-point and in memory."""
     where = projection.parameter_path
+    require_alone(projection)
     if parametrize.is_parametrized(projection.module):
         raise TargetError(
             f"{where} has a parametrization; make it permanent first with "

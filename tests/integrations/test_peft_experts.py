@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import spp
-from spp.errors import ConfigError, MaskError, NonFiniteError
+from spp.errors import ConfigError, MaskError, NonFiniteError, TargetError
 from spp.inject import adapter_layers
 from spp.inject_packed import packed_layers
 from spp.integrations.peft import SPPPeftConfig, SPPPeftExperts
@@ -230,3 +230,12 @@ def test_unloading_leaves_nothing() -> None:
     kept = [sorted(module.__dict__) for module in plain.modules()]
     unloaded = get_peft_model(plain, SPPPeftConfig(r=4)).unload()
     assert unloaded is plain and [sorted(module.__dict__) for module in unloaded.modules()] == kept
+
+
+def test_spp_leaves_them_alone() -> None:
+    model = scatter(adapted("mixtral", target_modules=["gate_up_proj"]))
+    tuned = logits(model)
+    for change in (lambda m, **names: spp.wrap(m, 4, **names), spp.pack):
+        with pytest.raises(TargetError, match=r"gate_up_proj has a SPPPeftExperts beside it already"):
+            change(model, target_modules=["gate_up_proj"])
+        assert_same_bits(logits(model), tuned)
