@@ -55,14 +55,14 @@ class Scales:
 def updated_weight(weight: Tensor, factors: Factors, scales: Scales, rows: slice = slice(None)) -> Tensor:
     """Return rows of W' in the arithmetic's dtype, as a new tensor."""
     u, v = factors[:2]
-    return (scales.weight * u[rows]) @ v + weight[rows].to(arithmetic_dtype(weight.dtype))
+    return torch.addmm(weight[rows].to(arithmetic_dtype(weight.dtype)), u[rows], v, alpha=scales.weight)
 
 
 def importance(updated: Tensor, factors: Factors, scales: Scales) -> Tensor:
     """Return S (m, n) of W'."""
     _, _, a, b, r, c = factors
-    scores = updated.abs() + (scales.low_rank * a) @ b
-    return scores.add_(scales.structured * (r[:, None] + c))
+    scores = updated.abs().addmm_(a, b, alpha=scales.low_rank)
+    return scores.add_(r[:, None], alpha=scales.structured).add_(c, alpha=scales.structured)
 
 
 def keep_mask(scores: Tensor, scales: Scales) -> Tensor:
