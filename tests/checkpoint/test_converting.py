@@ -130,7 +130,7 @@ class TestRefused:
             spp.convert_checkpoint(dense, state, tmp_path / "out")
         config.write_text(json.dumps(good))
         save_file({key: tensor for key, tensor in tensors.items() if not key.endswith("score_R")}, weights)
-        with pytest.raises(AdapterError, match="missing .*score_R"):
+        with pytest.raises(AdapterError, match=r"missing .*score_R"):
             spp.convert_checkpoint(dense, state, tmp_path / "out")
         tensors[f"{path}.weight_U"][0, 0] = torch.inf
         save_file(tensors, weights)

@@ -1,4 +1,4 @@
-"""tune by PST, and by SPP with mask updates: from a model and a file to a verified checkpoint, interrupted and resumed."""
+"""tune by PST, and by SPP with mask updates: from a model and a file to a verified checkpoint, stopped and resumed."""
 
 from __future__ import annotations
 
