@@ -40,7 +40,7 @@ class PlainPST(nn.Module):
         updated = self.weight + self.scales[0] * u @ v
         scores = updated.abs() + self.scales[1] * a @ b + self.scales[2] * (r.unsqueeze(1) + c.unsqueeze(0))
         mask: Any = _StraightThrough.apply(scores, self.pruned, self.group)
-        return F.linear(x, mask * updated, self.bias)
+        return F.linear(x, mask * updated, self._parameters["bias"])
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The contenders of a whole model's training step: what adapts a pruned causal language model, and one step of each.
 
-SPP in every mode, PST, PEFT's LoRA and HiRA, all on the same seven projections of the same pruned model and the same tokens.
+SPP in every mode, PST, PEFT's LoRA and HiRA, all on the same seven projections of the same pruned model and the same
+tokens.
 
     spp-bf16-saved      layers keep their inputs for backward in bfloat16 (spp.kernels.keep)
     spp-chunked-loss    the loss is taken over LOSS_CHUNK tokens at a time (spp.training.causal_loss)
