@@ -98,6 +98,10 @@ class MaskUpdates(TrainerCallback):
             return 0.0
         return self.fraction * DECAYS[self.decay](step / last)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Forget what a step that failed has left."""
+        self._let_go()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Have layers choose their new masks in the backward pass of a step that ends in an update."""
         self._let_go()
