@@ -1,0 +1,186 @@
+"""How each contender adapts a pruned model, what happens while it trains, and how it gives a plain model back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.bench.compare.contenders import Contender
+from spp.bench.harness import installed, require_peft
+from spp.errors import ConfigError, TargetError
+from spp.inject import adapter_layers, wrap
+from spp.merge import merge
+from spp.patterns import nonzero_mask
+from spp.targets import name_targets, projection_weights, resolve_projections
+
+
+@dataclass
+class Adapted:
+    """A model ready to be trained.
+
+    Attributes:
+        model: what trains: the parameters that require gradients.
+        finish: gives the plain model, merged; call it once.
+        callbacks: of transformers' Trainer.
+    """
+
+    model: nn.Module
+    finish: Callable[[], nn.Module]
+    callbacks: list[Any] = field(default_factory=list)
+
+    def trainable(self) -> int:
+        """Return the number of parameters that train."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def adapt(contender: Contender, model: nn.Module, seed: int) -> Adapted:
+    """Adapt a pruned model in place.
+
+    Args:
+        contender: which.
+        model: pruned, plain.
+        seed: of the initial values.
+
+    Raises:
+        ConfigError: an option makes no sense for the method or the model.
+        DependencyError: it is PEFT's, and PEFT is missing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _METHODS[contender.kind](model, seed, dict(contender.options))
+
+
+def _wrapped(model: nn.Module, seed: int, options: dict[str, Any], rule: str = "spp") -> Adapted:
+    wrap(model, rule=rule, seed=seed, **options)
+
+    def finish() -> nn.Module:
+        merge(model)
+        return model
+
+    return Adapted(model, finish)
+
+
+def _hira_rule(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    return _wrapped(model, seed, options, "hira")
+
+
+def _masked_lora(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    return _wrapped(model, seed, options, "masked_lora")
+
+
+def _without_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    adapted = _wrapped(model, seed, options)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            alpha, beta = layer.adapter_parameters()
+            alpha.zero_()
+            beta.fill_(1.0).requires_grad_(False)
+    return adapted
+
+
+def _random_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    adapted = _wrapped(model, seed, options)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            _, beta = layer.adapter_parameters()
+            nn.init.uniform_(beta, -1.0, 1.0)  # Kaiming-uniform with a = √5, as α, for its one column
+    return adapted
+
+
+def _peft(kind: str, model: nn.Module, options: Mapping[str, Any]) -> Adapted:
+    peft = require_peft()
+    if not hasattr(peft, kind):
+        raise ConfigError(f"peft {installed('peft')} has no {kind}; leave the contender out, or install a newer peft")
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(**options))
+
+    def finish() -> nn.Module:
+        plain: nn.Module = adapted.merge_and_unload()
+        return plain
+
+    return Adapted(adapted, finish)
+
+
+def _hira(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    return _peft("HiraConfig", model, {"r": options["r"], "target_modules": _targets(model)})
+
+
+def _lora(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    r = options["r"]
+    return _peft("LoraConfig", model, {"r": r, "lora_alpha": r * options["scaling"], "target_modules": _targets(model)})
+
+
+def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    masks = masks_of(model)
+    adapted = _lora(model, seed, options)
+    merged = adapted.finish
+
+    def finish() -> nn.Module:
+        plain = merged()
+        with torch.no_grad():
+            for name, weight, _ in projection_weights(plain):
+                weight.mul_(masks[name])
+        return plain
+
+    return Adapted(adapted.model, finish)
+
+
+def _ia3(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    """IA³ where its paper has it; PEFT's own table knows the names of an architecture, and these are the usual ones."""
+    names = _targets(model)
+    own = {"k_proj", "v_proj", "down_proj"}
+    chosen = {} if not own <= set(names) else {"target_modules": sorted(own), "feedforward_modules": ["down_proj"]}
+    return _peft("IA3Config", model, chosen)
+
+
+def _norms(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    model.requires_grad_(False)
+    trained = [
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "bias" or "norm" in type(module).__name__.lower()
+    ]
+    if not trained:
+        raise TargetError(f"{type(model).__name__} has neither norm weights nor biases to train")
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return Adapted(model, lambda: model)
+
+
+def _full(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    model.requires_grad_(True)
+    masks, parameters = masks_of(model), dict(model.named_parameters())
+    for name, mask in masks.items():
+        if not bool(mask.all()):
+            # AdamW leaves a zero whose gradient is always zero where it is.
+            parameters[name].register_hook(lambda gradient, mask=mask: gradient * mask)
+    return Adapted(model, lambda: model)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return {name: True where a weight is not zero} of the projections of a plain model."""
+    return {name: nonzero_mask(weight) for name, weight, _ in projection_weights(model)}
+
+
+def _targets(model: nn.Module) -> list[str]:
+    """Return the names that mean the projections that `spp.wrap` would adapt."""
+    return list(name_targets(model, list(resolve_projections(model))))
+
+
+_METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
+    "spp": _wrapped,
+    "spp-no-beta": _without_beta,
+    "spp-random-beta": _random_beta,
+    "hira": _hira,
+    "hira-rule": _hira_rule,
+    "masked-lora": _masked_lora,
+    "lora-remasked": _lora_remasked,
+    "lora": _lora,
+    "ia3": _ia3,
+    "norms": _norms,
+    "full": _full,
+}
