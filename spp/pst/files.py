@@ -52,14 +52,18 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
     return Path(path)
 
 
-def write(model: nn.Module, directory: Path) -> None:
-    """Write the two files into a directory that exists (`save` is the safe whole)."""
+def write(model: nn.Module, directory: Path, checksums: dict[str, int] | None = None) -> None:
+    """Write the two files into a directory that exists (`save` is the safe whole).
+
+    Args:
+        checksums: of `base_checksums`, where they are known.
+    """
     check_finite(model)
     config = {
         **config_of(model).to_dict(),
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": getattr(getattr(uncompiled(model), "config", None), "_name_or_path", None) or None,
-        "base_crc32": base_checksums(model),
+        "base_crc32": checksums or base_checksums(model),
         "sparsity": {path: layer.sparsity for path, layer in require_layers(model).items()},
     }
     save_tensors(directory / WEIGHTS_NAME, {name: p.detach() for name, p in trained_parameters(model).items()})

@@ -17,7 +17,16 @@ from spp.layer_checks import check_linear, features, input_axis_of
 from spp.layer_packed import HOOKS, PackedLinear
 from spp.packed import quantized_kind
 from spp.patterns import Pattern
-from spp.pst.function import Factors, Scales, importance, keep_mask, masked_weight, pst_linear, updated_weight
+from spp.pst.function import (
+    Factors,
+    Scales,
+    importance,
+    keep_mask,
+    masked_weight,
+    pruned_by,
+    pst_linear,
+    updated_weight,
+)
 from spp.rules.canonical import arithmetic_dtype
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
@@ -40,6 +49,7 @@ class PSTLinear(nn.Module):
         weight_U (m, k): normal. weight_V (k, n): zeros.
         score_A (m, k): normal. score_B (k, n), score_R (m,), score_C (n,): zeros.
         sparsity: the share of weights that the mask prunes, in [0, 1), 0 at the start: the schedule sets it.
+        pruned: their number: ⌊m·n·sparsity⌋, or ⌊M·sparsity⌋ of each group.
 
     Raises:
         ConfigError, TargetError, NonFiniteError: an option makes no sense, or the linear cannot be used.
@@ -118,6 +128,11 @@ class PSTLinear(nn.Module):
                 f"{self.pst_name}: sparsity is {value}, above the {self.pattern.sparsity} of pattern {self.pattern}"
             )
         self._sparsity = float(value)
+
+    @property
+    def pruned(self) -> int:
+        """How many weights the mask prunes."""
+        return pruned_by(self._scales(), self.out_features * self.in_features)
 
     @property
     def matrix(self) -> Tensor:

@@ -1,4 +1,7 @@
-"""Training: `tune` runs a whole recipe from files; `SPPTrainer` is transformers' Trainer for wrapped models."""
+"""Training: `tune` runs a whole recipe from files; `SPPTrainer` is transformers' Trainer for wrapped models.
+
+`PSTTrainer` is the same for models wrapped by spp.pst.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,17 @@ from spp.training.chunked_loss import chunked_cross_entropy
 from spp.training.config import RECIPES, TuneConfig
 from spp.training.data import Collator, TrainingData, load_data
 from spp.training.interrupt import TrainingInterrupted
+from spp.training.pst_trainer import PSTTrainer
+from spp.training.sparsity_schedule import SparsitySchedule
 from spp.training.trainer import SPPTrainer
 from spp.training.tuning import TuneResult, tune
 
 __all__ = [
     "RECIPES",
     "Collator",
+    "PSTTrainer",
     "SPPTrainer",
+    "SparsitySchedule",
     "TrainingData",
     "TrainingInterrupted",
     "TuneConfig",
