@@ -89,8 +89,10 @@ class CompareConfig:
             raise ConfigError(f"seeds is {self.seeds!r}; it must name each seed once, and one at least")
         for seed in self.seeds:
             self.recipe(1.0, seed)  # checks the options that it shares with tuning
-        self.parsed()
         self.learning_rates(self.parsed())
+        needy = [contender.name for contender in self.parsed() if contender.from_dense]
+        if needy and self.dense is None:
+            raise ConfigError(f"dense is None, but {', '.join(needy)} starts from the dense model: say where it is")
 
     def parsed(self) -> list[Contender]:
         """Return the contenders, each once, in order."""

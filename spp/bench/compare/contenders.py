@@ -24,6 +24,7 @@ class Kind:
         options: names and defaults.
         keeps: whether the merged model has the pruned one's zeros, by construction.
         rank: the option that is its rank.
+        from_dense: whether it starts from the model before it was pruned.
     """
 
     summary: str
@@ -31,6 +32,7 @@ class Kind:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     keeps: bool = True
     rank: str | None = None
+    from_dense: bool = False
 
 
 _SPP = {"r": 16, "scaling": 2.0}
@@ -53,9 +55,15 @@ KINDS: Mapping[str, Kind] = {
     "ia3": Kind("PEFT's IA³ on keys, values and down projections", (1e-2, 3e-2, 1e-1)),
     "norms": Kind("norm weights and biases alone", (5e-3, 1e-2, 2e-2)),
     "full": Kind("every parameter, zeros frozen", (1e-4, 2e-4, 4e-4)),
+    "pst": Kind(
+        "PST from the dense model: it learns its own zeros, as many", (1e-3, 2e-3, 4e-3), {"r": 8}, False, "r", True
+    ),
+    "pst-pruned": Kind(
+        "PST from the pruned model: zeros may move", (1e-3, 2e-3, 4e-3), {"r": 8}, keeps=False, rank="r"
+    ),
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "main": ("spp", "hira", "masked-lora", "lora-remasked", "ia3", "norms", "full"),
+    "main": ("spp", "hira", "masked-lora", "lora-remasked", "ia3", "norms", "full", "pst-pruned"),
     "ranks": ("spp:r=4", "spp:r=8", "spp:r=16", "spp:r=32"),
     "dropout": ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha"),
     "ablations": ("spp-no-beta", "spp-random-beta"),
@@ -86,6 +94,11 @@ class Contender:
     def keeps(self) -> bool:
         """Whether it keeps the pruned model's zeros by construction."""
         return KINDS[self.kind].keeps
+
+    @property
+    def from_dense(self) -> bool:
+        """Whether it starts from the dense model."""
+        return KINDS[self.kind].from_dense
 
     @property
     def rank(self) -> str | None:

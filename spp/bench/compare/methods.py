@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import spp.pst as pst
 from spp.bench.compare.contenders import Contender
 from spp.bench.harness import installed, require_peft
+from spp.certificate import report_from_tensors
 from spp.errors import ConfigError, TargetError
 from spp.inject import adapter_layers, wrap
 from spp.merge import merge
 from spp.patterns import nonzero_mask
 from spp.targets import name_targets, projection_weights, resolve_projections
+from spp.training.sparsity_schedule import SparsitySchedule
 
 
 @dataclass
@@ -37,13 +41,36 @@ class Adapted:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def adapt(contender: Contender, model: nn.Module, seed: int) -> Adapted:
-    """Adapt a pruned model in place.
+@dataclass(frozen=True)
+class Goal:
+    """The zeros that a contender which makes its own has to end with: as the pruned model has them.
+
+    Attributes:
+        pattern: "N:M", or None.
+        sparsity: the share of zeros in the pruned weights.
+    """
+
+    pattern: str | None
+    sparsity: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Goal:
+        """Return that of a pruned, plain model."""
+        pruned = [t for t in report_from_tensors(projection_weights(model)).tensors.values() if t.zeros]
+        patterns = {t.pattern for t in pruned}
+        pattern = patterns.pop() if len(patterns) == 1 else ""
+        size = sum(math.prod(t.shape) for t in pruned)
+        return cls(pattern if ":" in pattern else None, sum(t.zeros for t in pruned) / size if size else 0.0)
+
+
+def adapt(contender: Contender, model: nn.Module, seed: int, goal: Goal | None = None) -> Adapted:
+    """Adapt a model in place.
 
     Args:
         contender: which.
-        model: pruned, plain.
+        model: plain and pruned, or dense for a contender that starts from that.
         seed: of the initial values.
+        goal: what the pruned model has; None reads it from `model`.
 
     Raises:
         ConfigError: an option makes no sense for the method or the model.
@@ -51,7 +78,10 @@ def adapt(contender: Contender, model: nn.Module, seed: int) -> Adapted:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _METHODS[contender.kind](model, seed, dict(contender.options))
+        options = dict(contender.options)
+        if contender.kind in _PST:
+            return _pst(model, seed, options, goal or Goal.of(model))
+        return _METHODS[contender.kind](model, seed, options)
 
 
 def _wrapped(model: nn.Module, seed: int, options: dict[str, Any], rule: str = "spp") -> Adapted:
@@ -161,6 +191,13 @@ def _full(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
     return Adapted(model, lambda: model)
 
 
+def _pst(model: nn.Module, seed: int, options: dict[str, Any], goal: Goal) -> Adapted:
+    """PST with its authors' schedule; the classifier heads that it would train as a whole are not causal models'."""
+    final = None if goal.pattern else goal.sparsity
+    pst.wrap(model, options["r"], mask_rank=options["r"], pattern=goal.pattern, seed=seed)
+    return Adapted(model, lambda: pst.convert(model), [SparsitySchedule(final)])
+
+
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """Return {name: True where a weight is not zero} of the projections of a plain model."""
     return {name: nonzero_mask(weight) for name, weight, _ in projection_weights(model)}
@@ -171,6 +208,7 @@ def _targets(model: nn.Module) -> list[str]:
     return list(name_targets(model, list(resolve_projections(model))))
 
 
+_PST = ("pst", "pst-pruned")
 _METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
     "spp": _wrapped,
     "spp-no-beta": _without_beta,

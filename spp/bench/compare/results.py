@@ -57,7 +57,8 @@ class Results:
         with self._locked():
             if self.path.exists() and not (resume or overwrite):
                 raise OutputExistsError(
-                    f"{self.path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another directory"
+                    f"{self.path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another "
+                    f"directory"
                 )
             if self.path.exists() and not overwrite:
                 _check_conditions(self.path, self._read()["conditions"], conditions)

@@ -20,7 +20,7 @@ from spp.bench import harness
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import Contender
 from spp.bench.compare.data import CompareData
-from spp.bench.compare.methods import adapt, masks_of
+from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.certificate import report_from_tensors
 from spp.errors import NonFiniteError
 from spp.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
@@ -49,8 +49,11 @@ class Trial:
 def run_trial(config: CompareConfig, contender: Contender, trial: Trial, data: CompareData) -> dict[str, Any]:
     """Return the row of a trial; training that diverges makes a row too, which says so."""
     model = load_model(config.model, config.dtype)
-    masks = masks_of(model)
-    adapted = adapt(contender, model, trial.seed)
+    masks, goal = masks_of(model), Goal.of(model)
+    if contender.from_dense:
+        assert config.dense is not None, "checked by CompareConfig"
+        model = load_model(config.dense, config.dtype)
+    adapted = adapt(contender, model, trial.seed, goal)
     row: dict[str, Any] = {
         **asdict(trial),
         "options": dict(contender.options),

@@ -6,7 +6,7 @@ import pytest
 
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import GROUPS, KINDS, parse_contender, parse_contenders
-from spp.bench.compare.methods import _METHODS
+from spp.bench.compare.methods import _METHODS, _PST
 from spp.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def test_groups_and_doubles() -> None:
 
 
 def test_every_kind_has_a_method() -> None:
-    assert _METHODS.keys() == KINDS.keys()
+    assert {*_METHODS, *_PST} == KINDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_learning_rates_of_a_name_before_its_kind_before_all() -> None:
         ({"lr": ("spp=-1",)}, "finite number above 0"),
         ({"lr": ("dora=1",)}, "contender 'dora'"),
         ({"steps": 0}, "steps is 0"),
+        ({"contenders": ("pst",)}, "dense is None, but pst"),
         ({"window": 1}, "eval_window is 1"),
         ({"overwrite": True, "resume": True}, "overwrite and resume"),
     ],
