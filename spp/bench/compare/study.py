@@ -123,20 +123,33 @@ def compare(config: CompareConfig) -> Results:
             results.once("baselines", name, partial(trial.measure_baseline, config, source, data))
     for contender in contenders if config.budget == "time" else ():
         _cost(config, contender, results)
-    lrs, steps = config.learning_rates(contenders), _steps(config, contenders, results)
-    plan = Plan(contenders, lrs, steps, config.seeds, config.extend)
-    write_report(results, missing(config, plan, results))
+    plan = plan_of(config, contenders, _steps(config, contenders, results))
+    write_report(results, missing(config, plan, results.read()))
     while _run_one(config, plan, data, results):
-        write_report(results, missing(config, plan, results))
+        write_report(results, missing(config, plan, results.read()))
     for contender in contenders if config.cost_rounds else ():
         _cost(config, contender, results)
-    write_report(results, missing(config, plan, results))
+    write_report(results, missing(config, plan, results.read()))
     return results
 
 
-def missing(config: CompareConfig, plan: Plan, results: Results) -> list[str]:
+def plan_of(
+    config: CompareConfig, contenders: Sequence[Contender] | None = None, steps: Mapping[str, int] | None = None
+) -> Plan:
+    """Return the plan of a comparison.
+
+    Args:
+        config: all options.
+        contenders: where they are not those of the config, as with a budget of parameters.
+        steps: of each contender, by name, where they are not those of the config, as with a budget of time.
+    """
+    contenders = config.parsed() if contenders is None else contenders
+    steps = steps or {contender.name: config.steps for contender in contenders}
+    return Plan(contenders, config.learning_rates(contenders), steps, config.seeds, config.extend)
+
+
+def missing(config: CompareConfig, plan: Plan, contents: Mapping[str, Any]) -> list[str]:
     """Return what has been asked for and is not in the results, as far as it is known before a search is over."""
-    contents = results.read()
     found = [one.key for _, one in plan.pending(contents["rows"])]
     if config.cost_rounds:
         found += [f"cost of {c.name}" for c in plan.contenders if c.name not in contents["costs"]]

@@ -11,6 +11,7 @@ from spp.bench.harness import environment_line
 from spp.report import Table, byte_text
 
 UNKNOWN = "–"
+AT_AN_END = "†"
 
 
 def main_table(contents: Mapping[str, Any]) -> Table:
@@ -80,7 +81,7 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
         seeds = max(len(one.losses) for one in several)
         lines.append(f"With several seeds (up to {seeds}): mean, and in brackets the lowest and highest.")
     if any(one.best is not None and one.at_an_end for one in summaries(contents)):
-        lines.append("* the best learning rate is the lowest or highest tried, or the only one.")
+        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
     if contents["costs"]:
         lines.append(
             f"Time and peak memory of a step relative to {REFERENCE}'s: medians of interleaved rounds, fresh processes."
@@ -98,7 +99,7 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
         missing: what has been asked for and is not there yet.
         heading: the marks of the title.
     """
-    parts = [f"{heading} {title(contents)}", main_table(contents).markdown(), "\n".join(notes(contents))]
+    parts = [f"{heading} {title(contents)}", main_table(contents).markdown(), " ".join(notes(contents))]
     parts += [f"{heading}# Learning rates", "Validation perplexity; in brackets the test perplexity. Bold: the best."]
     parts.append(search_table(contents).markdown())
     if missing:
@@ -109,7 +110,7 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
 def _lr(one: Summary) -> str:
     if one.best is None:
         return "diverged"
-    return f"{one.best:g}{' *' if one.at_an_end else ''}"
+    return f"{one.best:g}{f' {AT_AN_END}' if one.at_an_end else ''}"
 
 
 def _perplexity(found: Sequence[float]) -> str:

@@ -139,7 +139,7 @@ def test_the_table_takes_the_rate_that_validation_chose() -> None:
     cells = {line[0]: dict(zip(table.columns, line, strict=True)) for line in table.rows}
     assert cells["spp"]["after"] == "27.90 (27.00 … 28.80)" and cells["spp"]["lr"] == "0.02"
     assert cells["spp"]["zeros kept"] == "100" and cells["spp"]["N:M"] == "yes"
-    assert cells["lora"]["zeros kept"] == "25.00" and cells["lora"]["N:M"] == "no" and cells["lora"]["lr"] == "0.001 *"
+    assert cells["lora"]["zeros kept"] == "25.00" and cells["lora"]["N:M"] == "no" and cells["lora"]["lr"] == "0.001 †"
     assert any("lowest or highest" in line for line in notes(found))
     assert "**30.00** (27.00)" in search_table(found).markdown()
     text = markdown(found, ["hira, lr 0.01, seed 0, 100 steps"])
