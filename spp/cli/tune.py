@@ -30,6 +30,7 @@ def run(
     scaling: Annotated[float | None, typer.Option(help="Factor s of the adapter (default: 2.0).")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout probability (default: 0.0).")] = None,
     dropout_mode: Annotated[str | None, typer.Option(help="input or alpha (default: input).")] = None,
+    rule: Annotated[str | None, typer.Option(help="spp, hira or masked_lora (default: spp).")] = None,
     target_modules: Annotated[
         list[str] | None,
         typer.Option("--target-modules", help="Names, a regular expression or all-linear; may be repeated."),

@@ -12,6 +12,7 @@ from typing import Any
 from spp.config import SPPConfig
 from spp.errors import ConfigError
 from spp.kernels import check_saved_activations
+from spp.rules import get_rule
 
 DATA_FORMATS = ("auto", "text", "alpaca", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,10 +51,11 @@ class TuneConfig:
             text (at least one window), or rows of instruction data drawn with `seed`. 0 measures no perplexity.
         eval_window: window of the perplexity, in tokens.
         eval_windows: measure at most this many windows; None for all.
-        r: rank of the adapter; see SPPConfig for this and the next five.
+        r: rank of the adapter; see SPPConfig for this and the next six.
         scaling: s.
         dropout: probability in [0, 1).
         dropout_mode: "input" or "alpha".
+        rule: "spp", "hira" or "masked_lora".
         target_modules: None, "all-linear", names, or a regular expression.
         exclude_modules: names, or a regular expression.
         lr: peak learning rate of AdamW. The paper's 4e-3 is for about 1,200 steps; for some hundred, 2e-2 ends lower.
@@ -107,6 +109,7 @@ class TuneConfig:
     scaling: float = 2.0
     dropout: float = 0.0
     dropout_mode: str = "input"
+    rule: str = "spp"
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     lr: float = 4e-3
@@ -164,6 +167,7 @@ class TuneConfig:
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume are both True; choose to replace the earlier run or to continue it")
         adapter = self.adapter_config()  # raises for r, scaling, dropout, …
+        get_rule(self.rule)
         object.__setattr__(self, "target_modules", adapter.target_modules)
         object.__setattr__(self, "exclude_modules", adapter.exclude_modules)
 
@@ -180,6 +184,7 @@ class TuneConfig:
             scaling=self.scaling,
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
+            rule=self.rule,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             seed=self.seed,
