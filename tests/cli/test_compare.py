@@ -19,7 +19,7 @@ def test_compare(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     found = spp(*arguments, "--plot", tmp_path / "chart.png")
     assert found.code == 0, found.err
     assert f"wrote {out / 'results.json'}" in found.out and f"wrote {tmp_path / 'chart.png'}" in found.out
-    assert "spp:r=4, lr 0.02, seed 0, 2 steps: test perplexity" in found.err
+    assert "spp:r=4, lr 0.02, seed 0, 2 steps: validation perplexity" in found.err
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert {row["contender"] for row in rows.values()} == {"spp:r=4", "norms"}
 

@@ -166,18 +166,28 @@ def _run_one(config: CompareConfig, plan: Plan, data: Any, results: Results) -> 
     """Run the first trial that is pending and no other process has; return whether there was one."""
     rows = results.read()["rows"]
     for contender, one in plan.pending(rows):
-        if results.once("rows", one.key, partial(_timed, config, contender, one, data)):
+        if results.once("rows", one.key, partial(_timed, config, contender, one, data, results)):
             return True
     return False
 
 
-def _timed(config: CompareConfig, contender: Contender, one: Trial, data: Any) -> dict[str, Any]:
+def _timed(config: CompareConfig, contender: Contender, one: Trial, data: Any, results: Results) -> dict[str, Any]:
     logger.info("%s …", one.key)
-    row = trial.run_trial(config, contender, one, data)
-    outcome = "diverged" if row["diverged"] else f"test perplexity {row['test']['perplexity']:.3f}"
+    row = trial.run_trial(config, contender, one, data, partial(_is_best, one, results))
+    found = [f"{part} perplexity {row[part]['perplexity']:.3f}" for part in ("validation", "test") if part in row]
+    outcome = "diverged" if row["diverged"] else ", ".join(found)
     took = f", {time_text(row['step_wall_s'])} a step" if "step_wall_s" in row else ""
     logger.info("%s: %s%s", one.key, outcome, took)
     return row
+
+
+def _is_best(one: Trial, results: Results, loss: float) -> bool:
+    """Whether a validation loss is the best yet of a contender and seed: no other learning rate is ever tested."""
+    peers = (row for row in results.read()["rows"].values() if not row["diverged"])
+    same = ("contender", "steps", "seed")
+    return all(
+        loss <= row["validation"]["loss"] for row in peers if all(row[name] == getattr(one, name) for name in same)
+    )
 
 
 def _cost(config: CompareConfig, contender: Contender, results: Results) -> None:

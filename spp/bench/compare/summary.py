@@ -35,7 +35,7 @@ class Summary:
     @property
     def losses(self) -> list[float]:
         """Test losses over the seeds."""
-        return [row["test"]["loss"] for row in self.rows if not row["diverged"]]
+        return [row["test"]["loss"] for row in self.rows if "test" in row]
 
     @property
     def loss(self) -> float:
@@ -45,7 +45,7 @@ class Summary:
     @property
     def perplexities(self) -> list[float]:
         """Test perplexities over the seeds."""
-        return [row["test"]["perplexity"] for row in self.rows if not row["diverged"]]
+        return [row["test"]["perplexity"] for row in self.rows if "test" in row]
 
     @property
     def row(self) -> Mapping[str, Any]:

@@ -46,7 +46,7 @@ def main_table(contents: Mapping[str, Any]) -> Table:
 
 
 def search_table(contents: Mapping[str, Any]) -> Table:
-    """Return what each learning rate came to: validation perplexity (test perplexity), with the first seed."""
+    """Return what each learning rate came to, with the first seed."""
     found = sorted(summaries(contents), key=lambda one: (one.contender, one.steps))
     lrs = sorted({lr for one in found for lr in one.lrs})
     lines = []
@@ -100,7 +100,7 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
         heading: the marks of the title.
     """
     parts = [f"{heading} {title(contents)}", main_table(contents).markdown(), " ".join(notes(contents))]
-    parts += [f"{heading}# Learning rates", "Validation perplexity; in brackets the test perplexity. Bold: the best."]
+    parts += [f"{heading}# Learning rates", "Validation perplexity; bold is the best, which alone is tested."]
     parts.append(search_table(contents).markdown())
     if missing:
         parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
@@ -124,7 +124,7 @@ def _found(row: Mapping[str, Any], best: bool) -> str:
     if row["diverged"]:
         return "diverged"
     mark = "**" if best else ""
-    return f"{mark}{row['validation']['perplexity']:.2f}{mark} ({row['test']['perplexity']:.2f})"
+    return f"{mark}{row['validation']['perplexity']:.2f}{mark}"
 
 
 def _percent(share: float) -> str:

@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,18 @@ class Trial:
         return f"{self.contender}, lr {self.lr:g}, seed {self.seed}, {self.steps} steps"
 
 
-def run_trial(config: CompareConfig, contender: Contender, trial: Trial, data: CompareData) -> dict[str, Any]:
-    """Return the row of a trial; training that diverges makes a row too, which says so."""
+def run_trial(
+    config: CompareConfig,
+    contender: Contender,
+    trial: Trial,
+    data: CompareData,
+    worth_testing: Callable[[float], bool] = lambda loss: True,
+) -> dict[str, Any]:
+    """Return the row of a trial; training that diverges makes a row too, which says so.
+
+    Args:
+        worth_testing: told the validation loss, whether the test part is to be measured as well.
+    """
     model = load_model(config.model, config.dtype)
     masks, goal = masks_of(model), Goal.of(model)
     if contender.from_dense:
@@ -64,7 +74,9 @@ def run_trial(config: CompareConfig, contender: Contender, trial: Trial, data: C
         row |= _train(config, trial, data, adapted.model, adapted.callbacks)
         with torch.random.fork_rng(devices=[]):
             plain = adapted.finish()
-        row |= {part: getattr(data, part).measure(plain).to_dict() for part in ("validation", "test")}
+        row["validation"] = data.validation.measure(plain).to_dict()
+        if worth_testing(row["validation"]["loss"]):
+            row["test"] = data.test.measure(plain).to_dict()
     except NonFiniteError as error:
         return {**row, "diverged": True, "reason": str(error), **_where(config)}
     return {**row, **zeros(plain, masks), **_where(config)}

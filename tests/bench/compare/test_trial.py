@@ -156,7 +156,14 @@ def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
     }
     again = compare(config(pruned, tmp_path / "other", **given)).read()
     for name, row in whole["rows"].items():  # the same numbers, whoever went first
-        assert again["rows"][name]["test"] == row["test"] and again["rows"][name]["train_loss"] == row["train_loss"]
+        assert (
+            again["rows"][name]["validation"] == row["validation"]
+            and again["rows"][name]["train_loss"] == row["train_loss"]
+        )
+    for rows in (again["rows"], whole["rows"]):  # nothing but the best yet is tested
+        losses = {row["lr"]: row["validation"]["loss"] for row in rows.values() if row["contender"] == "spp"}
+        tested = {row["lr"] for row in rows.values() if row["contender"] == "spp" and "test" in row}
+        assert min(losses, key=losses.__getitem__) in tested and 0.01 in tested
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| spp |" in text and "Missing" not in text and str(tmp_path) not in text
     pytest.importorskip("matplotlib")
