@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from spp.config import SPPConfig
 from spp.errors import ConfigError
 
 
@@ -139,7 +140,12 @@ def make_contender(kind: str, options: Mapping[str, Any]) -> Contender:
     known = KINDS[kind].options
     ordered = {name: options[name] for name in known}
     told = [f"{name}={_text(value)}" for name, value in ordered.items() if value != known[name]]
-    return Contender(f"{kind}:{','.join(told)}" if told else kind, kind, ordered)
+    name = f"{kind}:{','.join(told)}" if told else kind
+    try:
+        SPPConfig(**ordered)  # what it allows for r, scaling and dropout, every method does
+    except ConfigError as error:
+        raise ConfigError(f"contender {name!r}: {error}") from None
+    return Contender(name, kind, ordered)
 
 
 def parse_contenders(names: Sequence[str]) -> list[Contender]:

@@ -54,7 +54,13 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class CompareData:
-    """What is trained and measured on; the three parts share no row and no window."""
+    """What is trained and measured on; the three parts share no row and no window.
+
+    Args:
+        train, validation, test: the parts.
+        collate: makes a batch of training rows.
+        kind: of the held-out parts: "text" or "instruction".
+    """
 
     train: TokenBlocks | TokenRows
     validation: HeldOut
@@ -88,7 +94,7 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
     train = found.train
     if config.eval_text is not None:
         tokens = tokenize(tokenizer, read_text(str(config.eval_text)))
-        return _split(config, train, tokens, str(config.eval_text), found.collate, found.summary.kind)
+        return _split(config, train, tokens, str(config.eval_text), found.collate)
     if isinstance(train, TokenRows):
         return _split_rows(config, train, found.collate)
     blocks = -(-_needed(config) // config.block_length)
@@ -99,7 +105,7 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
         )
     rest = train.blocks[len(train) - blocks :].flatten()
     train = TokenBlocks(train.blocks[: len(train) - blocks])
-    return _split(config, train, rest, "what was held back", found.collate, found.summary.kind)
+    return _split(config, train, rest, "what was held back", found.collate)
 
 
 def _needed(config: CompareConfig) -> int:
@@ -107,7 +113,7 @@ def _needed(config: CompareConfig) -> int:
 
 
 def _split(
-    config: CompareConfig, train: TokenBlocks | TokenRows, tokens: Tensor, where: str, collate: Collator, kind: str
+    config: CompareConfig, train: TokenBlocks | TokenRows, tokens: Tensor, where: str, collate: Collator
 ) -> CompareData:
     if len(tokens) < _needed(config):
         raise DataError(
@@ -117,7 +123,7 @@ def _split(
     middle = config.test_windows * config.window
     test = HeldOut(tokens[:middle], None, config.window, collate)
     validation = HeldOut(tokens[middle : _needed(config)], None, config.window, collate)
-    return CompareData(train, validation, test, collate, kind)
+    return CompareData(train, validation, test, collate, "text")
 
 
 def _split_rows(config: CompareConfig, rows: TokenRows, collate: Collator) -> CompareData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def adapt(contender: Contender, model: nn.Module, seed: int, goal: Goal | None =
         return _METHODS[contender.kind](model, seed, options)
 
 
-def _wrapped(model: nn.Module, seed: int, options: dict[str, Any], rule: str = "spp") -> Adapted:
+def _wrapped(rule: str, model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
     wrap(model, rule=rule, seed=seed, **options)
 
     def finish() -> nn.Module:
@@ -94,16 +95,8 @@ def _wrapped(model: nn.Module, seed: int, options: dict[str, Any], rule: str = "
     return Adapted(model, finish)
 
 
-def _hira_rule(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
-    return _wrapped(model, seed, options, "hira")
-
-
-def _masked_lora(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
-    return _wrapped(model, seed, options, "masked_lora")
-
-
 def _without_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
-    adapted = _wrapped(model, seed, options)
+    adapted = _wrapped("spp", model, seed, options)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
             alpha, beta = layer.adapter_parameters()
@@ -113,7 +106,7 @@ def _without_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapt
 
 
 def _random_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
-    adapted = _wrapped(model, seed, options)
+    adapted = _wrapped("spp", model, seed, options)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
             _, beta = layer.adapter_parameters()
@@ -208,14 +201,21 @@ def _targets(model: nn.Module) -> list[str]:
     return list(name_targets(model, list(resolve_projections(model))))
 
 
+RULES_OF = {  # the kinds that `spp.wrap` makes, and their rules
+    "spp": "spp",
+    "spp-no-beta": "spp",
+    "spp-random-beta": "spp",
+    "hira-rule": "hira",
+    "masked-lora": "masked_lora",
+}
 _PST = ("pst", "pst-pruned")
 _METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
-    "spp": _wrapped,
+    "spp": partial(_wrapped, "spp"),
     "spp-no-beta": _without_beta,
     "spp-random-beta": _random_beta,
     "hira": _hira,
-    "hira-rule": _hira_rule,
-    "masked-lora": _masked_lora,
+    "hira-rule": partial(_wrapped, "hira"),
+    "masked-lora": partial(_wrapped, "masked_lora"),
     "lora-remasked": _lora_remasked,
     "lora": _lora,
     "ia3": _ia3,

@@ -50,10 +50,6 @@ class Results:
     ) -> None:
         self.directory = directory
         self.path = directory / NAME
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(error, directory) from error
         with self._locked():
             if self.path.exists() and not (resume or overwrite):
                 raise OutputExistsError(
@@ -88,10 +84,8 @@ class Results:
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """Yield whether this process may work on `key`: no other one does."""
-        folder = self.directory / _CLAIMS
-        folder.mkdir(exist_ok=True)
-        path = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path = self.directory / _CLAIMS / hashlib.sha256(key.encode()).hexdigest()[:32]
+        handle = _open(path)
         try:
             yield lock(handle) is not False  # None: no such locks here, and then no second process either
         finally:
@@ -122,16 +116,22 @@ class Results:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        try:
-            handle = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise output_error(error, self.path) from error
+        handle = _open(self.directory / _LOCK)
         try:
             while lock(handle) is False:
                 time.sleep(_WAIT)
             yield
         finally:
             os.close(handle)
+
+
+def _open(path: Path) -> int:
+    """Return the handle of a file to lock, made where it is not there; an OutputError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise output_error(error, path) from error
 
 
 def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -15,12 +15,14 @@ from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
+from spp.bench.compare.methods import RULES_OF
 from spp.bench.compare.results import Results
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
 from spp.files import atomic_file, mask_sha256
 from spp.report import time_text
+from spp.rules import get_rule
 from spp.targets import projection_weights, resolve_projections
 from spp.training.loading import load_model, load_tokenizer
 
@@ -114,6 +116,7 @@ def compare(config: CompareConfig) -> Results:
     masks = fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
     if config.budget == "parameters":
         contenders = [_nearest(contender, model) for contender in contenders]
+    _check_ranks(contenders, model)
     del model
     conditions = {**config.conditions(), **data.facts(), "masks": masks}
     results = Results(Path(str(config.output_dir)), conditions, resume=config.resume, overwrite=config.overwrite)
@@ -215,6 +218,17 @@ def _nearest(contender: Contender, model: Any) -> Contender:
     wanted = _count(parse_contender(REFERENCE), shapes)
     ranks = range(1, min(min(shape) for shape in shapes) + 1)
     return contender.with_rank(min(ranks, key=lambda r: abs(_count(contender.with_rank(r), shapes) - wanted)))
+
+
+def _check_ranks(contenders: Sequence[Contender], model: Any) -> None:
+    """Raise a ConfigError for a rank that a layer cannot have, before anything is trained."""
+    projections = resolve_projections(model)
+    for contender in contenders:
+        if contender.kind in RULES_OF:
+            rule, r = get_rule(RULES_OF[contender.kind]), contender.options["r"]
+            for path, projection in projections.items():
+                where = f"contender {contender.name!r}: {path}"
+                rule.check_rank(projection.out_features, projection.in_features, r, where)
 
 
 def _shapes(model: Any) -> list[tuple[int, int]]:

@@ -37,6 +37,8 @@ def test_every_kind_has_a_method() -> None:
         ("spp:r", "no option=value"),
         ("spp:r=x", "r is 'x'; it must be int"),
         ("norms:r=3", "norms has no options"),
+        ("hira:r=0", "contender 'hira:r=0': r is 0"),
+        ("spp:dropout=1", "dropout is 1.0"),
         ("", "known are"),
     ],
 )

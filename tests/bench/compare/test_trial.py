@@ -16,7 +16,7 @@ from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes
 from spp.bench.compare.trial import zeros
-from spp.errors import DataError
+from spp.errors import ConfigError, DataError, OutputError
 from spp.pst import set_sparsity
 from spp.training.loading import load_model, load_tokenizer
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
@@ -169,6 +169,18 @@ def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(whole, tmp_path / "chart.png", overwrite=False)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_is_found_before_anything_is_trained(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"contender 'masked-lora:r=33': .*k_proj: r = 33"):
+        compare(config(pruned, tmp_path / "out", contenders=("spp", "masked-lora:r=33")))
+    assert not (tmp_path / "out").exists()
+    tiny_llama(num_hidden_layers=1, intermediate_size=96).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"not those of .*pruned before pruning"):
+        compare(config(pruned, tmp_path / "out", contenders=("pst",), dense=tmp_path / "other"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        compare(config(pruned, tmp_path / "file", contenders=("norms",)))
 
 
 def test_divergence_is_a_row(pruned: Path, tmp_path: Path) -> None:
