@@ -1,8 +1,8 @@
 """SPPTrainer: transformers' Trainer for a model wrapped by spp.
 
 What differs: checkpoints hold the adapter alone and count only once they are whole; the zero pattern of the base is
-compared with the one at the start whenever something is saved; only α and β reach the optimizer; the
-training log has the sparsity.
+compared with the one at the start, or that of the last mask update, whenever something is saved; only α and β reach the
+optimizer; the training log has the sparsity.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 from torch import nn
 
 from spp.adapters import base_masks, load_adapter, write_adapter
-from spp.errors import MaskError, WrapError
+from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.inject import adapter_layers, adapter_parameters, is_wrapped, uncompiled
 from spp.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
+from spp.training.mask_state import STATE_NAME
+from spp.training.mask_updates import MaskUpdates
 
 _PEFT_MARK = "_hf_peft_config_loaded"
 
@@ -35,6 +37,8 @@ class SPPTrainer(AdapterTrainer):
     Args:
         loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
             (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
+        mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
+            Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
 
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
@@ -53,10 +57,16 @@ class SPPTrainer(AdapterTrainer):
         model: nn.Module | None = None,
         args: Any = None,
         *rest: Any,
+        mask_updates: MaskUpdates | None = None,
         **options: Any,
     ) -> None:
+        self.mask_updates = mask_updates
         with _adapter_is_known(model):
             super().__init__(model, args, *rest, **options)
+        if mask_updates is not None:
+            if self.args.world_size > 1 or self.args.n_gpu > 1:
+                raise ConfigError("mask updates work in one process on one device: elsewhere each would choose its own")
+            self.add_callback(mask_updates)
 
     def require_prepared(self, model: nn.Module) -> None:
         """Raise a WrapError unless the model is wrapped."""
@@ -70,17 +80,29 @@ class SPPTrainer(AdapterTrainer):
         """Remember the zero pattern."""
         self._masks = base_masks(model)
         self._zeros = _ZeroCount()
+        if self.mask_updates is not None:
+            self.mask_updates.attach(model)
 
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
         """Return α and β of every layer."""
         return adapter_parameters(model)
 
     def write(self, model: nn.Module, directory: Path) -> None:
-        """Write the adapter."""
+        """Write the adapter, and the masks where they are updated."""
         write_adapter(model, directory)
+        if self.mask_updates is not None:
+            self.mask_updates.state.save(directory)
 
     def read(self, model: nn.Module, directory: Path) -> None:
-        """Load the adapter."""
+        """Load the adapter, after the masks that it was trained on."""
+        has_masks = (directory / STATE_NAME).exists()
+        if has_masks != (self.mask_updates is not None):
+            raise CheckpointError(
+                f"{directory} was written {'with' if has_masks else 'without'} mask updates; resume it likewise "
+                "(mask_updates=)"
+            )
+        if self.mask_updates is not None:
+            self.mask_updates.state.load(directory)
         load_adapter(model, directory)
 
     @property
@@ -89,7 +111,7 @@ class SPPTrainer(AdapterTrainer):
         return self._zeros.sparsity(self._bare_model())
 
     def check_masks(self) -> None:
-        """Compare the zero pattern of the base with the one at the start.
+        """Compare the zero pattern of the base with the one that it must have.
 
         Raises:
             MaskError: they differ; the message names the layers.
@@ -97,8 +119,9 @@ class SPPTrainer(AdapterTrainer):
         self.check(self._bare_model())
 
     def check(self, model: nn.Module) -> None:
-        """Compare the zero pattern of the base with the one at the start."""
-        expected, now = self._masks, base_masks(model)
+        """Compare the zero pattern of the base with the one at the start, or that of the last mask update."""
+        expected = self._masks if self.mask_updates is None else self.mask_updates.state.hashes()
+        now = base_masks(model)
         changed = sorted(path for path, mask in expected.items() if now.get(path) != mask)
         if changed or len(now) != len(expected):
             listing = ", ".join(changed) or "the wrapped layers are others"
