@@ -33,7 +33,7 @@ from spp.training.loading import load_model, load_tokenizer
 HERE = Path(__file__).parent
 PATTERNS = {"2of4": "2:4", "0.5": 0.5, "0.75": 0.75}
 PEERS = ("spp", "masked-lora", "hira", "lora-remasked")
-OTHERS = ("full", "norms", "ia3", "pst-pruned", "pst", "lora")
+OTHERS = ("full", "norms", "ia3", "pst-pruned", "pst", "spp-mask-updates", "lora")
 RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
 ABLATIONS = ("spp-no-beta", "spp-random-beta")
 DROPOUT = ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha")

@@ -40,7 +40,7 @@ def run(
         ),
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="The model before it was pruned: for a row of its own, and for PST.")
+        str | None, typer.Option(help="The model before it was pruned: for a row of its own, for PST and mask updates.")
     ] = None,
     eval_text: Annotated[
         Path | None, typer.Option(help="Text to measure on (default: held out from the data).")

@@ -24,7 +24,8 @@ class CompareConfig:
         output_dir: where results.json, results.md and results.png go.
         data: training files, as in TuneConfig: text, or instruction rows, of which the answers are learned.
         contenders: names (spp.bench.compare.contenders) and groups: main, ranks, dropout, ablations.
-        dense: the model before it was pruned, for a row of its own, and for PST to start from; None leaves both out.
+        dense: the model before it was pruned: for a row of its own, for PST to start from, for mask updates; None
+            leaves them out.
         eval_text: text to measure on; None holds back part of the training data.
         lr: learning rates: "4e-3" for every contender, "hira=4e-3,1e-2" for one (a name or a kind); what is not named
             takes those of its kind.
@@ -90,9 +91,9 @@ class CompareConfig:
         for seed in self.seeds:
             self.recipe(1.0, seed)  # checks the options that it shares with tuning
         self.learning_rates(self.parsed())
-        needy = [contender.name for contender in self.parsed() if contender.from_dense]
+        needy = [contender.name for contender in self.parsed() if contender.needs_dense]
         if needy and self.dense is None:
-            raise ConfigError(f"dense is None, but {', '.join(needy)} starts from the dense model: say where it is")
+            raise ConfigError(f"dense is None, but {', '.join(needy)} needs the dense model: say where it is")
 
     def parsed(self) -> list[Contender]:
         """Return the contenders, each once, in order."""

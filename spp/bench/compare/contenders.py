@@ -26,6 +26,7 @@ class Kind:
         keeps: whether the merged model has the pruned one's zeros, by construction.
         rank: the option that is its rank.
         from_dense: whether it starts from the model before it was pruned.
+        needs_dense: whether it needs that model at all.
     """
 
     summary: str
@@ -34,6 +35,7 @@ class Kind:
     keeps: bool = True
     rank: str | None = None
     from_dense: bool = False
+    needs_dense: bool = False
 
 
 _SPP = {"r": 16, "scaling": 2.0}
@@ -56,8 +58,22 @@ KINDS: Mapping[str, Kind] = {
     "ia3": Kind("PEFT's IA³ on keys, values and down projections", (1e-2, 3e-2, 1e-1)),
     "norms": Kind("norm weights and biases alone", (5e-3, 1e-2, 2e-2)),
     "full": Kind("every parameter, zeros frozen", (1e-4, 2e-4, 4e-4)),
+    "spp-mask-updates": Kind(
+        "SPP that prunes and regrows every so many steps",
+        (1e-2, 2e-2, 4e-2),
+        {**_SPP, "every": 10, "fraction": 0.1},
+        keeps=False,
+        rank="r",
+        needs_dense=True,
+    ),
     "pst": Kind(
-        "PST from the dense model: it learns its own zeros, as many", (1e-3, 2e-3, 4e-3), {"r": 8}, False, "r", True
+        "PST from the dense model: it learns its own zeros, as many",
+        (1e-3, 2e-3, 4e-3),
+        {"r": 8},
+        keeps=False,
+        rank="r",
+        from_dense=True,
+        needs_dense=True,
     ),
     "pst-pruned": Kind(
         "PST from the pruned model: zeros may move", (1e-3, 2e-3, 4e-3), {"r": 8}, keeps=False, rank="r"
@@ -69,6 +85,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "dropout": ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha"),
     "ablations": ("spp-no-beta", "spp-random-beta"),
 }
+_SHARED = ("r", "scaling", "dropout", "dropout_mode")
 REFERENCE = "spp"  # that costs are relative to
 
 
@@ -100,6 +117,11 @@ class Contender:
     def from_dense(self) -> bool:
         """Whether it starts from the dense model."""
         return KINDS[self.kind].from_dense
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether it needs the dense model."""
+        return KINDS[self.kind].needs_dense
 
     @property
     def rank(self) -> str | None:
@@ -142,7 +164,8 @@ def make_contender(kind: str, options: Mapping[str, Any]) -> Contender:
     told = [f"{name}={_text(value)}" for name, value in ordered.items() if value != known[name]]
     name = f"{kind}:{','.join(told)}" if told else kind
     try:
-        SPPConfig(**ordered)  # what it allows for r, scaling and dropout, every method does
+        # What it allows for r, scaling and dropout, every method does.
+        SPPConfig(**{name: value for name, value in ordered.items() if name in _SHARED})
     except ConfigError as error:
         raise ConfigError(f"contender {name!r}: {error}") from None
     return Contender(name, kind, ordered)

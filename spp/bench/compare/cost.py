@@ -1,7 +1,8 @@
 """What a step of a contender costs against the reference's: its time in interleaved rounds, its peak memory.
 
 One contender is measured in one fresh process: first its memory alone, then the reference beside it for the rounds.
-Tokens are random; a step is forward, backward, AdamW.
+Tokens are random; a step is forward, backward, AdamW. What happens in one step of many, as mask updates do, is not in
+it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class _Step:
     def __init__(self, options: argparse.Namespace, contender: Contender) -> None:
         model = load_model(options.model, options.dtype).to(options.device)
         model.config.use_cache = False
-        self.adapted = adapt(contender, model, 0)
+        self.adapted = adapt(contender, model, 0, dense=options.dense)
+        self.adapted.settle()
         self.model: Any = self.adapted.model.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -49,7 +51,7 @@ class _Step:
 def measure_cost(config: CompareConfig, contender: Contender) -> dict[str, Any]:
     """Return the entry of a contender, measured in a process of its own."""
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    given = {
+    given: dict[str, Any] = {
         "model": config.model,
         "contender": contender.name,
         "batch-size": config.batch_size,
@@ -59,6 +61,8 @@ def measure_cost(config: CompareConfig, contender: Contender) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
     }
+    if config.dense is not None:
+        given["dense"] = config.dense
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     found = harness.in_child("spp.bench.compare.cost", arguments)
     return {**found, "environment": harness.environment(device, getattr(torch, config.dtype))}
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m spp.bench.compare.cost")
     for name in ("model", "contender", "dtype", "device"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--dense")
     for name in ("batch-size", "block-length", "rounds", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args(arguments)

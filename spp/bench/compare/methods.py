@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from spp.inject import adapter_layers, wrap
 from spp.merge import merge
 from spp.patterns import nonzero_mask
 from spp.targets import name_targets, projection_weights, resolve_projections
+from spp.training.mask_updates import MaskUpdates
 from spp.training.sparsity_schedule import SparsitySchedule
 
 
@@ -31,11 +33,13 @@ class Adapted:
         model: what trains: the parameters that require gradients.
         finish: gives the plain model, merged; call it once.
         callbacks: of transformers' Trainer.
+        settle: brings it to what a step costs most of the time, without training.
     """
 
     model: nn.Module
     finish: Callable[[], nn.Module]
     callbacks: list[Any] = field(default_factory=list)
+    settle: Callable[[], object] = lambda: None
 
     def trainable(self) -> int:
         """Return the number of parameters that train."""
@@ -64,7 +68,13 @@ class Goal:
         return cls(pattern if ":" in pattern else None, sum(t.zeros for t in pruned) / size if size else 0.0)
 
 
-def adapt(contender: Contender, model: nn.Module, seed: int, goal: Goal | None = None) -> Adapted:
+def adapt(
+    contender: Contender,
+    model: nn.Module,
+    seed: int,
+    goal: Goal | None = None,
+    dense: str | os.PathLike[str] | None = None,
+) -> Adapted:
     """Adapt a model in place.
 
     Args:
@@ -72,6 +82,7 @@ def adapt(contender: Contender, model: nn.Module, seed: int, goal: Goal | None =
         model: plain and pruned, or dense for a contender that starts from that.
         seed: of the initial values.
         goal: what the pruned model has; None reads it from `model`.
+        dense: where the dense model is, for contenders that need it.
 
     Raises:
         ConfigError: an option makes no sense for the method or the model.
@@ -82,6 +93,8 @@ def adapt(contender: Contender, model: nn.Module, seed: int, goal: Goal | None =
         options = dict(contender.options)
         if contender.kind in _PST:
             return _pst(model, seed, options, goal or Goal.of(model))
+        if contender.kind == "spp-mask-updates":
+            return _mask_updates(model, seed, options, dense)
         return _METHODS[contender.kind](model, seed, options)
 
 
@@ -188,7 +201,19 @@ def _pst(model: nn.Module, seed: int, options: dict[str, Any], goal: Goal) -> Ad
     """PST with its authors' schedule; the classifier heads that it would train as a whole are not causal models'."""
     final = None if goal.pattern else goal.sparsity
     pst.wrap(model, options["r"], mask_rank=options["r"], pattern=goal.pattern, seed=seed)
-    return Adapted(model, lambda: pst.convert(model), [SparsitySchedule(final)])
+    schedule = SparsitySchedule(final)
+    schedule.fit(model)
+    return Adapted(model, lambda: pst.convert(model), [schedule], lambda: pst.set_sparsity(model, schedule.at(1, 1)))
+
+
+def _mask_updates(
+    model: nn.Module, seed: int, options: dict[str, Any], dense: str | os.PathLike[str] | None
+) -> Adapted:
+    assert dense is not None, "checked by CompareConfig"
+    updates = MaskUpdates(dense, every=options.pop("every"), fraction=options.pop("fraction"))
+    adapted = _wrapped("spp", model, seed, options)
+    updates.attach(model)
+    return Adapted(model, adapted.finish, [updates])
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -205,6 +230,7 @@ RULES_OF = {  # the kinds that `spp.wrap` makes, and their rules
     "spp": "spp",
     "spp-no-beta": "spp",
     "spp-random-beta": "spp",
+    "spp-mask-updates": "spp",
     "hira-rule": "hira",
     "masked-lora": "masked_lora",
 }

@@ -239,7 +239,7 @@ def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:
     """Return how many parameters a contender with a rank trains."""
     assert contender.rank is not None
     r = contender.options[contender.rank]
-    if contender.kind == "spp-no-beta":
+    if contender.kind == "spp-no-beta":  # β stays what it is
         return sum(r * n for _, n in shapes)
     return sum(r * n + (m if contender.kind.startswith("spp") else r * m) for m, n in shapes)
 

@@ -67,7 +67,7 @@ def run_trial(
         model = load_model(config.dense, config.dtype)
         if {name: mask.shape for name, mask in masks.items()} != _shapes(model):
             raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
-    adapted = adapt(contender, model, trial.seed, goal)
+    adapted = adapt(contender, model, trial.seed, goal, config.dense)
     row: dict[str, Any] = {
         **asdict(trial),
         "options": dict(contender.options),

@@ -17,7 +17,6 @@ from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes
 from spp.bench.compare.trial import zeros
 from spp.errors import ConfigError, DataError, OutputError
-from spp.pst import set_sparsity
 from spp.training.loading import load_model, load_tokenizer
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
 
@@ -49,9 +48,7 @@ def test_a_step_trains_and_the_merge_keeps_what_it_should(name: str, pruned: Pat
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         untouched = model(ids).logits
-    adapted = adapt(contender, model, seed=0, goal=Goal("2:4", 0.5))
-    for callback in adapted.callbacks:
-        callback.fit(adapted.model)
+    adapted = adapt(contender, model, seed=0, goal=Goal("2:4", 0.5), dense=pruned)
     parameters = [p for p in adapted.model.parameters() if p.requires_grad]
     assert adapted.trainable() == sum(p.numel() for p in parameters) > 0
     if name != "spp-random-beta":
@@ -63,8 +60,7 @@ def test_a_step_trains_and_the_merge_keeps_what_it_should(name: str, pruned: Pat
         optimizer.zero_grad()
         adapted.model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    for callback in adapted.callbacks:  # as at the end of a training
-        set_sparsity(adapted.model, callback.at(2, 2))
+    adapted.settle()
     with torch.no_grad():
         tuned = adapted.model.eval()(ids).logits
         plain = adapted.finish().eval()
