@@ -89,7 +89,7 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     """Run the comparison and print its table."""
     from spp.bench.compare import CompareConfig, compare
     from spp.bench.compare.chart import draw
-    from spp.bench.compare.tables import main_table, notes
+    from spp.bench.compare.tables import main_table, notes, verdict
     from spp.bench.plot import check_plot
     from spp.files.hub import local_directory
 
@@ -103,7 +103,7 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
         results = compare(config)
     contents = results.read()
     console.show(main_table(contents))
-    for line in notes(contents):
+    for line in filter(None, (verdict(contents), *notes(contents))):
         console.say(line)
     console.wrote(results.path)
     if plot is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spp.bench.compare.contenders import REFERENCE
+from spp.bench.compare.contenders import REFERENCE, parse_contender
 from spp.bench.compare.summary import Summary, summaries
 from spp.bench.harness import environment_line
 from spp.report import Table, byte_text
 
 UNKNOWN = "–"
 AT_AN_END = "†"
+OURS = ("spp", "spp-no-beta", "spp-random-beta", "spp-mask-updates")  # kinds that are no peers of SPP
 
 
 def main_table(contents: Mapping[str, Any]) -> Table:
@@ -91,6 +92,31 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def verdict(contents: Mapping[str, Any]) -> str:
+    """Return in words how the reference does against the peers that keep every zero; empty where there is nothing yet.
+
+    Which of two is ahead is told by the mean test loss at the best learning rate of each, however small the difference.
+    """
+    found = {one.contender: one for one in summaries(contents) if one.perplexities}
+    ours = found.get(REFERENCE)
+    peers = [o for o in found.values() if o.zeros_kept == 1 and parse_contender(o.contender).kind not in OURS]
+    if ours is None or not peers:
+        return ""
+    ahead = [one for one in peers if ours.loss < one.loss]
+    behind = [one for one in peers if not ours.loss < one.loss]
+    own = _named(ours)
+    parts = []
+    if behind:
+        parts.append(f"{own} does not hold against {_joined(behind)}")
+    if ahead:
+        parts.append(f"{own if not behind else 'it'} is ahead of {_joined(ahead)}")
+    text = f"Of those that keep every zero: {'; '.join(parts)}."
+    open_ones = [one.contender for one in (ours, *peers) if one.at_an_end]
+    if open_ones:
+        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
+    return text
+
+
 def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: str = "#") -> str:
     """Return results.md.
 
@@ -99,12 +125,26 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
         missing: what has been asked for and is not there yet.
         heading: the marks of the title.
     """
-    parts = [f"{heading} {title(contents)}", main_table(contents).markdown(), " ".join(notes(contents))]
+    parts = [
+        f"{heading} {title(contents)}",
+        main_table(contents).markdown(),
+        verdict(contents),
+        " ".join(notes(contents)),
+    ]
     parts += [f"{heading}# Learning rates", "Validation perplexity; bold is the best, which alone is tested."]
     parts.append(search_table(contents).markdown())
     if missing:
         parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _named(one: Summary) -> str:
+    return f"{one.contender} ({sum(one.perplexities) / len(one.perplexities):.2f})"
+
+
+def _joined(some: Sequence[Summary]) -> str:
+    *first, last = map(_named, some)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _lr(one: Summary) -> str:

@@ -12,7 +12,7 @@ from spp.bench.compare.contenders import parse_contenders
 from spp.bench.compare.results import Results
 from spp.bench.compare.study import Plan
 from spp.bench.compare.summary import summaries
-from spp.bench.compare.tables import main_table, markdown, notes, search_table
+from spp.bench.compare.tables import main_table, markdown, notes, search_table, verdict
 from spp.errors import CheckpointError, ConfigError, OutputExistsError
 
 CONDITIONS = {
@@ -144,6 +144,24 @@ def test_the_table_takes_the_rate_that_validation_chose() -> None:
     assert "**30.00**" in search_table(found).markdown()
     text = markdown(found, ["hira, lr 0.01, seed 0, 100 steps"])
     assert "## Missing\n\n- hira, lr 0.01, seed 0, 100 steps" in text
+
+
+def test_the_verdict_is_on_peers_that_keep_every_zero() -> None:
+    def searched(name: str, loss: float, **more: Any) -> list[dict[str, Any]]:
+        return [row(name, lr, 0, loss + abs(lr - 2e-2), **more) for lr in (1e-2, 2e-2, 4e-2)]
+
+    rows = [*searched("spp", 3.0), *searched("hira", 3.5), *searched("masked-lora", 2.5), *searched("spp:r=4", 1.0)]
+    rows += [*searched("lora", 1.0, zeros_kept=0.0), row("ia3", 1e-2, 0, 9.0)]
+    found = contents(*rows)
+    for one in found["rows"].values():
+        one["test"]["perplexity"] = 10.0
+    assert verdict(found) == (
+        "Of those that keep every zero: spp (10.00) does not hold against masked-lora (10.00); "
+        "it is ahead of hira (10.00) and ia3 (10.00). "
+        "Not settled, for want of learning rates on both sides of the best: ia3."
+    )
+    assert verdict(contents(row("hira", 1e-2, 0, 3.0))) == ""
+    assert verdict(contents(*searched("spp", 3.0), *searched("hira", 4.0))).count("is ahead of hira") == 1
 
 
 def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
