@@ -19,6 +19,7 @@ from spp.bench import harness
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.methods import adapt
+from spp.bench.compare.trial import device_of
 from spp.errors import SPPError
 from spp.training.loading import load_model
 
@@ -50,7 +51,6 @@ class _Step:
 
 def measure_cost(config: CompareConfig, contender: Contender) -> dict[str, Any]:
     """Return the entry of a contender, measured in a process of its own."""
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
     given: dict[str, Any] = {
         "model": config.model,
         "contender": contender.name,
@@ -59,13 +59,12 @@ def measure_cost(config: CompareConfig, contender: Contender) -> dict[str, Any]:
         "dtype": config.dtype,
         "rounds": config.cost_rounds,
         "threads": torch.get_num_threads(),
-        "device": device,
+        "device": device_of(config),
     }
     if config.dense is not None:
         given["dense"] = config.dense
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    found = harness.in_child("spp.bench.compare.cost", arguments)
-    return {**found, "environment": harness.environment(device, getattr(torch, config.dtype))}
+    return harness.in_child("spp.bench.compare.cost", arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = harness.interleave(steps, rounds=options.rounds, warmup=WARMUP, device=options.device)
     row = harness.compare(samples)[contender.name]
     row |= {"peak_bytes": memory.peak, "rest_bytes": memory.rest, "trainable": step.adapted.trainable()}
+    row["environment"] = harness.environment(options.device, next(step.model.parameters()).dtype)
     print(json.dumps(row))
 
 

@@ -158,7 +158,7 @@ def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adap
         plain = merged()
         with torch.no_grad():
             for name, weight, _ in projection_weights(plain):
-                weight.mul_(masks[name])
+                weight.mul_(masks[name].to(weight.device))
         return plain
 
     return Adapted(adapted.model, finish)
@@ -193,7 +193,7 @@ def _full(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
     for name, mask in masks.items():
         if not bool(mask.all()):
             # AdamW leaves a zero whose gradient is always zero where it is.
-            parameters[name].register_hook(lambda gradient, mask=mask: gradient * mask)
+            parameters[name].register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
     return Adapted(model, lambda: model)
 
 

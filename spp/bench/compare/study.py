@@ -5,6 +5,7 @@ then the other seeds at the best; every trial that results.json has is left alon
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from spp.training.loading import load_model, load_tokenizer
 logger = logging.getLogger(__name__)
 
 REPORT = "results.md"
+_WAIT = 1.0  # seconds
 Rows = Mapping[str, Mapping[str, Any]]
 
 
@@ -125,7 +127,8 @@ def compare(config: CompareConfig) -> Results:
         if source is not None:
             results.once("baselines", name, partial(trial.measure_baseline, config, source, data))
     for contender in contenders if config.budget == "time" else ():
-        _cost(config, contender, results)
+        while not _cost(config, contender, results):
+            time.sleep(_WAIT)  # another process is at it
     plan = plan_of(config, contenders, _steps(config, contenders, results))
     write_report(results, missing(config, plan, results.read()))
     while _run_one(config, plan, data, results):
@@ -193,12 +196,14 @@ def _is_best(one: Trial, results: Results, loss: float) -> bool:
     )
 
 
-def _cost(config: CompareConfig, contender: Contender, results: Results) -> None:
+def _cost(config: CompareConfig, contender: Contender, results: Results) -> bool:
+    """Measure a contender's cost unless that is done; return whether it is."""
+
     def find() -> dict[str, Any]:
         logger.info("cost of a step of %s …", contender.name)
         return cost.measure_cost(config, contender)
 
-    results.once("costs", contender.name, find)
+    return results.once("costs", contender.name, find) or contender.name in results.read()["costs"]
 
 
 def _steps(config: CompareConfig, contenders: Sequence[Contender], results: Results) -> dict[str, int]:

@@ -74,6 +74,7 @@ def run_trial(
         "trainable": adapted.trainable(),
         "diverged": False,
     }
+    environment = harness.environment(device_of(config), next(model.parameters()).dtype)
     try:
         row |= _train(config, trial, data, adapted.model, adapted.callbacks)
         with torch.random.fork_rng(devices=[]):
@@ -82,13 +83,13 @@ def run_trial(
         if worth_testing(row["validation"]["loss"]):
             row["test"] = data.test.measure(plain).to_dict()
     except NonFiniteError as error:
-        return {**row, "diverged": True, "reason": str(error), **_where(config)}
-    return {**row, **zeros(plain, masks), **_where(config)}
+        return {**row, "diverged": True, "reason": str(error), "environment": environment}
+    return {**row, **zeros(plain, masks), "environment": environment}
 
 
 def zeros(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Any]:
     """Return which of the zeros that `masks` says there were are zeros still, and whether N:M groups are whole."""
-    weights = {name: (weight.detach(), axis) for name, weight, axis in projection_weights(model)}
+    weights = {name: (weight.detach().cpu(), axis) for name, weight, axis in projection_weights(model)}
     before = kept = 0
     groups: list[bool] = []
     for name, mask in masks.items():
@@ -113,10 +114,15 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def measure_baseline(config: CompareConfig, name: Any, data: CompareData) -> dict[str, Any]:
     """Return the perplexities of a model that is not trained at all."""
-    model = load_model(name, config.dtype)
+    model = load_model(name, config.dtype).to(device_of(config))
     report = report_from_tensors(projection_weights(model))
     measured = {part: getattr(data, part).measure(model).to_dict() for part in ("validation", "test")}
     return {**measured, "sparsity": report.sparsity, "pattern": report.pattern}
+
+
+def device_of(config: CompareConfig) -> str:
+    """Return the device that trials run on, as transformers' Trainer chooses it."""
+    return "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
 
 
 class _Clock(TrainerCallback):
@@ -170,10 +176,6 @@ def _train(
         "step_wall_s": harness.spread(clock.wall).median,
         "step_process_s": harness.spread(clock.process).median,
     }
-
-
-def _where(config: CompareConfig) -> dict[str, Any]:
-    return {"environment": harness.environment("cpu", getattr(torch, config.dtype))}
 
 
 def _pattern(mask: Tensor, axis: int) -> str:
