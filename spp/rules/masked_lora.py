@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,10 +32,10 @@ class MaskedLoRARule(LowRankRule):
 
     def delta(self, weight: Tensor, factors: LowRankFactors, rows: slice, cols: slice, out: Tensor) -> None:
         self.update(factors, rows, cols, out)
-        out.mul_(nonzero_mask(weight))
+        out.mul_(_mask(weight, out.dtype))
 
     def gate(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.mul_(nonzero_mask(weight))
+        return gradient.mul_(_mask(weight, gradient.dtype))
 
     def largest_factor(self, factors: LowRankFactors) -> float:
         largest = self.bound(factors)
@@ -52,3 +53,8 @@ class MaskedLoRARule(LowRankRule):
         a, b = params
         branch = x if mask is None else x * mask
         return F.linear(x, weight, bias) + scaling * F.linear(branch, (b @ a) * nonzero_mask(weight))
+
+
+def _mask(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return M in the arithmetic's dtype: a CPU multiplies by floats several times faster than by bools."""
+    return nonzero_mask(weight).to(dtype)
