@@ -155,13 +155,7 @@ class SPPExperts(ExpertsAdapter):
         first = next(iter(self.adapter_parameters()))
         if torch.is_grad_enabled() or first.device.type != "cpu":  # elsewhere, asking would stall the device
             return False
-        factors = self.spp_rule.prepare(  # all experts as one layer: the bound is the largest of theirs
-            [p.flatten(0, 1) for p in self.adapter_parameters()],
-            self.scaling,
-            self.out_features * self.num_experts,
-            first.dtype,
-        )
-        return self.spp_rule.largest_factor(factors) == 0
+        return self.spp_rule.is_idle(self.adapter_parameters())
 
     def multiplier(self) -> Callable[[int, Tensor], Tensor]:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""

@@ -45,7 +45,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
             and that of a Conv1D is stored (n, m).
-        spp_alpha: W_α (r, n). spp_beta: W_β (m, 1).
+        spp_alpha: W_α (r, n). spp_beta: W_β (m, 1). With another rule its own, such as hira_A and hira_B.
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each. False for a packed weight, whose saving it would undo: set it to True
             where there is memory for the dense weights after all.

@@ -40,6 +40,7 @@ def run(
     scaling: Annotated[float | None, typer.Option(help="SPP: factor s of the adapter (default: 2.0).")] = None,
     dropout: Annotated[float | None, typer.Option(help="SPP: dropout probability (default: 0.0).")] = None,
     dropout_mode: Annotated[str | None, typer.Option(help="SPP: input or alpha (default: input).")] = None,
+    rule: Annotated[str | None, typer.Option(help="SPP: spp, hira or masked_lora (default: spp).")] = None,
     mask_update_every: Annotated[
         int | None, typer.Option(help="SPP: steps between two updates of the masks (default: the masks stay).")
     ] = None,

@@ -13,6 +13,7 @@ from spp.kernels import check_saved_activations
 from spp.patterns import Pattern
 from spp.pst import PSTConfig
 from spp.pst.schedule import check_schedule
+from spp.rules import get_rule
 from spp.training.checks import check_choice, check_int, check_number, check_path
 from spp.training.mask_options import check_mask_updates
 from spp.training.recipes import recipe_of
@@ -26,7 +27,7 @@ DEVICES = ("auto", "cpu")
 LR = {"spp": 4e-3, "pst": 1e-4}  # the papers'
 # Options that one method alone has.
 _OWN = {
-    "spp": ("r", "scaling", "dropout", "dropout_mode", "saved_activations"),
+    "spp": ("r", "scaling", "dropout", "dropout_mode", "rule", "saved_activations"),
     "pst": (
         *("pattern", "initial_sparsity", "initial_warmup", "final_warmup"),
         *("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale"),
@@ -61,10 +62,11 @@ class TuneConfig:
         eval_windows: measure at most this many windows; None for all.
         target_modules: None, "all-linear", names, or a regular expression.
         exclude_modules: names, or a regular expression.
-        r: SPP: rank of the adapter; see SPPConfig for this and the next three.
+        r: SPP: rank of the adapter; see SPPConfig for this and the next four.
         scaling: SPP: s.
         dropout: SPP: probability in [0, 1).
         dropout_mode: SPP: "input" or "alpha".
+        rule: SPP: "spp", "hira" or "masked_lora".
         dense_model: SPP: directory or hub id of the dense model, for mask updates.
         mask_update_every: SPP: optimizer steps between two mask updates (spp.training.mask_updates); None has none.
             The run then writes the pruned model with its final masks to base/, and the adapter belongs to that.
@@ -128,6 +130,7 @@ class TuneConfig:
     scaling: float = 2.0
     dropout: float = 0.0
     dropout_mode: str = "input"
+    rule: str = "spp"
     dense_model: str | os.PathLike[str] | None = None
     mask_update_every: int | None = None
     mask_update_fraction: float = 0.1
@@ -203,6 +206,7 @@ class TuneConfig:
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume are both True; choose to replace the earlier run or to continue it")
         adapter = self.adapter_config() if self.method == "spp" else self.pst_config()  # raises for r, scaling, …
+        get_rule(self.rule)
         object.__setattr__(self, "target_modules", adapter.target_modules)
         object.__setattr__(self, "exclude_modules", adapter.exclude_modules)
 
@@ -247,6 +251,7 @@ class TuneConfig:
             scaling=self.scaling,
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
+            rule=self.rule,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             seed=self.seed,

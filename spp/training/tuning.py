@@ -10,14 +10,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback
 
 from spp.errors import ConfigError, DataError, WrapError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
 from spp.inject import is_wrapped
+from spp.training.arguments import training_arguments
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
 from spp.training.config import TuneConfig
@@ -128,7 +128,7 @@ def _run(
     stop = StopOnSignal()
     trainer = method.trainer(
         model,
-        _arguments(config, run, len(data.train)),
+        training_arguments(config, run.checkpoints, len(data.train)),
         train_dataset=data.train,
         data_collator=data.collate,
         callbacks=[log, ProgressBar(config.progress), stop],
@@ -243,40 +243,6 @@ def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
         held_out=0.0 if config.eval_text is not None else config.eval_fraction,
         least_held_out=config.eval_window,
         seed=config.seed,
-    )
-
-
-def _arguments(config: TuneConfig, run: RunDirectory, rows: int) -> Any:
-    """Return transformers' options for this run."""
-    passes = math.ceil(rows / config.batch_size)  # forward passes of an epoch
-    steps = config.steps or math.ceil(config.epochs * math.ceil(passes / config.gradient_accumulation))
-    known = {f.name for f in fields(TrainingArguments)}
-    # The option was renamed within transformers 5.
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return TrainingArguments(
-        output_dir=str(run.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
-        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
-        bf16=config.bf16,
-        use_cpu=config.device == "cpu",
-        seed=config.seed,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # LogFile stops a run whose loss is not finite
-        save_strategy="steps",  # which also saves at the end
-        save_steps=config.save_every or steps,
-        save_total_limit=config.save_limit,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-        **{checkpointing: config.gradient_checkpointing},
     )
 
 
