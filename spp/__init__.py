@@ -16,7 +16,16 @@ from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter
 from spp.calibrate import prune
 from spp.certificate import SparsityReport
-from spp.checkpoint import certify, load_packed, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint import (
+    certify,
+    export_dense,
+    export_packed,
+    load_packed,
+    merge_checkpoint,
+    save_model,
+    sparsity,
+    verify,
+)
 from spp.checkpoint_prune import prune_checkpoint
 from spp.config import SPPConfig
 from spp.errors import SPPError, SPPWarning
@@ -37,6 +46,8 @@ __all__ = [
     "adapter_state_dict",
     "certify",
     "disabled",
+    "export_dense",
+    "export_packed",
     "functional",
     "load_adapter",
     "load_packed",

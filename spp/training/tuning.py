@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, 
 from spp.files.rows import read_text
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
+from spp.inject_packed import packed_layers
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
 from spp.training.config import TuneConfig
@@ -102,7 +103,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
     data = _load_data(config, tokenizer)
     measure = _Measure(config, tokenizer, data)
     model = model if model is not None else load_model(str(config.model), config.dtype)
-    wrap(model, config.adapter_config())
+    wrap(model, replace(config.adapter_config(), packed=bool(packed_layers(model))))
     set_saved_activations(model, config.saved_activations)
     try:
         run.begin(data.summary.to_dict())
