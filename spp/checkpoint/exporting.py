@@ -33,7 +33,6 @@ from spp.errors import CheckpointError, ConfigError, MaskError
 from spp.files import (
     CheckpointReader,
     atomic_directory,
-    content_crc32,
     content_sha256,
     read_json,
     require_replaceable,
@@ -222,13 +221,12 @@ class _Packing:
             return
         weight, layout = self._reader.tensor(key), descriptor.layout
         packed = PackedWeight(layout, *pack_tensor(descriptor.matrix(weight), layout, self._kept(key)))
-        decoded = descriptor.dense(packed)
-        crc = content_crc32(decoded)
+        crc = _crc32(descriptor.pieces(packed))
         if crc != self._certificate.tensors[key].content_crc32:
-            if crc != content_crc32(weight + 0.0):
+            if crc != _crc32(part + 0.0 for part in weight.view(-1).split(_PIECE)):
                 raise MaskError(f"{key} would not come back as it is (is the file being changed?); nothing was written")
-            self._changed[key] = crc, content_sha256(decoded)
-        del decoded
+            sha256 = "" if self._certificate.content_sha256 is None else content_sha256(descriptor.dense(packed))
+            self._changed[key] = crc, sha256
         yield key, tensor_bytes(descriptor.tensor())
         for suffix, part in zip(SUFFIXES, packed.tensors(), strict=False):
             yield key + suffix, tensor_bytes(part)
@@ -275,15 +273,26 @@ def _negative_zeros(t: Tensor) -> int:
     return sum(int((part == lowest).sum()) for part in bits.split(_PIECE))
 
 
-def _dense_bytes(reader: DenseReader, key: str, certificate: Certificate, bar: Any) -> list[memoryview]:
+def _crc32(pieces: Iterable[Tensor]) -> int:
+    crc = 0
+    for piece in pieces:
+        for data in tensor_bytes(piece):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def _dense_bytes(reader: DenseReader, key: str, certificate: Certificate, bar: Any) -> Iterator[memoryview]:
+    """Yield a tensor's bytes; those that the certificate does not know are an error at the end."""
     bar.update()
-    data = reader.raw(key)
+    crc = 0
+    for data in reader.pieces(key):
+        crc = zlib.crc32(data, crc)
+        yield data
     record = certificate.tensors.get(key)
     expected = certificate.other.get(key) if record is None else record.content_crc32
-    if expected is not None and zlib.crc32(data) != expected:
-        verify(reader.directory)  # which lists all that has changed
+    if expected is not None and crc != expected:
+        verify(reader.directory)  # lists all that has changed
         raise CheckpointError(f"{reader.directory}: {key} changes while it is read")
-    return [data]
 
 
 def _write_rest(reader: DenseReader, directory: Path, layouts: Mapping[str, Layout], config: Mapping[str, Any]) -> None:

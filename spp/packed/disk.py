@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from torch import Tensor
 from spp._version import __version__
 from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, dtype_name, read_json
+from spp.files.hashes import tensor_bytes
 from spp.packed.layout import Layout
 from spp.packed.weight import DTYPES, PackedWeight
 from spp.patterns import USUAL_GROUPS
@@ -45,7 +46,7 @@ QUANT_METHOD = "spp_packed"
 SUFFIXES = ("_values", "_codes", "_starts")
 _HEAD = 5  # numbers of a descriptor before the shape
 _LARGEST = 2**62  # elements of a tensor
-_CHECKED = 1 << 22  # weights whose codes are checked together
+_TOGETHER = 1 << 22  # weights that are decoded, or whose codes are checked, together
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,16 @@ class Descriptor:
             found["_starts"] = (torch.int32 if kept < 2**31 else torch.int64, (layout.rows, layout.stretches))
         return found
 
+    def pieces(self, packed: PackedWeight) -> Iterator[Tensor]:
+        """Yield the tensor of a packed matrix in row-major order: rows, or, where inputs come first, matrices."""
+        last = self.input_axis == len(self.shape) - 1
+        rows = max(1, _TOGETHER // max(1, self.layout.cols) if last else self.shape[-1])
+        for first in range(0, self.layout.rows, rows):
+            part = slice(first, min(first + rows, self.layout.rows))
+            piece = torch.empty(part.stop - part.start, self.layout.cols, dtype=packed.dtype)
+            piece = packed.decode(part, slice(None), piece)
+            yield piece if last else piece.T.contiguous()
+
     def dense(self, packed: PackedWeight) -> Tensor:
         """Return the tensor of a packed matrix."""
         out = torch.empty(self.shape, dtype=packed.dtype)
@@ -179,6 +190,14 @@ class DenseReader(CheckpointReader):
         if key not in self.packed:
             return super().raw(key)
         return self.tensor(key).reshape(-1).view(torch.uint8).numpy().data.toreadonly()
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes; of a packed one some rows at a time."""
+        if key not in self.packed:
+            yield super().raw(key)
+            return
+        for piece in self.packed[key].pieces(self.packed_weight(key)):
+            yield from tensor_bytes(piece)
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor on the CPU: mapped from the file, or decoded."""
@@ -293,7 +312,7 @@ def _check(weight: PackedWeight) -> None:
     if not layout.is_nm:
         weight.check()
         return
-    step = max(1, _CHECKED // max(1, layout.cols))
+    step = max(1, _TOGETHER // max(1, layout.cols))
     for first in range(0, layout.rows, step):
         part = slice(first, min(first + step, layout.rows))
         rows = replace(layout, rows=part.stop - part.start)

@@ -107,7 +107,8 @@ def test_what_is_stored_comes_back(tmp_path: Path, name: str, dtype: torch.dtype
         assert (reader.shape("w"), reader.dtype("w")) == (shape, dtype)
         assert_same_bits(reader.tensor("w"), weight, name)
         assert bytes(reader.raw("w")) == weight.view(torch.uint8).numpy().tobytes()
-        assert bytes(reader.raw("other")) == bytes(stored.raw("other"))
+        assert b"".join(map(bytes, reader.pieces("w"))) == bytes(reader.raw("w"))
+        assert bytes(reader.raw("other")) == b"".join(reader.pieces("other")) == bytes(stored.raw("other"))
         expected = sum(len(stored.raw(key)) for key in stored if key != "other")
         assert reader.stored_bytes("w") == expected and reader.stored_bytes("other") == 24
         assert reader.packed["w"].input_axis == axis % len(shape)
@@ -118,6 +119,14 @@ def test_a_plain_checkpoint_is_read_as_it_is(tmp_path: Path) -> None:
     with DenseReader(folder) as reader:
         assert reader.packed == {} and reader.keys() == ["v_codes", "w", "w_values"]
         assert_same_bits(reader.tensor("w"), PAIRS, "w")
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0), (3, 0, 8), (3, 8, 0), (0, 4, 8)], ids=str)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_nothing_is_packed_too(tmp_path: Path, shape: tuple[int, ...], axis: int) -> None:
+    with DenseReader(save(tmp_path / "it", pack("w", torch.empty(shape), axis))) as reader:
+        assert reader.tensor("w").shape == shape
+        assert bytes(reader.raw("w")) == b"" == b"".join(reader.pieces("w"))
 
 
 def put(name: str, value: Any) -> Callable[[dict[str, Tensor]], None]:
