@@ -33,6 +33,7 @@ from spp.inject import adapter_parameters, disabled, print_trainable_parameters,
 from spp.inject_packed import pack, unpack
 from spp.layer import SPPLinear
 from spp.merge import MergeReport, merge
+from spp.semi_structured import SemiStructuredReport, to_semi_structured
 
 __all__ = [
     "MergeReport",
@@ -40,6 +41,7 @@ __all__ = [
     "SPPError",
     "SPPLinear",
     "SPPWarning",
+    "SemiStructuredReport",
     "SparsityReport",
     "__version__",
     "adapter_parameters",
@@ -62,6 +64,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "sparsity",
+    "to_semi_structured",
     "unpack",
     "unwrap",
     "verify",
