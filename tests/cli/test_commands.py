@@ -15,7 +15,7 @@ from spp._version import __version__
 from tests.cli.conftest import Outcome
 
 Call = Callable[..., Outcome]
-COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval", "export"]
+COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval", "export", "push"]
 
 
 def ok(outcome: Outcome) -> Outcome:
