@@ -91,6 +91,22 @@ def test_inspect_a_model(spp: Call, pruned: Path) -> None:
     assert "model.layers.1.self_attn.q_proj.weight" in listed and "2:4" in listed
 
 
+def test_inspect_draws(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "zeros.png"
+    found = ok(spp("inspect", pruned, "--plot", path))
+    assert "self_attn.q_proj" in found.out and f"wrote {path}" in found.out
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        ((pruned, "--plot", path), "--overwrite"),
+        ((pruned, "--plot", tmp_path / "zeros.gif"), "must end in .png"),
+        ((adapter, "--plot", tmp_path / "other.png"), "is an adapter"),
+    ):
+        refused = spp("inspect", *arguments)
+        assert refused.code == 1 and message in refused.err, refused.err
+    assert "wrote" in ok(spp("inspect", pruned, "--plot", path, "--overwrite")).out
+
+
 def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
     out = ok(spp("inspect", adapter)).out
     assert "scaling" in out and "self_attn.q_proj.spp_alpha" in out
