@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,28 @@ def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OutputError, match="the disk is full"):
             spp.export_dense(packed, tmp_path / "x")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "packed"] or not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that is smaller than the model in either form; needs the right to mount."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_small_disk(base: Path, tmp_path: Path, disk: Path) -> None:
+    spp.export_packed(base, tmp_path / "packed")
+    (disk / "mine").write_text("mine")
+    for export, source in ((spp.export_packed, base), (spp.export_dense, tmp_path / "packed")):
+        with pytest.raises(OutputError, match=r"cannot write .*out.*: the disk is full"):
+            export(source, disk / "out")
+        assert os.listdir(disk) == ["mine"]
 
 
 def test_packing_that_went_wrong_is_not_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
