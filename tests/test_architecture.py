@@ -36,6 +36,7 @@ LEVELS = {
     "inject": 6,
     "adapters": 7,
     "merge": 7,
+    "semi_structured": 7,
     "calibrate": 7,
     "pst": 7,
     "checkpoint": 8,

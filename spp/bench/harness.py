@@ -25,12 +25,12 @@ from typing import Any
 import torch
 
 from spp._version import __version__
-from spp.bench.plot import check_plot
 from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
 from spp.files import atomic_file, write_json
 from spp.kernels import native
 from spp.kernels.choice import kernels
 from spp.report import Table
+from spp.report_plot import check_plot
 
 PACKAGES = ("transformers", "peft", "triton")
 

@@ -18,6 +18,7 @@ from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
 from spp.files import CheckpointReader, dtype_name
 from spp.merge import DTYPES
+from spp.packed.disk import is_packed
 from spp.rules import Rule, get_rule
 from spp.targets_layout import as_matrices, find_projections
 
@@ -71,6 +72,8 @@ class Places:
     """
 
     def __init__(self, reader: CheckpointReader, files: AdapterFiles) -> None:
+        if is_packed(reader):
+            raise ConfigError(f"{reader.directory} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
         layers, masks = files.layers(), files.base_masks or {}
         unknown = sorted(layers.keys() - masks.keys())
         if unknown:

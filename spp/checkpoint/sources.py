@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
+from spp.packed.disk import DenseReader
 from spp.targets import dense_projection_weights, is_projection_key, packed_modules
 from spp.targets_layout import disk_input_axes
 
@@ -97,7 +98,7 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
     directory = checkpoint_directory(what)
-    with CheckpointReader(directory) as reader:
+    with DenseReader(directory) as reader:
         all_axes = input_axes(reader)
         axes = {key: all_axes[key] for key in projection_keys(reader)}
         if not axes:

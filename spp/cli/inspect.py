@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from spp.cli import console
+from spp.errors import ConfigError
 from spp.report import Table, byte_text, kind_of
 
 NAME = "inspect"
@@ -16,23 +17,37 @@ NAME = "inspect"
 def run(
     path: Annotated[str, typer.Argument(help="Directory or hub id of a model or an adapter.")],
     every: Annotated[bool, typer.Option("--all", help="List every tensor in the table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw layers × projections as a heat map: a .png, .svg or .pdf file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --plot.")] = False,
 ) -> None:
     """Show the sparsity of a model's projections, or an adapter's options and sizes.
 
-    Example: spp inspect pruned
+    Example: spp inspect pruned --plot pruned.png
     """
     from spp.checkpoint import sparsity
     from spp.files.hub import local_directory
     from spp.report import sparsity_table
+    from spp.report_heatmap import plot_sparsity
+    from spp.report_plot import check_plot
 
     directory = local_directory(path, "model or adapter")
+    if plot is not None:
+        check_plot(plot)
+        console.check_file(plot, overwrite)
     if (directory / "adapter_config.json").exists():
+        if plot is not None:
+            raise ConfigError(f"--plot draws the zeros of a model; {path} is an adapter")
         for table in adapter_tables(directory, every=every):
             console.show(table)
         return
     with console.step(f"reading {path}"):
         report = sparsity(directory)
     console.show(sparsity_table(report, every=every))
+    if plot is not None:
+        plot_sparsity(report, path, plot, overwrite=overwrite)
+        console.wrote(plot)
 
 
 def adapter_tables(directory: Path, *, every: bool) -> list[Table]:

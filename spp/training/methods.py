@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from spp.adapters import load_adapter, save_adapter
 from spp.checkpoint import save_model
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
+from spp.inject_packed import packed_layers
 from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
 from spp.pst import wrap as wrap_pst
@@ -49,7 +51,8 @@ class SPPMethod(Method):
 
     def prepare(self, model: Any) -> None:
         """Wrap, and find the dense model for mask updates."""
-        self._wrap_options(wrap(model, self.config.adapter_config()))
+        config = replace(self.config.adapter_config(), packed=bool(packed_layers(model)))
+        self._wrap_options(wrap(model, config))
         try:
             self._updates = self._mask_updates(model)
         except BaseException:

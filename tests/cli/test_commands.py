@@ -15,7 +15,7 @@ from spp._version import __version__
 from tests.cli.conftest import Outcome
 
 Call = Callable[..., Outcome]
-COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval", "compare"]
+COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval", "compare", "export", "push"]
 
 
 def ok(outcome: Outcome) -> Outcome:
@@ -128,6 +128,22 @@ def test_inspect_a_model(spp: Call, pruned: Path) -> None:
     assert "self_attn.q_proj" in grouped and "layers.1" not in grouped
     listed = ok(spp("inspect", pruned, "--all")).out
     assert "model.layers.1.self_attn.q_proj.weight" in listed and "2:4" in listed
+
+
+def test_inspect_draws(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "zeros.png"
+    found = ok(spp("inspect", pruned, "--plot", path))
+    assert "self_attn.q_proj" in found.out and f"wrote {path}" in found.out
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        ((pruned, "--plot", path), "--overwrite"),
+        ((pruned, "--plot", tmp_path / "zeros.gif"), "must end in .png"),
+        ((adapter, "--plot", tmp_path / "other.png"), "is an adapter"),
+    ):
+        refused = spp("inspect", *arguments)
+        assert refused.code == 1 and message in refused.err, refused.err
+    assert "wrote" in ok(spp("inspect", pruned, "--plot", path, "--overwrite")).out
 
 
 def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
