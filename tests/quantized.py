@@ -38,11 +38,20 @@ def quantize_linear(linear: nn.Linear, form: str, nested: bool = False) -> nn.Li
 
 
 def own_dense(linear: Any) -> torch.Tensor:
-    """The weight as bitsandbytes itself dequantizes it: the oracle."""
+    """The weight as the formula says, from what bitsandbytes stores: the oracle.
+
+    bitsandbytes' own 4-bit decoder errs on some CPUs where blocks cross the ends of rows.
+    """
     import bitsandbytes as bnb
 
     if isinstance(linear, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        state, data = linear.weight.quant_state, linear.weight.data.view(-1)
+        scales = state.absmax
+        if state.nested:
+            scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+        codes = torch.stack([data >> 4, data & 15], 1).view(-1)[: state.shape.numel()].long()
+        flat = state.code[codes] * scales.float().repeat_interleave(state.blocksize)[: len(codes)]
+        return flat.view(state.shape).to(state.dtype)
     scales = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
     return bnb.functional.int8_vectorwise_dequant(linear.weight.data, scales)
 

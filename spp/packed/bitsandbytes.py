@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -117,9 +118,7 @@ def _read_4bit(module: Any, weight: Any, where: str, dtype: torch.dtype | None) 
         raise ConfigError(f"{where} is a Linear4bit that is not quantized yet: move it to its device first")
     data = weight.data
     if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        data, state = _as_stored(data, state)
     if state.quant_type not in ("nf4", "fp4") or int((state.code == 0).sum()) == 0:
         raise TargetError(f"{where} is quantized as {state.quant_type}, whose table has no exact zero: pruned weights")
     if data.dtype != torch.uint8:
@@ -127,8 +126,23 @@ def _read_4bit(module: Any, weight: Any, where: str, dtype: torch.dtype | None) 
     return _of_state(module.out_features, module.in_features, data, state, state.dtype)
 
 
+def _as_stored(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return codes and state in the usual form of what bitsandbytes has put in another order for some CPUs.
+
+    It does so in the first evaluation, and rounds the scales to bfloat16, one a block, transposed. The module's own
+    state stays as it is: bitsandbytes would change it in place.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    usual = copy.copy(state)
+    usual.original_nested = False  # the nested scales are gone: quantizing them anew would round once more
+    data, usual = _convert_weight_packed_for_cpu_inverse(data, usual)
+    usual.absmax = state.absmax.T.reshape(-1)
+    return data, usual
+
+
 def _of_state(rows: int, cols: int, data: Tensor, state: Any, dtype: torch.dtype) -> QuantizedWeight:
-    scales, inner, nested, size = state.absmax, state.state2, None, 0
+    scales, inner, nested, size = state.absmax, getattr(state, "state2", None), None, 0
     if state.nested:
         parts = (inner.code.float(), state.offset.float().reshape(1), inner.absmax.float())
         nested, size = torch.cat([part.to(data.device) for part in parts]).view(torch.int32), inner.blocksize
