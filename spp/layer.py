@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import NonFiniteError
-from spp.kernels import PackedSource
+from spp.kernels import OffloadedWeight, PackedSource, WeightSource
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
 from spp.layer_checks import check_linear, features, input_axis_of
 from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
+from spp.offload import fetch, home, offloader
+from spp.offload_hooks import HookedAdapter, let_go_on_error, move_hook
 from spp.packed import (
     PackedWeight,
     QuantizedLayout,
@@ -29,7 +32,7 @@ from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 
 
-class SPPLinear(AdaptedLinear, PackedHolder):
+class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
@@ -44,11 +47,12 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
-            and that of a Conv1D is stored (n, m).
+            and that of a Conv1D is stored (n, m). While accelerate has it offloaded it is on the meta device, between
+            the calls; `dense_weight()` has the numbers.
         spp_alpha: W_α (r, n). spp_beta: W_β (m, 1).
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
-            generation does not build it for each. False for a packed weight, whose saving it would undo: set it to True
-            where there is memory for the dense weights after all.
+            generation does not build it for each. False for a packed or offloaded weight, whose saving it would undo:
+            set it to True where there is memory for the dense weights after all.
         grad_precision: of the product behind the gradients of W_α and W_β, "auto" or "fp8" (spp.kernels.fp8): a
             property of a run, not of the adapter, and stored nowhere.
 
@@ -115,21 +119,22 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         for hooks in HOOKS:
             setattr(self, hooks, getattr(linear, hooks))
         stored = self.stored_weight
-        dtype = arithmetic_dtype(stored.dtype)
+        dtype, device = arithmetic_dtype(stored.dtype), home(linear, stored)
         self._adapter_names = self.spp_rule.attribute_names()
         self._tensor_names = ("weight", *self._adapter_names)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self._adapter_names, shapes, strict=True):
-            empty = torch.empty(shape, dtype=dtype, device="meta" if stored.is_meta else "cpu")
+            empty = torch.empty(shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
             self.register_parameter(name, nn.Parameter(empty))
-        if not stored.is_meta:
+        if device.type != "meta":
             self.reset_parameters(generator)
             for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(stored.device)
+                parameter.data = parameter.data.to(device)
         stored.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.training = linear.training
+        move_hook(linear, self)
         if isinstance(linear, PackedLinear):
             linear.drop_weight()
         elif quantized:
@@ -154,8 +159,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     @property
     def matrix(self) -> Tensor:
-        """The frozen weight as (m, n), whatever its storage; of a packed one a dense copy."""
-        return self.weight if self.input_axis == -1 else self.weight.T
+        """The frozen weight as (m, n), whatever its storage; of a packed or offloaded one a dense copy."""
+        return self.dense_weight() if self.input_axis == -1 else self.dense_weight().T
 
     def merge(self) -> nn.Linear:
         """Return a plain nn.Linear (of a Conv1D, a Conv1D) with the effective weight; this layer stays as it is.
@@ -202,6 +207,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             weight = self.weight
             original.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         original.register_parameter("bias", self.bias)
+        move_hook(self, original)
         for name, flag in self._requires_grad.items():
             if name in original._parameters:
                 original.get_parameter(name).requires_grad_(flag)
@@ -240,11 +246,19 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             and cached.holds([held.get(name) for name in self._tensor_names])
         ):
             return F.linear(x, cached.effective, held["bias"])
-        return super().forward(x)
+        if "_hf_hook" not in self.__dict__:
+            return super().forward(x)
+        with let_go_on_error(self):
+            return super().forward(x)
 
-    def frozen(self) -> Tensor | PackedSource:
+    def frozen(self) -> Tensor | WeightSource:
         """Return the base weight."""
-        return self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
+        if self.packed_layout is not None:
+            return PackedSource(self.packed_weight())
+        hook = offloader(self)
+        if hook is None:
+            return self.matrix
+        return OffloadedWeight(self.matrix, partial(_load, hook, self.kept_weight().dtype, self.input_axis))
 
     def frozen_bias(self) -> Tensor | None:
         """Return the bias."""
@@ -253,6 +267,15 @@ class SPPLinear(AdaptedLinear, PackedHolder):
     def kept_weight(self) -> Tensor:
         """Return `stored_weight`."""
         return self._parameters["weight"] if self.packed_layout is None else self.stored_weight  # type: ignore[return-value]
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of W_α and W_β."""
+        return self._adapter_names
+
+    def hook_changed(self) -> None:
+        """Keep no W_eff of a weight that is offloaded."""
+        self._cached = None
+        self.cache_effective = self.packed_layout is None and offloader(self) is None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPLinear:
         """Convert or move; W_α and W_β follow the device, but stay float32 (float64 for a float64 base)."""
@@ -276,3 +299,9 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
             + ("" if self.packed_layout is None else f", packed={self.packed_layout}")
         )
+
+
+def _load(hook: Any, dtype: torch.dtype, input_axis: int) -> Tensor:
+    """Return W (m, n) as a hook would load it."""
+    weight = fetch(hook, "weight", dtype)
+    return weight if input_axis == -1 else weight.T

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layer_packed import PackedLinear
+from spp.offload import offloader, values
 from spp.packed import quantized_kind, read_quantized
 from spp.patterns import all_finite
 from spp.rules import get_rule
@@ -32,11 +33,6 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
             f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
             f"with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
-        raise ConfigError(
-            f"{where} is offloaded by accelerate, and an adapter on it would not be found by an optimizer: load the "
-            f"model without offloading, onto devices only"
-        )
     if quantized_kind(linear):
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
@@ -54,9 +50,12 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
         raise TargetError(
             f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"
         )
+    if config.packed and not isinstance(linear, PackedLinear) and offloader(linear) is not None:
+        raise ConfigError(f"{where} is offloaded by accelerate, and what is packed stays in memory: packed=False")
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
+    weight = weight if isinstance(linear, PackedLinear) else values(linear)
     if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise NonFiniteError(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.kernels import PackedSource, base_linear
+from spp.offload import values
+from spp.offload_hooks import move_hook
 from spp.packed import DTYPES, Layout, PackedWeight, QuantizedLayout, QuantizedWeight
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")
@@ -39,7 +41,7 @@ class PackedHolder(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight (m, n); of a packed one a dense copy, decoded at each access."""
+        """The frozen weight (m, n); of a packed one a dense copy, decoded at each access; on meta while offloaded."""
         if self.packed_layout is not None:
             return self.packed_weight().dense()
         weight = self._parameters.get("weight")
@@ -52,13 +54,17 @@ class PackedHolder(nn.Module):
         """What holds the weight's numbers, in its dtype and on its device: the Parameter, or the packed values."""
         return self.weight if self.packed_layout is None else self.packed_weight().values
 
+    def dense_weight(self) -> Tensor:
+        """Return the frozen weight with its numbers: the Parameter; packed, a dense copy; offloaded, what is loaded."""
+        return values(self) if self.packed_layout is None else self.packed_weight().dense()
+
     def packed_weight(self) -> PackedWeight | QuantizedWeight:
         """Return the packed weight; the tensors are the module's."""
-        layout, tensors = self.packed_layout, [self._buffers[name] for name in NAMES if name in self._buffers]
+        layout, tensors = self.packed_layout, [values(self, name) for name in NAMES if name in self._buffers]
         if isinstance(layout, QuantizedLayout):
-            return QuantizedWeight(layout, *tensors)  # type: ignore[arg-type]
+            return QuantizedWeight(layout, *tensors)
         assert layout is not None
-        return PackedWeight(layout, *tensors)  # type: ignore[arg-type]
+        return PackedWeight(layout, *tensors)
 
     def hold_packed(self, packed: PackedWeight | QuantizedWeight) -> None:
         """Take a packed weight in place of what is held."""
@@ -124,6 +130,7 @@ class PackedLinear(PackedHolder):
             setattr(self, hooks, getattr(linear, hooks))
         self.train(linear.training)
         release_weight(linear)
+        move_hook(linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
@@ -138,6 +145,7 @@ class PackedLinear(PackedHolder):
         original = self._linear[0]
         original.weight = nn.Parameter(self.weight, requires_grad=self.weight_requires_grad)
         original.register_parameter("bias", self.bias)
+        move_hook(self, original)
         return original.train(self.training)
 
     def extra_repr(self) -> str:

@@ -32,7 +32,9 @@ def read_quantized(module: nn.Module, where: str, dtype: torch.dtype | None = No
     """
     weight: Any = module.weight
     if weight.is_meta:
-        raise ConfigError(f"{where} is on the meta device and quantized: load the model first")
+        raise ConfigError(
+            f"{where} is quantized and on the meta device: load the model first, its quantized layers not offloaded"
+        )
     read = _read_4bit if quantized_kind(module) == "4bit" else _read_8bit
     quantized = read(module, weight, where, dtype)
     quantized.check(where)
@@ -142,8 +144,9 @@ def _as_stored(data: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def _of_state(rows: int, cols: int, data: Tensor, state: Any, dtype: torch.dtype) -> QuantizedWeight:
-    scales, inner, nested, size = state.absmax, getattr(state, "state2", None), None, 0
+    scales, nested, size = state.absmax, None, 0
     if state.nested:
+        inner = state.state2
         parts = (inner.code.float(), state.offset.float().reshape(1), inner.absmax.float())
         nested, size = torch.cat([part.to(data.device) for part in parts]).view(torch.int32), inner.blocksize
     else:
