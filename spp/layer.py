@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +11,14 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import NonFiniteError
-from spp.kernels import OffloadedWeight, PackedSource, WeightSource
+from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
 from spp.layer_checks import check_linear, features, input_axis_of
-from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
-from spp.offload import fetch, home, offloader
+from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, plain_linear, release_weight
+from spp.offload import home, offloader
 from spp.offload_hooks import HookedAdapter, let_go_on_error, move_hook
 from spp.packed import (
     PackedWeight,
-    QuantizedLayout,
     QuantizedWeight,
     quantized_kind,
     read_quantized,
@@ -201,7 +198,7 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         elif quantized_kind(original) and isinstance(held := self.held_packed(), QuantizedWeight):
             write_quantized(original, held)
         elif quantized_kind(original):
-            original = self._plain(original)
+            original = plain_linear(original, self.weight)
         else:
             original = original.linear() if isinstance(original, PackedLinear) else original
             weight = self.weight
@@ -216,14 +213,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
     def held_packed(self) -> PackedWeight | QuantizedWeight | None:
         """Return the packed or quantized weight, None where it is dense."""
         return None if self.packed_layout is None else self.packed_weight()
-
-    def _plain(self, original: nn.Module) -> nn.Linear:
-        """Return an nn.Linear in the place of a quantized one, with the dense weight that this layer holds."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.weight, requires_grad=False)
-        for hooks in HOOKS:
-            setattr(plain, hooks, getattr(original, hooks))
-        return plain
 
     def active(self) -> Active | None:
         """Return the adapter, unless it is disabled."""
@@ -255,10 +244,7 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         """Return the base weight."""
         if self.packed_layout is not None:
             return PackedSource(self.packed_weight())
-        hook = offloader(self)
-        if hook is None:
-            return self.matrix
-        return OffloadedWeight(self.matrix, partial(_load, hook, self.kept_weight().dtype, self.input_axis))
+        return offloaded_weight(self, self.input_axis) or self.matrix
 
     def frozen_bias(self) -> Tensor | None:
         """Return the bias."""
@@ -283,8 +269,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         adapter = {name: self._parameters.pop(name) for name in self._adapter_names}
         try:
             super()._apply(fn, recurse)
-            if isinstance(layout := self.packed_layout, QuantizedLayout):  # codes stay what they are, W follows
-                self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
             for name, parameter in adapter.items():
                 assert parameter is not None
                 adapter[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))
@@ -299,9 +283,3 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
             f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
             + ("" if self.packed_layout is None else f", packed={self.packed_layout}")
         )
-
-
-def _load(hook: Any, dtype: torch.dtype, input_axis: int) -> Tensor:
-    """Return W (m, n) as a hook would load it."""
-    weight = fetch(hook, "weight", dtype)
-    return weight if input_axis == -1 else weight.T

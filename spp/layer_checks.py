@@ -9,7 +9,7 @@ from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layer_packed import PackedLinear
 from spp.offload import offloader, values
-from spp.packed import quantized_kind, read_quantized
+from spp.packed import QuantizedLayout, quantized_kind, read_quantized
 from spp.patterns import all_finite
 from spp.rules import get_rule
 from spp.targets_layout import is_conv1d
@@ -17,7 +17,10 @@ from spp.targets_layout import is_conv1d
 
 def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None = None) -> None:
     """Raise unless `linear` can be adapted: a floating-point, finite nn.Linear or Conv1D that r fits."""
-    if isinstance(linear, PackedLinear):
+    held = linear.packed_layout if isinstance(linear, PackedLinear) else None
+    if isinstance(held, QuantizedLayout):
+        pass
+    elif isinstance(linear, PackedLinear):
         if not config.packed:
             raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
     elif is_conv1d(linear):
@@ -33,11 +36,12 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
             f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
             f"with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if quantized_kind(linear):
+    if isinstance(held, QuantizedLayout) or quantized_kind(linear):
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
         get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
-        read_quantized(linear, f"{where}.weight")
+        if held is None:
+            read_quantized(linear, f"{where}.weight")
         return
     weight = linear.stored_weight if isinstance(linear, PackedLinear) else linear.weight
     assert isinstance(weight, Tensor)

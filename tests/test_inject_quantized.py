@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import spp
-from spp.errors import ConfigError, NonFiniteError, TargetError
+from spp.errors import ConfigError, NonFiniteError, TargetError, WrapError
+from spp.training import SPPTrainer
 from tests.models import projections
 from tests.quantized import FORMS, own_dense, quantized_llama
 
@@ -184,23 +185,32 @@ def test_weights_that_cannot_be_adapted_name_their_layer() -> None:
         spp.wrap(model, r=4)
 
 
-def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_quantized(bits: int, tmp_path: Path) -> None:
+    """Trainer refuses a quantized model without an adapter that it knows; SPPTrainer tells it, while it is made."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
     from tests.training.helpers import arguments, losses, pruned, trainer
 
     pruned().save_pretrained(tmp_path / "pruned")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     options: dict[str, Any] = {"quantization_config": settings, "dtype": torch.float32, "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", **options)
     assert model.is_quantized
+    with pytest.raises(WrapError, match="is not wrapped"):
+        trainer(tmp_path / "run", model)
     spp.wrap(model, r=4, seed=0)
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model, arguments(tmp_path / "plain"))
+    with pytest.raises(TypeError):
+        SPPTrainer(model, arguments(tmp_path / "run"), no_such_argument=1)
     made = trainer(tmp_path / "run", model)
-    assert not getattr(model, "_hf_peft_config_loaded", False)
+    assert "_hf_peft_config_loaded" not in vars(model), "elsewhere it would mean PEFT's adapters"
     made.train()
     assert losses(made)[-1] < losses(made)[0]
+    assert made.state.log_history[0]["sparsity"] == spp.sparsity(model).sparsity >= 0.5
     spp.merge(model)
     assert not model.is_quantized and not hasattr(model.config, "quantization_config")
     spp.save_model(model, tmp_path / "merged")

@@ -40,7 +40,7 @@ from spp.kernels.choice import use_kernels
 from spp.kernels.fp8 import check_grad_precision
 from spp.kernels.frozen import base_linear
 from spp.kernels.keep import check_saved_activations
-from spp.kernels.offloaded import OffloadedExperts, OffloadedWeight
+from spp.kernels.offloaded import OffloadedExperts, offloaded_weight
 from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
 from spp.kernels.three_products import linear
@@ -48,13 +48,13 @@ from spp.kernels.workspace import release_workspace, workspace_bytes
 
 __all__ = [
     "OffloadedExperts",
-    "OffloadedWeight",
     "PackedSource",
     "WeightSource",
     "base_linear",
     "check_grad_precision",
     "check_saved_activations",
     "linear",
+    "offloaded_weight",
     "release_workspace",
     "use_kernels",
     "workspace_bytes",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from spp.kernels.sources import DenseWeight, WeightSource
+from spp.offload import fetch, offloader, values
 
 
 class OffloadedWeight(DenseWeight):
@@ -33,6 +35,25 @@ class OffloadedWeight(DenseWeight):
 
 def _make(load: Callable[[], Tensor]) -> OffloadedWeight:
     return OffloadedWeight(load(), load)
+
+
+def offloaded_weight(module: nn.Module, input_axis: int) -> OffloadedWeight | None:
+    """Return W (m, n) of a linear that accelerate offloads, None for any other.
+
+    Args:
+        module: whose `weight` it is, loaded for a call or not.
+        input_axis: −1 for a weight that is stored (m, n), −2 for (n, m).
+    """
+    hook = offloader(module)
+    if hook is None:
+        return None
+    weight, transposed = values(module), input_axis == -2
+    return OffloadedWeight(weight.T if transposed else weight, partial(_load, hook, weight.dtype, transposed))
+
+
+def _load(hook: object, dtype: torch.dtype, transposed: bool) -> Tensor:
+    weight = fetch(hook, "weight", dtype)
+    return weight.T if transposed else weight
 
 
 class OffloadedExperts:
