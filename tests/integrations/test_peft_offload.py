@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -70,6 +71,7 @@ def test_it_trains_as_the_model_in_memory_does(way: str, first: str, tmp_path: P
     assert_same_bits(logits(unloaded), logits(pruned()))
 
 
+@pytest.mark.skipif(peft.__version__.startswith("0.20."), reason="PEFT 0.20 does not find its base on a disk again")
 def test_peft_loads_onto_a_model_that_transformers_dispatched(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
