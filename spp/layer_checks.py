@@ -45,11 +45,6 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
         return
     weight = linear.stored_weight if isinstance(linear, PackedLinear) else linear.weight
     assert isinstance(weight, Tensor)
-    if type(weight).__module__.startswith("torchao."):
-        raise TargetError(
-            f"{where}.weight is torchao's {type(weight).__name__}: whether its zeros are exact is not known to SPP, "
-            f"which adapts weights that bitsandbytes quantized, or none did"
-        )
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TargetError(
             f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"

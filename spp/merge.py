@@ -263,8 +263,10 @@ def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | N
 
 def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor) -> QuantizedWeight | None:
     """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none."""
-    layout = getattr(layer, "packed_layout", None)
-    return quantize_like(layout, merged, path) if isinstance(layout, QuantizedLayout) else None
+    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
+    if not isinstance(held, QuantizedWeight):
+        return None
+    return quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
 
 
 def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype) -> None:

@@ -181,7 +181,7 @@ def test_weights_that_cannot_be_adapted_name_their_layer() -> None:
 
     linear = model.model.layers[0].self_attn.q_proj
     linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Int8Tensor), requires_grad=False)
-    with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj\.weight is torchao's Int8Tensor"):
+    with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj\.weight is torchao's Int8Tensor, which"):
         spp.wrap(model, r=4)
 
 
