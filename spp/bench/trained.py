@@ -5,6 +5,7 @@ SPP in every mode, PEFT's LoRA and HiRA, all on the same seven projections of th
     spp-bf16-saved      layers keep their inputs for backward in bfloat16 (spp.kernels.keep)
     spp-chunked-loss    the loss is taken over LOSS_CHUNK tokens at a time (spp.training.causal_loss)
     spp-low-memory      both
+    spp-nf4, spp-int8   on weights that bitsandbytes has quantized to 4 or 8 bits
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.bench.harness import installed, require_peft
+from spp.bench.harness import installed, require_bitsandbytes, require_peft
 from spp.bench.models import add_model_options, load_dense, model_arguments
 from spp.errors import ConfigError
 from spp.inject import wrap
@@ -64,9 +65,33 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
         "spp-bf16-saved": saved_in_bfloat16,
         "spp-chunked-loss": lambda model: wrap(model, rank, target_modules=names),
         "spp-low-memory": saved_in_bfloat16,
+        "spp-nf4": lambda model: wrap(quantize(model, "nf4"), rank, target_modules=names),
+        "spp-int8": lambda model: wrap(quantize(model, "int8"), rank, target_modules=names),
         "lora": lora,
         "hira": hira,
     }
+
+
+def quantize(model: nn.Module, form: str) -> nn.Module:
+    """Have bitsandbytes quantize the projections of a model, in place, one after the other.
+
+    Args:
+        form: "nf4" or "int8".
+    """
+    bnb = require_bitsandbytes()
+    for path, module in resolve_targets(model, PROJECTIONS):
+        linear: Any = module
+        weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
+        made: Any
+        if form == "nf4":
+            made = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, quant_type=form, device="meta")
+            made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=form, module=made)
+        else:
+            made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made.bias = linear.bias
+        model.set_submodule(path, made.to(weight.device))  # which quantizes
+    return model
 
 
 def load_model(options: argparse.Namespace) -> nn.Module:
