@@ -10,7 +10,7 @@ tokens only, and one expert's block of W_eff exists at a time.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,20 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
-from spp.kernels import linear
+from spp.kernels import OffloadedExperts, WeightSource, linear
+from spp.offload import fetch, home, offloader
+from spp.offload_hooks import HookedAdapter, let_go_on_error
 from spp.patterns import all_finite
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
-from spp.targets_layout import Projection
+from spp.targets_layout import Projection, as_matrices
 from spp.targets_products import ExpertProducts, set_experts_implementation
 
 _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
 _opaque_forward: Callable[..., Any] | None = None
 
 
-class ExpertsAdapter(nn.Module):
+class ExpertsAdapter(HookedAdapter):
     """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
 
     Args:
@@ -44,7 +46,7 @@ class ExpertsAdapter(nn.Module):
     def __init__(self, projection: Projection) -> None:
         super().__init__()
         self._projection = (projection,)  # in a tuple: the module that it belongs to is no submodule of this one
-        self.num_experts = projection.weight.shape[0]
+        self.num_experts = projection.shape[0]
         self.out_features, self.in_features = projection.out_features, projection.in_features
 
     @property
@@ -54,8 +56,25 @@ class ExpertsAdapter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The fused weight as it is stored: (E, m, n) or (E, n, m)."""
+        """The fused weight as it is stored: (E, m, n) or (E, n, m); on the meta device while offloaded."""
         return self.projection.weight
+
+    def dense_weight(self) -> Tensor:
+        """Return the fused weight with its numbers: of an offloaded one, what is loaded."""
+        return self.projection.dense_weight()
+
+    def matrices(self) -> list[Tensor]:
+        """Return the experts' weights (m, n), views of `dense_weight`."""
+        return as_matrices(self.dense_weight().detach(), transposed=self.projection.input_axis == -2)
+
+    def sources(self) -> Sequence[Tensor | WeightSource]:
+        """Return what the experts' products take their weights from, for one call."""
+        matrices, hook = self.matrices(), offloader(self.projection.module)
+        if hook is None:
+            return matrices
+        name, dtype, transposed = self.projection.name, self.weight.dtype, self.projection.input_axis == -2
+        loaded = OffloadedExperts(lambda: as_matrices(fetch(hook, name, dtype), transposed=transposed))
+        return loaded.sources(matrices)
 
     @abstractmethod
     def has_no_effect(self) -> bool:
@@ -113,15 +132,17 @@ class SPPExperts(ExpertsAdapter):
         self.saved_activations = "full"
         weight = projection.weight
         self.weight_requires_grad = weight.requires_grad
-        dtype = arithmetic_dtype(weight.dtype)
+        dtype, device = arithmetic_dtype(weight.dtype), home(projection.module, weight)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self.spp_rule.attribute_names(), shapes, strict=True):
-            empty = torch.empty((self.num_experts, *shape), dtype=dtype, device="meta" if weight.is_meta else "cpu")
+            empty = torch.empty(
+                (self.num_experts, *shape), dtype=dtype, device="meta" if device.type == "meta" else "cpu"
+            )
             self.register_parameter(name, nn.Parameter(empty))
-        if not weight.is_meta:
+        if device.type != "meta":
             self.reset_parameters(generator)
             for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(weight.device)
+                parameter.data = parameter.data.to(device)
         weight.requires_grad_(False)
         self.training = projection.module.training
 
@@ -146,7 +167,7 @@ class SPPExperts(ExpertsAdapter):
 
     def effective_weight(self) -> Tensor:
         """Return W_eff in the weight's shape and dtype: what the products use and a merge stores, bit for bit."""
-        matrices, params = self.projection.matrices(), self.of_experts()
+        matrices, params = self.matrices(), self.of_experts()
         made = [effective_weight(self.spp_rule, w, p, self.scaling) for w, p in zip(matrices, params, strict=True)]
         return torch.stack(made if self.projection.input_axis == -1 else [w.T for w in made])
 
@@ -159,17 +180,21 @@ class SPPExperts(ExpertsAdapter):
 
     def multiplier(self) -> Callable[[int, Tensor], Tensor]:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
-        matrices, params = self.projection.matrices(), self.of_experts()
+        weights, params = self.sources(), self.of_experts()
         dropout = self.dropout if self.training else 0.0
         if dropout and self.dropout_mode == "alpha":
             params = [(F.dropout(first, dropout), *rest) for first, *rest in params]
             dropout = 0.0
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, matrices[expert], None, self.spp_rule, params[expert], self.scaling, dropout
+            given = x, weights[expert], None, self.spp_rule, params[expert], self.scaling, dropout
             return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of W_α and W_β."""
+        return tuple(self.spp_rule.attribute_names())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPExperts:
         """Convert or move; W_α and W_β follow the device, but keep the dtype of the arithmetic."""
@@ -201,7 +226,7 @@ class ExpertsForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.before = module.__dict__.get("forward")  # what a hook of accelerate put there, say
+        self.before = module.__dict__.get(_forward_name(module))
         self.implementation = set_experts_implementation(module, "eager", unless=_FOLLOWED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -222,16 +247,23 @@ class ExpertsForward:
         def multiply(index: int, expert: int, x: Tensor, _: bool) -> Tensor:
             return multipliers[index](expert, x)
 
-        with ExpertProducts([adapter.projection for adapter in adapters], multiply):
+        products = ExpertProducts([adapter.projection for adapter in adapters], multiply)
+        with let_go_on_error(self.module), products:
             return inner(*args, **kwargs)
 
     def restore(self) -> None:
         """Give the module its own forward and implementation back."""
-        if self.before is None:
-            del self.module.__dict__["forward"]
+        name = _forward_name(self.module)
+        if self.before is None and name == "forward":
+            del self.module.__dict__[name]
         else:
-            self.module.__dict__["forward"] = self.before
+            self.module.__dict__[name] = self.before or type(self.module).forward.__get__(self.module)
         set_experts_implementation(self.module, self.implementation)
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Return where a module's own forward is overridden: inside of accelerate's hook, which loads the weights first."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def adapters_of(module: nn.Module) -> dict[str, ExpertsAdapter]:
@@ -248,7 +280,7 @@ def adapt_experts(adapters: Mapping[str, ExpertsAdapter]) -> None:
     global _opaque_forward
     module = next(iter(adapters.values())).projection.module
     module._modules.update(adapters)  # under the names of parameters, which attribute access goes on to find first
-    module.__dict__["forward"] = ExpertsForward(module)
+    module.__dict__[_forward_name(module)] = ExpertsForward(module)
     if _opaque_forward is None:  # not at import time: it imports the compiler, which takes seconds
         _opaque_forward = torch.compiler.disable(ExpertsForward.run)
 
@@ -258,7 +290,7 @@ def release_experts(module: nn.Module) -> None:
     for name, adapter in adapters_of(module).items():
         adapter.projection.weight.requires_grad_(adapter.weight_requires_grad)
         del module._modules[name]
-    forward = module.__dict__.get("forward")
+    forward = module.__dict__.get(_forward_name(module))
     if isinstance(forward, ExpertsForward):
         forward.restore()
 
@@ -275,6 +307,7 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
             f"{where}: fused experts are not packed; leave them out with exclude_modules, or pass packed=False"
         )
     get_rule(config.rule).check_rank(projection.out_features, projection.in_features, r, where)
+    weight = projection.dense_weight()
     if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise NonFiniteError(

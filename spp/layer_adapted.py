@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.kernels import PackedSource, base_linear, linear
+from spp.kernels import PackedSource, WeightSource, base_linear, linear
 from spp.layer_cache import CachedWeight
 from spp.rules import Rule, effective_weight
 
+WHOLE = slice(None)
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
 _opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
 
@@ -67,7 +68,7 @@ class AdaptedLinear(nn.Module):
         """Return the adapter to compute with; None computes as the pruned layer does."""
 
     @abstractmethod
-    def frozen(self) -> Tensor | PackedSource:
+    def frozen(self) -> Tensor | WeightSource:
         """Return W (m, n), as a tensor or where blocks of it come from."""
 
     @abstractmethod
@@ -127,8 +128,9 @@ class AdaptedLinear(nn.Module):
 
     def _effective_weight(self, active: Active) -> Tensor:
         weight = self.frozen()
-        dense = weight if isinstance(weight, Tensor) else weight.packed.dense()
-        return effective_weight(active.rule, dense, active.params, active.scaling)
+        if isinstance(weight, WeightSource):
+            weight = weight.packed.dense() if isinstance(weight, PackedSource) else weight.block(WHOLE, WHOLE)
+        return effective_weight(active.rule, weight, active.params, active.scaling)
 
     def train(self, mode: bool = True) -> AdaptedLinear:
         """Set the mode; a cached W_eff is dropped."""

@@ -7,6 +7,8 @@ A module that holds a packed weight has the buffers `weight_values`, `weight_cod
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,18 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.kernels import PackedSource, base_linear
-from spp.packed import DTYPES, Layout, PackedWeight, QuantizedLayout, QuantizedWeight, give_back_pages
+from spp.offload import values
+from spp.offload_hooks import move_hook
+from spp.packed import (
+    DTYPES,
+    Layout,
+    PackedWeight,
+    QuantizedLayout,
+    QuantizedWeight,
+    give_back_pages,
+    release_quantized,
+    write_quantized,
+)
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")
 HOOKS = (
@@ -39,7 +52,7 @@ class PackedHolder(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight (m, n); of a packed one a dense copy, decoded at each access."""
+        """The frozen weight (m, n); of a packed one a dense copy, decoded at each access; on meta while offloaded."""
         if self.packed_layout is not None:
             return self.packed_weight().dense()
         weight = self._parameters.get("weight")
@@ -52,13 +65,17 @@ class PackedHolder(nn.Module):
         """What holds the weight's numbers, in its dtype and on its device: the Parameter, or the packed values."""
         return self.weight if self.packed_layout is None else self.packed_weight().values
 
+    def dense_weight(self) -> Tensor:
+        """Return the frozen weight with its numbers: the Parameter; packed, a dense copy; offloaded, what is loaded."""
+        return values(self) if self.packed_layout is None else self.packed_weight().dense()
+
     def packed_weight(self) -> PackedWeight | QuantizedWeight:
         """Return the packed weight; the tensors are the module's."""
-        layout, tensors = self.packed_layout, [self._buffers[name] for name in NAMES if name in self._buffers]
+        layout, tensors = self.packed_layout, [values(self, name) for name in NAMES if name in self._buffers]
         if isinstance(layout, QuantizedLayout):
-            return QuantizedWeight(layout, *tensors)  # type: ignore[arg-type]
+            return QuantizedWeight(layout, *tensors)
         assert layout is not None
-        return PackedWeight(layout, *tensors)  # type: ignore[arg-type]
+        return PackedWeight(layout, *tensors)
 
     def hold_packed(self, packed: PackedWeight | QuantizedWeight) -> None:
         """Take a packed weight in place of what is held."""
@@ -73,6 +90,13 @@ class PackedHolder(nn.Module):
         for name in NAMES:
             self._buffers.pop(name, None)
         self.packed_layout = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHolder:
+        """Convert or move; codes stay what they are, and the dtype that they are decoded to follows."""
+        super()._apply(fn, recurse)
+        if isinstance(layout := self.packed_layout, QuantizedLayout):
+            self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
+        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -90,7 +114,7 @@ class PackedLinear(PackedHolder):
 
     Args:
         linear: the nn.Linear (or subclass) whose weight is packed; it lets go of the dense one.
-        packed: its weight, packed already (then `linear` may be on the meta device); None packs it.
+        packed: its weight, packed already (then `linear` may be on the meta device) or quantized; None packs it.
         where: the layer's name in error messages.
 
     Attributes:
@@ -123,7 +147,11 @@ class PackedLinear(PackedHolder):
         for hooks in HOOKS:
             setattr(self, hooks, getattr(linear, hooks))
         self.train(linear.training)
-        release_weight(linear)
+        if isinstance(self.packed_layout, QuantizedLayout):
+            release_quantized(linear)
+        else:
+            release_weight(linear)
+        move_hook(linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
@@ -133,11 +161,21 @@ class PackedLinear(PackedHolder):
         """Return the module that was packed, without its weight."""
         return self._linear[0]
 
-    def restore(self) -> nn.Linear:
-        """Return the module that was packed, with its dense weight."""
+    def restore(self, *, dense: bool = False) -> nn.Linear:
+        """Return the module that was packed, with its weight as it had it.
+
+        Args:
+            dense: in place of a quantized one an nn.Linear with the dequantized weight.
+        """
         original = self._linear[0]
-        original.weight = nn.Parameter(self.weight, requires_grad=self.weight_requires_grad)
+        if not isinstance(self.packed_layout, QuantizedLayout):
+            original.weight = nn.Parameter(self.weight, requires_grad=self.weight_requires_grad)
+        elif dense:
+            original = plain_linear(original, self.weight)
+        else:
+            write_quantized(original, self.packed_weight())  # type: ignore[arg-type]  # quantized, as its layout
         original.register_parameter("bias", self.bias)
+        move_hook(self, original)
         return original.train(self.training)
 
     def extra_repr(self) -> str:
@@ -146,6 +184,16 @@ class PackedLinear(PackedHolder):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"packed={self.packed_layout}"
         )
+
+
+def plain_linear(original: nn.Module, weight: Tensor) -> nn.Linear:
+    """Return an nn.Linear in the place of another module, with its hooks and a frozen weight (m, n), without a bias."""
+    m, n = weight.shape
+    plain = nn.Linear(n, m, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    for hooks in HOOKS:
+        setattr(plain, hooks, getattr(original, hooks))
+    return plain
 
 
 def check_packable(linear: nn.Module, where: str) -> None:

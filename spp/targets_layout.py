@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spp.offload import values
 from spp.packed import quantized_kind, read_quantized
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,6 +49,11 @@ class Projection:
         weight = getattr(self.module, self.name)
         assert isinstance(weight, Tensor)
         return weight
+
+    def dense_weight(self) -> Tensor:
+        """Return `weight` with its numbers, to be read only: where accelerate has it offloaded, a copy."""
+        weight = self.weight
+        return values(self.module, self.name) if weight.is_meta and self.name in self.module._parameters else weight
 
     @property
     def parameter_path(self) -> str:

@@ -23,6 +23,7 @@ LEVELS = {
     "config": 1,
     "patterns": 1,
     "files": 1,
+    "offload": 1,
     "rules": 2,
     "packed": 2,
     "targets": 2,

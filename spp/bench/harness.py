@@ -224,6 +224,16 @@ def require_peft() -> Any:
     return peft
 
 
+def require_bitsandbytes() -> Any:
+    """Import bitsandbytes, or say which extra brings it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        extra = "pip install 'spp[quantized]'"
+        raise DependencyError(f"the contenders on quantized weights need bitsandbytes: {extra}") from error
+    return bitsandbytes
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every benchmark has."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")

@@ -8,6 +8,7 @@ tokens.
     spp-low-memory      both
     pst                 PST at the final sparsity, with --peft-rank for its ranks
     pst-autograd        the same by its plain formula, left to autograd (spp.bench.plain_pst)
+    spp-nf4, spp-int8   on weights that bitsandbytes has quantized to 4 or 8 bits
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.bench.harness import installed, require_peft
+from spp.bench.harness import installed, require_bitsandbytes, require_peft
 from spp.bench.models import add_model_options, load_dense, model_arguments
 from spp.bench.plain_pst import use_plain_formula
 from spp.errors import ConfigError
@@ -79,9 +80,33 @@ def contenders(rank: int, peft_rank: int, pattern: str = "2:4") -> dict[str, Cal
         "spp-low-memory": saved_in_bfloat16,
         "pst": pst,
         "pst-autograd": lambda model: use_plain_formula(pst(model)),
+        "spp-nf4": lambda model: wrap(quantize(model, "nf4"), rank, target_modules=names),
+        "spp-int8": lambda model: wrap(quantize(model, "int8"), rank, target_modules=names),
         "lora": lora,
         "hira": hira,
     }
+
+
+def quantize(model: nn.Module, form: str) -> nn.Module:
+    """Have bitsandbytes quantize the projections of a model, in place, one after the other.
+
+    Args:
+        form: "nf4" or "int8".
+    """
+    bnb = require_bitsandbytes()
+    for path, module in resolve_targets(model, PROJECTIONS):
+        linear: Any = module
+        weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
+        made: Any
+        if form == "nf4":
+            made = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, quant_type=form, device="meta")
+            made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=form, module=made)
+        else:
+            made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made.bias = linear.bias
+        model.set_submodule(path, made.to(weight.device))  # which quantizes
+    return model
 
 
 def load_model(options: argparse.Namespace) -> nn.Module:

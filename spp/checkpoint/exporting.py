@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from spp.certificate import CERTIFICATE_NAME, Certificate
 from spp.checkpoint.export_report import ExportReport, report_export
-from spp.checkpoint.merging import carry_files, refuse_overlap
+from spp.checkpoint.rewriting import carry_files, refuse_overlap
 from spp.checkpoint.saving import make_certificate
 from spp.checkpoint.sources import checkpoint_directory, open_source
 from spp.checkpoint.verifying import pruned_matrices, verify

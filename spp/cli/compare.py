@@ -90,8 +90,8 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     from spp.bench.compare import CompareConfig, compare
     from spp.bench.compare.chart import draw
     from spp.bench.compare.tables import main_table, notes, verdict
-    from spp.bench.plot import check_plot
     from spp.files.hub import local_directory
+    from spp.report_plot import check_plot
 
     config = CompareConfig(**given)
     if plot is not None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from spp.packed.bitsandbytes import (
+from spp.packed.layout import Layout
+from spp.packed.mapped import give_back_pages
+from spp.packed.quantized import QuantizedLayout, QuantizedWeight
+from spp.packed.quantizers import (
     quantize_like,
     quantized_kind,
     read_quantized,
     release_quantized,
     write_quantized,
 )
-from spp.packed.layout import Layout
-from spp.packed.mapped import give_back_pages
-from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.weight import DTYPES, PackedWeight
 
 __all__ = [

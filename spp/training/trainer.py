@@ -17,6 +17,8 @@ from torch import nn
 from spp.adapters import base_masks, load_adapter, write_adapter
 from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.inject import adapter_layers, adapter_parameters, is_wrapped, uncompiled
+from spp.layer import SPPLinear
+from spp.packed import PackedWeight
 from spp.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.mask_state import STATE_NAME
@@ -135,18 +137,20 @@ class _ZeroCount:
     """Counts zeros, and counts a weight again only after a write to it, so that a log line costs nothing."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int], int]] = {}
+        self._known: dict[str, tuple[tuple[int, int], int, int]] = {}
 
     def sparsity(self, model: nn.Module) -> float:
         zeros, total = 0, 0
         for path, layer in adapter_layers(model).items():
-            weight, size = layer.stored_weight, layer.out_features * layer.in_features
-            state = (weight.data_ptr(), weight._version)
+            packed = layer.held_packed() if isinstance(layer, SPPLinear) else None
+            held = layer.weight if packed is None else packed.tensors()[0]
+            state = (held.data_ptr(), held._version)  # (0, 0) of one that accelerate has offloaded
             known = self._known.get(path)
             if known is None or known[0] != state:
-                known = state, size - int(nonzero_mask(weight.detach()).sum())
-                self._known[path] = known
-            zeros, total = zeros + known[1], total + size
+                weight = packed.values if isinstance(packed, PackedWeight) else layer.dense_weight()
+                numel = weight.numel() if packed is None else packed.numel
+                known = self._known[path] = state, numel - int(nonzero_mask(weight.detach()).sum()), numel
+            zeros, total = zeros + known[1], total + known[2]
         return zeros / total
 
 

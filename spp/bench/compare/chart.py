@@ -10,9 +10,9 @@ from typing import Any
 from spp.bench.compare.contenders import REFERENCE, parse_contender
 from spp.bench.compare.summary import Summary, summaries
 from spp.bench.compare.tables import AT_AN_END, notes, title
-from spp.bench.plot import OURS, check_plot
 from spp.errors import DataError
 from spp.files import atomic_file
+from spp.report_plot import OURS, check_plot
 
 FILLS = "#c2543d"  # of contenders that do not keep the zeros
 _PEERS = "#77848e"

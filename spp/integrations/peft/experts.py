@@ -21,6 +21,7 @@ from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import linear
 from spp.layer_adapted import convert_parameter
 from spp.merge_weight import LayerMerge, merge_experts
+from spp.offload import home, is_offloaded
 from spp.rules import get_rule
 from spp.targets_layout import Projection, as_matrices
 
@@ -62,7 +63,7 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     def multiplier(self) -> Callable[[int, Tensor], Tensor]:
         """Return what multiplies an expert's tokens x (t, n) by the active adapters' effective weight."""
-        active, matrices = self.active(), self.projection.matrices()
+        active, weights = self.active(), self.sources()
         assert active is not None
         dropout = active.dropout if self.training else 0.0
         params = list(active.params)
@@ -72,7 +73,7 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         of_experts = list(zip(*(param.unbind(0) for param in params), strict=True))
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, matrices[expert], None, active.rule, of_experts[expert], active.scaling, dropout
+            given = x, weights[expert], None, active.rule, of_experts[expert], active.scaling, dropout
             return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
@@ -83,7 +84,19 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     def base_weight(self) -> Tensor:
         """Return W as it was before any merge."""
-        return self.weight if self._before_merge is None else self._before_merge
+        return self.dense_weight() if self._before_merge is None else self._before_merge
+
+    def home(self) -> torch.device:
+        """Return the device that adapters belong on."""
+        return home(self.projection.module, self.weight)
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the weight offloaded."""
+        return is_offloaded(self.projection.module, self.projection.name)
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return nothing: the parameters are in containers of their own."""
+        return ()
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
         """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here.
