@@ -44,8 +44,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
-    layers = {path: layer for path, layer in require_layers(model).items() if not layer.stored_weight.is_meta}
-    return {path: mask_sha256(layer.weight) for path, layer in layers.items()}
+    weights = ((path, layer.dense_weight()) for path, layer in require_layers(model).items())
+    return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -228,7 +228,7 @@ def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
 
 def _mask_of(target: Projection | AdapterLayer) -> str | None:
     """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = target.weight  # of a packed one a dense copy
+    weight = target.dense_weight()
     return None if weight.is_meta else mask_sha256(weight)
 
 

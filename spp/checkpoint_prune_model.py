@@ -21,6 +21,7 @@ from spp.checkpoint_keys import DiskKeys, Group
 from spp.checkpoint_memory import trim_memory
 from spp.errors import ConfigError, NonFiniteError, StreamingError
 from spp.files import CheckpointReader, dtype_name, read_json
+from spp.packed.disk import DenseReader, packed_settings
 from spp.patterns import all_finite
 from spp.targets import output_head
 
@@ -47,7 +48,8 @@ class StreamedModel:
         self._reader = reader
         self._wanted = dtype
         self._device = device
-        refuse_quantized(reader.directory)
+        if not isinstance(reader, DenseReader) or not reader.packed:
+            refuse_quantized(reader.directory)
         self.model: nn.Module = skeleton(reader, dtype)
         self._modules = dict(self.model.named_modules())
         self._keys = DiskKeys(self.model, {key: reader.shape(key) for key in reader})
@@ -57,6 +59,10 @@ class StreamedModel:
     def memory_key(self, key: str) -> str:
         """Return the name that the model has for a key on disk (of several that become one tensor: that one's)."""
         return self._keys.memory[key]
+
+    def is_converted(self, key: str) -> bool:
+        """Whether the model has the tensor of a disk key only joined with others, or otherwise than the disk."""
+        return self._keys.group_of(key) is not None
 
     def is_heads(self, key: str) -> bool:
         """Whether a key is the output head's own: the blocks never need it."""
@@ -100,7 +106,8 @@ class StreamedModel:
         (group,) = groups
         if group is None:
             (key,) = keys
-            return lambda expert: self._convert(key, origin.tensor(key)[expert], copy=False)
+            whole = origin.tensor(key)  # mapped, or decoded from a packed checkpoint
+            return lambda expert: self._convert(key, whole[expert], copy=False)
         parts = self._keys.experts(group, name)
         if parts is None:
             return None
@@ -196,7 +203,10 @@ def _load_config(source: Path) -> Any:
 def refuse_quantized(source: Path) -> None:
     """Raise a ConfigError where a checkpoint's config says that it is quantized."""
     path = source / "config.json"
-    if path.exists() and read_json(path, "the model's config").get("quantization_config") is not None:
+    config = read_json(path, "the model's config") if path.exists() else {}
+    if packed_settings(config) is not None:
+        raise ConfigError(f"{source} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
+    if config.get("quantization_config") is not None:
         raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
 
 

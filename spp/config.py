@@ -30,7 +30,8 @@ class SPPConfig:
         exclude_modules: a list of name suffixes or a regular expression of modules to leave alone.
         rank_pattern: {name suffix or regular expression: r} for modules whose rank differs from `r`.
         init: "paper": W_α Kaiming-uniform with a = √5, W_β zero.
-        rule: the multiplicative rule; "spp".
+        rule: "spp"; or a peer's, which keeps the mask too, in place of W_α and W_β: "hira" (W scaled by 1 + s·B A) or
+            "masked_lora" (W plus s·B A on the mask), of rank r.
         packed: keep the frozen weights packed (kept values and a mask) instead of dense.
         seed: draw each layer from a generator keyed by (seed, module path); None uses torch's global generator.
         format_version: version of this format; a newer one than this library knows is refused.

@@ -22,6 +22,7 @@ from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.experts_forward import ExpertsAdapter, Multiply
 from spp.experts_packed import PackedExperts, require_alone
 from spp.kernels import linear
+from spp.offload import home
 from spp.patterns import all_finite
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
@@ -86,15 +87,17 @@ class SPPExperts(ExpertsAdapter):
         if packed:
             self.hold_what_is_there()
         stored = self.stored_weight
-        dtype = arithmetic_dtype(stored.dtype)
+        dtype, device = arithmetic_dtype(stored.dtype), home(projection.module, stored)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self.spp_rule.attribute_names(), shapes, strict=True):
-            empty = torch.empty((self.num_experts, *shape), dtype=dtype, device="meta" if stored.is_meta else "cpu")
+            empty = torch.empty(
+                (self.num_experts, *shape), dtype=dtype, device="meta" if device.type == "meta" else "cpu"
+            )
             self.register_parameter(name, nn.Parameter(empty))
-        if not stored.is_meta:
+        if device.type != "meta":
             self.reset_parameters(generator)
             for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(stored.device)
+                parameter.data = parameter.data.to(device)
         stored.requires_grad_(False)
         self.training = projection.module.training
         if packed:
@@ -122,8 +125,10 @@ class SPPExperts(ExpertsAdapter):
 
     def dense_matrices(self) -> Iterator[Tensor]:
         """Yield W (m, n) of each expert; of a packed weight a copy, decoded when it is asked for."""
-        for matrix in self.frozen():
-            yield matrix if isinstance(matrix, Tensor) else matrix.packed.dense()
+        if self.packed_layout is None:
+            yield from self.matrices()
+        else:
+            yield from (matrix.dense() for matrix in self.packed_experts().matrices())
 
     def has_no_effect(self) -> bool:
         """Whether W_eff is W and nothing is to be learned from this call: an untrained adapter in evaluation."""
@@ -132,13 +137,7 @@ class SPPExperts(ExpertsAdapter):
             return False
         if self.training and self.dropout:  # what a checkpoint recomputes must draw the same numbers
             return False
-        factors = self.spp_rule.prepare(  # all experts as one layer: the bound is the largest of theirs
-            [p.flatten(0, 1) for p in self.adapter_parameters()],
-            self.scaling,
-            self.out_features * self.num_experts,
-            first.dtype,
-        )
-        return self.spp_rule.largest_factor(factors) == 0
+        return self.spp_rule.is_idle(self.adapter_parameters())
 
     def restore(self) -> PackedExperts | None:
         """Let go of the weight as it is now; PackedExperts come back if it is packed still."""
@@ -155,17 +154,21 @@ class SPPExperts(ExpertsAdapter):
 
     def multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
-        matrices, params = self.frozen(), self.of_experts()
+        weights, params = self.sources(), self.of_experts()
         dropout = self.dropout if self.training else 0.0
         if dropout and self.dropout_mode == "alpha":
             params = [(F.dropout(first, dropout), *rest) for first, *rest in params]
             dropout = 0.0
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, matrices[expert], None, self.spp_rule, params[expert], self.scaling, dropout
+            given = x, weights[expert], None, self.spp_rule, params[expert], self.scaling, dropout
             return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of W_α and W_β."""
+        return tuple(self.spp_rule.attribute_names())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPExperts:
         """Convert or move; W_α and W_β follow the device, but keep the dtype of the arithmetic."""
@@ -203,6 +206,7 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(projection.out_features, projection.in_features, r, where)
+    weight = projection.dense_weight()
     if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise NonFiniteError(

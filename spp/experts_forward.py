@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.kernels import PackedSource, base_linear
+from spp.kernels import OffloadedExperts, PackedSource, WeightSource, base_linear
+from spp.offload import fetch, offloader
+from spp.offload_hooks import HookedAdapter, let_go_on_error
 from spp.packed import PackedHolder, PackedStack
-from spp.targets_layout import Projection
+from spp.targets_layout import Projection, as_matrices
 from spp.targets_products import ExpertProducts, plain_experts
 
 _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
@@ -19,10 +21,11 @@ _opaque_forward: Callable[..., Any] | None = None
 Multiply = Callable[[int, Tensor], Tensor]
 
 
-class ExpertsAdapter(PackedHolder):
+class ExpertsAdapter(HookedAdapter, PackedHolder):
     """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
 
-    The weight is a parameter of the module that it belongs to, or packed and held here.
+    The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
+    here.
 
     Args:
         projection: the fused weight.
@@ -45,8 +48,16 @@ class ExpertsAdapter(PackedHolder):
 
     @property
     def weight(self) -> Tensor:
-        """The fused weight as it is stored: (E, m, n) or (E, n, m); of a packed one a dense copy."""
+        """The fused weight as it is stored: (E, m, n) or (E, n, m); of a packed one a copy; on meta while offloaded."""
         return self.projection.operand if self.packed_layout is None else self.packed_weight().dense()
+
+    def dense_weight(self) -> Tensor:
+        """Return the fused weight with its numbers: of an offloaded one, what is loaded."""
+        return self.projection.dense_weight() if self.packed_layout is None else self.weight
+
+    def matrices(self) -> list[Tensor]:
+        """Return the experts' weights (m, n), views of `dense_weight`."""
+        return as_matrices(self.dense_weight().detach(), transposed=self.input_axis == -2)
 
     @abstractmethod
     def has_no_effect(self) -> bool:
@@ -90,22 +101,21 @@ class ExpertsAdapter(PackedHolder):
         self.drop_weight()
         self.projection.hold(nn.Parameter(weight, requires_grad=False))
 
-    def frozen(self) -> list[Tensor] | list[PackedSource]:
-        """Return W (m, n) of each expert, as views or where blocks of it come from."""
-        if self.packed_layout is None:
-            return self.projection.matrices()
-        return [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
+    def sources(self) -> Sequence[Tensor | WeightSource]:
+        """Return what the experts' products take their weights from, for one call."""
+        if self.packed_layout is not None:
+            return [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
+        matrices, hook = self.matrices(), offloader(self.projection.module)
+        if hook is None:
+            return matrices
+        name, dtype, transposed = self.projection.name, self.weight.dtype, self.input_axis == -2
+        loaded = OffloadedExperts(lambda: as_matrices(fetch(hook, name, dtype), transposed=transposed))
+        return loaded.sources(matrices)
 
     def frozen_multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its packed weight as it is."""
-        sources = self.frozen()
-
-        def multiply(expert: int, x: Tensor) -> Tensor:
-            source = sources[expert]
-            assert isinstance(source, PackedSource)
-            return base_linear(x, source, None)
-
-        return multiply
+        sources = [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
+        return lambda expert, x: base_linear(x, sources[expert], None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertsAdapter:
         """Convert or move; what stands for a packed weight in the module follows its dtype."""
@@ -128,7 +138,7 @@ class ExpertsForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.before = module.__dict__.get("forward")  # what a hook of accelerate put there, say
+        self.before = module.__dict__.get(_forward_name(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
@@ -157,15 +167,21 @@ class ExpertsForward:
             return multipliers[index](expert, x)
 
         products = ExpertProducts([adapter.projection for adapter in adapters], multiply)
-        with plain_experts([self.module], unless=_FOLLOWED), products:
+        with plain_experts([self.module], unless=_FOLLOWED), let_go_on_error(self.module), products:
             return inner(*args, **kwargs)
 
     def restore(self) -> None:
         """Give the module its own forward back."""
-        if self.before is None:
-            del self.module.__dict__["forward"]
+        name = _forward_name(self.module)
+        if self.before is None and name == "forward":
+            del self.module.__dict__[name]
         else:
-            self.module.__dict__["forward"] = self.before
+            self.module.__dict__[name] = self.before or type(self.module).forward.__get__(self.module)
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Return where a module's own forward is overridden: inside of accelerate's hook, which loads the weights first."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def adapters_of(module: nn.Module) -> dict[str, ExpertsAdapter]:
@@ -182,8 +198,9 @@ def adapt_experts(adapters: Mapping[str, ExpertsAdapter]) -> None:
     global _opaque_forward
     module = next(iter(adapters.values())).projection.module
     module._modules.update(adapters)  # under the names of parameters, which attribute access goes on to find first
-    if not isinstance(module.__dict__.get("forward"), ExpertsForward):
-        module.__dict__["forward"] = ExpertsForward(module)
+    name = _forward_name(module)
+    if not isinstance(module.__dict__.get(name), ExpertsForward):
+        module.__dict__[name] = ExpertsForward(module)
     if _opaque_forward is None:  # not at import time: it imports the compiler, which takes seconds
         _opaque_forward = torch.compiler.disable(ExpertsForward.run)
 
@@ -197,7 +214,7 @@ def release_experts(module: nn.Module, kind: type[ExpertsAdapter] = ExpertsAdapt
                 del module._modules[name]
             else:
                 module._modules[name] = follower
-    forward = module.__dict__.get("forward")
+    forward = module.__dict__.get(_forward_name(module))
     if isinstance(forward, ExpertsForward) and not adapters_of(module):
         forward.restore()
 

@@ -47,6 +47,10 @@ class PackedExperts(ExpertsAdapter):
         """Return what multiplies an expert's tokens x (t, n) by its weight."""
         return self.frozen_multiplier()
 
+    def resident_names(self) -> tuple[str, ...]:
+        """Return nothing: there are no parameters."""
+        return ()
+
     def restore(self) -> None:
         """Have the module hold the dense weight again."""
         self.projection.hold(nn.Parameter(self.weight, requires_grad=self.weight_requires_grad))

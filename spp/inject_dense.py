@@ -46,7 +46,7 @@ def _is_dense(target: Projection) -> bool:
         if isinstance(packed, QuantizedWeight):
             return int(torch.count_nonzero(packed.dense())) == packed.numel
         return not packed.layout.is_nm and packed.values.numel() == packed.numel
-    weight = target.weight
+    weight = target.dense_weight()
     if weight.is_meta or weight.numel() == 0:
         return False
     return int(torch.count_nonzero(weight)) == weight.numel()

@@ -7,7 +7,17 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, TargetError
 from spp.kernels import PackedSource, base_linear
-from spp.packed import DTYPES, PackedHolder, PackedWeight, QuantizedWeight
+from spp.offload_hooks import move_hook
+from spp.packed import (
+    DTYPES,
+    PackedHolder,
+    PackedWeight,
+    QuantizedLayout,
+    QuantizedWeight,
+    give_back_pages,
+    release_quantized,
+    write_quantized,
+)
 from spp.targets_layout import features, input_axis_of, is_conv1d
 
 HOOKS = (
@@ -28,7 +38,7 @@ class PackedLinear(PackedHolder):
 
     Args:
         linear: the nn.Linear (or subclass, or transformers' Conv1D) that lets go of its dense weight.
-        packed: its weight, packed already (then `linear` may be on the meta device); None packs it.
+        packed: its weight, packed already (then `linear` may be on the meta device) or quantized; None packs it.
         where: the layer's name in error messages.
 
     Attributes:
@@ -61,7 +71,11 @@ class PackedLinear(PackedHolder):
         for hooks in HOOKS:
             setattr(self, hooks, getattr(linear, hooks))
         self.train(linear.training)
-        release_weight(linear)
+        if isinstance(self.packed_layout, QuantizedLayout):
+            release_quantized(linear)
+        else:
+            release_weight(linear)
+        move_hook(linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
@@ -71,11 +85,21 @@ class PackedLinear(PackedHolder):
         """Return the module that was packed, without its weight."""
         return self._linear[0]
 
-    def restore(self) -> nn.Module:
-        """Return the module that was packed, with its dense weight."""
+    def restore(self, *, dense: bool = False) -> nn.Module:
+        """Return the module that was packed, with its weight as it had it.
+
+        Args:
+            dense: in place of a quantized one an nn.Linear with the dequantized weight.
+        """
         original = self._linear[0]
-        original.register_parameter("weight", nn.Parameter(self.weight, requires_grad=self.weight_requires_grad))
+        if not isinstance(self.packed_layout, QuantizedLayout):
+            original.register_parameter("weight", nn.Parameter(self.weight, requires_grad=self.weight_requires_grad))
+        elif dense:
+            original = plain_linear(original, self.weight)
+        else:
+            write_quantized(original, self.packed_weight())  # type: ignore[arg-type]  # quantized, as its layout
         original.register_parameter("bias", self.bias)
+        move_hook(self, original)
         return original.train(self.training)
 
     def extra_repr(self) -> str:
@@ -84,6 +108,16 @@ class PackedLinear(PackedHolder):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"packed={self.packed_layout}"
         )
+
+
+def plain_linear(original: nn.Module, weight: Tensor) -> nn.Linear:
+    """Return an nn.Linear in the place of another module, with its hooks and a frozen weight (m, n), without a bias."""
+    m, n = weight.shape
+    plain = nn.Linear(n, m, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    for hooks in HOOKS:
+        setattr(plain, hooks, getattr(original, hooks))
+    return plain
 
 
 def pack_linear(linear: nn.Module, where: str) -> PackedWeight:
@@ -112,7 +146,11 @@ def check_packable(linear: nn.Module, where: str) -> None:
 
 
 def release_weight(linear: nn.Module) -> None:
-    """Put a Parameter without values in the place of a module's weight."""
+    """Put a Parameter without values in the place of a module's weight, whose memory is free if nobody else uses it."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+    storage = weight.untyped_storage() if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta else None
+    del weight
+    if storage is not None:
+        give_back_pages(storage)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
 from spp.errors import TargetError
+from spp.offload import is_offloaded, values
 from spp.packed import quantized_kind, read_quantized
 from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
 
@@ -141,13 +142,39 @@ def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 
 def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Yield what `projection_weights` does, but for packed weights."""
+    for name, axis in dense_projections(model).items():
+        yield name, weight_of(model, name), axis
+
+
+def dense_projections(model: nn.Module) -> dict[str, int]:
+    """Return {parameter name: input axis} of what `dense_projection_weights` yields."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
-    quantized = {f"{path}.weight": m for path, m in model.named_modules() if quantized_kind(m)}
+    quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
+    found = {}
     for name, parameter in model.named_parameters():
-        if name in quantized and is_projection_key(name, 2) and not parameter.is_meta:
-            yield name, read_quantized(quantized[name], name).dense(), -1
-        elif is_projection_key(name, parameter.ndim):
-            yield name, parameter.detach(), axes.get(id(parameter), -1)
+        if is_projection_key(name, 2 if name in quantized else parameter.ndim):
+            found[name] = axes.get(id(parameter), -1)
+    return found
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a model with its numbers: a quantized or offloaded one as a dense copy.
+
+    One that has none because it is on the meta device comes as it is.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:  # type: ignore[union-attr]
+        return read_quantized(module, name).dense()
+    return values(module, last).detach()
+
+
+def has_values(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of a model has numbers, in memory or where accelerate has it offloaded."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    held = module._parameters[last]
+    return held is not None and (not held.is_meta or is_offloaded(module, last))
 
 
 def _choose(

@@ -129,3 +129,20 @@ def test_trl_dpo(model: Path, tmp_path: Path, run: Run) -> None:
     out = run("trl_dpo.py", "--model", model, "--data", data, "--out", tmp_path / "out", "--steps", "6")
     assert out.rstrip().endswith("2:4")
     assert_same_zeros_but_tuned(model, tmp_path / "out/merged")
+
+
+@pytest.mark.slow
+def test_comparison_study(tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("peft")
+    dense = tmp_path / "dense"
+    tiny_llama(initializer_range=0.2, num_hidden_layers=1).save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(TEXT)
+    texts = ("--train", tmp_path / "train.txt", "--valid", tmp_path / "valid.txt", "--out", tmp_path / "out")
+    arguments = ("comparison/study.py", *texts, "--model", dense, "--seqlen", "32", "--tiny", "--stages", "1")
+    assert "RESULTS.md" in run(*arguments)
+    report = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "| masked-lora |" in report and "Missing" not in report and str(tmp_path) not in report
+    run(*arguments[:-1], "2", "--report")
+    assert "- spp, lr 0.01, seed 0, 1 steps" in (tmp_path / "out" / "RESULTS.md").read_text()

@@ -20,6 +20,7 @@ from spp.certificate import (
 from spp.checkpoint.sources import ModelOrPath, Source, checkpoint_directory, open_source
 from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError
 from spp.files import CheckpointReader, content_sha256
+from spp.packed.disk import DenseReader
 from spp.patterns import all_finite, count_kept, pack_bits
 
 PRUNED_FROM = 0.1  # the fraction of zeros from which a matrix that is no projection by its name counts as pruned
@@ -143,7 +144,7 @@ def _verify_directory(directory: os.PathLike[str], deep: bool) -> SparsityReport
     masks: list[str] = []
     infinite: list[str] = []
     contents: list[str] = []
-    with CheckpointReader(directory) as reader:
+    with DenseReader(directory) as reader:
         known = certificate.tensors.keys() | certificate.other.keys()
         present = set(reader.keys())
         contents += [f"{key}: missing; the certificate lists it" for key in known - present]

@@ -49,7 +49,7 @@ def write_tensors(path: str | os.PathLike[str], layout: Layout, produce: Callabl
     for name, (dtype, _) in layout.items():
         if dtype not in DTYPE_CODES:
             raise CheckpointError(f"{path}: tensor {name!r} is {dtype}, which safetensors files cannot hold")
-    ordered = dict(sorted(layout.items(), key=lambda item: (-_RANKS[item[1][0]], item[0])))
+    ordered = file_order(layout)
     try:
         with open(path, "wb") as file:
             file.write(build_header(ordered))
@@ -61,3 +61,8 @@ def write_tensors(path: str | os.PathLike[str], layout: Layout, produce: Callabl
                     raise AssertionError(f"{name}: {written} bytes for {dtype} of shape {shape}")
     except OSError as error:
         raise output_error(error, path) from error
+
+
+def file_order(layout: Layout) -> Layout:
+    """Return the tensors of a file in the order in which they lie."""
+    return dict(sorted(layout.items(), key=lambda item: (-_RANKS[item[1][0]], item[0])))

@@ -5,16 +5,17 @@ How they lie in memory: `spp.packed.layout`.
 
 from __future__ import annotations
 
-from spp.packed.bitsandbytes import (
+from spp.packed.holder import NAMES, PackedHolder
+from spp.packed.layout import Layout
+from spp.packed.mapped import give_back_pages
+from spp.packed.quantized import QuantizedLayout, QuantizedWeight
+from spp.packed.quantizers import (
     quantize_like,
     quantized_kind,
     read_quantized,
     release_quantized,
     write_quantized,
 )
-from spp.packed.holder import NAMES, PackedHolder
-from spp.packed.layout import Layout
-from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.stack import PackedStack, StackLayout
 from spp.packed.weight import DTYPES, PackedWeight
 
@@ -28,6 +29,7 @@ __all__ = [
     "QuantizedLayout",
     "QuantizedWeight",
     "StackLayout",
+    "give_back_pages",
     "quantize_like",
     "quantized_kind",
     "read_quantized",

@@ -7,11 +7,15 @@ spp.packed.layout, of experts spp.packed.stack), so that they travel with its st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError
+from spp.offload import values
 from spp.packed.layout import Layout
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.stack import PackedStack, StackLayout
@@ -33,7 +37,7 @@ class PackedHolder(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight as it is stored; of a packed one a dense copy, decoded at each access."""
+        """The frozen weight as it is stored; of a packed one a copy, decoded at each access; meta while offloaded."""
         if self.packed_layout is not None:
             dense = self.packed_weight().dense()
             return dense.T.contiguous() if self.input_axis == -2 and dense.dim() == 2 else dense
@@ -41,6 +45,10 @@ class PackedHolder(nn.Module):
         if weight is None:
             raise AttributeError(f"{type(self).__name__} holds no weight")
         return weight
+
+    def dense_weight(self) -> Tensor:
+        """Return the frozen weight with its numbers: the Parameter; packed, a dense copy; offloaded, what is loaded."""
+        return values(self) if self.packed_layout is None else self.weight
 
     @property
     def stored_weight(self) -> Tensor:
@@ -55,13 +63,13 @@ class PackedHolder(nn.Module):
 
     def packed_weight(self) -> PackedWeight | QuantizedWeight | PackedStack:
         """Return the packed weight; the tensors are the module's."""
-        layout, tensors = self.packed_layout, [self._buffers[name] for name in NAMES if name in self._buffers]
+        layout, tensors = self.packed_layout, [values(self, name) for name in NAMES if name in self._buffers]
         if isinstance(layout, QuantizedLayout):
-            return QuantizedWeight(layout, *tensors)  # type: ignore[arg-type]
+            return QuantizedWeight(layout, *tensors)
         if isinstance(layout, StackLayout):
-            return PackedStack(layout, *tensors)  # type: ignore[arg-type]
+            return PackedStack(layout, *tensors)
         assert layout is not None
-        return PackedWeight(layout, *tensors)  # type: ignore[arg-type]
+        return PackedWeight(layout, *tensors)
 
     def hold_packed(self, packed: PackedWeight | QuantizedWeight | PackedStack) -> None:
         """Take a packed weight in place of what is held."""
@@ -76,6 +84,13 @@ class PackedHolder(nn.Module):
         for name in NAMES:
             self._buffers.pop(name, None)
         self.packed_layout = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHolder:
+        """Convert or move; codes stay what they are, and the dtype that they are decoded to follows."""
+        super()._apply(fn, recurse)
+        if isinstance(layout := self.packed_layout, QuantizedLayout):
+            self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
+        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

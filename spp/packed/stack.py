@@ -110,6 +110,22 @@ class PackedStack:
                 place += kept[expert]
             return stack
 
+    @classmethod
+    def of_rows(cls, packed: PackedWeight, experts: int, *, transposed: bool = False) -> PackedStack:
+        """Return the experts whose matrices lie one below the other in a packed matrix (E · m, n); tensors are copied.
+
+        Args:
+            packed: the matrix. experts: E. transposed: as for `pack`.
+        """
+        whole, rows = packed.layout, packed.layout.rows // experts
+        matrix = Layout(rows, whole.cols, whole.kept, whole.group, whole.index_bits)
+        codes = packed.codes.clone().view(experts, rows, whole.row_bytes)
+        layout = StackLayout(matrix, experts, transposed)
+        if packed.starts is None:
+            return cls(layout, packed.values.clone().view(experts, rows, whole.row_values), codes)
+        starts = packed.starts.clone().view(experts, rows, whole.stretches)
+        return cls(layout, packed.values.clone(), codes, starts - starts[:, :1, :1])
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the dense weight as it is stored: (E, m, n) or (E, n, m)."""

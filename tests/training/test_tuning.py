@@ -263,8 +263,12 @@ class TestInterruption:
     def test_twice_stops_at_once(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("spp.training.tuning.ProgressBar", SignalAt)
         monkeypatch.setattr(SignalAt, "times", 2)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            run_tune(config(text, tmp_path / "run"))
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        try:
+            with pytest.raises(KeyboardInterrupt) as caught:
+                run_tune(config(text, tmp_path / "run"))
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not isinstance(caught.value, TrainingInterrupted)
 
     def test_resuming_a_finished_run_changes_nothing(self, text: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import linear
 from spp.layer_adapted import convert_parameter
 from spp.merge_weight import LayerMerge, merge_experts
+from spp.offload import home, is_offloaded
 from spp.packed import PackedStack
 from spp.rules import get_rule
 from spp.targets_layout import Projection, as_matrices
@@ -82,7 +83,7 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     def multiplier(self) -> Callable[[int, Tensor], Tensor]:
         """Return what multiplies an expert's tokens x (t, n) by the active adapters' effective weight."""
-        active, matrices = self.active(), self.frozen()
+        active, weights = self.active(), self.sources()
         assert active is not None
         dropout = active.dropout if self.training else 0.0
         params = list(active.params)
@@ -92,7 +93,7 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         of_experts = list(zip(*(param.unbind(0) for param in params), strict=True))
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, matrices[expert], None, active.rule, of_experts[expert], active.scaling, dropout
+            given = x, weights[expert], None, active.rule, of_experts[expert], active.scaling, dropout
             return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
@@ -105,7 +106,19 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         """Return W as it was before any merge; of a packed one a dense copy."""
         for packed in self._packed_before_merge:
             return packed.dense()
-        return self.weight if self._before_merge is None else self._before_merge
+        return self.dense_weight() if self._before_merge is None else self._before_merge
+
+    def home(self) -> torch.device:
+        """Return the device that adapters belong on."""
+        return home(self.projection.module, self.kept_weight())
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the weight offloaded."""
+        return is_offloaded(self.projection.module, self.projection.name)
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return nothing: the parameters are in containers of their own."""
+        return ()
 
     def base_matrices(self) -> Iterator[Tensor]:
         """Yield W (m, n) of each expert as it was before any merge; packed ones are decoded when they are asked for."""
