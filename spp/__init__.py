@@ -6,7 +6,7 @@
     spp.merge(model)                         # the same zeros, asserted
     spp.save_model(model, "out")             # a plain checkpoint, and the certificate of its zeros
 
-Imported by name: spp.training, spp.evaluation, spp.report, spp.bench.
+Imported by name: spp.training, spp.evaluation, spp.report, spp.bench, spp.integrations.peft, .trl, .transformers, .hub.
 """
 
 from __future__ import annotations

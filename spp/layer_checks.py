@@ -27,6 +27,10 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
         raise TargetError(
             f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
         )
+    if isinstance(linear._parameters.get("weight"), torch.sparse.SparseSemiStructuredTensor):
+        raise TargetError(
+            f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
+        )
     if torch.nn.utils.parametrize.is_parametrized(linear):
         names = [name for name, _ in linear.parametrizations.named_children()]  # type: ignore[union-attr]
         raise TargetError(

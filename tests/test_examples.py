@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import spp
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,3 +147,12 @@ def test_comparison_study(tmp_path: Path, run: Run) -> None:
     assert "| masked-lora |" in report and "Missing" not in report and str(tmp_path) not in report
     run(*arguments[:-1], "2", "--report")
     assert "- spp, lr 0.01, seed 0, 1 steps" in (tmp_path / "out" / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_openvino_export(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install openvino")
+    spp.save_model(prune_nm_(tiny_llama()), tmp_path / "merged")
+    for options in ([], ["--half"]):
+        out = run("openvino_export.py", "--model", tmp_path / "merged", "--out", tmp_path / "out", *options)
+        assert "all 14 pruned weights have the zeros that they had (2:4)" in out

@@ -69,7 +69,7 @@ def test_stacks_gaps_and_names_without_a_number() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "jetmoe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "jetmoe"])
 def test_every_weight_of_a_model_is_in_a_cell(name: str) -> None:
     report = sparsity(moe_model(name))
     panels = [panel for panel in heat_panels(report) if not panel.across]
@@ -99,7 +99,7 @@ def test_large_models_and_single_weights(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     prefix = "model.layers.{}.mlp.experts.{}.up_proj.weight"
     many = report_of(
-        {prefix.format(i, e): (i + e, (20, 10)) for i in range(70) for e in range(50)}, prefix.format(3, 4)
+        {prefix.format(i, e): (i + e, (20, 10)) for i in range(70) for e in range(25)}, prefix.format(3, 4)
     )
     one = report_of({"weight": (1, (2, 2))})
     for name, report in (("many", many), ("one", one)):

@@ -242,3 +242,19 @@ def test_the_gpu_scripts_check_passes_and_fails(gpu: dict[str, Any], monkeypatch
     assert not next(gpu_checks.semi_structured_checks(layer)).passed
     single = gpu_checks.Layer(("2:4", 32, 64, 2, 5), torch.float32, torch.device("cpu"))
     assert list(gpu_checks.semi_structured_checks(single)) == []
+
+
+def test_such_a_weight_is_not_adapted() -> None:
+    """Torch's own class, whose constructor needs no GPU."""
+    from torch.sparse import SparseSemiStructuredTensorCUTLASS as Cutlass
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    model = pruned()
+    layer = model.model.layers[0].self_attn.q_proj
+    kept, meta = sparse_semi_structured_from_dense_cutlass(layer.weight.detach())
+    with semi_structured.warnings.catch_warnings():
+        semi_structured.warnings.simplefilter("ignore")
+        sparse = Cutlass(layer.weight.shape, kept, meta, None, None, None)
+    layer.weight = nn.Parameter(sparse, requires_grad=False)
+    with pytest.raises(TargetError, match=r"q_proj\.weight is a semi-structured tensor, for inference only"):
+        spp.wrap(model, r=2)

@@ -146,6 +146,7 @@ def export_dense(
         layouts = {
             name: {key: (reader.dtype(key), reader.shape(key)) for key in keys}
             for name, keys in reader.shards().items()
+            if keys  # a file may hold nothing but parts of tensors that others describe
         }
         with tqdm(total=len(reader.keys()), desc="unpacking", unit="tensor", disable=None) as bar:
             for name, layout in layouts.items():
@@ -297,7 +298,7 @@ def _dense_bytes(reader: DenseReader, key: str, certificate: Certificate, bar: A
 
 def _write_rest(reader: DenseReader, directory: Path, layouts: Mapping[str, Layout], config: Mapping[str, Any]) -> None:
     """Write what is not weights: the files beside them, the config, the index of shards."""
-    carry_files(reader.directory, directory, set(layouts))
+    carry_files(reader.directory, directory, set(reader.shards()))
     write_json(directory / "config.json", config)
     if reader.index is not None:
         metadata = reader.index.get("metadata")

@@ -24,9 +24,10 @@ CARD_NAME = "README.md"
 _PAPER = "[SPP](https://arxiv.org/abs/2405.16057)"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _RECIPE = (  # options of a run that decide what comes out
-    *("data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
-    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "r", "scaling", "dropout", "dropout_mode"),
-    *("target_modules", "exclude_modules", "dtype", "bf16", "seed"),
+    *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
+    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
+    *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
+    *("dtype", "bf16", "seed"),
 )
 
 
@@ -150,7 +151,8 @@ def _recipe_section(values: Mapping[str, Any]) -> str:
     options = values.get("tune")
     if not isinstance(options, dict):
         raise CheckpointError("the run's config.json has no options of a tuning run; pass the directory of `spp tune`")
-    chosen = {name: options[name] for name in _RECIPE if options.get(name) is not None}
+    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
+    chosen = {name: options[name] for name in _RECIPE if options.get(name) is not None and name not in unused}
     data = chosen.get("data")
     if data is not None:
         chosen["data"] = [_public(str(name)) for name in (data if isinstance(data, list) else [data])]

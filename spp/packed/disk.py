@@ -118,6 +118,8 @@ class Descriptor:
 
     def pieces(self, packed: PackedWeight) -> Iterator[Tensor]:
         """Yield the tensor of a packed matrix in row-major order: rows, or, where inputs come first, matrices."""
+        if packed.numel == 0:  # however many rows of nothing a file may claim
+            return
         last = self.input_axis == len(self.shape) - 1
         rows = max(1, _TOGETHER // max(1, self.layout.cols) if last else self.shape[-1])
         for first in range(0, self.layout.rows, rows):
@@ -129,6 +131,8 @@ class Descriptor:
     def dense(self, packed: PackedWeight) -> Tensor:
         """Return the tensor of a packed matrix."""
         out = torch.empty(self.shape, dtype=packed.dtype)
+        if packed.numel == 0:
+            return out
         for index, matrix in enumerate(out.unbind(0) if out.dim() == 3 else [out]):
             target = matrix if self.input_axis == out.dim() - 1 else matrix.T
             rows = slice(index * target.shape[0], (index + 1) * target.shape[0])
@@ -306,6 +310,10 @@ def _is_known(layout: Layout) -> bool:
 def _check(weight: PackedWeight) -> None:
     """Raise a ConfigError unless a packed weight's places are possible and written in the one way that there is."""
     layout, codes = weight.layout, weight.codes.numpy()
+    if weight.numel == 0:
+        if weight.values.numel():
+            raise ConfigError(f"{weight.values.numel()} values of a weight without entries")
+        return
     spare = 8 * layout.row_bytes - (layout.row_values * layout.index_bits if layout.index_bits else layout.cols)
     if spare and bool((codes[:, -1] & (1 << spare) - 1).any()):
         raise ConfigError("bits are set behind the end of a row")

@@ -12,6 +12,7 @@ from spp.checkpoint import save_model
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
 from spp.inject_packed import packed_layers
+from spp.packed import Layout
 from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
 from spp.pst import wrap as wrap_pst
@@ -51,7 +52,11 @@ class SPPMethod(Method):
 
     def prepare(self, model: Any) -> None:
         """Wrap, and find the dense model for mask updates."""
-        config = replace(self.config.adapter_config(), packed=bool(packed_layers(model)))
+        layers = packed_layers(model).values()
+        packed = any(
+            isinstance(layer.packed_layout, Layout) for layer in layers
+        )  # or quantized, which is small as it is
+        config = replace(self.config.adapter_config(), packed=packed)
         self._wrap_options(wrap(model, config))
         try:
             self._updates = self._mask_updates(model)

@@ -83,7 +83,7 @@ def test_every_dtype_and_pattern(tmp_path: Path, dtype: torch.dtype, kept: tuple
 @pytest.mark.parametrize(("kept", "most"), [((2, 4), 0.57), ((2, 8), 0.33), ((1, 4), 0.33), (None, 0.33)], ids=str)
 def test_size(tmp_path: Path, kept: tuple[int, int] | None, most: float) -> None:
     """At 75 % in bfloat16 a third of the dense size, at 2:4 0.57 of it."""
-    model: Any = tiny_llama(hidden_size=128, intermediate_size=1536, num_hidden_layers=1)
+    model: Any = tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=1)
     model = prune_any_(model, 0.75) if kept is None else prune_nm_(model, *kept)
     spp.save_model(model.bfloat16(), tmp_path / "base")
     assert spp.export_packed(tmp_path / "base", tmp_path / "packed").ratio <= most
@@ -386,7 +386,7 @@ def test_loading_copies_and_never_makes_a_weight_dense(
     def watched(self: PackedLinear, *args: Any, **options: Any) -> None:
         nonlocal layers
         layers += 1
-        if layers % 5 == 1:
+        if layers in (2, 14):
             found = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and id(t) not in before]
             seen.append(sum(tuple(t.shape) in shapes and not t.is_meta for t in found))
         make(self, *args, **options)
@@ -397,7 +397,7 @@ def test_loading_copies_and_never_makes_a_weight_dense(
             patch.setattr(owner, name, never)
         patch.setattr(Descriptor, "dense", never)
         model = spp.load_packed(tmp_path / "packed")
-    assert layers == 14 and seen == [0, 0, 0]
+    assert layers == 14 and seen == [0, 0]
     state, other = model.state_dict(), expected.state_dict()
     assert list(state) == list(other)
     for key in other:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DAILY, STRESS = 5, 100
+DAILY, STRESS = 3, 100  # of each work
 WORKS = ("export packed", "export dense")
 
 

@@ -57,8 +57,8 @@ def test_eval_and_tune_take_a_packed_model(spp: Call, pruned: Path, packed: Path
     found, expected = (json.loads(spp("eval", model, *measure).out) for model in (packed, pruned))
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     run = tmp_path / "run"
-    options = ("--data", text, "--steps", 2, "--r", 4, "--block-length", 64, "--window", 64, "--device", "cpu")
-    tuned = spp("tune", packed, run, *options, "--no-progress")
+    options = ("--data", text, "--steps", 1, "--r", 2, "--block-length", 16, "--window", 64, "--device", "cpu")
+    tuned = spp("tune", packed, run, *options, "--batch-size", 1, "--eval-windows", 1, "--no-progress")
     assert tuned.code == 0, tuned.err
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["packed"] is True
     assert spp("merge", pruned, run / "adapter", tmp_path / "merged").code == 0

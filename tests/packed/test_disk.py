@@ -129,6 +129,26 @@ def test_nothing_is_packed_too(tmp_path: Path, shape: tuple[int, ...], axis: int
         assert bytes(reader.raw("w")) == b"" == b"".join(reader.pieces("w"))
 
 
+@pytest.mark.parametrize("shape", [(2**40, 5, 0), (2**20, 2**20, 0), (2**50, 0), (2**40, 0, 8), (0, 2**40, 8)], ids=str)
+@pytest.mark.parametrize(("kept", "group"), [(0, 0), (2, 4)])
+def test_endless_rows_of_nothing_take_no_time(tmp_path: Path, shape: tuple[int, ...], kept: int, group: int) -> None:
+    axis, numbers = len(shape) - 1, (kept, group, 0, *shape)
+    layout = Descriptor.read((1, axis, *numbers), "it").layout
+    tensors = {
+        "w": torch.tensor([1, axis, *numbers]),
+        "w_values": torch.empty((layout.rows, layout.row_values) if group else (0,)),
+        "w_codes": torch.empty(layout.rows, layout.row_bytes, dtype=torch.uint8),
+    }
+    if not group:
+        tensors["w_starts"] = torch.empty(layout.rows, layout.stretches, dtype=torch.int32)
+    with DenseReader(save(tmp_path / "it", tensors)) as reader:
+        assert reader.tensor("w").shape == shape and bytes(reader.raw("w")) == b"" == b"".join(reader.pieces("w"))
+    if not group:
+        tensors["w_values"] = torch.ones(3)
+        with DenseReader(save(tmp_path / "it", tensors)) as reader, pytest.raises(CheckpointError, match="3 values of"):
+            reader.tensor("w")
+
+
 def put(name: str, value: Any) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors.update({name: value})
 
