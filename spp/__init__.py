@@ -16,7 +16,7 @@ from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter
 from spp.calibrate import prune
 from spp.certificate import SparsityReport
-from spp.checkpoint import certify, load_packed, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint import certify, convert_checkpoint, load_packed, merge_checkpoint, save_model, sparsity, verify
 from spp.checkpoint_prune import prune_checkpoint
 from spp.config import SPPConfig
 from spp.errors import SPPError, SPPWarning
@@ -36,6 +36,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "certify",
+    "convert_checkpoint",
     "disabled",
     "functional",
     "load_adapter",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spp.calibrate import LayerReport
-from spp.checkpoint.merging import carry_files, update_config
+from spp.checkpoint.rewriting import carry_files, update_config
 from spp.checkpoint.saving import make_certificate
 from spp.errors import OutputError, OutputExistsError
 from spp.files import (

@@ -52,14 +52,13 @@ class AdaptedLinear(nn.Module):
     cache_effective: bool
     grad_precision: str
     saved_activations: str
-    tap: Callable[[Tensor, Tensor], None] | None
+    tap: Callable[[Tensor, Tensor], None] | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.cache_effective = True
         self.grad_precision = "auto"
         self.saved_activations = "full"
-        self.tap = None
         self._cached: CachedWeight | None = None
         _prepare_opaque_forward()
 

@@ -1,10 +1,13 @@
 """The contenders of a whole model's training step: what adapts a pruned causal language model, and one step of each.
 
-SPP in every mode, PEFT's LoRA and HiRA, all on the same seven projections of the same pruned model and the same tokens.
+SPP in every mode, PST, PEFT's LoRA and HiRA, all on the same seven projections of the same pruned model and the same
+tokens.
 
     spp-bf16-saved      layers keep their inputs for backward in bfloat16 (spp.kernels.keep)
     spp-chunked-loss    the loss is taken over LOSS_CHUNK tokens at a time (spp.training.causal_loss)
     spp-low-memory      both
+    pst                 PST at the final sparsity, with --peft-rank for its ranks
+    pst-autograd        the same by its plain formula, left to autograd (spp.bench.plain_pst)
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ from torch import Tensor, nn
 
 from spp.bench.harness import installed, require_peft
 from spp.bench.models import add_model_options, load_dense, model_arguments
+from spp.bench.plain_pst import use_plain_formula
 from spp.errors import ConfigError
 from spp.inject import wrap
 from spp.inject_activations import set_saved_activations
 from spp.patterns import Pattern
 from spp.pruning import magnitude_mask
+from spp.pst import set_sparsity
+from spp.pst import wrap as wrap_pst
 from spp.targets import resolve_targets
 from spp.training.causal_loss import causal_lm_loss
 
@@ -32,7 +38,7 @@ MEMORY_STEPS = 3  # the first creates the optimizer's state; the peak is reached
 LOSS_CHUNK = 256  # tokens
 
 
-def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def contenders(rank: int, peft_rank: int, pattern: str = "2:4") -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Return what adapts a pruned model, by the name of the contender."""
 
     def lora(model: nn.Module) -> nn.Module:
@@ -54,6 +60,13 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
         set_saved_activations(model, "bfloat16")
         return model
 
+    def pst(model: nn.Module) -> nn.Module:
+        parsed = Pattern.parse(pattern)
+        nm = str(parsed) if parsed.is_nm else None
+        wrap_pst(model, peft_rank, mask_rank=peft_rank, pattern=nm, target_modules=names)
+        set_sparsity(model, parsed.sparsity)
+        return model
+
     return {
         "spp": lambda model: wrap(model, rank, target_modules=names),
         "spp-input-dropout": lambda model: wrap(model, rank, target_modules=names, dropout=DROPOUT),
@@ -64,6 +77,8 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
         "spp-bf16-saved": saved_in_bfloat16,
         "spp-chunked-loss": lambda model: wrap(model, rank, target_modules=names),
         "spp-low-memory": saved_in_bfloat16,
+        "pst": pst,
+        "pst-autograd": lambda model: use_plain_formula(pst(model)),
         "lora": lora,
         "hira": hira,
     }
@@ -91,7 +106,7 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         torch.manual_seed(0)
-        self.model = contenders(options.rank, options.peft_rank)[name](load_model(options)).train()
+        self.model = contenders(options.rank, options.peft_rank, options.pattern)[name](load_model(options)).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4)
         self.chunked = name in ("spp-chunked-loss", "spp-low-memory")
@@ -125,7 +140,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step (default: 4)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a row (default: 256)")
     parser.add_argument("--rank", type=int, default=16, help="r of SPP (default: 16)")
-    parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA (default: 8)")
+    parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA, ranks of PST (default: 8)")
     parser.add_argument("--pattern", default="2:4", help="pruned to this where the model is dense (default: 2:4)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 

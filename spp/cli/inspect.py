@@ -37,14 +37,18 @@ def run(
 
 def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
-    from spp.adapter_files import read_adapter
+    from spp.adapter_files import PST_TYPE, AdapterFiles, method_of, read_adapter
+    from spp.pst.files import read
 
-    adapter = read_adapter(directory)
+    adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
     options = [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     tensors = adapter.tensors.values()
+    options.append(("base", adapter.base_name or "unknown"))
+    if isinstance(adapter, AdapterFiles):
+        options.append(("base masks", str(len(adapter.base_masks or {}))))
+    else:
+        options.append(("sparsity", ", ".join(sorted({f"{value:.4g}" for value in adapter.sparsity.values()}))))
     options += [
-        ("base", adapter.base_name or "unknown"),
-        ("base masks", str(len(adapter.base_masks or {}))),
         ("parameters", str(sum(t.numel() for t in tensors))),
         ("size", byte_text(sum(t.numel() * t.element_size() for t in tensors))),
     ]

@@ -30,6 +30,7 @@ from spp.pst.function import (
 from spp.rules.canonical import arithmetic_dtype
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
+_opaque_forward: Callable[[PSTLinear, Tensor], Tensor] | None = None
 
 
 class PSTLinear(nn.Module):
@@ -112,6 +113,7 @@ class PSTLinear(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
         self.training = linear.training
+        _prepare_opaque_forward()
 
     @property
     def sparsity(self) -> float:
@@ -145,6 +147,12 @@ class PSTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, m) for (…, n)."""
+        if torch.compiler.is_compiling():
+            assert _opaque_forward is not None
+            return _opaque_forward(self, x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         return pst_linear(x, self.matrix, self.bias, self.factors(), self._scales())
 
     @torch.no_grad()
@@ -200,6 +208,10 @@ class PSTLinear(nn.Module):
     def _scales(self) -> Scales:
         return Scales(self.weight_scale, self.low_rank_scale, self.structured_scale, self._sparsity, self.pattern)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _prepare_opaque_forward()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSTLinear:
         """Convert or move; what trains follows the device, but stays float32 (float64 for a float64 base)."""
         held = {name: self._parameters.pop(name) for name in FACTORS}
@@ -211,6 +223,13 @@ class PSTLinear(nn.Module):
         finally:
             self._parameters.update(held)
         return self
+
+
+def _prepare_opaque_forward() -> None:
+    """Make the layer one opaque call for torch.compile; not at import time, it imports the compiler."""
+    global _opaque_forward
+    if _opaque_forward is None:
+        _opaque_forward = torch.compiler.disable(PSTLinear._compute)
 
 
 def check_options(

@@ -32,7 +32,7 @@ def training_arguments(config: TuneConfig, output_dir: Path, rows: int, *, save:
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.lr,
+        learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=math.ceil(config.warmup_ratio * steps),
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spp.errors import CheckpointError, ConfigError, SPPWarning
 from spp.experts import SPPExperts
 from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, save_tensors, write_json
-from spp.inject import require_layers
+from spp.inject import adapter_layers, require_layers
 from spp.layer import SPPLinear
 from spp.packed import PackedWeight, QuantizedLayout
 from spp.patterns import all_finite, nonzero_mask, pack_bits
@@ -128,6 +128,11 @@ class MaskState:
                 stacklevel=3,
             )
 
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether these are the masks of a model as it is wrapped now."""
+        now = adapter_layers(model)
+        return now.keys() == self.layers.keys() and all(now[p] is mask.layer for p, mask in self.layers.items())
+
     def write(self, masks: dict[str, npt.NDArray[np.uint8]]) -> None:
         """Give layers other masks, packed by `pack_bits`."""
         for path, bits in masks.items():
@@ -140,7 +145,7 @@ class MaskState:
         return dict(self._hashes)
 
     def restore(self) -> None:
-        """Give every layer the mask and the weights that it had at the start, bit for bit."""
+        """Give every layer the weights that it had at the start, bit for bit but for the signs of zeros."""
         if self.changed:
             self.write({path: layer.start_bits for path, layer in self.layers.items()})
             self.changed = False

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,23 +23,17 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spp.errors import ConfigError, WrapError
+from spp.errors import WrapError
 from spp.kernels.blocks import row_step, slices
 from spp.patterns import nonzero_mask, pack_bits
 from spp.pruning.swap import swap
 from spp.rules import effective_weight
 from spp.rules.canonical import arithmetic_dtype
 from spp.training.dense_weights import DenseSource
+from spp.training.mask_options import DECAYS, check_mask_updates
 from spp.training.mask_state import LayerMask, MaskState
 
 logger = logging.getLogger(__name__)
-
-DECAYS: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "cubic": lambda done: (1 - done) ** 3,
-}
-DROPS = ("activation", "magnitude")
-GROWS = ("gradient", "saliency")
 
 
 class MaskUpdates(TrainerCallback):
@@ -88,8 +81,15 @@ class MaskUpdates(TrainerCallback):
         return self._state
 
     def attach(self, model: nn.Module) -> None:
-        """Take a wrapped model, whose weights are those at the start."""
-        self._state = MaskState(model, self.dense)
+        """Take a wrapped model, whose weights are those at the start, unless it has been taken already."""
+        if self._state is None or not self._state.belongs_to(model):
+            self._state = MaskState(model, self.dense)
+
+    def restore(self) -> None:
+        """Give the model the masks and weights that it had when it was taken, but for the signs of zeros."""
+        if self._state is not None:
+            self._let_go()
+            self._state.restore()
 
     def fraction_at(self, step: int, total_steps: int) -> float:
         """Return f at the end of a step, counted from 1; 0 where no update is due."""
@@ -97,6 +97,10 @@ class MaskUpdates(TrainerCallback):
         if step % self.every or step > last:
             return 0.0
         return self.fraction * DECAYS[self.decay](step / last)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Forget what a step that failed has left."""
+        self._let_go()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Have layers choose their new masks in the backward pass of a step that ends in an update."""
@@ -150,19 +154,3 @@ class MaskUpdates(TrainerCallback):
             never |= grow <= 0
         grow.masked_fill_(never, -math.inf)
         self._chosen[mask.path] = pack_bits(swap(kept, drop, grow, count, mask.group))
-
-
-def check_mask_updates(
-    every: object, fraction: object, until: object, decay: object, drop: object, grow: object
-) -> None:
-    """Raise a ConfigError, naming it, for an option that makes no sense."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ConfigError(f"mask_update_every is {every!r}; it must be an int of at least 1")
-    for name, value, least in (("fraction", fraction, 0.0), ("until", until, math.ulp(0.0))):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1:
-            raise ConfigError(
-                f"mask_update_{name} is {value!r}; it must be a number in {'[' if not least else '('}0, 1]"
-            )
-    for name, value, known in (("decay", decay, DECAYS), ("drop", drop, DROPS), ("grow", grow, GROWS)):
-        if value not in known:
-            raise ConfigError(f"mask_update_{name} is {value!r}; known: {', '.join(known)}")

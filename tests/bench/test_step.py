@@ -35,7 +35,8 @@ def test_every_contender_trains_what_it_says_on_the_same_targets() -> None:
     peft = 2 * sum(2 * (m + n) for m, n in SHAPES.values())
     ours = [name for name in sizes if name.startswith("spp")]
     assert len(ours) == 7
-    assert sizes == {**dict.fromkeys(ours, spp), "lora": peft, "hira": peft}
+    pst = 2 * sum(2 * 2 * (m + n) + m + n for m, n in SHAPES.values())
+    assert sizes == {**dict.fromkeys(ours, spp), "lora": peft, "hira": peft, "pst": pst, "pst-autograd": pst}
 
 
 def test_the_model_is_pruned_to_the_pattern() -> None:
@@ -56,6 +57,20 @@ def test_a_step_trains(name: str) -> None:
 def test_the_memory_options_change_no_loss() -> None:
     losses = {name: float(Training(options(), name).loss().detach()) for name in contenders(1, 1) if name != "hira"}
     assert all(loss == pytest.approx(losses["spp"], rel=1e-5) for loss in losses.values())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
+def test_pst_is_what_autograd_makes_of_its_formula(pattern: str) -> None:
+    ours, plain = (Training(options("--pattern", pattern), name) for name in ("pst", "pst-autograd"))
+    for training in (ours, plain):
+        with torch.no_grad():
+            for i, parameter in enumerate(training.trainable):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        training.loss().backward()
+    assert float(ours.loss().detach()) == pytest.approx(float(plain.loss().detach()), rel=1e-5)
+    for one, other in zip(ours.trainable, plain.trainable, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
