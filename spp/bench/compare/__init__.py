@@ -12,6 +12,7 @@ trial.py        one contender, learning rate and seed: train, merge, measure
 cost.py         a step's time and memory against SPP's, in processes of their own
 results.py      results.json: atomic, shared by several processes, resumable
 study.py        which trial is next: the search for a learning rate, then more seeds
+summary.py      one line a contender
 tables.py       the table and its Markdown
 chart.py        quality against cost
 """
