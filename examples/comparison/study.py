@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import spp
-from spp.bench.compare import CompareConfig, compare
+from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.results import NAME
-from spp.bench.compare.study import missing, plan_of
+from spp.bench.compare.study import compare, missing, plan_of
 from spp.bench.compare.tables import markdown
 from spp.errors import SPPError
 from spp.files import read_json

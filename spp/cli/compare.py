@@ -87,8 +87,9 @@ def run(
 
 def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -> None:
     """Run the comparison and print its table."""
-    from spp.bench.compare import CompareConfig, compare
     from spp.bench.compare.chart import draw
+    from spp.bench.compare.config import CompareConfig
+    from spp.bench.compare.study import compare
     from spp.bench.compare.tables import main_table, notes, verdict
     from spp.files.hub import local_directory
     from spp.report_plot import check_plot

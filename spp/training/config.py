@@ -66,7 +66,7 @@ class TuneConfig:
         scaling: SPP: s.
         dropout: SPP: probability in [0, 1).
         dropout_mode: SPP: "input" or "alpha".
-        rule: SPP: "spp", "hira" or "masked_lora".
+        rule: SPP: "spp", or a peer's, "hira" or "masked_lora".
         dense_model: SPP: directory or hub id of the dense model, for mask updates.
         mask_update_every: SPP: optimizer steps between two mask updates (spp.training.mask_updates); None has none.
             The run then writes the pruned model with its final masks to base/, and the adapter belongs to that.

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from spp.bench.compare import CompareConfig, compare, cost
+from spp.bench.compare import cost
 from spp.bench.compare.chart import draw
-from spp.bench.compare.config import BUDGETS
+from spp.bench.compare.config import BUDGETS, CompareConfig
 from spp.bench.compare.contenders import KINDS, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
-from spp.bench.compare.study import _count, _nearest, _shapes
+from spp.bench.compare.study import _count, _nearest, _shapes, compare
 from spp.bench.compare.trial import zeros
 from spp.errors import ConfigError, DataError, OutputError
 from spp.training.loading import load_model, load_tokenizer
