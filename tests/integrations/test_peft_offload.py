@@ -72,9 +72,10 @@ def test_it_trains_as_the_model_in_memory_does(way: str, first: str, tmp_path: P
 
 
 @pytest.mark.skipif(peft.__version__.startswith("0.20."), reason="PEFT 0.20 does not find its base on a disk again")
-def test_peft_loads_onto_a_model_that_transformers_dispatched(tmp_path: Path) -> None:
+def test_peft_loads_onto_a_model_that_transformers_dispatched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.chdir(tmp_path)  # where PEFT writes offloaded weights under their new names
     reference = train(plain_peft())
     reference.save_pretrained(tmp_path / "adapter")
     spp.save_model(pruned(), tmp_path / "base")
