@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import spp
 from spp.adapter_files import read_adapter
@@ -158,5 +160,6 @@ def main(folder: Path, name: str, count: int, seed: int) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that dies with it would keep it for ever
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     print(*(main(Path(sys.argv[1], name), name, int(sys.argv[3]), seed) for name in sys.argv[2].split(",")))
