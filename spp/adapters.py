@@ -124,7 +124,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
                 if tensor is None:
                     continue
                 if parameter.is_meta:
-                    setattr(layer, name, nn.Parameter(tensor.clone(), requires_grad=parameter.requires_grad))
+                    device = layer.home() if layer.home().type != "meta" else tensor.device
+                    value = tensor.to(device, copy=True)
+                    setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
                 else:
                     parameter.copy_(tensor)
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)

@@ -166,6 +166,10 @@ class SPPExperts(ExpertsAdapter):
 
         return multiply
 
+    def home(self) -> torch.device:
+        """Return the device that the adapter belongs on."""
+        return home(self.projection.module, self.weight)
+
     def resident_names(self) -> tuple[str, ...]:
         """Return the names of W_α and W_β."""
         return tuple(self.spp_rule.attribute_names())

@@ -261,6 +261,10 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         """Return `stored_weight`."""
         return self._parameters["weight"] if self.packed_layout is None else self.stored_weight  # type: ignore[return-value]
 
+    def home(self) -> torch.device:
+        """Return the device that the adapter belongs on."""
+        return home(self, self.stored_weight)
+
     def resident_names(self) -> tuple[str, ...]:
         """Return the names of W_α and W_β."""
         return self._adapter_names

@@ -124,7 +124,7 @@ def merge(
     model = uncompiled(model)
     layers = require_layers(model)
     check_rounding(dtype, rounding)
-    _check_offloaded(layers, dtype)
+    _check_offloaded(model, layers, dtype)
     if requantize:
         _check_requantize(layers, dtype)
     seed = draw_seed(rounding, seed)
@@ -235,13 +235,14 @@ def _holder(layer: AdapterLayer) -> tuple[nn.Module, str]:
     return (layer.projection.module, layer.projection.name) if isinstance(layer, SPPExperts) else (layer, "weight")
 
 
-def _check_offloaded(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
+def _check_offloaded(model: nn.Module, layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
     """Raise a ConfigError where a merged weight could not be stored: on a disk, in another dtype than it has there."""
-    offloaded = {path: _holder(layer) for path, layer in layers.items() if offloader(_holder(layer)[0]) is not None}
-    on_disk = [path for path, held in offloaded.items() if in_memory(*held) is None]
-    if not offloaded or (dtype is None and not on_disk):
+    held = {path: _holder(layer) for path, layer in layers.items()}
+    on_disk = [path for path, (m, name) in held.items() if is_offloaded(m, name) and in_memory(m, name) is None]
+    others = [path for path, module in model.named_modules() if dtype is not None and offloader(module) is not None]
+    if not on_disk and not others:
         return
-    what = f"{on_disk[0]} is offloaded to a disk" if on_disk else f"{next(iter(offloaded))} is offloaded"
+    what = f"{on_disk[0]} is offloaded to a disk" if on_disk else f"{others[0]} is offloaded"
     raise ConfigError(
         f"{what} by accelerate, and a merge in memory writes only to what lies in memory, in its own dtype. Merge on "
         f"disk: spp.save_adapter(model, path), then `spp merge BASE path OUT` (spp.merge_checkpoint), which holds one "

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
-from spp.offload import execution_device, fetch, offloader
+from spp.offload import execution_device, fetch, offloader, single_hooks
 
 
 class HookedAdapter(nn.Module):
@@ -33,7 +32,7 @@ class HookedAdapter(nn.Module):
         if name == "_old_forward":  # accelerate sets it, moves the parameters, and then sets _hf_hook
             self.__dict__["_before_hook"] = {n: self._parameters[n] for n in self.resident_names()}
         elif name == "_hf_hook":
-            self._put_back(execution_device(value))
+            self._put_back(value)
             value = _blind(value, self.resident_names())
         super().__setattr__(name, value)
         if name == "_hf_hook":
@@ -44,16 +43,22 @@ class HookedAdapter(nn.Module):
         if name == "_hf_hook":
             self.hook_changed()
 
-    def _put_back(self, device: torch.device | None) -> None:
+    def _put_back(self, hook: Any) -> None:
         """Have the parameters that were here before the hook came, on the device of its calls."""
-        for name, parameter in self.__dict__.pop("_before_hook", {}).items():
-            if parameter is None or self._parameters[name] is parameter:
-                continue
-            if device is not None and not parameter.is_meta:
-                parameter.data = parameter.data.to(device)
-                if parameter.grad is not None:
-                    parameter.grad.data = parameter.grad.to(device)
-            self._parameters[name] = parameter
+        before, device = self.__dict__.pop("_before_hook", None), execution_device(hook)
+        for name in self.resident_names():
+            parameter = self._parameters[name]
+            if before is not None and (kept := before.get(name)) is not None and kept is not parameter:
+                if device is not None and not kept.is_meta:
+                    kept.data = kept.data.to(device)
+                    if kept.grad is not None:
+                        kept.grad.data = kept.grad.to(device)
+                self._parameters[name] = kept
+            elif before is None and parameter is not None and parameter.is_meta:  # a hook in the place of another one
+                for one in single_hooks(hook):
+                    if getattr(one, "offload", False) and name in (one.weights_map or ()):
+                        value = fetch(one, name, parameter.dtype).clone()
+                        self._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
 class _Blind:

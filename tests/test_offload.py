@@ -163,7 +163,7 @@ def test_a_merge_does_not_write_to_a_disk(way: str, first: str, tmp_path: Path) 
         spp.merge(model)
     assert_same_bits(logits(model), before)
     model = prepared(to_memory, first, tmp_path)
-    with pytest.raises(ConfigError, match=r"q_proj is offloaded by accelerate, .* in its own dtype"):
+    with pytest.raises(ConfigError, match=r"embed_tokens is offloaded by accelerate, .* in its own dtype"):
         spp.merge(model, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="none of the merged weights is quantized"):
         spp.merge(model, requantize=True)
@@ -281,8 +281,10 @@ def test_packed_weights_stay_in_memory(tmp_path: Path) -> None:
     for way in (to_memory, to_disk):
         model = way(spp.wrap(pruned(), 4, seed=0, packed=True), tmp_path)
         assert_trains_alike(model, in_memory(packed=True))
-        with pytest.raises(ConfigError, match="offloaded"):
-            spp.merge(model)
+        twin, trained = copy.deepcopy(model), logits(model)
+        spp.merge(twin)
+        assert not twin.get_submodule(U1).weight.is_meta
+        assert_matches(logits(twin), trained.double(), torch.float32)
         spp.unwrap(model)
         assert_same_bits(logits(model), logits(pruned()))
     model = to_disk(spp.pack(pruned()), tmp_path)
@@ -331,6 +333,35 @@ def test_hooks_that_only_align_devices_go_with_the_layer(tmp_path: Path) -> None
     spp.unwrap(model)
     logits(model)
     assert hook.calls == 5 and linear._hf_hook is hook
+
+
+def test_a_hook_that_takes_the_place_of_another(tmp_path: Path) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = prepared(to_memory, "wrapped", tmp_path)
+    train(model)
+    trained, layer = logits(model), adapter_layers(model)[U1]
+    held = {"weight": layer.dense_weight(), "spp_alpha": layer.spp_alpha.data, "spp_beta": layer.spp_beta.data}
+    add_hook_to_module(layer, AlignDevicesHook("cpu", offload=True, weights_map=held))
+    assert not layer.spp_alpha.is_meta and layer.spp_alpha.requires_grad
+    assert_same_bits(logits(model), trained)
+    assert len(train(model)[1]) == 28
+
+
+def test_a_model_that_was_wrapped_before_it_was_loaded(tmp_path: Path) -> None:
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from transformers import LlamaForCausalLM
+
+    spp.save_model(pruned(), tmp_path / "base")
+    reference = in_memory()
+    train(reference)
+    adapter = spp.save_adapter(reference, tmp_path / "adapter")
+    with init_empty_weights():
+        model = spp.wrap(LlamaForCausalLM(pruned().config), 4).eval()
+    spp.load_adapter(model, adapter)
+    load_checkpoint_and_dispatch(model, tmp_path / "base", device_map=MAP, offload_folder=tmp_path / "offloaded")
+    assert on_meta(model) and not any("spp_" in name for name in on_meta(model))
+    assert_same_bits(logits(model), logits(reference))
 
 
 def test_copies(tmp_path: Path) -> None:

@@ -38,8 +38,15 @@ def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {path: own_dense(linear) for path, linear in projections(model).items()}
 
 
-@every_form
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"dropout": 0.2, "dropout_mode": "alpha"}], ids=str)
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        *((form, {}) for form in FORMS),
+        (FORMS[1], {"dropout": 0.2}),
+        (FORMS[3], {"dropout": 0.2, "dropout_mode": "alpha"}),
+    ],
+    ids=str,
+)
 def test_training_is_that_of_wrap_bit_for_bit(form: dict[str, Any], options: dict[str, Any]) -> None:
     base = quantized_llama(**form)
     storages = {path: linear.weight.data_ptr() for path, linear in projections(base).items()}
@@ -100,8 +107,7 @@ def test_several_adapters_and_their_merges(form: dict[str, Any]) -> None:
     assert_same_bits(logits(model), both)
 
 
-@every_form
-@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(("form", "safe"), [*((form, True) for form in FORMS), (FORMS[1], False)], ids=str)
 def test_merge_and_unload_stores_what_spp_merge_stores(form: dict[str, Any], safe: bool) -> None:
     wrapped, model = train(spp.wrap(quantized_llama(**form), 4, seed=0)), train(peft_model(form))
     unmerged = logits(model)

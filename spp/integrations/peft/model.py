@@ -221,11 +221,12 @@ class SPPPeftModel(BaseTuner):
             self._check_in_memory()
         if merge and safe_merge:
             self._check_merge(adapter_names)
-        for path, layer in layers.items():
-            if not merge and isinstance(layer, SPPPeftLinear):
-                layer.unpack_base()
-                if layer.is_offloaded():  # else PEFT loads it, and offloads it to memory, from wherever it was
-                    self.model.set_submodule(path, layer.base_layer)
+        if not merge:
+            for layer in layers.values():
+                if isinstance(layer, SPPPeftLinear):
+                    layer.unpack_base()
+        if any(layer.is_offloaded() for layer in layers.values()):
+            return self._unload_offloaded(layers)
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
@@ -249,6 +250,20 @@ class SPPPeftModel(BaseTuner):
             base = describe_base(model, merged)
             logger.info("%r", report_merge(model, results, base))
         return model
+
+    def _unload_offloaded(self, layers: dict[str, TermsLayer]) -> nn.Module:
+        """Take the adapters out of an offloaded model; PEFT's own way would load all of it at once."""
+        for path, layer in layers.items():
+            if isinstance(layer, SPPPeftLinear):
+                self.model.set_submodule(path, layer.base_layer)
+            elif isinstance(layer, SPPPeftExperts):
+                release_experts(layer.projection.module)
+        for path, module in list(self.model.named_modules()):
+            if hasattr(module, "unload_and_optionally_merge_module"):  # of modules_to_save
+                unload: Any = module.unload_and_optionally_merge_module
+                self.model.set_submodule(path, unload(merge=False, safe_merge=False, adapter_names=None))
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
 
     def _check_in_memory(self) -> None:
         """Raise a ConfigError where accelerate has a weight offloaded, to where merging does not write."""
