@@ -4,8 +4,7 @@
     python examples/trl_sft.py --model PRUNED --data chats.jsonl --out trl-out --wrapped
 
 The data is what TRL takes, such as {"messages": [{"role": …, "content": …}, …]} or {"text": …} a line. Without
---wrapped it is TRL's own trainer with a peft_config, and so are DPO and the others: trl.DPOTrainer(model, …,
-peft_config=…) needs no second model, the reference is the model with its adapter disabled.
+--wrapped it is TRL's own trainer with a peft_config, as TRL's other trainers take it too (trl_dpo.py).
 """
 
 from __future__ import annotations

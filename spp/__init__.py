@@ -6,7 +6,7 @@
     spp.merge(model)                         # the same zeros, asserted
     spp.save_model(model, "out")             # a plain checkpoint, and the certificate of its zeros
 
-Imported by name: spp.training, spp.evaluation, spp.report, spp.bench.
+Imported by name: spp.training, spp.evaluation, spp.report, spp.bench, spp.integrations.peft, .trl, .transformers, .hub.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter
 from spp.calibrate import prune
 from spp.certificate import SparsityReport
-from spp.checkpoint import certify, load_packed, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint import (
+    certify,
+    convert_checkpoint,
+    export_dense,
+    export_packed,
+    load_packed,
+    merge_checkpoint,
+    save_model,
+    sparsity,
+    verify,
+)
 from spp.checkpoint_prune import prune_checkpoint
 from spp.config import SPPConfig
 from spp.errors import SPPError, SPPWarning
@@ -24,6 +34,7 @@ from spp.inject import adapter_parameters, disabled, print_trainable_parameters,
 from spp.inject_packed import pack, unpack
 from spp.layer import SPPLinear
 from spp.merge import MergeReport, merge
+from spp.semi_structured import SemiStructuredReport, to_semi_structured
 
 __all__ = [
     "MergeReport",
@@ -31,12 +42,16 @@ __all__ = [
     "SPPError",
     "SPPLinear",
     "SPPWarning",
+    "SemiStructuredReport",
     "SparsityReport",
     "__version__",
     "adapter_parameters",
     "adapter_state_dict",
     "certify",
+    "convert_checkpoint",
     "disabled",
+    "export_dense",
+    "export_packed",
     "functional",
     "load_adapter",
     "load_packed",
@@ -51,6 +66,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "sparsity",
+    "to_semi_structured",
     "unpack",
     "unwrap",
     "verify",

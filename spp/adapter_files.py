@@ -32,6 +32,7 @@ from spp.files.reader import require_inside
 from spp.rules import get_rule
 
 PEFT_TYPE = "SPP"
+PST_TYPE = "PST"  # what spp.pst.save writes
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
@@ -68,6 +69,16 @@ class AdapterFiles:
         return {path: tuple(self.tensors[f"{path}.{name}"] for name in names) for path in sorted(paths)}
 
 
+def method_of(path: str | Path) -> str | None:
+    """Return the method that an adapter directory, or a hub id, says it is of: "SPP", "PST", …, or None.
+
+    Raises:
+        CheckpointError: its config is missing or cannot be read.
+    """
+    kind = read_json(local_directory(path, "adapter") / CONFIG_NAME, "adapter config").get("peft_type")
+    return kind if isinstance(kind, str) else None
+
+
 def read_adapter(path: str | Path) -> AdapterFiles:
     """Read and check an adapter directory, or a hub id, without a model.
 
@@ -86,9 +97,8 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         files = _authors(directory, values, tensors)
     else:
         kind = values.get("peft_type", "unknown")
-        raise AdapterError(
-            f"{directory} holds an adapter of type {kind!r}, not SPP; load it with the library that made it"
-        )
+        remedy = "spp.pst.load, on the dense model" if kind == PST_TYPE else "the library that made it"
+        raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
     bad = sorted(key for key, tensor in files.tensors.items() if not np.isfinite(tensor.numpy()).all())
     if bad:
         raise NonFiniteError(

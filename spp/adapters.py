@@ -18,7 +18,6 @@ from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, Targ
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
 from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
-from spp.layer_packed import PackedLinear
 from spp.rules import get_rule
 from spp.targets import resolve_projections
 from spp.targets_layout import Projection
@@ -45,8 +44,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
-    layers = {path: layer for path, layer in require_layers(model).items() if not layer.stored_weight.is_meta}
-    return {path: mask_sha256(layer.weight) for path, layer in layers.items()}
+    weights = ((path, layer.dense_weight()) for path, layer in require_layers(model).items())
+    return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -125,7 +124,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
                 if tensor is None:
                     continue
                 if parameter.is_meta:
-                    setattr(layer, name, nn.Parameter(tensor.clone(), requires_grad=parameter.requires_grad))
+                    device = layer.home() if layer.home().type != "meta" else tensor.device
+                    value = tensor.to(device, copy=True)
+                    setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
                 else:
                     parameter.copy_(tensor)
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
@@ -141,7 +142,7 @@ def check_finite(model: nn.Module) -> None:
 
 def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:
     """Return the config for a model that may be packed already, whatever the adapter was trained on."""
-    packed = any(isinstance(t, Projection) and isinstance(t.module, PackedLinear) for t in targets.values())
+    packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
     return replace(config, packed=True) if packed else config
 
 
@@ -222,13 +223,14 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None
 
 def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
     """Return (E,) of a fused weight, () of a matrix."""
-    fused = target.fused if isinstance(target, Projection) else isinstance(target, SPPExperts)
-    return (target.weight.shape[0],) if fused else ()
+    if isinstance(target, Projection):
+        return target.shape[:1] if target.fused else ()
+    return (target.num_experts,) if isinstance(target, SPPExperts) else ()
 
 
 def _mask_of(target: Projection | AdapterLayer) -> str | None:
     """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = target.weight  # of a packed one a dense copy
+    weight = target.dense_weight()
     return None if weight.is_meta else mask_sha256(weight)
 
 

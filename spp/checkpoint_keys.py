@@ -48,6 +48,7 @@ class DiskKeys:
 
     def __init__(self, model: Any, shapes: Mapping[str, Shape]) -> None:
         self._model = model
+        self._shapes = dict(shapes)
         self._state: dict[str, Tensor] = model.state_dict()
         self._conversions = _conversions(model)
         self._patterns: dict[str, str] = {}  # {disk key: the pattern of its converter}
@@ -56,7 +57,7 @@ class DiskKeys:
         self.groups: dict[str, Group] = {}  # {first memory key: group}
         self._read(sorted(shapes, key=_natural))
         for name in self.groups:
-            self._check(name, shapes)
+            self._check(name)
 
     def group_of(self, disk_key: str) -> Group | None:
         """Return the group that a disk key belongs to; None where disk and memory hold the same tensor."""
@@ -70,6 +71,23 @@ class DiskKeys:
             converter.add_tensor(name, key, self._patterns[key], get(key))
         made = converter.convert(name, model=self._model, config=self._model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def experts(self, group: Group, name: str) -> list[Group] | None:
+        """Return a group in parts, each of which `join` makes the weight of one expert; None where that is not so.
+
+        Args:
+            name: of the fused weight in memory, the only one that the group becomes.
+        """
+        count, *matrix = self._state[name].shape
+        size = len(group.disk) // count
+        if group.memory != (name,) or size * count != len(group.disk):
+            return None
+        parts = [Group(group.disk[size * e : size * (e + 1)], group.memory) for e in range(count)]
+        try:
+            made = [self.join(part, self._without_values) for part in parts]
+        except Exception:  # whatever a conversion raises that takes all experts together
+            return None
+        return parts if all(tuple(one[name].shape) == (1, *matrix) for one in made) else None
 
     def split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors on disk that those of a group in memory, {memory key: tensor}, are stored as."""
@@ -114,14 +132,17 @@ class DiskKeys:
 
         return rename
 
+    def _without_values(self, key: str) -> Tensor:
+        return torch.empty(self._shapes[key], device="meta")
+
     def _converter(self, pattern: str) -> Any:
         return next(c for c in self._conversions if hasattr(c, "operations") and pattern in c.source_patterns)
 
-    def _check(self, name: str, shapes: Mapping[str, Shape]) -> None:
+    def _check(self, name: str) -> None:
         """Convert a group without its values and back: it must give what the model has, and itself again."""
-        group = self.groups[name]
+        group, shapes = self.groups[name], self._shapes
         try:
-            made = self.join(group, lambda key: torch.empty(shapes[key], device="meta"))
+            made = self.join(group, self._without_values)
             back = self.split(made)
         except Exception as error:  # whatever the conversion of an architecture raises
             raise StreamingError(

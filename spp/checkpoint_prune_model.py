@@ -8,7 +8,7 @@ else the config's, else that of the first floating tensor; and what an architect
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from spp.checkpoint_keys import DiskKeys, Group
 from spp.checkpoint_memory import trim_memory
 from spp.errors import ConfigError, NonFiniteError, StreamingError
 from spp.files import CheckpointReader, dtype_name, read_json
+from spp.packed.disk import DenseReader, packed_settings
 from spp.patterns import all_finite
 from spp.targets import output_head
 
@@ -47,7 +48,8 @@ class StreamedModel:
         self._reader = reader
         self._wanted = dtype
         self._device = device
-        refuse_quantized(reader.directory)
+        if not isinstance(reader, DenseReader) or not reader.packed:
+            refuse_quantized(reader.directory)
         self.model: nn.Module = skeleton(reader, dtype)
         self._modules = dict(self.model.named_modules())
         self._keys = DiskKeys(self.model, {key: reader.shape(key) for key in reader})
@@ -57,6 +59,10 @@ class StreamedModel:
     def memory_key(self, key: str) -> str:
         """Return the name that the model has for a key on disk (of several that become one tensor: that one's)."""
         return self._keys.memory[key]
+
+    def is_converted(self, key: str) -> bool:
+        """Whether the model has the tensor of a disk key only joined with others, or otherwise than the disk."""
+        return self._keys.group_of(key) is not None
 
     def is_heads(self, key: str) -> bool:
         """Whether a key is the output head's own: the blocks never need it."""
@@ -86,6 +92,27 @@ class StreamedModel:
                 made = self._keys.join(group, lambda key: self._converted(key, origin))
                 for name, value in made.items():
                     self._set(name, lambda value=value: value)  # type: ignore[misc]
+
+    def experts(self, name: str, keys: Sequence[str], origin: CheckpointReader) -> Callable[[int], Tensor] | None:
+        """Return what reads one expert of a fused weight, on the CPU; None where they can only be read together.
+
+        Args:
+            name: of the weight in memory.
+            keys: what it is stored as.
+        """
+        groups = {self._keys.group_of(key) for key in keys}
+        if len(groups) != 1:
+            return None
+        (group,) = groups
+        if group is None:
+            (key,) = keys
+            whole = origin.tensor(key)  # mapped, or decoded from a packed checkpoint
+            return lambda expert: self._convert(key, whole[expert], copy=False)
+        parts = self._keys.experts(group, name)
+        if parts is None:
+            return None
+        read = lambda key: self._converted(key, origin, copy=False)  # noqa: E731
+        return lambda expert: self._keys.join(parts[expert], read)[name][0]
 
     def unload(self, block: nn.Module) -> None:
         """Put a block's parameters back on the meta device."""
@@ -117,7 +144,10 @@ class StreamedModel:
         return self._wanted if self._wanted is not None and stored in FLOATS else stored
 
     def _converted(self, key: str, origin: CheckpointReader, *, copy: bool = True) -> Tensor:
-        before, dtype = origin.tensor(key), self.dtype(key)
+        return self._convert(key, origin.tensor(key), copy=copy)
+
+    def _convert(self, key: str, before: Tensor, *, copy: bool) -> Tensor:
+        dtype = self.dtype(key)
         after = before.to(self._device if copy else "cpu", dtype, copy=copy)
         if dtype != before.dtype and all_finite(before) and not all_finite(after):
             raise NonFiniteError(f"{key} overflows in {dtype_name(dtype)}; take a wider dtype, such as bfloat16")
@@ -173,7 +203,10 @@ def _load_config(source: Path) -> Any:
 def refuse_quantized(source: Path) -> None:
     """Raise a ConfigError where a checkpoint's config says that it is quantized."""
     path = source / "config.json"
-    if path.exists() and read_json(path, "the model's config").get("quantization_config") is not None:
+    config = read_json(path, "the model's config") if path.exists() else {}
+    if packed_settings(config) is not None:
+        raise ConfigError(f"{source} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
+    if config.get("quantization_config") is not None:
         raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
 
 
@@ -192,10 +225,14 @@ def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
         raise StreamingError(f"cannot make a model of the config in {reader.directory}: {reason}") from error
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}  # what stays in float32
     for part, kept in plan.items():
-        for name, parameter in list(model.named_parameters()):
-            if re.search(part.replace("*", ".*"), name):
-                owner = model.get_submodule(name.rpartition(".")[0])
-                owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.to(kept), requires_grad=False)
+        pattern = re.compile(part.replace("*", ".*"))
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and pattern.search(f"{path}.{name}"):
+                    module._parameters[name] = nn.Parameter(parameter.to(kept), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and pattern.search(f"{path}.{name}"):
+                    module._buffers[name] = buffer.to(kept)
     model.tie_weights()
     return model
 

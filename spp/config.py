@@ -30,7 +30,8 @@ class SPPConfig:
         exclude_modules: a list of name suffixes or a regular expression of modules to leave alone.
         rank_pattern: {name suffix or regular expression: r} for modules whose rank differs from `r`.
         init: "paper": W_α Kaiming-uniform with a = √5, W_β zero.
-        rule: the multiplicative rule; "spp".
+        rule: "spp"; or a peer's, which keeps the mask too, in place of W_α and W_β: "hira" (W scaled by 1 + s·B A) or
+            "masked_lora" (W plus s·B A on the mask), of rank r.
         packed: keep the frozen weights packed (kept values and a mask) instead of dense.
         seed: draw each layer from a generator keyed by (seed, module path); None uses torch's global generator.
         format_version: version of this format; a newer one than this library knows is refused.
@@ -124,13 +125,13 @@ class SPPConfig:
 
 
 def is_suffix(path: str, name: str) -> bool:
-    """Whether `name` is the module path or its last components."""
-    return path == name or path.endswith("." + name)
+    """Whether `name` is the path of a module, or of its parameter `weight`, or the last components of it."""
+    return f".{path}".endswith("." + name) or f".{path}".endswith(f".{name}.weight")
 
 
 def name_matches(path: str, name: str) -> bool:
-    """Whether `name` means the module at `path`: its last components, or a regular expression for the whole path."""
-    return is_suffix(path, name) or re.fullmatch(name, path) is not None
+    """Whether `name` means the module at `path`: as `is_suffix`, or a regular expression for the whole path."""
+    return is_suffix(path, name) or any(re.fullmatch(name, p) for p in (path, path.removesuffix(".weight")))
 
 
 def _is_number(value: object) -> bool:

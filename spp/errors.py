@@ -12,6 +12,7 @@
     │   └── StreamingError                its weights cannot be taken from the disk part by part
     ├── OutputError (OSError)             a path cannot be written: read-only, disk full
     │   └── OutputExistsError (FileExistsError)
+    ├── HubError (ConnectionError)        the hub cannot be reached, or refuses
     ├── DataError (ValueError)            training, calibration or evaluation data is empty or malformed
     ├── GradientError (RuntimeError)      a derivative that does not exist here was asked for
     └── DependencyError (ImportError)     an optional package is missing; the message names the extra
@@ -69,6 +70,10 @@ class OutputError(SPPError, OSError):
 
 class OutputExistsError(OutputError, FileExistsError):
     """The output exists already and overwriting was not asked for."""
+
+
+class HubError(SPPError, ConnectionError):
+    """The Hugging Face hub cannot be reached, or refuses what it is asked."""
 
 
 class DataError(SPPError, ValueError):

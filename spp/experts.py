@@ -4,14 +4,13 @@
 
 The weight stays a parameter of the module that has it, and the module's own forward runs; its products with the weight
 are replaced by those with the effective weight, expert by expert (spp.targets_products). Gradients come from routed
-tokens only, and one expert's block of W_eff exists at a time.
+tokens only, and one expert's block of W_eff exists at a time. A packed weight is held by the adapter, and one expert's
+block of W too.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,50 +19,14 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
+from spp.experts_forward import ExpertsAdapter, Multiply
+from spp.experts_packed import PackedExperts, require_alone
 from spp.kernels import linear
+from spp.offload import home
 from spp.patterns import all_finite
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import Projection
-from spp.targets_products import ExpertProducts, set_experts_implementation
-
-_FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
-_opaque_forward: Callable[..., Any] | None = None
-
-
-class ExpertsAdapter(nn.Module):
-    """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
-
-    Args:
-        projection: the fused weight.
-    """
-
-    disabled: bool
-    weight_requires_grad: bool
-
-    def __init__(self, projection: Projection) -> None:
-        super().__init__()
-        self._projection = (projection,)  # in a tuple: the module that it belongs to is no submodule of this one
-        self.num_experts = projection.weight.shape[0]
-        self.out_features, self.in_features = projection.out_features, projection.in_features
-
-    @property
-    def projection(self) -> Projection:
-        """The fused weight."""
-        return self._projection[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The fused weight as it is stored: (E, m, n) or (E, n, m)."""
-        return self.projection.weight
-
-    @abstractmethod
-    def has_no_effect(self) -> bool:
-        """Whether W_eff is W and nothing is to be learned from this call."""
-
-    @abstractmethod
-    def multiplier(self) -> Callable[[int, Tensor], Tensor]:
-        """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
 
 
 class SPPExperts(ExpertsAdapter):
@@ -71,7 +34,8 @@ class SPPExperts(ExpertsAdapter):
 
     Args:
         projection: the fused weight, frozen from here on.
-        r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig, for each expert.
+        r, scaling, dropout, dropout_mode, init, rule, packed: as in SPPConfig, for each expert. A packed weight stays
+            with the adapter until `restore`; PackedExperts hand over theirs.
         generator: where the W_α are drawn from, expert after expert; None is torch's global generator.
 
     Attributes:
@@ -80,7 +44,8 @@ class SPPExperts(ExpertsAdapter):
     Raises:
         ConfigError: r > m or r < 1, or an option makes no sense.
         NonFiniteError: the weight holds NaN or infinity.
-        TargetError: the weight is not floating-point.
+        TargetError: the weight is not floating-point, or has an adapter already.
+        ConfigError: packed experts without packed=True, or packed=True on the meta device.
     """
 
     spp_alpha: nn.Parameter
@@ -96,10 +61,14 @@ class SPPExperts(ExpertsAdapter):
         init: str = "paper",
         rule: str = "spp",
         *,
+        packed: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(projection)
-        config = SPPConfig(r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule)
+        config = SPPConfig(
+            r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
+        )
+        require_alone(projection)
         check_experts(projection, config, r)
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init
@@ -111,24 +80,28 @@ class SPPExperts(ExpertsAdapter):
         self.disabled = False
         self.grad_precision = "auto"
         self.saved_activations = "full"
-        weight = projection.weight
-        self.weight_requires_grad = weight.requires_grad
-        dtype = arithmetic_dtype(weight.dtype)
+        before = projection.packed
+        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
+        flags = [*(b.weight_requires_grad for b in self._before), projection.operand.requires_grad]
+        self.weight_requires_grad = flags[0]
+        if packed:
+            self.hold_what_is_there()
+        stored = self.stored_weight
+        dtype, device = arithmetic_dtype(stored.dtype), home(projection.module, stored)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self.spp_rule.attribute_names(), shapes, strict=True):
-            empty = torch.empty((self.num_experts, *shape), dtype=dtype, device="meta" if weight.is_meta else "cpu")
+            empty = torch.empty(
+                (self.num_experts, *shape), dtype=dtype, device="meta" if device.type == "meta" else "cpu"
+            )
             self.register_parameter(name, nn.Parameter(empty))
-        if not weight.is_meta:
+        if device.type != "meta":
             self.reset_parameters(generator)
             for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(weight.device)
-        weight.requires_grad_(False)
+                parameter.data = parameter.data.to(device)
+        stored.requires_grad_(False)
         self.training = projection.module.training
-
-    @property
-    def stored_weight(self) -> Tensor:
-        """What holds the weight's numbers: the fused weight."""
-        return self.weight
+        if packed:
+            self.take_over()
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Return [W_α, W_β] of all experts."""
@@ -146,36 +119,60 @@ class SPPExperts(ExpertsAdapter):
 
     def effective_weight(self) -> Tensor:
         """Return W_eff in the weight's shape and dtype: what the products use and a merge stores, bit for bit."""
-        matrices, params = self.projection.matrices(), self.of_experts()
-        made = [effective_weight(self.spp_rule, w, p, self.scaling) for w, p in zip(matrices, params, strict=True)]
-        return torch.stack(made if self.projection.input_axis == -1 else [w.T for w in made])
+        pairs = zip(self.dense_matrices(), self.of_experts(), strict=True)
+        made = [effective_weight(self.spp_rule, w, params, self.scaling) for w, params in pairs]
+        return torch.stack(made if self.input_axis == -1 else [w.T for w in made])
+
+    def dense_matrices(self) -> Iterator[Tensor]:
+        """Yield W (m, n) of each expert; of a packed weight a copy, decoded when it is asked for."""
+        if self.packed_layout is None:
+            yield from self.matrices()
+        else:
+            yield from (matrix.dense() for matrix in self.packed_experts().matrices())
 
     def has_no_effect(self) -> bool:
         """Whether W_eff is W and nothing is to be learned from this call: an untrained adapter in evaluation."""
         first = next(iter(self.adapter_parameters()))
         if torch.is_grad_enabled() or first.device.type != "cpu":  # elsewhere, asking would stall the device
             return False
-        factors = self.spp_rule.prepare(  # all experts as one layer: the bound is the largest of theirs
-            [p.flatten(0, 1) for p in self.adapter_parameters()],
-            self.scaling,
-            self.out_features * self.num_experts,
-            first.dtype,
-        )
-        return self.spp_rule.largest_factor(factors) == 0
+        if self.training and self.dropout:  # what a checkpoint recomputes must draw the same numbers
+            return False
+        return self.spp_rule.is_idle(self.adapter_parameters())
 
-    def multiplier(self) -> Callable[[int, Tensor], Tensor]:
+    def restore(self) -> PackedExperts | None:
+        """Let go of the weight as it is now; PackedExperts come back if it is packed still."""
+        if self.packed_layout is None:
+            self.projection.operand.requires_grad_(self.weight_requires_grad)
+            return None
+        for before in self._before:
+            before.hold_packed(self.packed_weight())
+            self.drop_weight()
+            return before
+        self.unpack()
+        self.projection.operand.requires_grad_(self.weight_requires_grad)
+        return None
+
+    def multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
-        matrices, params = self.projection.matrices(), self.of_experts()
+        weights, params = self.sources(), self.of_experts()
         dropout = self.dropout if self.training else 0.0
         if dropout and self.dropout_mode == "alpha":
             params = [(F.dropout(first, dropout), *rest) for first, *rest in params]
             dropout = 0.0
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, matrices[expert], None, self.spp_rule, params[expert], self.scaling, dropout
+            given = x, weights[expert], None, self.spp_rule, params[expert], self.scaling, dropout
             return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
+
+    def home(self) -> torch.device:
+        """Return the device that the adapter belongs on."""
+        return home(self.projection.module, self.weight)
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of W_α and W_β."""
+        return tuple(self.spp_rule.attribute_names())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPExperts:
         """Convert or move; W_α and W_β follow the device, but keep the dtype of the arithmetic."""
@@ -195,92 +192,25 @@ class SPPExperts(ExpertsAdapter):
         return (
             f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
             f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
+            + ("" if self.packed_layout is None else f", packed={self.packed_layout}")
         )
-
-
-class ExpertsForward:
-    """The forward of a module of fused experts whose weights are adapted: its own, with other products.
-
-    Args:
-        module: that holds the fused weights, and their adapters as submodules of the same names.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.before = module.__dict__.get("forward")  # what a hook of accelerate put there, say
-        self.implementation = set_experts_implementation(module, "eager", unless=_FOLLOWED)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module."""
-        if torch.compiler.is_compiling():
-            assert _opaque_forward is not None
-            return _opaque_forward(self, *args, **kwargs)
-        return self.run(*args, **kwargs)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, its products with adapted weights replaced."""
-        inner = self.before or type(self.module).forward.__get__(self.module)
-        adapters = [a for a in adapters_of(self.module).values() if not a.disabled and not a.has_no_effect()]
-        if not adapters:
-            return inner(*args, **kwargs)
-        multipliers = [adapter.multiplier() for adapter in adapters]
-
-        def multiply(index: int, expert: int, x: Tensor, _: bool) -> Tensor:
-            return multipliers[index](expert, x)
-
-        with ExpertProducts([adapter.projection for adapter in adapters], multiply):
-            return inner(*args, **kwargs)
-
-    def restore(self) -> None:
-        """Give the module its own forward and implementation back."""
-        if self.before is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.before
-        set_experts_implementation(self.module, self.implementation)
-
-
-def adapters_of(module: nn.Module) -> dict[str, ExpertsAdapter]:
-    """Return {parameter name: adapter} of a module of fused experts."""
-    return {name: child for name, child in module._modules.items() if isinstance(child, ExpertsAdapter)}
-
-
-def adapt_experts(adapters: Mapping[str, ExpertsAdapter]) -> None:
-    """Put adapters of one module's fused weights in place: as submodules beside the parameters, and into its forward.
-
-    Args:
-        adapters: {parameter name: adapter}.
-    """
-    global _opaque_forward
-    module = next(iter(adapters.values())).projection.module
-    module._modules.update(adapters)  # under the names of parameters, which attribute access goes on to find first
-    module.__dict__["forward"] = ExpertsForward(module)
-    if _opaque_forward is None:  # not at import time: it imports the compiler, which takes seconds
-        _opaque_forward = torch.compiler.disable(ExpertsForward.run)
-
-
-def release_experts(module: nn.Module) -> None:
-    """Take the adapters of a module's fused weights out again; its parameters stay as they are now."""
-    for name, adapter in adapters_of(module).items():
-        adapter.projection.weight.requires_grad_(adapter.weight_requires_grad)
-        del module._modules[name]
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, ExpertsForward):
-        forward.restore()
 
 
 def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
     """Raise unless a fused weight can be adapted: floating-point, finite, of matrices that r fits."""
-    where, weight = projection.path, projection.weight
+    where, held = projection.path, projection.packed
+    if held is not None and not config.packed:
+        raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
     if parametrize.is_parametrized(projection.module):
         raise TargetError(f"{where} has a parametrization; make it permanent first")
+    weight = projection.operand if held is None else held.stored_weight
+    assert isinstance(weight, Tensor)
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TargetError(f"{where} is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights")
-    if config.packed:
-        raise ConfigError(
-            f"{where}: fused experts are not packed; leave them out with exclude_modules, or pass packed=False"
-        )
+    if config.packed and weight.is_meta:
+        raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(projection.out_features, projection.in_features, r, where)
+    weight = projection.dense_weight()
     if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise NonFiniteError(

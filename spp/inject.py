@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig, name_matches
 from spp.errors import ConfigError, TargetError, WrapError
-from spp.experts import SPPExperts, adapt_experts, check_experts, release_experts
+from spp.experts import SPPExperts, check_experts
+from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
-from spp.layer_packed import PackedHolder
+from spp.offload import check_offloading
+from spp.packed import PackedHolder
 from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection
 
@@ -73,8 +75,7 @@ def wrap(
     Raises:
         WrapError: the model is wrapped already.
         TargetError: nothing matches, or a match cannot be adapted.
-        ConfigError: an option makes no sense or does not fit a layer, which is named; or the model is packed and
-            packed=True is missing.
+        ConfigError: an option makes no sense or fits no layer; or the model is packed and packed=True is missing.
         NonFiniteError: a base weight holds NaN or infinity; the layer is named.
         In each case the model is left as it was.
 
@@ -98,6 +99,7 @@ def wrap(
     check_grad_precision(grad_precision)
     given, model = model, uncompiled(model)
     check_quantizer(model)
+    check_offloading(model)
     if is_wrapped(model):
         raise WrapError(
             "the model is wrapped already; spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, "
@@ -117,7 +119,8 @@ def wrap(
             else:
                 layers[id(target.module)] = _make_layer(target, config, dtype)
     except BaseException:
-        for layer in layers.values():
+        made: list[Any] = [*layers.values(), *(adapter for of in experts.values() for adapter in of.values())]
+        for layer in made:
             layer.restore()
         _restore_flags(model, state)
         raise
@@ -147,7 +150,7 @@ def unwrap(model: Model) -> Model:
     replace_modules(model, {id(layer): layer.restore() for layer in linears})
     for layer in layers.values():
         if isinstance(layer, SPPExperts):
-            release_experts(layer.projection.module)
+            release_experts(layer.projection.module, SPPExperts)
     _restore_flags(model, getattr(model, _STATE))
     delattr(model, _STATE)
     guard_saving(model)
@@ -233,8 +236,9 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the trained parameters in module order, of each layer W_α then W_β: what an optimizer is given.
 
     Raises:
-        WrapError: the model is not wrapped.
+        WrapError, ConfigError: the model is not wrapped, or accelerate offloads the adapter too.
     """
+    check_offloading(model)
     return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
 
 
@@ -263,13 +267,10 @@ class InputGradients:
         """Mark the embedding's output; in place, it has no history yet."""
         if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
             return
-        if self.model.training and torch.is_grad_enabled() and _checkpoints_activations(self.model):
+        # transformers' property of that name changed, the flags of its modules did not
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if self.model.training and torch.is_grad_enabled() and checkpointing:
             output.requires_grad_(True)
-
-
-def _checkpoints_activations(model: nn.Module) -> bool:
-    """Whether a transformers model checkpoints activations (its property of that name changed, the flags did not)."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def layer_generator(seed: int, path: str) -> torch.Generator:
@@ -316,13 +317,13 @@ def _options(config: SPPConfig, path: str) -> dict[str, Any]:
         "dropout_mode": config.dropout_mode,
         "init": config.init,
         "rule": config.rule,
+        "packed": config.packed,
         "generator": None if config.seed is None else layer_generator(config.seed, path),
     }
 
 
 def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> SPPLinear:
-    module: Any = target.module
-    return SPPLinear(module, packed=config.packed, dtype=dtype, where=target.path, **_options(config, target.path))
+    return SPPLinear(target.module, dtype=dtype, where=target.path, **_options(config, target.path))  # type: ignore[arg-type]
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:

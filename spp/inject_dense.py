@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from spp.errors import SPPWarning
-from spp.layer_packed import PackedHolder
-from spp.packed import QuantizedWeight
+from spp.packed import PackedHolder, QuantizedWeight
 from spp.targets_layout import Projection
 
 
@@ -40,13 +39,14 @@ def warn_dense(targets: Sequence[Projection], purpose: str) -> None:
 
 
 def _is_dense(target: Projection) -> bool:
-    module = target.module
-    if isinstance(module, PackedHolder) and module.packed_layout:
-        packed = module.packed_weight()
+    holder = target.packed
+    if holder is not None:
+        assert isinstance(holder, PackedHolder)
+        packed = holder.packed_weight()
         if isinstance(packed, QuantizedWeight):
             return int(torch.count_nonzero(packed.dense())) == packed.numel
         return not packed.layout.is_nm and packed.values.numel() == packed.numel
-    weight = target.weight
+    weight = target.dense_weight()
     if weight.is_meta or weight.numel() == 0:
         return False
     return int(torch.count_nonzero(weight)) == weight.numel()

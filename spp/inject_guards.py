@@ -8,6 +8,7 @@ from torch import nn
 
 from spp.errors import WrapError
 from spp.experts import SPPExperts
+from spp.experts_packed import PackedExperts
 from spp.layer import SPPLinear
 from spp.layer_packed import PackedLinear
 
@@ -19,7 +20,7 @@ def guard_saving(model: nn.Module) -> None:
     model.__dict__.pop("save_pretrained", None)
     if any(isinstance(module, SPPLinear | SPPExperts) for module in model.modules()):
         model.save_pretrained = refuse_while_wrapped  # type: ignore[assignment]
-    elif any(isinstance(module, PackedLinear) for module in model.modules()):
+    elif any(isinstance(module, PackedLinear | PackedExperts) for module in model.modules()):
         model.save_pretrained = refuse_while_packed  # type: ignore[assignment]
 
 

@@ -7,13 +7,14 @@ from typing import TypeVar
 
 from torch import nn
 
-from spp.errors import ConfigError, WrapError
+from spp.errors import ConfigError, TargetError, WrapError
+from spp.experts_forward import adapt_experts, release_experts
+from spp.experts_packed import PackedExperts, check_packable_experts
 from spp.inject import is_wrapped, replace_modules, uncompiled
 from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving
 from spp.layer_packed import PackedLinear, check_packable
-from spp.targets import resolve_targets
-from spp.targets_layout import Projection
+from spp.targets import resolve_projections
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,14 +24,14 @@ Names = str | list[str] | tuple[str, ...] | None
 def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names = None) -> Model:
     """Store the pruned weights of a model packed, in place: kept values and a mask, or in-group indices for N:M.
 
-    At most one dense weight exists beside the packed ones at any time, of those that nothing else refers to. The model
-    computes what it did, to the order of summation of a product that is done in blocks, and each call decodes: meant
-    for memory, and for many tokens a call. `spp.wrap(model, packed=True)` trains it, `spp.unpack(model)` is the way
-    back.
+    At most one dense weight exists beside the packed ones at any time, of those that nothing else refers to; fused
+    experts stay with their module, and of them one expert's is copied at a time. The model computes what it did, to the
+    order of summation of a product that is done in blocks, and each call decodes: meant for memory, and for many tokens
+    a call. `spp.wrap(model, packed=True)` trains it, `spp.unpack(model)` is the way back.
 
     Args:
-        model: any torch module with linears; not wrapped.
-        target_modules, exclude_modules: which linears, as in SPPConfig.
+        model: any torch module with linears, Conv1D or fused experts; not wrapped.
+        target_modules, exclude_modules: which of them, as in SPPConfig.
 
     Returns:
         The same object.
@@ -46,22 +47,29 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
     given, model = model, uncompiled(model)
     if is_wrapped(model):
         raise WrapError("the model is wrapped: wrap it with spp.wrap(model, packed=True), or spp.unwrap(model) first")
-    targets = resolve_targets(model, target_modules, exclude_modules)
-    targets = [(path, module) for path, module in targets if not isinstance(module, PackedLinear)]
-    for path, module in targets:
-        check_packable(module, path)
-    if targets:
-        warn_dense([Projection(path, module) for path, module in targets], "pack")
-    for path, module in targets:
-        assert isinstance(module, nn.Linear)
-        replace_modules(model, {id(module): PackedLinear(module, where=path)})
+    targets = resolve_projections(model, target_modules, exclude_modules)
+    if "" in targets:
+        raise TargetError("the model itself is a linear, which cannot be replaced in place; use PackedLinear(linear)")
+    fresh = {path: target for path, target in targets.items() if target.packed is None}
+    for path, target in fresh.items():
+        if target.fused:
+            check_packable_experts(target)
+        else:
+            check_packable(target.module, path)
+    if fresh:
+        warn_dense(list(fresh.values()), "pack")
+    for path, target in fresh.items():
+        if target.fused:
+            adapt_experts({target.name: PackedExperts(target)})
+        else:
+            replace_modules(model, {id(target.module): PackedLinear(target.module, where=path)})
     guard_saving(model)
-    logger.info("packed %d layers", len(targets))
+    logger.info("packed %d layers", len(fresh))
     return given
 
 
 def unpack(model: Model) -> Model:
-    """Make every packed weight dense again, in place; the linears that had been packed return.
+    """Make every packed weight dense again, in place; the modules that had been packed return.
 
     Raises:
         WrapError: the model is wrapped.
@@ -74,11 +82,15 @@ def unpack(model: Model) -> Model:
     if not layers:
         raise ConfigError("nothing in the model is packed; spp.pack(model) packs it")
     for layer in layers.values():
-        replace_modules(model, {id(layer): layer.restore()})
+        if isinstance(layer, PackedExperts):
+            release_experts(layer.projection.module, PackedExperts)
+        else:
+            replace_modules(model, {id(layer): layer.restore()})
     guard_saving(model)
     return given
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return {module path: layer} of the packed linears without an adapter, in module order."""
-    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, PackedLinear)}
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedExperts]:
+    """Return {path: layer} of what is packed without an adapter, in module order; experts by their parameter's path."""
+    found = uncompiled(model).named_modules()
+    return {path: module for path, module in found if isinstance(module, PackedLinear | PackedExperts)}

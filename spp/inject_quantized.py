@@ -12,14 +12,14 @@ from spp.packed import quantized_kind
 
 
 def check_quantizer(model: nn.Module) -> None:
-    """Raise a ConfigError for a model quantized otherwise than by bitsandbytes."""
+    """Raise a ConfigError for a model quantized otherwise than by bitsandbytes or torchao."""
     if not getattr(model, "is_quantized", False):
         return
     method = quantization_method(model)
-    if method != "bitsandbytes":
+    if method not in ("bitsandbytes", "torchao"):
         raise ConfigError(
-            f"{type(model).__name__} is quantized by {method}: SPP adapts bases that bitsandbytes quantized to 4 or 8 "
-            f"bits, whose zeros it can check. Load the pruned checkpoint unquantized, or with BitsAndBytesConfig"
+            f"{type(model).__name__} is quantized by {method}: SPP adapts bases that bitsandbytes or torchao "
+            f"quantized, whose zeros it can check. Load the pruned checkpoint unquantized, or with BitsAndBytesConfig"
         )
 
 

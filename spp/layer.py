@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import NonFiniteError
-from spp.kernels import PackedSource
+from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
-from spp.layer_checks import check_linear, features, input_axis_of
-from spp.layer_packed import HOOKS, PackedHolder, PackedLinear, release_weight
+from spp.layer_checks import check_linear
+from spp.layer_packed import HOOKS, PackedLinear, pack_linear, plain_linear, release_weight
+from spp.offload import home, offloader
+from spp.offload_hooks import HookedAdapter, let_go_on_error, move_hook
 from spp.packed import (
+    PackedHolder,
     PackedWeight,
-    QuantizedLayout,
     QuantizedWeight,
     quantized_kind,
     read_quantized,
@@ -27,9 +28,10 @@ from spp.packed import (
 )
 from spp.rules import Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import features, input_axis_of
 
 
-class SPPLinear(AdaptedLinear, PackedHolder):
+class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
@@ -44,11 +46,12 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
-            and that of a Conv1D is stored (n, m).
-        spp_alpha: W_α (r, n). spp_beta: W_β (m, 1).
+            and that of a Conv1D is stored (n, m). While accelerate has it offloaded it is on the meta device, between
+            the calls; `dense_weight()` has the numbers.
+        spp_alpha: W_α (r, n). spp_beta: W_β (m, 1). With another rule its own, such as hira_A and hira_B.
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
-            generation does not build it for each. False for a packed weight, whose saving it would undo: set it to True
-            where there is memory for the dense weights after all.
+            generation does not build it for each. False for a packed or offloaded weight, whose saving it would undo:
+            set it to True where there is memory for the dense weights after all.
         grad_precision: of the product behind the gradients of W_α and W_β, "auto" or "fp8" (spp.kernels.fp8): a
             property of a run, not of the adapter, and stored nowhere.
 
@@ -110,26 +113,27 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             self.hold_packed(linear.packed_weight())
             self._requires_grad["weight"] = linear.weight_requires_grad
         else:
-            self.hold_packed(PackedWeight.pack(linear.weight, f"{where}.weight"))
+            self.hold_packed(pack_linear(linear, where))
         self.register_parameter("bias", linear.bias)
         for hooks in HOOKS:
             setattr(self, hooks, getattr(linear, hooks))
         stored = self.stored_weight
-        dtype = arithmetic_dtype(stored.dtype)
+        dtype, device = arithmetic_dtype(stored.dtype), home(linear, stored)
         self._adapter_names = self.spp_rule.attribute_names()
         self._tensor_names = ("weight", *self._adapter_names)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self._adapter_names, shapes, strict=True):
-            empty = torch.empty(shape, dtype=dtype, device="meta" if stored.is_meta else "cpu")
+            empty = torch.empty(shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
             self.register_parameter(name, nn.Parameter(empty))
-        if not stored.is_meta:
+        if device.type != "meta":
             self.reset_parameters(generator)
             for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(stored.device)
+                parameter.data = parameter.data.to(device)
         stored.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.training = linear.training
+        move_hook(linear, self)
         if isinstance(linear, PackedLinear):
             linear.drop_weight()
         elif quantized:
@@ -154,8 +158,10 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     @property
     def matrix(self) -> Tensor:
-        """The frozen weight as (m, n), whatever its storage; of a packed one a dense copy."""
-        return self.weight if self.input_axis == -1 else self.weight.T
+        """The frozen weight as (m, n), whatever its storage; of a packed or offloaded one a dense copy."""
+        if (packed := self.held_packed()) is not None:
+            return packed.dense()
+        return self.dense_weight() if self.input_axis == -1 else self.dense_weight().T
 
     def merge(self) -> nn.Linear:
         """Return a plain nn.Linear (of a Conv1D, a Conv1D) with the effective weight; this layer stays as it is.
@@ -172,7 +178,8 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         if self.input_axis == -1:
             plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         else:
-            make: Any = type(self._linear[0])
+            inner = self._linear[0]
+            make: Any = type(inner.linear() if isinstance(inner, PackedLinear) else inner)
             plain = make(self.out_features, self.in_features)
         plain.weight = nn.Parameter(merged, requires_grad=self._requires_grad["weight"])
         if self.bias is not None:
@@ -180,7 +187,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         return plain.train(self.training)
 
     def hold_dense(self, weight: Tensor) -> None:
-        """Take a dense weight (m, n) in place of what is held."""
+        """Take a dense weight, as it is stored, in place of what is held."""
         self._cached = None
         self.drop_weight()
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
@@ -191,17 +198,19 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         A PackedLinear comes back if the weight is packed still; after a merge it is the linear that had been packed.
         """
         original: nn.Module = self._linear[0]
-        if isinstance(original, PackedLinear) and self.packed_layout is not None:
-            original.hold_packed(self.packed_weight())
-        elif quantized_kind(original) and isinstance(held := self.held_packed(), QuantizedWeight):
+        held = self.held_packed()
+        if isinstance(original, PackedLinear) and held is not None:
+            original.hold_packed(held)
+        elif quantized_kind(original) and isinstance(held, QuantizedWeight):
             write_quantized(original, held)
         elif quantized_kind(original):
-            original = self._plain(original)
+            original = plain_linear(original, self.weight)
         else:
             original = original.linear() if isinstance(original, PackedLinear) else original
             weight = self.weight
             original.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         original.register_parameter("bias", self.bias)
+        move_hook(self, original)
         for name, flag in self._requires_grad.items():
             if name in original._parameters:
                 original.get_parameter(name).requires_grad_(flag)
@@ -209,15 +218,7 @@ class SPPLinear(AdaptedLinear, PackedHolder):
 
     def held_packed(self) -> PackedWeight | QuantizedWeight | None:
         """Return the packed or quantized weight, None where it is dense."""
-        return None if self.packed_layout is None else self.packed_weight()
-
-    def _plain(self, original: nn.Module) -> nn.Linear:
-        """Return an nn.Linear in the place of a quantized one, with the dense weight that this layer holds."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.weight, requires_grad=False)
-        for hooks in HOOKS:
-            setattr(plain, hooks, getattr(original, hooks))
-        return plain
+        return None if self.packed_layout is None else self.packed_matrix()
 
     def active(self) -> Active | None:
         """Return the adapter, unless it is disabled."""
@@ -241,11 +242,16 @@ class SPPLinear(AdaptedLinear, PackedHolder):
             and cached.holds([held.get(name) for name in self._tensor_names])
         ):
             return F.linear(x, cached.effective, held["bias"])
-        return super().forward(x)
+        if "_hf_hook" not in self.__dict__:
+            return super().forward(x)
+        with let_go_on_error(self):
+            return super().forward(x)
 
-    def frozen(self) -> Tensor | PackedSource:
+    def frozen(self) -> Tensor | WeightSource:
         """Return the base weight."""
-        return self.matrix if self.packed_layout is None else PackedSource(self.packed_weight())
+        if (packed := self.held_packed()) is not None:
+            return PackedSource(packed)
+        return offloaded_weight(self, self.input_axis) or self.matrix
 
     def frozen_bias(self) -> Tensor | None:
         """Return the bias."""
@@ -255,14 +261,25 @@ class SPPLinear(AdaptedLinear, PackedHolder):
         """Return `stored_weight`."""
         return self._parameters["weight"] if self.packed_layout is None else self.stored_weight  # type: ignore[return-value]
 
+    def home(self) -> torch.device:
+        """Return the device that the adapter belongs on."""
+        return home(self, self.stored_weight)
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of W_α and W_β."""
+        return self._adapter_names
+
+    def hook_changed(self) -> None:
+        """Keep no W_eff of a weight that is offloaded."""
+        self._cached = None
+        self.cache_effective = self.packed_layout is None and offloader(self) is None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPLinear:
         """Convert or move; W_α and W_β follow the device, but stay float32 (float64 for a float64 base)."""
         self._cached = None
         adapter = {name: self._parameters.pop(name) for name in self._adapter_names}
         try:
             super()._apply(fn, recurse)
-            if isinstance(layout := self.packed_layout, QuantizedLayout):  # codes stay what they are, W follows
-                self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
             for name, parameter in adapter.items():
                 assert parameter is not None
                 adapter[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.kernels import PackedSource, base_linear, linear
+from spp.kernels import PackedSource, WeightSource, base_linear, linear
 from spp.layer_cache import CachedWeight
 from spp.rules import Rule, effective_weight
 
+WHOLE = slice(None)
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
 _opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
 
@@ -45,12 +46,14 @@ class AdaptedLinear(nn.Module):
         grad_precision: of the product behind the gradients of the adapter, "auto" or "fp8" (spp.kernels.fp8): a
             property of a run, not of the adapter, and stored nowhere.
         saved_activations: what is kept of the input for backward, "full" or "bfloat16" (spp.kernels.keep); likewise.
+        tap: is called in each backward with dY (T, m) and X (T, n), whose product is the gradient G of W_eff; None.
     """
 
     in_features: int
     cache_effective: bool
     grad_precision: str
     saved_activations: str
+    tap: Callable[[Tensor, Tensor], None] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class AdaptedLinear(nn.Module):
         """Return the adapter to compute with; None computes as the pruned layer does."""
 
     @abstractmethod
-    def frozen(self) -> Tensor | PackedSource:
+    def frozen(self) -> Tensor | WeightSource:
         """Return W (m, n), as a tensor or where blocks of it come from."""
 
     @abstractmethod
@@ -95,7 +98,7 @@ class AdaptedLinear(nn.Module):
         if dropout and active.dropout_mode == "alpha":
             params = [F.dropout(p, dropout) if i in active.dropped else p for i, p in enumerate(params)]
             dropout = 0.0
-        run = dropout, self.grad_precision, self.saved_activations
+        run = dropout, self.grad_precision, self.saved_activations, self.tap
         return linear(x, weight, bias, active.rule, params, active.scaling, *run)
 
     def _may_cache(self, x: Tensor) -> bool:
@@ -125,8 +128,9 @@ class AdaptedLinear(nn.Module):
 
     def _effective_weight(self, active: Active) -> Tensor:
         weight = self.frozen()
-        dense = weight if isinstance(weight, Tensor) else weight.packed.dense()
-        return effective_weight(active.rule, dense, active.params, active.scaling)
+        if isinstance(weight, WeightSource):
+            weight = weight.packed.dense() if isinstance(weight, PackedSource) else weight.block(WHOLE, WHOLE)
+        return effective_weight(active.rule, weight, active.params, active.scaling)
 
     def train(self, mode: bool = True) -> AdaptedLinear:
         """Set the mode; a cached W_eff is dropped."""

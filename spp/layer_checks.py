@@ -8,23 +8,28 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layer_packed import PackedLinear
-from spp.packed import quantized_kind, read_quantized
+from spp.offload import offloader, values
+from spp.packed import QuantizedLayout, quantized_kind, read_quantized
 from spp.patterns import all_finite
 from spp.rules import get_rule
-from spp.targets_layout import is_conv1d
+from spp.targets_layout import features, is_conv1d
 
 
 def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None = None) -> None:
     """Raise unless `linear` can be adapted: a floating-point, finite nn.Linear or Conv1D that r fits."""
-    if isinstance(linear, PackedLinear):
+    held = linear.packed_layout if isinstance(linear, PackedLinear) else None
+    if isinstance(held, QuantizedLayout):
+        pass
+    elif isinstance(linear, PackedLinear):
         if not config.packed:
             raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
-    elif is_conv1d(linear):
-        if config.packed:
-            raise ConfigError(f"{where} is a Conv1D, whose weight is stored (in, out): it is not packed; packed=False")
-    elif not isinstance(linear, nn.Linear):
+    elif not isinstance(linear, nn.Linear) and not is_conv1d(linear):
         raise TargetError(
             f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
+        )
+    if isinstance(linear._parameters.get("weight"), torch.sparse.SparseSemiStructuredTensor):
+        raise TargetError(
+            f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
         )
     if torch.nn.utils.parametrize.is_parametrized(linear):
         names = [name for name, _ in linear.parametrizations.named_children()]  # type: ignore[union-attr]
@@ -32,46 +37,27 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
             f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
             f"with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
-        raise ConfigError(
-            f"{where} is offloaded by accelerate, and an adapter on it would not be found by an optimizer: load the "
-            f"model without offloading, onto devices only"
-        )
-    if quantized_kind(linear):
+    if isinstance(held, QuantizedLayout) or quantized_kind(linear):
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
         get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
-        read_quantized(linear, f"{where}.weight")
+        if held is None:
+            read_quantized(linear, f"{where}.weight")
         return
     weight = linear.stored_weight if isinstance(linear, PackedLinear) else linear.weight
     assert isinstance(weight, Tensor)
-    if type(weight).__module__.startswith("torchao."):
-        raise TargetError(
-            f"{where}.weight is torchao's {type(weight).__name__}: whether its zeros are exact is not known to SPP, "
-            f"which adapts weights that bitsandbytes quantized, or none did"
-        )
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TargetError(
             f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"
         )
+    if config.packed and not isinstance(linear, PackedLinear) and offloader(linear) is not None:
+        raise ConfigError(f"{where} is offloaded by accelerate, and what is packed stays in memory: packed=False")
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
+    weight = weight if isinstance(linear, PackedLinear) else values(linear)
     if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise NonFiniteError(
             f"{where}.weight holds {bad} NaN or infinite values of {weight.numel()}; mend or re-load the model first"
         )
-
-
-def input_axis_of(linear: nn.Module) -> int:
-    """Return the axis of a linear's weight that its inputs run along: −1, of transformers' Conv1D −2."""
-    return -2 if is_conv1d(linear) else -1
-
-
-def features(linear: nn.Module) -> tuple[int, int]:
-    """Return (out_features, in_features) of a linear, whatever its storage."""
-    if is_conv1d(linear):
-        n, m = linear.get_parameter("weight").shape
-        return m, n
-    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]

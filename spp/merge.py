@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from spp.files import mask_sha256
 from spp.inject import AdapterLayer, layer_generator, require_layers, uncompiled, unwrap
 from spp.inject_quantized import forget_quantizer
 from spp.layer import SPPLinear
-from spp.layer_packed import NAMES as PACKED_NAMES
-from spp.layer_packed import PackedHolder
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
-from spp.packed import QuantizedLayout, QuantizedWeight, quantize_like
+from spp.offload import in_memory, is_offloaded, offloader, write
+from spp.packed import NAMES as PACKED_NAMES
+from spp.packed import PackedHolder, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.patterns import all_finite
 from spp.rules import rescue_
-from spp.targets import is_projection_key, projection_weights
+from spp.targets import is_projection_key, projection_weights, weight_of
 
 logger = logging.getLogger(__name__)
 ROUNDINGS = ("nearest", "stochastic")
@@ -110,6 +111,8 @@ def merge(
 
     Raises:
         WrapError: the model is not wrapped.
+        ConfigError: an option makes no sense, or accelerate has a weight offloaded to a disk, or any, and `dtype` is
+            given: `spp.merge_checkpoint` is the way then. What is offloaded to memory is written there.
         NonFiniteError: the adapter or a merged weight holds NaN or infinity, or a tensor overflows in `dtype`; named.
         MaskError: a zero would not stay one, or a kept weight would become one.
 
@@ -121,6 +124,7 @@ def merge(
     model = uncompiled(model)
     layers = require_layers(model)
     check_rounding(dtype, rounding)
+    _check_offloaded(model, layers, dtype)
     if requantize:
         _check_requantize(layers, dtype)
     seed = draw_seed(rounding, seed)
@@ -158,7 +162,7 @@ def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]
     """
     masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
     extra = sorted(merged.keys() - masks.keys())  # no projection by its name
-    masks |= {name: mask_sha256(merged[name].weight) for name in extra}
+    masks |= {name: mask_sha256(merged[name].dense_weight()) for name in extra}
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
 
@@ -167,8 +171,8 @@ def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[st
     """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge."""
     model._spp_base = base  # type: ignore[assignment]
     logger.info("merged %d layers", len(results))
-    merged_others = [(name, model.get_parameter(name).detach(), -1) for name in base["keys"]]
-    return MergeReport.from_layers(results, report_from_tensors([*projection_weights(model), *merged_others]))
+    others = ((name, weight_of(model, name), -1) for name in base["keys"])
+    return MergeReport.from_layers(results, report_from_tensors(chain(projection_weights(model), others)))
 
 
 def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
@@ -199,10 +203,10 @@ def _merge_layer(
     if isinstance(layer, SPPExperts):
         return merge_experts(
             layer.spp_rule,
-            layer.projection.matrices(),
+            layer.dense_matrices(),
             layer.of_experts(),
             layer.scaling,
-            transposed=layer.projection.input_axis != -1,
+            transposed=layer.input_axis != -1,
             where=path,
             **options,
         )
@@ -213,14 +217,37 @@ def _merge_layer(
 
 
 def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:
+    module, name = _holder(layer)
+    if is_offloaded(module, name):
+        write(module, name, merged)
+        return
     with torch.no_grad():
-        if isinstance(layer, SPPExperts):
+        if isinstance(layer, SPPExperts) and layer.packed_layout is None:
             layer.projection.write(merged)
-            return
-        if layer.packed_layout is None and merged.dtype == layer.weight.dtype:
+        elif layer.packed_layout is None and merged.dtype == layer.weight.dtype:
             layer.weight.copy_(merged)  # the Parameter keeps its identity
         else:
             layer.hold_dense(merged)
+
+
+def _holder(layer: AdapterLayer) -> tuple[nn.Module, str]:
+    """Return the module that has a layer's weight, and its name there."""
+    return (layer.projection.module, layer.projection.name) if isinstance(layer, SPPExperts) else (layer, "weight")
+
+
+def _check_offloaded(model: nn.Module, layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
+    """Raise a ConfigError where a merged weight could not be stored: on a disk, in another dtype than it has there."""
+    held = {path: _holder(layer) for path, layer in layers.items()}
+    on_disk = [path for path, (m, name) in held.items() if is_offloaded(m, name) and in_memory(m, name) is None]
+    others = [path for path, module in model.named_modules() if dtype is not None and offloader(module) is not None]
+    if not on_disk and not others:
+        return
+    what = f"{on_disk[0]} is offloaded to a disk" if on_disk else f"{others[0]} is offloaded"
+    raise ConfigError(
+        f"{what} by accelerate, and a merge in memory writes only to what lies in memory, in its own dtype. Merge on "
+        f"disk: spp.save_adapter(model, path), then `spp merge BASE path OUT` (spp.merge_checkpoint), which holds one "
+        f"shard at a time"
+    )
 
 
 def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
@@ -235,8 +262,10 @@ def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | N
 
 def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor) -> QuantizedWeight | None:
     """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none."""
-    layout = getattr(layer, "packed_layout", None)
-    return quantize_like(layout, merged, path) if isinstance(layout, QuantizedLayout) else None
+    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
+    if not isinstance(held, QuantizedWeight):
+        return None
+    return quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
 
 
 def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype) -> None:

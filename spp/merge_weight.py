@@ -7,7 +7,7 @@ says what is wrong where a check fails. The weights are the same bits either way
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
 
 def merge_experts(
     rule: Rule,
-    matrices: Sequence[Tensor],
+    matrices: Iterable[Tensor],
     params: Sequence[Sequence[Tensor]],
     scaling: float,
     *,
@@ -138,16 +138,20 @@ def merge_experts(
     """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
 
     Args:
-        matrices: of the experts; params: of each.
+        matrices: of the experts, each asked for when it is merged; params: of each.
         transposed: whether the result is to be (E, n, m) instead of (E, m, n).
         options: of `merge_tensor`.
     """
-    done, totals = [], []
+    whole = torch.empty(0)
+    totals: list[LayerMerge] = []
     for number, (matrix, of_expert) in enumerate(zip(matrices, params, strict=True)):
         merged, found = merge_tensor(rule, matrix, of_expert, scaling, where=f"{where}[{number}]", **options)
-        done.append(merged.T if transposed else merged)
+        merged = merged.T if transposed else merged
+        if not totals:
+            whole = merged.new_empty((len(params), *merged.shape))
+        whole[number] = merged
         totals.append(found)
-    return torch.stack(done), sum_experts(totals)
+    return whole, sum_experts(totals)
 
 
 def sum_experts(layers: Sequence[LayerMerge]) -> LayerMerge:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from spp.calibrate import PruneReport
     from spp.certificate import SparsityReport, TensorSparsity
+    from spp.checkpoint import ExportReport
     from spp.checkpoint.verdicts import Verification
     from spp.merge import MergeReport
     from spp.merge_weight import LayerMerge
@@ -175,6 +176,17 @@ def prune_table(report: PruneReport, *, every: bool = False) -> Table:
     if not any(layer.note for layer in everything):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return Table(f"pruned by {report.method} to {pattern_text(report.pattern)}", columns, tuple(rows))
+
+
+def export_table(report: ExportReport, *, every: bool = False) -> Table:
+    """Return what packed tensors take in either form, by kind or, with `every`, one row a tensor."""
+    groups = {name: [t] for name, t in report.tensors.items()} if every else _grouped(report.tensors)
+    rows = []
+    for name, tensors in [*groups.items(), ("all", list(report.tensors.values()))]:
+        dense, packed = sum(t.dense_bytes for t in tensors), sum(t.packed_bytes for t in tensors)
+        sizes = (byte_text(dense), byte_text(packed), f"{packed / dense:.4f}")
+        rows.append((name, str(len(tensors)), _joined(t.pattern for t in tensors), *sizes))
+    return Table("packed", ("tensor", "tensors", "pattern", "dense", "packed", "packed / dense"), tuple(rows))
 
 
 def prune_lines(report: PruneReport) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
 from spp.errors import TargetError
+from spp.offload import is_offloaded, values
 from spp.packed import quantized_kind, read_quantized
 from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
 
@@ -26,7 +27,7 @@ OTHER_PROJECTIONS = (
     *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
     *("w1", "w2", "w3", "in_proj"),  # LFM2; Mamba
-    *("input_linear", "output_linear"),  # JetMoE, Granite's shared experts
+    *("input_linear", "output_linear", "kv_proj"),  # JetMoE, Granite's shared experts
 )
 ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # themselves, or with their linear below them as "layer"
@@ -76,9 +77,14 @@ def resolve_projections(
 
 def name_targets(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     """Return names that mean exactly these projections: last components of paths where that is so, else the paths."""
-    names = {path.rsplit(".", 1)[-1] for path in paths}
-    meant = {p.path for p in find_projections(model) if p.path.rsplit(".", 1)[-1] in names}
+    names = {last_name(path) for path in paths}
+    meant = {p.path for p in find_projections(model) if last_name(p.path) in names}
     return tuple(sorted(names)) if meant == set(paths) else tuple(paths)
+
+
+def last_name(path: str) -> str:
+    """Return the last component of a projection's path, of the module where its parameter is called "weight"."""
+    return path.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -130,19 +136,45 @@ def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """
     yield from dense_projection_weights(model)
     for name, module in packed_modules(model).items():
-        if is_projection_key(name, 2):
-            yield name, module.weight, -1  # type: ignore[misc]  # nn.Module says that it may be a module
+        if is_projection_key(name, packed_ndim(module)):
+            yield name, module.weight, int(module.input_axis)  # type: ignore[misc, arg-type]  # nn.Module's own types
 
 
 def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Yield what `projection_weights` does, but for packed weights."""
+    for name, axis in dense_projections(model).items():
+        yield name, weight_of(model, name), axis
+
+
+def dense_projections(model: nn.Module) -> dict[str, int]:
+    """Return {parameter name: input axis} of what `dense_projection_weights` yields."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
-    quantized = {f"{path}.weight": m for path, m in model.named_modules() if quantized_kind(m)}
+    quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
+    found = {}
     for name, parameter in model.named_parameters():
-        if name in quantized and is_projection_key(name, 2) and not parameter.is_meta:
-            yield name, read_quantized(quantized[name], name).dense(), -1
-        elif is_projection_key(name, parameter.ndim):
-            yield name, parameter.detach(), axes.get(id(parameter), -1)
+        if is_projection_key(name, 2 if name in quantized else parameter.ndim):
+            found[name] = axes.get(id(parameter), -1)
+    return found
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a model with its numbers: a quantized or offloaded one as a dense copy.
+
+    One that has none because it is on the meta device comes as it is.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:  # type: ignore[union-attr]
+        return read_quantized(module, name).dense()
+    return values(module, last).detach()
+
+
+def has_values(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of a model has numbers, in memory or where accelerate has it offloaded."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    held = module._parameters[last]
+    return held is not None and (not held.is_meta or is_offloaded(module, last))
 
 
 def _choose(
@@ -168,22 +200,24 @@ def _choose(
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return {name of the weight: module} of the modules whose frozen weight is packed, in module order."""
-    return {
-        f"{path}.weight" if path else "weight": module
-        for path, module in model.named_modules()
-        if getattr(module, "packed_layout", None) is not None
-    }
+    packed = {p: m for p, m in model.named_modules() if getattr(m, "packed_layout", None) is not None}
+    return {p if packed_ndim(m) == 3 else f"{p}.weight" if p else "weight": m for p, m in packed.items()}
+
+
+def packed_ndim(module: nn.Module) -> int:
+    """Return the dimensions of a packed module's weight: 3 for experts, which go by the name of their parameter."""
+    return 3 if hasattr(module, "num_experts") else 2
 
 
 def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None, head: nn.Module | None) -> bool:
-    last = path.rsplit(".", 1)[-1]
+    last = last_name(path)
     if wanted is None:
         never = module is head or any(part in _NEVER for part in path.split("."))
         return (last in PROJECTIONS or last in OTHER_PROJECTIONS) and not never
     if wanted == ALL_LINEAR:
         return module is not head and last not in _NEVER and path.removesuffix(".layer").split(".")[-1] not in _ROUTERS
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return any(re.fullmatch(wanted, p) for p in (path, path.removesuffix(".weight")))
     return any(is_suffix(path, name) for name in wanted)
 
 
@@ -202,7 +236,7 @@ def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: 
         return "the model has no linear modules, so there is nothing to adapt or prune"
     suffixes: dict[str, list[str]] = {}
     for path, projection in found.items():
-        name = f"{path.rsplit('.', 1)[-1]} {tuple(projection.weight.shape)}"
+        name = f"{last_name(path)} {projection.shape}"
         suffixes.setdefault(name, []).append(path)
     listing = "\n".join(f"  {name}: {len(paths)} ×, such as {paths[0]}" for name, paths in sorted(suffixes.items()))
     without = f" without exclude_modules={excluded!r}" if excluded is not None else ""

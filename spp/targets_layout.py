@@ -5,6 +5,7 @@
     experts, fused        (E, out, in)     input axis −1        Mixtral, Qwen-MoE, DeepSeek, …
     experts, transposed   (E, in, out)     input axis −2        gpt_oss, Llama 4, Aria
 
+A packed weight has the shape and axis that the dense one would have.
 N:M groups always run along the input axis. A pair of fused expert weights tells its own layout: with hidden size h and
 intermediate size i, gate_up is (2i, h) and down (h, i), or, transposed, (h, 2i) and (i, h); both never fit at once.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.packed import quantized_kind, read_quantized
+from spp.offload import values
+from spp.packed import give_back_pages, quantized_kind, read_quantized
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
@@ -30,7 +33,7 @@ class Projection:
 
     Args:
         path: of the module; for a fused expert weight with the parameter's name behind it.
-        module: that holds the parameter.
+        module: that holds the parameter; packed experts are held by a submodule of the parameter's name.
         name: of the parameter.
         input_axis: −1 for (…, out, in), −2 for (…, in, out).
     """
@@ -42,17 +45,35 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as it is stored now: (out, in), (in, out), either with experts; quantized, a copy."""
+        """The parameter as it is stored now: (out, in), (in, out), either with experts; packed or quantized, a copy."""
         if quantized_kind(self.module):
             return read_quantized(self.module, self.path).dense()
-        weight = getattr(self.module, self.name)
+        weight = getattr(self.packed or self.module, "weight" if self.packed else self.name)
         assert isinstance(weight, Tensor)
         return weight
+
+    def dense_weight(self) -> Tensor:
+        """Return `weight` with its numbers, to be read only: where accelerate has it offloaded, a copy."""
+        weight = self.weight
+        return values(self.module, self.name) if weight.is_meta and self.name in self.module._parameters else weight
 
     @property
     def parameter_path(self) -> str:
         """The path of the parameter, its key in the model's state dict."""
-        return self.path if self.path.endswith(f".{self.name}") else f"{self.path}.{self.name}"
+        return self.path if f".{self.path}".endswith(f".{self.name}") else f"{self.path}.{self.name}".removeprefix(".")
+
+    @property
+    def packed(self) -> nn.Module | None:
+        """The module that holds the weight packed or as codes: `packed_weight()`; None where it is a Parameter."""
+        holder = self.module if hasattr(self.module, "packed_layout") else self.module._modules.get(self.name)
+        return holder if getattr(holder, "packed_layout", None) is not None else None
+
+    @property
+    def operand(self) -> Tensor:
+        """What the module's own code multiplies by: the parameter; of packed experts, what stands for it."""
+        operand = getattr(self.module, self.name)
+        assert isinstance(operand, Tensor)
+        return operand
 
     @property
     def fused(self) -> bool:
@@ -63,9 +84,12 @@ class Projection:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight as it is stored; of a packed one, as it would be."""
         parameter = self.module._parameters.get(self.name)
+        if parameter is None:
+            parameter = self.module.__dict__.get(self.name)  # what stands for packed experts
         if parameter is not None and not quantized_kind(self.module):
             return tuple(parameter.shape)
-        return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
+        out_features, in_features = features(self.module)
+        return (out_features, in_features) if self.input_axis == -1 else (in_features, out_features)
 
     @property
     def in_features(self) -> int:
@@ -87,6 +111,33 @@ class Projection:
         else:
             self.module._parameters[self.name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
 
+    def release(self) -> None:
+        """Have the module let go of the parameter of fused experts: a tensor without values stands for it.
+
+        It has the shape and dtype that the module's own code asks for, and tells experts apart (spp.targets_products);
+        as a plain attribute, it is found before the parameters, and belongs to no state dict.
+        """
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        with torch.inference_mode(False):
+            self.module.__dict__[self.name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        self.module._parameters[self.name] = None  # in its place, so that the order of keys is kept
+        storage = None if parameter.is_meta else parameter.untyped_storage()
+        del parameter
+        if storage is not None:
+            give_back_pages(storage)
+
+    def stand_for(self, dtype: torch.dtype) -> None:
+        """Have the tensor that stands for a released parameter be of a dtype."""
+        if self.operand.dtype != dtype:
+            with torch.inference_mode(False):
+                self.module.__dict__[self.name] = torch.empty(self.shape, dtype=dtype, device="meta")
+
+    def hold(self, weight: nn.Parameter) -> None:
+        """Have the module hold a parameter again that it let go of."""
+        self.module.__dict__.pop(self.name, None)
+        self.module._parameters[self.name] = weight
+
     def matrices(self) -> list[Tensor]:
         """Return views (out, in): one, or one an expert; what is written to them is written to the parameter."""
         return as_matrices(self.weight.detach(), transposed=self.input_axis == -2)
@@ -102,14 +153,28 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention's own: it reads the weight and never calls the module
-    if isinstance(module, nn.Linear) or hasattr(module, "packed_layout"):
+    if isinstance(module, nn.Linear):
         return True
-    return hasattr(module, "spp_rule") and not hasattr(module, "num_experts")  # an expert's adapter holds no weight
+    ours = hasattr(module, "packed_layout") or hasattr(module, "spp_rule")
+    return ours and not hasattr(module, "num_experts")  # what is beside an expert's weight belongs to its module
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is transformers' Conv1D, a linear that stores (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def input_axis_of(linear: nn.Module) -> int:
+    """Return the axis of a linear's weight, as it is stored, that its inputs run along: −1, of a Conv1D −2."""
+    return -2 if is_conv1d(linear) else int(getattr(linear, "input_axis", -1))
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Return (out_features, in_features) of a linear, whatever its storage."""
+    if is_conv1d(linear):
+        n, m = linear.get_parameter("weight").shape
+        return m, n
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
 
 
 def find_projections(model: nn.Module) -> list[Projection]:
@@ -119,11 +184,9 @@ def find_projections(model: nn.Module) -> list[Projection]:
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
-        if is_linear(module):
-            found.append(Projection(path, module, input_axis=getattr(module, "input_axis", -1)))
+        if is_linear(module) or is_conv1d(module):
+            found.append(Projection(path, module, input_axis=input_axis_of(module)))
             inside = f"{path}." if path else "\0"  # a layer around a linear counts as that linear
-        elif is_conv1d(module):
-            found.append(Projection(path, module, input_axis=-2))
         else:
             found += _expert_projections(path, module)
     return found
@@ -149,20 +212,28 @@ def disk_input_axes(shapes: Mapping[str, tuple[int, ...]], model_type: str | Non
 
 
 def _expert_projections(path: str, module: nn.Module) -> list[Projection]:
-    fused = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3 and n in EXPERT_WEIGHTS}
+    fused = {name: shape for name in EXPERT_WEIGHTS if (shape := _expert_shape(module, name)) is not None}
     if not fused:  # lists of expert matrices under one name, as JetMoE has them
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 3 and hasattr(module, "num_experts"):
-            return [Projection(path, module)]
+        if hasattr(module, "num_experts") and _expert_shape(module, "weight") is not None:
+            return [Projection(f"{path}.weight" if path else "weight", module)]
         return []
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         transposed = declared
     else:
-        shapes = [None if (p := fused.get(name)) is None else tuple(p.shape) for name in ("gate_up_proj", "down_proj")]
-        transposed = _transposed(*shapes)
+        transposed = _transposed(fused.get("gate_up_proj"), fused.get("down_proj"))
     axis = -2 if transposed else -1
-    return [Projection(f"{path}.{name}" if path else name, module, name, axis) for name in fused]
+    order = [name for name in module._parameters if name in fused]
+    return [Projection(f"{path}.{name}" if path else name, module, name, axis) for name in order]
+
+
+def _expert_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a fused weight as it is stored, or would be if it is packed; None where there is none."""
+    layout: Any = getattr(module._modules.get(name), "packed_layout", None)
+    if name in module._parameters and layout is not None:
+        return tuple(layout.shape)
+    parameter = module._parameters.get(name)
+    return tuple(parameter.shape) if parameter is not None and parameter.dim() == 3 else None
 
 
 def _transposed(gate_up: tuple[int, ...] | None, down: tuple[int, ...] | None) -> bool:

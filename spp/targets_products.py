@@ -2,7 +2,8 @@
 
 A fused weight (E, out, in) or (E, in, out) is a parameter among others of a module whose own code multiplies with it,
 expert by expert; there is no submodule to put a hook on or something else in place of. So every product of torch that
-runs inside such a module is looked at: where its second operand lies in a fused weight, its address tells the expert.
+runs inside such a module is looked at: where its second operand lies in a fused weight, its place there tells the
+expert. That works for a tensor without values too, which stands for the weight where it is packed.
 The module's own code stays what it is: transformers' plain form of it, one product an expert; its grouped one, with the
 tokens in the order of their experts; or a batched product of every token with every expert (Llama 4).
 """
@@ -41,13 +42,15 @@ class ExpertProducts(TorchFunctionMode):
         projections: the fused weights.
         multiply: called with (index of the projection, expert, x (t, n), whether rows of zeros in x only fill up what
             was not routed); returns x Wᵀ (t, m) for that expert's W, or None for all experts to have the product
-            computed as written. Experts without a token are passed over.
+            computed as written, which a packed weight does not allow. Experts without a token are passed over, unless
+            that leaves nothing.
     """
 
     def __init__(self, projections: Sequence[Projection], multiply: Multiply) -> None:
         super().__init__()
         self._multiply = multiply
-        self._projections = [(projection, projection.weight.data_ptr()) for projection in projections]
+        self._projections = [(projection, projection.operand) for projection in projections]
+        self._storages = [operand.untyped_storage()._cdata for _, operand in self._projections]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at a product; what is none of the fused weights' runs as it is."""
@@ -68,35 +71,36 @@ class ExpertProducts(TorchFunctionMode):
         if found is None:
             return None
         index, expert = found
-        projection = self._projections[index][0]
-        experts, n = projection.weight.shape[0], projection.in_features
+        projection, operand = self._projections[index]
+        experts, n = operand.shape[0], projection.in_features
         if expert is not None and x.shape[-1] == n:
-            return self._multiply(index, expert, x.reshape(-1, n), False) if x.numel() else None
+            if not x.numel() and not operand.is_meta:
+                return None
+            made = self._multiply(index, expert, x.reshape(-1, n), False)
+            return made if made is None or x.dim() == 2 else made.view(*x.shape[:-1], made.shape[-1])
         if expert is None and offsets is not None and x.dim() == 2:  # tokens in the order of their experts
             ends = [0, *offsets.tolist()]
-            parts = [
-                self._multiply(index, e, x[ends[e] : ends[e + 1]], False)
-                for e in range(experts)
-                if ends[e] < ends[e + 1]
-            ]
-            made = [part for part in parts if part is not None]
-            return torch.cat([*made, x.new_zeros(x.shape[0] - ends[-1], made[0].shape[1])]) if made else None
+            routed = [e for e in range(experts) if ends[e] < ends[e + 1]] or ([0] if operand.is_meta else [])
+            return self._together(index, [(e, x[ends[e] : ends[e + 1]]) for e in routed], x.shape[0] - ends[-1])
         if expert is None and x.dim() == 3 and x.shape[::2] == (experts, n):  # every token for every expert
             parts = [self._multiply(index, e, rows, True) for e, rows in enumerate(x.unbind(0))]
-            made = [part for part in parts if part is not None]
-            return torch.stack(made) if made else None
+            stacked = [part for part in parts if part is not None]
+            return torch.stack(stacked) if stacked else None
         raise TargetError(f"{projection.path}: a product of {tuple(x.shape)} with it cannot be told apart by expert")
+
+    def _together(self, index: int, routed: Sequence[tuple[int, Tensor]], unrouted: int) -> Tensor | None:
+        """Return the products of experts' tokens, one behind the other, and as many rows of zeros as had no expert."""
+        made = [part for e, rows in routed if (part := self._multiply(index, e, rows, False)) is not None]
+        return torch.cat([*made, made[0].new_zeros(unrouted, made[0].shape[1])]) if made else None
 
     def _find(self, weight: Tensor) -> tuple[int, int | None] | None:
         """Return (index, expert or None for all) of the weight that an operand lies in."""
-        address = weight.data_ptr()
-        for index, (projection, start) in enumerate(self._projections):
-            whole = projection.weight
-            matrix = whole[0].numel() * whole.element_size()
-            offset = address - start
-            if not 0 <= offset < matrix * whole.shape[0]:
+        storage = weight.untyped_storage()._cdata
+        for index, (projection, whole) in enumerate(self._projections):
+            offset, matrix = weight.storage_offset() - whole.storage_offset(), whole[0].numel()
+            if storage != self._storages[index] or not 0 <= offset < matrix * whole.shape[0]:
                 continue
-            if weight.dim() == 2 and weight.numel() == whole[0].numel() and offset % matrix == 0:
+            if weight.dim() == 2 and weight.numel() == matrix and offset % matrix == 0:
                 return index, offset // matrix
             if weight.dim() == 3 and weight.numel() == whole.numel() and offset == 0:
                 return index, None
@@ -124,9 +128,14 @@ def set_experts_implementation(
 
 
 @contextlib.contextmanager
-def plain_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Have modules of fused experts run their plain code, one product an expert, for as long as it lasts."""
-    before = [(module, set_experts_implementation(module, "eager")) for module in modules]
+def plain_experts(modules: Sequence[nn.Module], *, unless: Container[str | None] = ()) -> Iterator[None]:
+    """Have modules of fused experts run their plain code, one product an expert, for as long as it lasts.
+
+    Args:
+        modules: which; several may share the config that says how they run.
+        unless: forms that stay.
+    """
+    before = [(module, set_experts_implementation(module, "eager", unless=unless)) for module in modules]
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ import spp
 from spp.files import CheckpointReader
 from spp.inject import adapter_layers
 from spp.patterns import is_nm, nonzero_mask
+from spp.targets import last_name
 from spp.targets_layout import find_projections
 from tests.models import MOE_ARCHITECTURES
 from tests.tolerances import LOGITS, error
@@ -93,7 +94,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
 ARCHITECTURES = {
     **DENSE,
     **MULTIMODAL,
-    **{name: MOE_ARCHITECTURES[name] for name in MOE_ARCHITECTURES if name != "jetmoe"},
+    **MOE_ARCHITECTURES,
 }
 OTHER_MODALITIES = ("vision_tower", "visual", "multi_modal_projector")
 UNTOUCHED = ("router", "lm_head", "embed", "wte", "wpe", "mlp.gate.", "norm", "ln_", *OTHER_MODALITIES)
@@ -116,7 +117,7 @@ def _auto(architecture: str) -> Any:
 
 def _row(architecture: str, model: nn.Module, adapted: dict[str, Any]) -> str:
     """What was adapted in a model, and what was not, as a row of the table."""
-    names = dict.fromkeys(projection.path.rpartition(".")[2] for projection in adapted.values())
+    names = dict.fromkeys(last_name(projection.path) for projection in adapted.values())
     layouts = [("in, out" if p.input_axis == -2 else "out, in", p.fused) for p in adapted.values()]
     stored = dict.fromkeys(f"({'E, ' if fused else ''}{layout})" for layout, fused in layouts)
     left = dict.fromkeys(
@@ -128,7 +129,8 @@ def _row(architecture: str, model: nn.Module, adapted: dict[str, Any]) -> str:
 def _part(name: str) -> str:
     """The part of a model that a parameter belongs to: the module's name, or the modality's."""
     modules = name.split(".")[:-1]
-    return next((part for part in OTHER_MODALITIES if part in modules), modules[-1])
+    named = [part for part in modules if part != "layer"]  # JetMoE's routers have a linear of that name
+    return next((part for part in OTHER_MODALITIES if part in modules), named[-1])
 
 
 def _other_modality(key: str) -> bool:

@@ -37,10 +37,12 @@ def no_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["parquet", "jsonl", "saved", "saved with splits"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set of TEXTS in a folder, in each of the forms that `datasets` loads."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, config
 
+    # After each stream of parquet files `datasets` waits 5 s for Arrow's threads.
+    monkeypatch.setattr(config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
     path = tmp_path / "set"
     rows = Dataset.from_dict({"text": TEXTS, "title": [f"title {i} of them all" for i in range(len(TEXTS))]})
     if request.param == "saved":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import spp
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +29,26 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-def run(name: str, *arguments: str | Path) -> str:
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example with arguments, in this process, whose imports are done already; returns what it printed."""
+
+    def start(name: str, *arguments: str | Path) -> str:
+        script = str(ROOT / "examples" / name)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(ROOT / "examples"))  # where python finds what an example imports of another
+        capsys.readouterr()
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def run_alone(name: str, *arguments: str | Path) -> str:
+    """The same in a process of its own, as a reader does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
@@ -49,7 +71,7 @@ def assert_same_zeros_but_tuned(base: Path, merged: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trainer(model: Path, tmp_path: Path) -> None:
+def test_trainer(model: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ("--model", model, "--text", text, "--out", tmp_path / "out", "--block-length", "32")
@@ -65,7 +87,7 @@ def test_trainer(model: Path, tmp_path: Path) -> None:
 def test_own_loop(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    out = run(
+    out = run_alone(
         *("own_loop.py", "--model", model, "--text", text, "--out", tmp_path / "out"),
         *("--steps", "12", "--block-length", "32"),
     )
@@ -74,7 +96,7 @@ def test_own_loop(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peft_plugin(model: Path, tmp_path: Path) -> None:
+def test_peft_plugin(model: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ("--model", model, "--text", text, "--out", tmp_path / "out", "--block-length", "32", "--steps", "12")
@@ -84,7 +106,7 @@ def test_peft_plugin(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trl_sft(model: Path, tmp_path: Path) -> None:
+def test_trl_sft(model: Path, tmp_path: Path, run: Run) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install 'spp[test]'")
     data = tmp_path / "chats.jsonl"
     chat = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -97,3 +119,40 @@ def test_trl_sft(model: Path, tmp_path: Path) -> None:
         assert_same_zeros_but_tuned(model, directory / "merged")
         merged.append((directory / "merged/model.safetensors").read_bytes())
     assert merged[0] == merged[1]
+
+
+@pytest.mark.slow
+def test_trl_dpo(model: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'spp[test]'")
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"after {i}: ", "chosen": f"{i + 1}.", "rejected": f"{i + 2}!"} for i in range(12)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    out = run("trl_dpo.py", "--model", model, "--data", data, "--out", tmp_path / "out", "--steps", "6")
+    assert out.rstrip().endswith("2:4")
+    assert_same_zeros_but_tuned(model, tmp_path / "out/merged")
+
+
+@pytest.mark.slow
+def test_comparison_study(tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("peft")
+    dense = tmp_path / "dense"
+    tiny_llama(initializer_range=0.2, num_hidden_layers=1).save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(TEXT)
+    texts = ("--train", tmp_path / "train.txt", "--valid", tmp_path / "valid.txt", "--out", tmp_path / "out")
+    arguments = ("comparison/study.py", *texts, "--model", dense, "--seqlen", "32", "--tiny", "--stages", "1")
+    assert "RESULTS.md" in run(*arguments)
+    report = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "| masked-lora |" in report and "Missing" not in report and str(tmp_path) not in report
+    run(*arguments[:-1], "2", "--report")
+    assert "- spp, lr 0.01, seed 0, 1 steps" in (tmp_path / "out" / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_openvino_export(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install openvino")
+    spp.save_model(prune_nm_(tiny_llama()), tmp_path / "merged")
+    for options in ([], ["--half"]):
+        out = run("openvino_export.py", "--model", tmp_path / "merged", "--out", tmp_path / "out", *options)
+        assert "all 14 pruned weights have the zeros that they had (2:4)" in out

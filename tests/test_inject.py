@@ -16,6 +16,7 @@ import spp
 from spp import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, WrapError
 from spp.inject import adapter_config, adapter_layers
+from tests.made import Made
 from tests.models import projections, prune_nm_, tiny_llama
 from tests.tolerances import assert_same_bits
 
@@ -396,3 +397,35 @@ def test_a_parametrized_linear_is_refused_with_the_way_out() -> None:
     with pytest.raises(TargetError, match=r"layers\.1\.mlp\.up_proj has a parametrization on weight.*remove_param"):
         spp.wrap(model, 4)
     assert not adapter_layers(model)
+
+
+def test_layers_of_different_dtypes_keep_them(tmp_path: Path) -> None:
+    model = pruned()
+    for path, module in projections(model).items():
+        if "mlp" in path:
+            module.to(torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    before = copy.deepcopy(model)
+    spp.wrap(model, 4, seed=0)
+    assert {p.dtype for p in spp.adapter_parameters(model)} == {torch.float32}
+    optimizer = torch.optim.SGD(spp.adapter_parameters(model), lr=1.0)
+    ids = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    spp.save_adapter(model, tmp_path / "adapter")
+    again = spp.load_adapter(copy.deepcopy(before), tmp_path / "adapter")
+    for merged in (model, again):
+        spp.merge(merged)
+        assert {name: p.dtype for name, p in merged.named_parameters()} == dtypes
+        assert spp.verify(before, merged).pattern == "2:4"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_wrapping_makes_nothing_of_the_size_of_a_weight() -> None:
+    model = pruned()
+    smallest = min(module.weight.numel() for module in projections(model).values())
+    with Made() as made:
+        spp.wrap(model, 4, seed=0)
+    assert made.shapes and made.most < smallest

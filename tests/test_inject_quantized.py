@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import spp
-from spp.errors import ConfigError, NonFiniteError, TargetError
+from spp.errors import ConfigError, NonFiniteError, TargetError, WrapError
+from spp.training import SPPTrainer
 from tests.models import projections
 from tests.quantized import FORMS, own_dense, quantized_llama
 
@@ -172,43 +173,44 @@ def test_refusals() -> None:
         spp.merge(plain, requantize=True)
 
 
-@pytest.mark.parametrize("kind", ["torchao", "offloaded"])
-def test_weights_that_cannot_be_adapted_name_their_layer(kind: str, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_adapted_name_their_layer() -> None:
     model = dense_twin(quantized_llama("nf4"))
-    if kind == "torchao":
 
-        class Int8Tensor(torch.Tensor):
-            __module__ = "torchao.quantization"
+    class Int8Tensor(torch.Tensor):
+        __module__ = "torchao.quantization"
 
-        linear = model.model.layers[0].self_attn.q_proj
-        linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Int8Tensor), requires_grad=False)
-        with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj\.weight is torchao's Int8Tensor"):
-            spp.wrap(model, r=4)
-        return
-    from accelerate import disk_offload
-
-    disk_offload(model, str(tmp_path), execution_device="cpu")
-    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj is offloaded by accelerate"):
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Int8Tensor), requires_grad=False)
+    with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj\.weight is torchao's Int8Tensor, which"):
         spp.wrap(model, r=4)
 
 
-def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_quantized(bits: int, tmp_path: Path) -> None:
+    """Trainer refuses a quantized model without an adapter that it knows; SPPTrainer tells it, while it is made."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
     from tests.training.helpers import arguments, losses, pruned, trainer
 
     pruned().save_pretrained(tmp_path / "pruned")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     options: dict[str, Any] = {"quantization_config": settings, "dtype": torch.float32, "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", **options)
     assert model.is_quantized
+    with pytest.raises(WrapError, match="is not wrapped"):
+        trainer(tmp_path / "run", model)
     spp.wrap(model, r=4, seed=0)
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model, arguments(tmp_path / "plain"))
+    with pytest.raises(TypeError):
+        SPPTrainer(model, arguments(tmp_path / "run"), no_such_argument=1)
     made = trainer(tmp_path / "run", model)
-    assert not getattr(model, "_hf_peft_config_loaded", False)
+    assert "_hf_peft_config_loaded" not in vars(model), "elsewhere it would mean PEFT's adapters"
     made.train()
     assert losses(made)[-1] < losses(made)[0]
+    assert made.state.log_history[0]["sparsity"] == spp.sparsity(model).sparsity >= 0.5
     spp.merge(model)
     assert not model.is_quantized and not hasattr(model.config, "quantization_config")
     spp.save_model(model, tmp_path / "merged")

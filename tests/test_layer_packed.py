@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from spp.errors import ConfigError, GradientError, TargetError
 from spp.kernels import blocks
@@ -282,6 +283,44 @@ def test_hooks_and_flags_are_kept() -> None:
     layer(torch.ones(1, 48))
     assert seen == ["PackedLinear"]
     assert layer.restore().weight.requires_grad is False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conv1d_is_stored_with_its_inputs_first(kind: str) -> None:
+    twin = linear_of(kind)
+    layers = []
+    for packed in (False, True):
+        conv = Conv1D(24, 48)
+        conv.weight = nn.Parameter(torch.empty(48, 24).copy_(twin.weight.detach().T))
+        conv.bias = nn.Parameter(twin.bias.detach().clone())
+        layer = SPPLinear(conv, r=5, packed=packed)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in layer.adapter_parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        layers.append(layer)
+    dense, packed = layers
+    assert packed.weight.shape == (48, 24)
+    assert_same_bits(packed.weight, dense.weight.detach())
+    assert_same_bits(packed.matrix, twin.weight.detach())
+    for expected, found in zip(run(dense, torch.float32), run(packed, torch.float32), strict=True):
+        assert_same_bits(found, expected)
+    assert_same_bits(packed.effective_weight(), dense.effective_weight())
+    merged = packed.merge()
+    assert type(merged) is Conv1D
+    assert_same_bits(merged.weight.detach(), dense.merge().weight.detach())
+    back = packed.restore()
+    assert type(back) is Conv1D and back.weight.requires_grad
+    assert_same_bits(back.weight.detach(), dense.weight.detach())
+    alone = PackedLinear(back)
+    assert back.weight.is_meta and alone.weight.shape == (48, 24)
+    x = torch.randn(3, 48)
+    assert_matches(alone(x), dense._linear[0](x).double().detach(), torch.float32)
+    again = SPPLinear(alone, r=5, packed=True)
+    assert type(again.merge()) is Conv1D
+    again.hold_dense(2 * dense.weight.detach())
+    assert again.restore() is back
+    assert_same_bits(back.weight.detach(), 2 * dense.weight.detach())
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

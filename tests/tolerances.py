@@ -54,7 +54,8 @@ def assert_matches(
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Assert equality of dtype, shape and every bit."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{what}: {actual.dtype} {actual.shape}"
-    same = actual.contiguous().view(torch.uint8) == expected.contiguous().view(torch.uint8)
+    one, other = (t.contiguous().view(-1).view(torch.uint8) for t in (actual, expected))
+    same = one == other
     assert bool(same.all()), f"{what}: {int((~same).sum())} bytes differ"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spp.functional import spp_linear_reference
 from spp.kernels import PackedSource, linear, use_kernels
@@ -23,6 +23,7 @@ from spp.kernels.work import TritonWork, work_for
 from spp.packed import PackedWeight
 from spp.pruning import magnitude_mask
 from spp.rules import effective_weight, get_rule
+from spp.semi_structured import to_semi_structured
 
 RULE = get_rule("spp")
 WHOLE = slice(None)
@@ -41,6 +42,7 @@ SMALL = (  # form of W, m, n, r, T: primes, one row, r = 1, r = m, no tokens, se
     ("1:8", 5, 104, 5, 3),
     ("any pattern", 3, 2500, 2, 3),
 )
+SEMI_STRUCTURED = ("2:4", 1024, 4096, 16, 256)
 LARGE = (
     ("dense", 1000, 1031, 16, 333),
     ("dense", 4096, 4096, 16, 512),
@@ -123,6 +125,9 @@ def run(device: torch.device, dtypes: Sequence[torch.dtype], *, large: bool) -> 
                     yield from layer_checks(layer)
                     if case[-1] > 0:
                         yield from fp8_checks(layer)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+            for dtype in dtypes:
+                yield from semi_structured_checks(Layer(SEMI_STRUCTURED, dtype, device))
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -182,6 +187,20 @@ def fp8_checks(layer: Layer) -> Iterator[Check]:
     plain = (rounded[0].t() @ rounded[1]).to(layer.dtype)
     yield layer.check("G in fp8, of rounded factors", error(found, plain), 4 * ROUNDING.get(layer.dtype, 1e-4))
     yield layer.check("G in fp8, norm", float((found - exact).norm() / exact.norm()), FP8_BOUND)
+
+
+def semi_structured_checks(layer: Layer) -> Iterator[Check]:
+    """Yield the checks of spp.to_semi_structured: a 16-bit layer becomes sparse, and its product is right."""
+    if layer.dtype == torch.float32:
+        return
+    m, n = layer.weight.shape
+    linear = nn.Linear(n, m, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    model, exact = nn.Sequential(linear), layer.x.double() @ layer.weight.double().t()
+    report = to_semi_structured(model, tokens=len(layer.x), keep="all", target_modules="all-linear")
+    yield layer.check("layers that are not semi-structured", 1 - report.converted, 0)
+    with torch.no_grad():
+        yield layer.compare("X Wᵀ, semi-structured", model(layer.x), exact, F.linear(layer.x, layer.weight))
 
 
 def error(found: Tensor, exact: Tensor) -> float:

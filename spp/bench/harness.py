@@ -25,12 +25,12 @@ from typing import Any
 import torch
 
 from spp._version import __version__
-from spp.bench.plot import check_plot
 from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
 from spp.files import atomic_file, write_json
 from spp.kernels import native
 from spp.kernels.choice import kernels
 from spp.report import Table
+from spp.report_plot import check_plot
 
 PACKAGES = ("transformers", "peft", "triton")
 
@@ -222,6 +222,16 @@ def require_peft() -> Any:
     except ImportError as error:
         raise DependencyError("the contenders lora and hira need peft: pip install 'spp[peft]'") from error
     return peft
+
+
+def require_bitsandbytes() -> Any:
+    """Import bitsandbytes, or say which extra brings it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        extra = "pip install 'spp[quantized]'"
+        raise DependencyError(f"the contenders on quantized weights need bitsandbytes: {extra}") from error
+    return bitsandbytes
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,8 @@ def load_dense(options: argparse.Namespace) -> nn.Module:
     model: Any
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        for parameter in model.parameters():  # else a view of the mapped file, which stays while any of them does
+            parameter.data = parameter.data.clone()
     else:
         hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[options.shape]
         config = LlamaConfig(

@@ -7,28 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp.errors import ConfigError, DependencyError
-from spp.files import atomic_file
+from spp.report_plot import OURS, THEIRS, check_plot, new_figure, save_figure
 
-FORMATS = ("png", "svg", "pdf")
-OURS, THEIRS = "#2a6f97", "#a9b4bd"
 COLUMNS = 2  # of panels
 WIDTH = 6.4  # of one, in inches
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a chart that could not be written, before anything is measured.
-
-    Raises:
-        ConfigError: the file's ending is not that of a known format.
-        DependencyError: matplotlib is missing; the message names the extra.
-    """
-    if path.suffix.removeprefix(".") not in FORMATS:
-        raise ConfigError(f"--plot is {path}; its name must end in .{', .'.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise DependencyError("a chart needs matplotlib: pip install 'spp[plot]'") from error
 
 
 def plot_ratios(
@@ -53,15 +35,11 @@ def plot_ratios(
         axis: what is compared.
     """
     check_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     bars = max(len(rows) for rows in panels.values())
     height = lines * (0.36 * bars + 1.1) + 1.0
-    figure = Figure(figsize=(WIDTH * columns, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(WIDTH * columns, height)
     figure.suptitle(title, fontsize=13)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -85,8 +63,7 @@ def plot_ratios(
         axes.spines[["top", "right"]].set_visible(False)
     conditions = textwrap.fill(conditions, round(15 * WIDTH * columns))
     figure.supxlabel(conditions, fontsize=7, color="#555555")
-    with atomic_file(path, overwrite=overwrite) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
+    save_figure(figure, path, overwrite=overwrite)
 
 
 def _spread(value: Any) -> tuple[float, float, float]:

@@ -1,10 +1,14 @@
 """The contenders of a whole model's training step: what adapts a pruned causal language model, and one step of each.
 
-SPP in every mode, PEFT's LoRA and HiRA, all on the same seven projections of the same pruned model and the same tokens.
+SPP in every mode, PST, PEFT's LoRA and HiRA, all on the same seven projections of the same pruned model and the same
+tokens.
 
     spp-bf16-saved      layers keep their inputs for backward in bfloat16 (spp.kernels.keep)
     spp-chunked-loss    the loss is taken over LOSS_CHUNK tokens at a time (spp.training.causal_loss)
     spp-low-memory      both
+    pst                 PST at the final sparsity, with --peft-rank for its ranks
+    pst-autograd        the same by its plain formula, left to autograd (spp.bench.plain_pst)
+    spp-nf4, spp-int8   on weights that bitsandbytes has quantized to 4 or 8 bits
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.bench.harness import installed, require_peft
+from spp.bench.harness import installed, require_bitsandbytes, require_peft
 from spp.bench.models import add_model_options, load_dense, model_arguments
+from spp.bench.plain_pst import use_plain_formula
 from spp.errors import ConfigError
 from spp.inject import wrap
 from spp.inject_activations import set_saved_activations
 from spp.patterns import Pattern
 from spp.pruning import magnitude_mask
+from spp.pst import set_sparsity
+from spp.pst import wrap as wrap_pst
 from spp.targets import resolve_targets
 from spp.training.causal_loss import causal_lm_loss
 
@@ -32,7 +39,7 @@ MEMORY_STEPS = 3  # the first creates the optimizer's state; the peak is reached
 LOSS_CHUNK = 256  # tokens
 
 
-def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def contenders(rank: int, peft_rank: int, pattern: str = "2:4") -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Return what adapts a pruned model, by the name of the contender."""
 
     def lora(model: nn.Module) -> nn.Module:
@@ -54,6 +61,13 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
         set_saved_activations(model, "bfloat16")
         return model
 
+    def pst(model: nn.Module) -> nn.Module:
+        parsed = Pattern.parse(pattern)
+        nm = str(parsed) if parsed.is_nm else None
+        wrap_pst(model, peft_rank, mask_rank=peft_rank, pattern=nm, target_modules=names)
+        set_sparsity(model, parsed.sparsity)
+        return model
+
     return {
         "spp": lambda model: wrap(model, rank, target_modules=names),
         "spp-input-dropout": lambda model: wrap(model, rank, target_modules=names, dropout=DROPOUT),
@@ -64,9 +78,35 @@ def contenders(rank: int, peft_rank: int) -> dict[str, Callable[[nn.Module], nn.
         "spp-bf16-saved": saved_in_bfloat16,
         "spp-chunked-loss": lambda model: wrap(model, rank, target_modules=names),
         "spp-low-memory": saved_in_bfloat16,
+        "pst": pst,
+        "pst-autograd": lambda model: use_plain_formula(pst(model)),
+        "spp-nf4": lambda model: wrap(quantize(model, "nf4"), rank, target_modules=names),
+        "spp-int8": lambda model: wrap(quantize(model, "int8"), rank, target_modules=names),
         "lora": lora,
         "hira": hira,
     }
+
+
+def quantize(model: nn.Module, form: str) -> nn.Module:
+    """Have bitsandbytes quantize the projections of a model, in place, one after the other.
+
+    Args:
+        form: "nf4" or "int8".
+    """
+    bnb = require_bitsandbytes()
+    for path, module in resolve_targets(model, PROJECTIONS):
+        linear: Any = module
+        weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
+        made: Any
+        if form == "nf4":
+            made = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, quant_type=form, device="meta")
+            made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=form, module=made)
+        else:
+            made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made.bias = linear.bias
+        model.set_submodule(path, made.to(weight.device))  # which quantizes
+    return model
 
 
 def load_model(options: argparse.Namespace) -> nn.Module:
@@ -91,7 +131,7 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         torch.manual_seed(0)
-        self.model = contenders(options.rank, options.peft_rank)[name](load_model(options)).train()
+        self.model = contenders(options.rank, options.peft_rank, options.pattern)[name](load_model(options)).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4)
         self.chunked = name in ("spp-chunked-loss", "spp-low-memory")
@@ -125,7 +165,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step (default: 4)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a row (default: 256)")
     parser.add_argument("--rank", type=int, default=16, help="r of SPP (default: 16)")
-    parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA (default: 8)")
+    parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA, ranks of PST (default: 8)")
     parser.add_argument("--pattern", default="2:4", help="pruned to this where the model is dense (default: 2:4)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 

@@ -1,31 +1,27 @@
-"""What the jobs of a merge share: the base, the adapters' sum, what has been found, and the merge in plain torch."""
+"""What the jobs of a merge share: the adapters' sum, what has been found, and the merge in plain torch."""
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp.certificate import TensorRecord
 from spp.checkpoint.adapters import Part, sum_of
 from spp.checkpoint.places import Place, Places
-from spp.checkpoint.scanning import Bytes, describe
-from spp.checkpoint.sources import input_axes
-from spp.errors import MaskError, NonFiniteError
+from spp.checkpoint.rewriting import Rewriting
+from spp.checkpoint.scanning import Bytes
+from spp.errors import MaskError
 from spp.files import CheckpointReader, mask_sha256
 from spp.inject import layer_generator
 from spp.kernels.native import elementwise
 from spp.kernels.native.compiler import DTYPES as COMPILED
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
-from spp.merge import DTYPES
-from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
+from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts
 
 
-class Merging:
-    """What all jobs of a merge share, and what they have found so far.
+class Merging(Rewriting):
+    """A checkpoint into which adapters are merged.
 
     Args:
         reader: of the base; places: of the layers in it.
@@ -34,7 +30,7 @@ class Merging:
 
     Attributes:
         merges: {module path: what was done}.
-        tensors, other: as in a certificate. base_masks: {key: mask_sha256} of the base's tensors.
+        base_masks: {key: mask_sha256} of the base's tensors.
     """
 
     def __init__(
@@ -46,34 +42,26 @@ class Merging:
         rounding: str,
         seed: int,
     ) -> None:
-        self.reader, self.places, self.parts = reader, places, parts
-        self.dtype, self.rounding, self.seed = dtype, rounding, seed
-        self.layers = sum_of(parts)
-        self.axes = input_axes(reader)
-        self.merges: dict[str, LayerMerge] = {}
-        self.tensors: dict[str, TensorRecord] = {}
-        self.other: dict[str, int] = {}
-        self.base_masks: dict[str, str] = {}
-        self.by_torch = threading.Lock()  # held by who works on a whole weight: one at a time is in memory
         self.place_of = {key: place for place in places.places for key in place.keys}
+        super().__init__(reader, dtype, self.place_of, self.place_of)
+        self.places, self.parts = places, parts
+        self.rounding, self.seed = rounding, seed
+        self.layers = sum_of(parts)
+        self.merges: dict[str, LayerMerge] = {}
+        self.base_masks: dict[str, str] = {}
         self._ready: dict[str, Tensor] = {}  # merged tensors on disk of a group whose other tensors were asked for
 
-    def stored(self, key: str) -> torch.dtype:
-        """Return the dtype that a tensor of the output has."""
-        found = self.reader.dtype(key)
-        return self.dtype if self.dtype is not None and found in DTYPES else found
-
-    def matrices(self, key: str, place: Place | None) -> list[Matrix] | None:
+    def matrices(self, key: str) -> list[Matrix] | None:
         """Return what the compiled pass needs to merge or convert a weight; None where torch has to do it."""
+        place = self.place_of.get(key)
+        if place is None:
+            return super().matrices(key)
         before, after, shape = self.reader.dtype(key), self.stored(key), self.reader.shape(key)
-        by_chance = place is not None and self.rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
-        grouped = place is not None and place.group is not None
+        by_chance = self.rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
         library = elementwise.library() if before in COMPILED and after in COMPILED else None
-        if library is None or by_chance or grouped or len(shape) not in (2, 3) or math.prod(shape) == 0:
+        if library is None or by_chance or place.group is not None or 0 in shape:
             return None
         rows, cols = shape[-2:]
-        if place is None:
-            return [Matrix(library, math.prod(shape[:-1]), cols, before, after)]
         if len(shape) == 3 and rows * cols % 8:
             return None  # packed bits of an expert would begin inside a byte
         layer = self.layers[place.path]
@@ -87,18 +75,17 @@ class Merging:
             matrices.append(Matrix(library, rows, cols, before, after, terms, transposed=place.transposed))
         return matrices
 
-    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> None:
-        """Record a weight that was made, from the packed mask of the base, which it has too."""
-        facts, mask = describe(self.reader.shape(key), dtype, self.axes[key], bits, found)
-        self.base_masks[key] = mask
-        self.tensors[key] = TensorRecord(
-            facts.shape, facts.dtype, self.axes[key], facts.pattern, facts.zeros, mask, found.crc
-        )
+    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> str:
+        """Record a weight that was made; its mask is the base's too."""
+        mask = self.base_masks[key] = super().keep(key, dtype, bits, found)
+        return mask
 
-    def require_finite(self, key: str, finite: bool) -> None:
-        """Raise unless a projection of the base is finite."""
-        if not finite:
-            raise NonFiniteError(f"{key} of {self.reader.directory} holds NaN or infinity; mend the base first")
+    def changed_by(self, key: str, mask: str, found: list[Found]) -> None:
+        """Check and record what the compiled pass merged."""
+        place = self.place_of[key]
+        self.require_masks(place.path, mask)
+        done = [layer_merge(of_one) for of_one in found]
+        self.merges[place.path] = sum_experts(done) if len(place.shape) == 3 else done[0]
 
     def require_masks(self, path: str, mask: str) -> None:
         """Raise unless a layer of the base has the zeros that the adapters were trained on."""
@@ -106,23 +93,26 @@ class Merging:
             if path in part.layers and (part.files.base_masks or {}).get(path, mask) != mask:
                 self._raise_masks(part)
 
-    def merged_on_disk(self, key: str, place: Place) -> Tensor:
+    def make(self, key: str, tensor: Tensor) -> Tensor:
         """Return one tensor on disk of a merged weight; the others of its group wait to be asked for."""
+        place = self.place_of[key]
         if key not in self._ready:
             if place.group is None:
-                self._ready[key] = self.merge(place, self.reader.tensor(key))
+                self._ready[key] = self._merge(place, tensor)
             else:
                 disk = self.places.disk
                 assert disk is not None
                 joined = disk.join(place.group, self.reader.tensor)
+                for part in place.keys:
+                    self.reader.release(part)
                 for other in self.places.places:
                     if other.group is place.group:
                         name = next(name for name in joined if name in (other.path, f"{other.path}.weight"))
-                        joined[name] = self.merge(other, joined[name])
+                        joined[name] = self._merge(other, joined[name])
                 self._ready |= disk.split(joined)
         return self._ready.pop(key).contiguous()
 
-    def merge(self, place: Place, weight: Tensor) -> Tensor:
+    def _merge(self, place: Place, weight: Tensor) -> Tensor:
         """Return the merged weight of a layer, in the layout of `weight`."""
         path = place.path
         self.require_masks(path, mask_sha256(weight))

@@ -11,29 +11,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from spp.certificate import BaseRecord, Certificate, fingerprint
 from spp.checkpoint.adapters import AdapterLike, read_parts
-from spp.checkpoint.carrying import carry_files, refuse_overlap, update_config
-from spp.checkpoint.merge_jobs import job_of
+from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.merge_state import Merging
-from spp.checkpoint.pipeline import Job, Sink, run
 from spp.checkpoint.places import Places
+from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, MaskError
-from spp.files import CheckpointReader, atomic_directory, require_replaceable, write_json
-from spp.files.atomic import check_target
-from spp.files.header import size_of
-from spp.files.reader import INDEX
-from spp.files.writer import TensorFile
+from spp.files import CheckpointReader, require_replaceable
 from spp.merge import MergeReport, check_rounding, draw_seed
 
 logger = logging.getLogger(__name__)
@@ -87,55 +77,14 @@ def merge_checkpoint(
     require_replaceable(out_dir)
     with CheckpointReader(base) as reader:
         merging = Merging(reader, Places(reader, parts), parts, dtype, rounding, draw_seed(rounding, seed))
-        if dry_run:
-            size = sum(size_of(merging.stored(key), reader.shape(key)) for key in reader)
-            check_target(out_dir, overwrite=overwrite, size=size)
-        with nullcontext() if dry_run else atomic_directory(out_dir, overwrite=overwrite) as directory:
-            _merge_shards(merging, directory)
+        with output(merging, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
+            write_shards(merging, directory, "merging")
             _require_all_merged(merging)
-            carry_files(base, directory, set(reader.shards()))
             certificate = _certificate(merging, base_dir)
             if directory is not None:
-                _write_index(merging, directory)
-                if dtype is not None:
-                    update_config(directory, dtype)
                 certificate.write(directory)
     logger.info("merged %d layers%s", len(merging.merges), "" if dry_run else f" into {out_dir}")
     return MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report())
-
-
-def _merge_shards(merging: Merging, directory: Path | None) -> None:
-    """Make every tensor, and write it into the file of the name that the base has it in, unless there is no directory.
-
-    A file is closed when its last tensor is done, while threads are at the next one already.
-    """
-    reader = merging.reader
-    left: dict[Job, tuple[ExitStack, list[int]]] = {}  # {job: (its file, how many of its tensors are not done)}
-
-    def jobs() -> Iterator[Job]:
-        for name, keys in reader.shards().items():
-            layout = {key: (merging.stored(key), reader.shape(key)) for key in keys}
-            file, names = None, sorted(layout)
-            own = ExitStack()
-            if directory is not None:
-                file = own.enter_context(TensorFile(directory / name, layout))
-                names = file.names
-            files.push(own)
-            count = [len(names)]
-            for key in names:
-                job = job_of(merging, key, Sink(file, key))
-                left[job] = own, count
-                yield job
-
-    def done(job: Job) -> None:
-        bar.update()
-        own, count = left.pop(job)
-        count[0] -= 1
-        if not count[0]:
-            own.close()
-
-    with ExitStack() as files, tqdm(total=len(reader.keys()), desc="merging", unit="tensor", disable=None) as bar:
-        run(jobs(), done, waiting=1)
 
 
 def _require_all_merged(merging: Merging) -> None:
@@ -153,16 +102,3 @@ def _certificate(merging: Merging, base: str | os.PathLike[str]) -> Certificate:
             "the masks of the merged checkpoint do not reproduce the base's fingerprint; nothing was written"
         )
     return certificate
-
-
-def _write_index(merging: Merging, directory: Path) -> None:
-    reader = merging.reader
-    if reader.index is None:
-        return
-    if merging.dtype is None:
-        shutil.copyfile(reader.directory / INDEX, directory / INDEX)
-        return
-    metadata: Any = reader.index.get("metadata")
-    sizes = (size_of(merging.stored(key), reader.shape(key)) for key in reader)
-    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": sum(sizes)}
-    write_json(directory / INDEX, {**reader.index, "metadata": metadata})

@@ -18,6 +18,7 @@ from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
 from spp.files import CheckpointReader, dtype_name
 from spp.merge import DTYPES
+from spp.packed.disk import is_packed
 from spp.rules import Rule, get_rule
 from spp.targets_layout import as_matrices, find_projections
 
@@ -71,11 +72,11 @@ class Places:
     """
 
     def __init__(self, reader: CheckpointReader, parts: Sequence[Part]) -> None:
+        if is_packed(reader):
+            raise ConfigError(f"{reader.directory} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
         self._reader = reader
-        self.disk: DiskKeys | None = None  # where the names alone do not tell
         paths = list(dict.fromkeys(path for part in parts for path in part.layers))
-        found = self._by_name(paths)
-        found |= self._by_table([path for path in paths if path not in found])
+        found, self.disk = locate(reader, paths)
         self.places = list(found.values())
         for part in parts:
             self._check(part, found)
@@ -107,35 +108,44 @@ class Places:
             listing = "\n  ".join(sorted(problems))
             raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
 
-    def _by_name(self, paths: Sequence[str]) -> dict[str, Place]:
-        axes = input_axes(self._reader)
-        found = {}
-        for path in paths:
-            key = next((key for key in (f"{path}.weight", path) if key in self._reader), None)
-            if key is not None:
-                shape = self._reader.shape(key)
-                found[path] = Place(path, (key,), None, shape, axes.get(key, 1) == len(shape) - 2)
-        return found
 
-    def _by_table(self, paths: Sequence[str]) -> dict[str, Place]:
-        """Find the weights of layers that the disk names otherwise, by a model without values."""
-        if not paths:
-            return {}
-        from spp.checkpoint_prune_model import skeleton
+def locate(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
+    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell."""
+    found = _by_name(reader, paths)
+    by_table, disk = _by_table(reader, [path for path in paths if path not in found])
+    return found | by_table, disk
 
-        try:
-            model = skeleton(self._reader, None)
-            self.disk = DiskKeys(model, {key: self._reader.shape(key) for key in self._reader})
-        except (StreamingError, ConfigError) as error:
-            logger.warning("cannot tell how %s names its weights: %s", self._reader.directory, error)
-            return {}
-        single = {name: key for key, name in self.disk.memory.items() if self.disk.group_of(key) is None}
-        groups = {name: group for group in self.disk.groups.values() for name in group.memory}
-        found = {}
-        for projection in find_projections(model):
-            name, path = projection.parameter_path, projection.path
-            group = groups.get(name)
-            keys = group.disk if group is not None else (single[name],) if name in single else ()
-            if path in paths and keys:
-                found[path] = Place(path, keys, group, projection.shape, projection.input_axis == -2)
-        return found
+
+def _by_name(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
+    axes = input_axes(reader)
+    found = {}
+    for path in paths:
+        key = next((key for key in (f"{path}.weight", path) if key in reader), None)
+        if key is not None:
+            shape = reader.shape(key)
+            found[path] = Place(path, (key,), None, shape, axes.get(key, 1) == len(shape) - 2)
+    return found
+
+
+def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
+    """Find the weights of layers that the disk names otherwise, by a model without values."""
+    if not paths:
+        return {}, None
+    from spp.checkpoint_prune_model import skeleton
+
+    try:
+        model = skeleton(reader, None)
+        disk = DiskKeys(model, {key: reader.shape(key) for key in reader})
+    except (StreamingError, ConfigError) as error:
+        logger.warning("cannot tell how %s names its weights: %s", reader.directory, error)
+        return {}, None
+    single = {name: key for key, name in disk.memory.items() if disk.group_of(key) is None}
+    groups = {name: group for group in disk.groups.values() for name in group.memory}
+    found = {}
+    for projection in find_projections(model):
+        name, path = projection.parameter_path, projection.path
+        group = groups.get(name)
+        keys = group.disk if group is not None else (single[name],) if name in single else ()
+        if path in paths and keys:
+            found[path] = Place(path, keys, group, projection.shape, projection.input_axis == -2)
+    return found, disk

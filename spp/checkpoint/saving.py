@@ -23,6 +23,7 @@ from spp.files import (
     require_replaceable,
 )
 from spp.inject import is_wrapped
+from spp.packed.disk import DenseReader
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def certify(
     if base is not None:
         with open_source(base) as before:
             also |= set(pruned_matrices(before))
-    with CheckpointReader(directory) as reader:
+    with DenseReader(directory) as reader:
         certificate = make_certificate(reader, deep=deep, also=also)
     if base is not None:
         with open_source(base) as before, open_source(directory) as after:

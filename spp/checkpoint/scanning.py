@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,7 +102,7 @@ class ScanJob(Job):
 
     Args:
         axis: the input axis; None to look at its bytes alone.
-        deep: with the sha256 of its bytes; then it is one piece after the other.
+        deep: with the sha256 of its bytes; then it is one piece after the other, as of a packed tensor anyway.
     """
 
     def __init__(self, reader: CheckpointReader, name: str, axis: int | None, *, deep: bool = False) -> None:
@@ -110,28 +110,36 @@ class ScanJob(Job):
         self.shape, self.dtype = reader.shape(name), reader.dtype(name)
         self.result: Scanned | None = None
         count = math.prod(self.shape)
-        self._library = elementwise.library() if axis is None or self.dtype in DTYPES else None
-        self._bounds = entry_pieces(count, 4 * PIECE if self._library is not None and not deep else PIECE)
+        in_turn = deep or not reader.lies_in_file(name)
+        self._library = elementwise.library() if not in_turn and (axis is None or self.dtype in DTYPES) else None
+        self._bounds = entry_pieces(count, PIECE if self._library is None else 4 * PIECE)
         self._found: list[Found] = [Found()] * len(self._bounds)
         self._bits = np.empty((count + 7) // 8 if axis is not None else 0, np.uint8)
         self._digest = hashlib.sha256() if deep else None
-        self.pieces = 1 if deep else len(self._bounds)
+        self._in_turn = in_turn
+        self.pieces = 1 if in_turn else len(self._bounds)
 
     def do(self, piece: int, scratch: Scratch) -> None:
-        """Look at a piece, or for the sha256 at all of them in turn."""
-        if self._digest is None and self._library is not None:
+        """Look at a piece, or at all of them in turn."""
+        if self._library is not None:
             self._found[piece] = self._compiled(*self._bounds[piece])
             return
-        for index in range(len(self._bounds)) if self._digest else (piece,):
-            begin, end = self._bounds[index]
-            size = self.dtype.itemsize
-            data = read_piece(self.reader, self.name, begin * size, end * size, scratch)
-            if self.axis is None:
-                self._found[index] = Found(crc=crc32(data), size=data.size)
-            else:
-                self._found[index] = scan_piece(data, self.dtype, self._bits[begin // 8 : (end + 7) // 8])
+        size = self.dtype.itemsize
+        if not self._in_turn:
+            begin, end = self._bounds[piece]
+            self._look(piece, read_piece(self.reader, self.name, begin * size, end * size, scratch))
+            return
+        for index, data in enumerate(regrouped(self.reader.pieces(self.name), PIECE * size, scratch)):
+            self._look(index, data)
             if self._digest is not None:
                 self._digest.update(data.data)
+
+    def _look(self, index: int, data: Bytes) -> None:
+        if self.axis is None:
+            self._found[index] = Found(crc=crc32(data), size=data.size)
+        else:
+            begin, end = self._bounds[index]
+            self._found[index] = scan_piece(data, self.dtype, self._bits[begin // 8 : (end + 7) // 8])
 
     def _compiled(self, begin: int, end: int) -> Found:
         """Look at entries [begin, end) while they are read, in parts that stay in the cache."""
@@ -169,6 +177,22 @@ def read_piece(reader: CheckpointReader, key: str, begin: int, end: int, scratch
     data = scratch.bytes("in", end - begin, place)
     reader.read(key, begin, data.data)
     return data
+
+
+def regrouped(pieces: Iterable[memoryview], size: int, scratch: Scratch) -> Iterator[Bytes]:
+    """Yield the bytes of some pieces `size` at a time, the last ones fewer; once, none, if there are none."""
+    data, filled, whole = scratch.bytes("in", size), 0, False
+    for piece in pieces:
+        rest = np.frombuffer(piece, np.uint8)
+        while rest.size:
+            part = rest[: size - filled]
+            data[filled : filled + part.size] = part
+            filled, rest = filled + part.size, rest[part.size :]
+            if filled == size:
+                yield data
+                filled, whole = 0, True
+    if filled or not whole:
+        yield data[:filled]
 
 
 class TensorJob(Job):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
-from spp.targets import dense_projection_weights, is_projection_key, packed_modules
+from spp.packed.disk import DenseReader
+from spp.targets import dense_projections, has_values, is_projection_key, packed_modules, packed_ndim, weight_of
 from spp.targets_layout import disk_input_axes
 
 ModelOrPath = nn.Module | str | os.PathLike[str]
@@ -79,27 +81,29 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         ConfigError: `what` is neither a model nor a path; or a model on the meta device, which has no values.
     """
     if isinstance(what, nn.Module):
-        packed = packed_modules(what)
-        weights = {name: (weight, axis % weight.ndim) for name, weight, axis in dense_projection_weights(what)}
-        empty = sorted(name for name, (weight, _) in weights.items() if weight.is_meta)
+        packed: dict[str, Any] = packed_modules(what)
+        parameters, dense = dict(what.named_parameters()), dense_projections(what)
+        empty = sorted(name for name in dense if not has_values(what, name))
         empty += sorted(name for name, module in packed.items() if module.stored_weight.is_meta)
         if empty:
             raise ConfigError(f"the model is on the meta device and has no values, such as {empty[0]}; load it first")
-        name, axes = f"the {type(what).__name__}", {k: axis for k, (_, axis) in weights.items()}
-        axes |= {name: 1 for name in packed if is_projection_key(name, 2)}
-        others = {n: p for n, p in what.named_parameters() if is_other_matrix(n, p.ndim, p.dtype) and not p.is_meta}
-        weights |= {n: (p.detach(), 1) for n, p in others.items()}
-        others_packed = {name for name in packed if name not in axes and is_other_matrix(name, 2, torch.float32)}
+        name = f"the {type(what).__name__}"
+        axes = {key: axis % max(parameters[key].ndim, 2) for key, axis in dense.items()}
+        for key, module in packed.items():
+            if is_projection_key(key, packed_ndim(module)):
+                axes[key] = module.input_axis % packed_ndim(module)
+        others = [n for n, p in parameters.items() if is_other_matrix(n, p.ndim, p.dtype) and has_values(what, n)]
+        others += [n for n in packed if n not in axes and is_other_matrix(n, 2, torch.float32)]
 
         def get(key: str) -> Tensor:
-            return packed[key].weight if key in packed else weights[key][0]  # type: ignore[return-value]
+            return packed[key].weight if key in packed else weight_of(what, key)
 
-        yield Source(name, axes, dict.fromkeys([*others, *others_packed], 1), get)
+        yield Source(name, axes, dict.fromkeys(others, 1), get)
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
     directory = checkpoint_directory(what)
-    with CheckpointReader(directory) as reader:
+    with DenseReader(directory) as reader:
         all_axes = input_axes(reader)
         axes = {key: all_axes[key] for key in projection_keys(reader)}
         if not axes:

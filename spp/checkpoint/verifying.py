@@ -14,7 +14,7 @@ from spp.checkpoint.scanning import Scanned, scan_reader, scan_source
 from spp.checkpoint.sources import ModelOrPath, Source, checkpoint_directory, open_source
 from spp.checkpoint.verdicts import CONTENTS, FINITE, MASK, Problem, Verification, raise_differences
 from spp.errors import CheckpointError, ConfigError
-from spp.files import CheckpointReader
+from spp.packed.disk import DenseReader
 from spp.patterns import count_kept, pack_bits
 
 PRUNED_FROM = 0.1  # the fraction of zeros from which a matrix that is no projection by its name counts as pruned
@@ -154,7 +154,7 @@ def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:
             f"the certificate of {directory} holds no sha256 of contents; spp.certify(dir, deep=True) writes them"
         )
     problems: list[Problem] = []
-    with CheckpointReader(directory) as reader:
+    with DenseReader(directory) as reader:
         known = certificate.tensors.keys() | certificate.other.keys()
         present = set(reader.keys())
         problems += [Problem(CONTENTS, "missing; the certificate lists it", key) for key in known - present]

@@ -18,7 +18,7 @@ def run(
     model: Annotated[str, typer.Argument(help="Directory or hub id of the model.")],
     text: Annotated[Path, typer.Option(help="Plain text to measure on, the whole file.")],
     window: Annotated[int, typer.Option(help="Tokens of a window; perplexities compare at equal windows only.")] = 1024,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter to load onto the model.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter, or what PST trained, to load onto the model.")] = None,
     strict: Annotated[
         bool, typer.Option(help="Refuse an adapter that was trained on other zeros than the model's.")
     ] = True,
@@ -32,9 +32,12 @@ def run(
 
     Example: spp eval merged --text valid.txt --window 1024
     """
+    from spp.adapter_files import PST_TYPE, method_of
     from spp.adapters import load_adapter
+    from spp.errors import ConfigError
     from spp.evaluation import perplexity_result
     from spp.files.hub import local_directory
+    from spp.pst import load
     from spp.training.loading import load_model, load_tokenizer
 
     where = console.pick_device(device)
@@ -44,7 +47,11 @@ def run(
         directory = local_directory(model, "model")
         loaded = load_model(directory, console.pick_dtype(dtype)).to(where).eval()
         tokenizer = load_tokenizer(directory)
-        if adapter is not None:
+        if adapter is not None and method_of(adapter) == PST_TYPE:
+            if not strict:
+                raise ConfigError("--no-strict is for adapters of SPP; what PST trained fits its own weights alone")
+            load(loaded, adapter)
+        elif adapter is not None:
             load_adapter(loaded, adapter, strict=strict)
     found = perplexity_result(
         loaded, tokenizer, passage, window=window, batch_size=batch_size, max_windows=max_windows, progress=True

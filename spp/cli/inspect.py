@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from spp.cli import console
+from spp.errors import ConfigError
 from spp.report import Table, byte_text, kind_of
 
 NAME = "inspect"
@@ -16,35 +17,53 @@ NAME = "inspect"
 def run(
     path: Annotated[str, typer.Argument(help="Directory or hub id of a model or an adapter.")],
     every: Annotated[bool, typer.Option("--all", help="List every tensor in the table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw layers × projections as a heat map: a .png, .svg or .pdf file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --plot.")] = False,
 ) -> None:
     """Show the sparsity of a model's projections, or an adapter's options and sizes.
 
-    Example: spp inspect pruned
+    Example: spp inspect pruned --plot pruned.png
     """
     from spp.checkpoint import sparsity
     from spp.files.hub import local_directory
     from spp.report import sparsity_table
+    from spp.report_heatmap import plot_sparsity
+    from spp.report_plot import check_plot
 
     directory = local_directory(path, "model or adapter")
+    if plot is not None:
+        check_plot(plot)
+        console.check_file(plot, overwrite)
     if (directory / "adapter_config.json").exists():
+        if plot is not None:
+            raise ConfigError(f"--plot draws the zeros of a model; {path} is an adapter")
         for table in adapter_tables(directory, every=every):
             console.show(table)
         return
     with console.step(f"reading {path}"):
         report = sparsity(directory)
     console.show(sparsity_table(report, every=every))
+    if plot is not None:
+        plot_sparsity(report, path, plot, overwrite=overwrite)
+        console.wrote(plot)
 
 
 def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
-    from spp.adapter_files import read_adapter
+    from spp.adapter_files import PST_TYPE, AdapterFiles, method_of, read_adapter
+    from spp.pst.files import read
 
-    adapter = read_adapter(directory)
+    adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
     options = [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     tensors = adapter.tensors.values()
+    options.append(("base", adapter.base_name or "unknown"))
+    if isinstance(adapter, AdapterFiles):
+        options.append(("base masks", str(len(adapter.base_masks or {}))))
+    else:
+        options.append(("sparsity", ", ".join(sorted({f"{value:.4g}" for value in adapter.sparsity.values()}))))
     options += [
-        ("base", adapter.base_name or "unknown"),
-        ("base masks", str(len(adapter.base_masks or {}))),
         ("parameters", str(sum(t.numel() for t in tensors))),
         ("size", byte_text(sum(t.numel() * t.element_size() for t in tensors))),
     ]

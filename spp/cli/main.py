@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spp._version import __version__
-from spp.cli import bench, certify, console, eval, inspect, merge, prune, tune, verify
+from spp.cli import bench, certify, compare, console, eval, export, inspect, merge, prune, push, tune, verify
 from spp.cli.wording import options_of
 from spp.errors import SPPError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prune, tune, merge, verify, certify, inspect, eval):
+for command in (prune, tune, merge, verify, certify, inspect, eval, compare, export, push):
     app.command(name=command.NAME)(command.run)
 app.add_typer(bench.app, name="bench")
 

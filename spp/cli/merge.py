@@ -1,4 +1,4 @@
-"""spp merge: a pruned checkpoint and its adapters in, one plain checkpoint with the same zeros out."""
+"""spp merge: a checkpoint and what was trained on it in, one plain checkpoint out; a pruned one keeps its zeros."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NAME = "merge"
 
 
 def run(
-    base: Annotated[str, typer.Argument(help="Directory or hub id of the pruned model.")],
+    base: Annotated[str, typer.Argument(help="Directory or hub id of the pruned model; for PST, of the dense one.")],
     adapters: Annotated[
         list[str],
         typer.Argument(
             metavar="ADAPTER[:WEIGHT]",
-            help="Directory or hub id of the adapter; or of several, whose sum is merged, each times its weight "
-            "(default: 1).",
+            help="Directory or hub id of the adapter, or of what PST trained; or of several adapters, whose sum is "
+            "merged, each times its weight (default: 1).",
         ),
     ],
     output: Annotated[Path, typer.Argument(help="Directory to write the merged checkpoint to.")],
@@ -38,18 +38,32 @@ def run(
 ) -> None:
     """Merge adapters into their pruned model, shard by shard; every zero stays a zero.
 
+    What PST trained prunes its dense model instead, by the masks that it learned.
+
     Example: spp merge pruned run/adapter merged
 
     Of several adapters the weighted sum is merged: spp merge pruned maths:0.7 code:0.3 merged
     """
     import torch
 
-    from spp.checkpoint import merge_checkpoint
-    from spp.report import merge_table
+    from spp.adapter_files import PST_TYPE, method_of
+    from spp.checkpoint import convert_checkpoint, merge_checkpoint
+    from spp.report import merge_table, sparsity_table
 
     stored = None if dtype is None else getattr(torch, console.pick_dtype(dtype, auto=False))
     console.check_output(output, overwrite)
     parts = [weighted(adapter) for adapter in adapters]
+    of_pst = [name for name, _ in parts if method_of(name) == PST_TYPE]
+    if of_pst:
+        if len(adapters) > 1 or parts[0][1] != 1:
+            raise ConfigError(f"{of_pst[0]} is what PST trained: it is merged alone, and without a weight")
+        if rounding != "nearest" or seed is not None:
+            raise ConfigError("--rounding and --seed are for adapters of SPP; what PST trained is rounded to nearest")
+        with console.step(f"converting {base} by {adapters[0]}"):
+            zeros = convert_checkpoint(base, of_pst[0], output, dtype=stored, overwrite=overwrite, dry_run=dry_run)
+        console.show(sparsity_table(zeros, every=every))
+        _say_where(output, dry_run)
+        return
     with console.step(f"merging {', '.join(adapters)} into {base}"):
         report = merge_checkpoint(
             base,
@@ -62,10 +76,7 @@ def run(
             dry_run=dry_run,
         )
     console.show(merge_table(report, every=every))
-    if dry_run:
-        console.say(f"nothing was written: without --dry-run the merged checkpoint goes to {output}")
-    else:
-        console.wrote(output)
+    _say_where(output, dry_run)
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -84,3 +95,10 @@ def weighted(text: str) -> tuple[str, float]:
     if not name or not math.isfinite(value):
         raise ConfigError(f"{text}: {weight!r} is no weight; write ADAPTER:WEIGHT with a finite number, or ADAPTER")
     return name, value
+
+
+def _say_where(output: Path, dry_run: bool) -> None:
+    if dry_run:
+        console.say(f"nothing was written: without --dry-run the merged checkpoint goes to {output}")
+    else:
+        console.wrote(output)

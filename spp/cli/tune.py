@@ -1,4 +1,4 @@
-"""spp tune: a pruned model and data in, a run directory with the tuned adapter out."""
+"""spp tune: a model and data in, a run directory with the tuned adapter out."""
 
 from __future__ import annotations
 
@@ -14,22 +14,73 @@ NAME = "tune"
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of the pruned model.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub id of the pruned model; for PST, of the dense one.")],
     output_dir: Annotated[Path, typer.Argument(help="Run directory: config, log, checkpoints, adapter, perplexities.")],
     data: Annotated[
         list[str],
         typer.Option(help=".txt, .json, .jsonl (text, Alpaca or chat rows) or a hub id of a dataset; may be repeated."),
     ],
     recipe: Annotated[
-        str, typer.Option(help="default, paper (dropout 0.05) or short (lr 2e-2); other options override it.")
+        str,
+        typer.Option(
+            help="default, paper (SPP: dropout 0.05; PST: no decay, no warm-up) or short (SPP: lr 2e-2; PST: lr 1e-3); "
+            "other options override it."
+        ),
     ] = "default",
+    method: Annotated[
+        str | None, typer.Option(help="spp, or pst, which prunes a dense model while it trains (default: spp).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (default: as many as --epochs has).")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data (default: 1.0).")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: 0.004, for some 1,200 steps).")] = None,
-    r: Annotated[int | None, typer.Option(help="Rank of the adapter (default: 16).")] = None,
-    scaling: Annotated[float | None, typer.Option(help="Factor s of the adapter (default: 2.0).")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout probability (default: 0.0).")] = None,
-    dropout_mode: Annotated[str | None, typer.Option(help="input or alpha (default: input).")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate (default: SPP's 0.004, for some 1,200 steps; PST's 0.0001)."),
+    ] = None,
+    r: Annotated[int | None, typer.Option(help="SPP: rank of the adapter (default: 16).")] = None,
+    scaling: Annotated[float | None, typer.Option(help="SPP: factor s of the adapter (default: 2.0).")] = None,
+    dropout: Annotated[float | None, typer.Option(help="SPP: dropout probability (default: 0.0).")] = None,
+    dropout_mode: Annotated[str | None, typer.Option(help="SPP: input or alpha (default: input).")] = None,
+    rule: Annotated[str | None, typer.Option(help="SPP: spp, hira or masked_lora (default: spp).")] = None,
+    mask_update_every: Annotated[
+        int | None, typer.Option(help="SPP: steps between two updates of the masks (default: the masks stay).")
+    ] = None,
+    dense_model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the dense model, which mask updates need.")
+    ] = None,
+    mask_update_fraction: Annotated[
+        float | None, typer.Option(help="Share of kept weights that the first update exchanges (default: 0.1).")
+    ] = None,
+    mask_update_until: Annotated[
+        float | None, typer.Option(help="Part of the steps after which masks stay (default: 0.75).")
+    ] = None,
+    mask_update_decay: Annotated[
+        str | None, typer.Option(help="How that share shrinks: cosine or cubic (default: cosine).")
+    ] = None,
+    mask_update_drop: Annotated[
+        str | None, typer.Option(help="What goes: lowest activation or magnitude (default: activation).")
+    ] = None,
+    mask_update_grow: Annotated[
+        str | None, typer.Option(help="What comes: highest gradient or saliency (default: gradient).")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="PST: what is pruned at the end, N:M (N kept of M) or a fraction; required.")
+    ] = None,
+    initial_sparsity: Annotated[float | None, typer.Option(help="PST: pruned at the start (default: 0.0).")] = None,
+    initial_warmup: Annotated[
+        float | None, typer.Option(help="PST: share of the steps before pruning begins (default: 0.1).")
+    ] = None,
+    final_warmup: Annotated[
+        float | None, typer.Option(help="PST: share of the steps at the final sparsity (default: 0.3).")
+    ] = None,
+    weight_rank: Annotated[int | None, typer.Option(help="PST: rank of the weight's update (default: 8).")] = None,
+    weight_scale: Annotated[float | None, typer.Option(help="PST: factor of that update (default: 1.0).")] = None,
+    mask_rank: Annotated[int | None, typer.Option(help="PST: rank of the importance (default: 8).")] = None,
+    low_rank_scale: Annotated[
+        float | None, typer.Option(help="PST: factor of the low-rank importance (default: 1.0).")
+    ] = None,
+    structured_scale: Annotated[
+        float | None, typer.Option(help="PST: factor of the structured importance (default: 1.0).")
+    ] = None,
     target_modules: Annotated[
         list[str] | None,
         typer.Option("--target-modules", help="Names, a regular expression or all-linear; may be repeated."),
@@ -47,7 +98,8 @@ def run(
         int | None, typer.Option(help="Take the loss over so many tokens at a time: less memory (default: all).")
     ] = None,
     saved_activations: Annotated[
-        str | None, typer.Option(help="full or bfloat16: inputs kept for backward at half the memory (default: full).")
+        str | None,
+        typer.Option(help="SPP: full or bfloat16: inputs kept for backward at half the memory (default: full)."),
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay (default: 0.001).")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Share of the steps that warm up (default: 0.03).")] = None,
@@ -82,11 +134,14 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the directory.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the directory.")] = False,
 ) -> None:
-    """Tune a pruned model with an adapter that keeps its zeros.
+    """Tune a pruned model with an adapter that keeps its zeros, or prune a dense one while it trains (--method pst).
 
-    Ctrl-C saves a checkpoint; the same command with --resume continues from it.
+    Ctrl-C saves a checkpoint; the same command with --resume continues from it. Then: spp merge MODEL RUN/adapter
+    MERGED; after mask updates, with RUN/base for MODEL.
 
     Example: spp tune pruned run --data train.txt --steps 200 --lr 2e-2
+
+    Example: spp tune dense run --data train.txt --method pst --pattern 2:4 --recipe short --steps 300
     """
     given = {name: value for name, value in locals().items() if value is not None and name != "recipe"}
     result = tune_with(recipe, given)
@@ -123,3 +178,5 @@ def show(result: Any) -> None:
     console.show(Table("tuned", columns, (row,)))
     console.wrote(result.run_dir)
     console.wrote(result.adapter_dir)
+    if result.base_dir is not None:
+        console.wrote(result.base_dir)

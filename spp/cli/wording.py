@@ -2,7 +2,7 @@
 
 name=value            the options of the command that runs, with the value as one types it
 name is …, name: …    at the start of a message, the same
-spp.verify(a, b)      the command that does it
+spp.verify(a, b)      the command that does it; spp.export_dense(a, b) is `spp export DIRECTORY OUTPUT --dense`
 PYTHON (--option)     the option
 """
 
@@ -14,7 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _VALUE = r"""True|False|None|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|\([^()]*\)|torch\.\w+|-?\d[\w.:]*"""
-_COMMANDS = {"prune": "MODEL OUTPUT", "certify": "DIRECTORY", "verify": "BEFORE AFTER"}
+_COMMANDS = {
+    "prune": "prune MODEL OUTPUT",
+    "certify": "certify DIRECTORY",
+    "verify": "verify BEFORE AFTER",
+    "export_dense": "export DIRECTORY OUTPUT --dense",
+    "export_packed": "export DIRECTORY OUTPUT --packed",
+}
 _CALL = re.compile(rf"\bspp\.({'|'.join(_COMMANDS)})\b(?:\(([^()]*)\))?")
 _TWICE = re.compile(r"(--[\w-]+)(?: [^\s()]+)? \(\1\)")
 
@@ -53,7 +59,7 @@ def as_options(message: str, options: Options) -> str:
 
 def _command(match: re.Match[str]) -> str:
     flags = re.findall(r"(\w+)=True", match[2] or "")
-    return " ".join([f"spp {match[1]} {_COMMANDS[match[1]]}", *(f"--{flag.replace('_', '-')}" for flag in flags)])
+    return " ".join([f"spp {_COMMANDS[match[1]]}", *(f"--{flag.replace('_', '-')}" for flag in flags)])
 
 
 def _typed(option: str, off: str | None, value: str | None) -> str | None:

@@ -6,6 +6,7 @@ import mmap
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from spp.files.leftovers import recover
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PIECE = 1 << 20  # bytes that are read at a time
 
 
 class CheckpointReader:
@@ -43,6 +45,7 @@ class CheckpointReader:
     def __init__(self, directory: str | os.PathLike[str], *, file: str | None = None) -> None:
         self.directory = Path(directory)
         self._files: dict[str, BinaryIO] = {}
+        weakref.finalize(self, _close_all, self._files)  # of a reader that lives as long as what it is read for
         self._maps: dict[str, mmap.mmap] = {}  # of the files of which tensors were asked for
         self._lock = threading.Lock()
         self._entries: dict[str, TensorEntry] = {}
@@ -74,8 +77,7 @@ class CheckpointReader:
     def close(self) -> None:
         """Let go of the files; tensors that were handed out stay valid."""
         self._maps.clear()  # the system unmaps a file when its last tensor goes
-        for file in self._files.values():
-            file.close()
+        _close_all(self._files)
 
     def keys(self) -> list[str]:
         """Return the sorted names of all tensors."""
@@ -105,6 +107,19 @@ class CheckpointReader:
         """Return a tensor's bytes as they lie on the disk, not copied, read-only."""
         entry = self._entry(key)
         return memoryview(self._map(self._file_of[key]))[entry.begin : entry.end].toreadonly()
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order, each piece valid until the next."""
+        entry = self._entry(key)
+        buffer = memoryview(bytearray(min(_PIECE, entry.end - entry.begin)))
+        for start in range(0, entry.end - entry.begin, _PIECE):
+            part = buffer[: entry.end - entry.begin - start]
+            self.read(key, start, part)
+            yield part
+
+    def lies_in_file(self, key: str) -> bool:
+        """Whether a tensor's bytes are those of its file, so that `read` reads them."""
+        return key in self._entries
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor on the CPU, mapped from the file; writing to it changes this process's copy only."""
@@ -242,6 +257,11 @@ class CheckpointReader:
             )
         listing = ", ".join(names[:10]) or "nothing"
         return f"{self.directory} has neither {SINGLE} nor {INDEX}; it holds {listing}"
+
+
+def _close_all(files: dict[str, BinaryIO]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def require_inside(path: Path, directory: Path) -> None:

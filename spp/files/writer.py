@@ -52,10 +52,7 @@ def write_tensors(path: str | os.PathLike[str], layout: Layout, produce: Callabl
     """
     with TensorFile(path, layout) as file:
         for name in file.names:
-            start = 0
-            for piece in produce(name):
-                file.write(name, start, piece)
-                start += len(piece)
+            file.write_all(name, produce(name))
 
 
 class TensorFile:
@@ -121,6 +118,13 @@ class TensorFile:
             self._file.put(self._begin[name] + start, piece)
         except OSError as error:
             raise output_error(error, self._path) from error
+
+    def write_all(self, name: str, pieces: Pieces) -> None:
+        """Write a whole tensor, which comes in pieces, in order."""
+        start = 0
+        for piece in pieces:
+            self.write(name, start, piece)
+            start += len(piece)
 
     def place(self, name: str, start: int) -> int:
         """Return where in a page byte `start` of a tensor lies: beginning there in memory, it is written fastest."""

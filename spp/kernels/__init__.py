@@ -40,16 +40,21 @@ from spp.kernels.choice import use_kernels
 from spp.kernels.fp8 import check_grad_precision
 from spp.kernels.frozen import base_linear
 from spp.kernels.keep import check_saved_activations
+from spp.kernels.offloaded import OffloadedExperts, offloaded_weight
 from spp.kernels.packed import PackedSource
+from spp.kernels.sources import WeightSource
 from spp.kernels.three_products import linear
 from spp.kernels.workspace import release_workspace, workspace_bytes
 
 __all__ = [
+    "OffloadedExperts",
     "PackedSource",
+    "WeightSource",
     "base_linear",
     "check_grad_precision",
     "check_saved_activations",
     "linear",
+    "offloaded_weight",
     "release_workspace",
     "use_kernels",
     "workspace_bytes",

@@ -36,6 +36,8 @@ from spp.kernels.work import work_for
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype
 
+Tap = Callable[[Tensor, Tensor], None]
+
 
 class Call:
     """One call of the layer: what its two autograd functions tell each other."""
@@ -55,6 +57,7 @@ class Call:
         self.branch: Tensor | None = None  # V of input_dropout.py, between the product and its saving only
         self.saved: Any = None  # the identity's context, which holds what backward needs
         self.make_source: Callable[..., WeightSource] | None = None  # from the tensors of W that were saved
+        self.tap: Tap | None = None
 
 
 def linear(
@@ -67,6 +70,7 @@ def linear(
     dropout: float = 0.0,
     grad_precision: str = "auto",
     saved_activations: str = "full",
+    tap: Tap | None = None,
 ) -> Tensor:
     """Compute the adapted layer; differentiable once in x, bias and the rule's parameters, never in the frozen weight.
 
@@ -80,6 +84,7 @@ def linear(
             a call, the one that torch.nn.Dropout would draw.
         grad_precision: of G = dYᵀ X: "auto" is the dtype of the other products, "fp8" that of spp.kernels.fp8.
         saved_activations: what is kept of x for backward: "full", or "bfloat16" as in spp.kernels.keep.
+        tap: is called in backward with dY (T, m) and X (T, n), as kept: of what G = dYᵀ X is the product.
 
     Returns:
         (…, m) in the dtype of x, under autocast in autocast's.
@@ -100,7 +105,7 @@ def linear(
         bits = None
         if dropout:
             call.dropped, bits = draw_dropout(x, dropout)
-        call.make_source = source.maker()
+        call.make_source, call.tap = source.maker(), tap
         if grad_precision == "fp8" and any(p.requires_grad for p in params):
             check_fp8(x.device, x.dtype)
             call.grad_precision = grad_precision
@@ -156,6 +161,8 @@ class _Linear(torch.autograd.Function):
                 weight = call.make_source(*saved[len(needs_params) :])
                 (branch,) = ctx.saved_tensors
                 d_x, d_params = _backward(dy, x, weight, bits, branch, call, params, needs_params)
+                if call.tap is not None:
+                    call.tap(dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]))
                 sources = [dy, x, *params]
         results = (d_x, None, d_bias, None, *d_params)
         if not torch.is_grad_enabled():

@@ -1,25 +1,34 @@
-"""PackedWeight: a pruned matrix stored at the size of what was kept. How it lies in memory: `spp.packed.layout`."""
+"""PackedWeight: a pruned matrix stored at the size of what was kept, PackedStack: those of several experts.
+
+How they lie in memory: `spp.packed.layout`.
+"""
 
 from __future__ import annotations
 
-from spp.packed.bitsandbytes import (
+from spp.packed.holder import NAMES, PackedHolder
+from spp.packed.layout import Layout
+from spp.packed.mapped import give_back_pages
+from spp.packed.quantized import QuantizedLayout, QuantizedWeight
+from spp.packed.quantizers import (
     quantize_like,
     quantized_kind,
     read_quantized,
     release_quantized,
     write_quantized,
 )
-from spp.packed.layout import Layout
-from spp.packed.mapped import give_back_pages
-from spp.packed.quantized import QuantizedLayout, QuantizedWeight
+from spp.packed.stack import PackedStack, StackLayout
 from spp.packed.weight import DTYPES, PackedWeight
 
 __all__ = [
     "DTYPES",
+    "NAMES",
     "Layout",
+    "PackedHolder",
+    "PackedStack",
     "PackedWeight",
     "QuantizedLayout",
     "QuantizedWeight",
+    "StackLayout",
     "give_back_pages",
     "quantize_like",
     "quantized_kind",

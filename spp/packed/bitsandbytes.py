@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.errors import ConfigError, MaskError, TargetError
+from spp.errors import ConfigError, TargetError
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 
 
-def quantized_kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
     """Return "4bit" or "8bit" for a linear of bitsandbytes, None for any other module."""
     kinds = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
     names = [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")]
     return next((kinds[name] for name in names if name in kinds), None)
 
 
-def read_quantized(module: nn.Module, where: str, dtype: torch.dtype | None = None) -> QuantizedWeight:
-    """Return the weight of a bitsandbytes linear; its tensors are shared, not copied.
-
-    Args:
-        where: its name in messages.
-        dtype: of W where nothing else says it: 8-bit linears without a bias do not know; None for float32.
-
-    Raises:
-        ConfigError: the weight is not quantized yet, or on the meta device. TargetError: a form whose zeros are not
-            known to be exact. NonFiniteError: a scale is NaN or infinite.
-    """
+def read(module: nn.Module, where: str, dtype: torch.dtype | None) -> QuantizedWeight:
+    """Return the weight of a bitsandbytes linear, not checked."""
     weight: Any = module.weight
-    if weight.is_meta:
-        raise ConfigError(f"{where} is on the meta device and quantized: load the model first")
-    read = _read_4bit if quantized_kind(module) == "4bit" else _read_8bit
-    quantized = read(module, weight, where, dtype)
-    quantized.check(where)
-    return quantized
+    return (_read_4bit if kind_of(module) == "4bit" else _read_8bit)(module, weight, where, dtype)
 
 
-def release_quantized(module: nn.Module) -> None:
-    """Have the module let go of its weight, until `write_quantized`."""
+def release(module: nn.Module) -> None:
+    """Have the module let go of its weight, until `write`."""
     linear: Any = module
     linear.weight = nn.Parameter(torch.empty(linear.weight.shape, device="meta"), requires_grad=False)
-    if quantized_kind(module) == "4bit":
+    if kind_of(module) == "4bit":
         linear.quant_state = None
     else:
         linear.state.CB = linear.state.SCB = None
 
 
-def write_quantized(module: nn.Module, quantized: QuantizedWeight) -> None:
+def write(module: nn.Module, quantized: QuantizedWeight) -> None:
     """Have a bitsandbytes linear hold the weight, in its own form."""
     import bitsandbytes as bnb
 
@@ -82,12 +69,8 @@ def write_quantized(module: nn.Module, quantized: QuantizedWeight) -> None:
     linear.quant_state = state
 
 
-def quantize_like(layout: QuantizedLayout, weight: Tensor, where: str) -> QuantizedWeight:
-    """Quantize a dense weight (m, n) in the form of a layout; the mask is asserted.
-
-    Raises:
-        MaskError: a zero did not stay one. NonFiniteError: a scale is not finite.
-    """
+def quantize(layout: QuantizedLayout, weight: Tensor) -> QuantizedWeight:
+    """Quantize a dense weight (m, n) in the form of a layout."""
     import bitsandbytes as bnb
 
     if layout.form == "int8":
@@ -95,20 +78,14 @@ def quantize_like(layout: QuantizedLayout, weight: Tensor, where: str) -> Quanti
         scales = weight.detach().float().abs().amax(1)
         steps = torch.where(scales == 0, torch.ones_like(scales), scales)
         codes = (weight.detach().float() * (127 / steps)[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        again = QuantizedWeight(layout, codes, scales.view(torch.int32))
-    else:
-        data, state = bnb.functional.quantize_4bit(
-            weight.detach().contiguous(),
-            blocksize=layout.block,
-            compress_statistics=layout.nested > 0,
-            quant_type=layout.form,
-        )
-        again = _of_state(layout.rows, layout.cols, data, state, layout.dtype)
-    again.check(where)
-    filled = int(((again.dense() != 0) & (weight == 0)).sum())
-    if filled:
-        raise MaskError(f"{where}: quantizing again would fill {filled} zeros; merge without requantize")
-    return again
+        return QuantizedWeight(layout, codes, scales.view(torch.int32))
+    data, state = bnb.functional.quantize_4bit(
+        weight.detach().contiguous(),
+        blocksize=layout.block,
+        compress_statistics=layout.nested > 0,
+        quant_type=layout.form,
+    )
+    return _of_state(layout.rows, layout.cols, data, state, layout.dtype)
 
 
 def _read_4bit(module: Any, weight: Any, where: str, dtype: torch.dtype | None) -> QuantizedWeight:
@@ -117,9 +94,7 @@ def _read_4bit(module: Any, weight: Any, where: str, dtype: torch.dtype | None) 
         raise ConfigError(f"{where} is a Linear4bit that is not quantized yet: move it to its device first")
     data = weight.data
     if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        data, state = _as_stored(data, state)
     if state.quant_type not in ("nf4", "fp4") or int((state.code == 0).sum()) == 0:
         raise TargetError(f"{where} is quantized as {state.quant_type}, whose table has no exact zero: pruned weights")
     if data.dtype != torch.uint8:
@@ -127,9 +102,25 @@ def _read_4bit(module: Any, weight: Any, where: str, dtype: torch.dtype | None) 
     return _of_state(module.out_features, module.in_features, data, state, state.dtype)
 
 
+def _as_stored(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return codes and state in the usual form of what bitsandbytes has put in another order for some CPUs.
+
+    It does so in the first evaluation, and rounds the scales to bfloat16, one a block, transposed. The module's own
+    state stays as it is: bitsandbytes would change it in place.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    usual = copy.copy(state)
+    usual.original_nested = False  # the nested scales are gone: quantizing them anew would round once more
+    data, usual = _convert_weight_packed_for_cpu_inverse(data, usual)
+    usual.absmax = state.absmax.T.reshape(-1)
+    return data, usual
+
+
 def _of_state(rows: int, cols: int, data: Tensor, state: Any, dtype: torch.dtype) -> QuantizedWeight:
-    scales, inner, nested, size = state.absmax, state.state2, None, 0
+    scales, nested, size = state.absmax, None, 0
     if state.nested:
+        inner = state.state2
         parts = (inner.code.float(), state.offset.float().reshape(1), inner.absmax.float())
         nested, size = torch.cat([part.to(data.device) for part in parts]).view(torch.int32), inner.blocksize
     else:

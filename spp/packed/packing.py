@@ -21,11 +21,15 @@ def choose_layout(weight: Tensor) -> tuple[Layout, int]:
     """Return the smallest layout that holds W (m, n), and how many of its weights are kept."""
     rows, cols = weight.shape
     packed = pack_bits(weight)
+    return layout_of_bits(packed, rows, cols, weight.element_size()), count_kept(packed)
+
+
+def layout_of_bits(packed: npt.NDArray[np.uint8], rows: int, cols: int, itemsize: int) -> Layout:
+    """Return the smallest layout for the mask of W (m, n), as `pack_bits` returns it; `itemsize`: bytes of a weight."""
     kept = count_kept(packed)
     fixed = Layout.of(rows, cols, detect_packed(packed, rows * cols, cols))
     free = Layout(rows, cols)
-    size = weight.element_size()
-    return (fixed if fixed.nbytes(kept, size) <= free.nbytes(kept, size) else free), kept
+    return fixed if fixed.nbytes(kept, itemsize) <= free.nbytes(kept, itemsize) else free
 
 
 def pack_tensor(weight: Tensor, layout: Layout, kept: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,11 +1,18 @@
-"""A frozen weight as bitsandbytes quantized it, read a block at a time; its zeros are exact, or it is refused.
+"""A frozen weight as it was quantized, read a block at a time; its zeros are exact, or it is refused.
+
+bitsandbytes
 
     4 bits   W[i] = table[code[i]] · scale[i // b]        "nf4", "fp4": two codes a byte, flat blocks of b weights
     8 bits   W[i, j] = code[i, j] · scale[i] / 127        "int8": a scale a row
 
-A nested scale of 4 bits is itself table₂[code₂] · scale₂ + offset. Zero is an entry of either table, and code 0 of the
-8 bits, so a pruned weight stays zero whatever the scale is, as long as the scale is finite: `check` looks at it.
-Small kept weights may have become zero by quantization; the mask that is kept from there on is that of what is stored.
+torchao
+
+    1-8 bits W[i, j] = (code[i, j] − z) · scale           "affine": a code a byte; z, scale a block (spp.packed.affine)
+
+A nested scale of 4 bits is itself table₂[code₂] · scale₂ + offset. Zero is an entry of either table, code 0 of the 8
+bits and code z of torchao's, so a pruned weight stays zero whatever the scale is, as long as the scale is finite, and z
+a code: `check` looks at it. Small kept weights may have become zero by quantization; the mask that is kept from there
+on is that of what is stored.
 
 Scales are held as the bits of float32 in int32 tensors: nn.Module.to(dtype) leaves those alone.
 """
@@ -19,9 +26,11 @@ import torch
 from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
+from spp.packed.affine import decode_affine
 
 _NESTED_HEAD = 257  # entries before the nested scales: 256 of the table, the offset
-_SMALLEST_CODE = {"nf4": 0.0795, "fp4": 0.0052, "int8": 1 / 127}  # at most the least magnitude of a code but zero
+# At most the least magnitude of a code but zero.
+_SMALLEST_CODE = {"nf4": 0.0795, "fp4": 0.0052, "int8": 1 / 127, "affine": 1}
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,12 @@ class QuantizedLayout:
     """How to read the tensors of a quantized weight.
 
     Attributes:
-        form: "nf4", "fp4" or "int8".
+        form: "nf4", "fp4", "int8" or "affine".
         rows, cols: m, n.
         dtype: of W where it is multiplied.
-        block: weights that share a scale, 4 bits. nested: scales that share one, 0 where scales are not quantized.
+        block: weights that share a scale, 4 bits; columns that do, affine. nested: scales that share one, 0 where
+            scales are not quantized.
+        block_rows: rows that share a scale; low, high: the range of the codes; affine.
     """
 
     form: str
@@ -41,6 +52,14 @@ class QuantizedLayout:
     dtype: torch.dtype
     block: int = 0
     nested: int = 0
+    block_rows: int = 0
+    low: int = 0
+    high: int = 0
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks there are below and beside each other; affine."""
+        return self.rows // self.block_rows, self.cols // self.block
 
     def __str__(self) -> str:
         return self.form
@@ -53,7 +72,8 @@ class QuantizedWeight:
         layout: how to read the rest.
         codes: uint8 (m·n / 2,) or int8 (m, n).
         scales: int32, the bits of float32; nested, uint8.
-        nested: int32 (256 + 1 + …,), the bits of table₂, offset and scale₂.
+        nested: int32 (256 + 1 + …,), the bits of table₂, offset and scale₂; affine, int8 zero points, where not all
+            are 0.
     """
 
     def __init__(self, layout: QuantizedLayout, codes: Tensor, scales: Tensor, nested: Tensor | None = None) -> None:
@@ -100,8 +120,8 @@ class QuantizedWeight:
         return (self.codes, self.scale_bits, *rest)
 
     def scales(self) -> Tensor:
-        """Return the scales in float32, flat: one a block of 4-bit weights, or one a row."""
-        if self.nested is None:
+        """Return the scales in float32, flat: one a block, or one a row."""
+        if self.nested is None or self.layout.form == "affine":
             return self.scale_bits.view(torch.float32)
         table = self.nested.view(torch.float32)
         group = torch.arange(self.scale_bits.numel(), device=self.device) // self.layout.nested
@@ -114,6 +134,9 @@ class QuantizedWeight:
         left, right, _ = cols.indices(n)
         if out.numel() == 0:
             return out
+        if self.layout.form == "affine":
+            part = slice(top, bottom), slice(left, right)
+            return decode_affine(self.layout, self.codes, scales, self.nested, *part, out)
         if self.layout.form == "int8":
             block = self.codes[top:bottom, left:right].float() * scales[top:bottom, None]
             return out.copy_(block.mul_(7.874015718698502e-3))  # bitsandbytes' own 1 / 127
@@ -149,12 +172,20 @@ class QuantizedWeight:
         Args:
             where: its name in messages.
         """
-        count = self.layout.rows * self.layout.cols
-        blocks = -(-count // self.layout.block) if self.layout.block else self.layout.rows
-        expected = count if self.layout.form == "int8" else -(-count // 2)
+        layout, count = self.layout, self.layout.rows * self.layout.cols
+        if layout.form == "affine":
+            blocks = layout.blocks[0] * layout.blocks[1]
+        else:
+            blocks = -(-count // layout.block) if layout.block else layout.rows
+        expected = count if layout.form in ("int8", "affine") else -(-count // 2)
         for name, tensor, numel in (("codes", self.codes, expected), ("scales", self.scale_bits, blocks)):
             if tensor.numel() != numel:
                 raise ConfigError(f"{where}: {tensor.numel()} {name}, expected {numel} for {self.shape}")
         if self.device.type != "meta" and not bool(torch.isfinite(self.scales()).all()):
             bad = int((~torch.isfinite(self.scales())).sum())
             raise NonFiniteError(f"{where} holds {bad} scales that are NaN or infinite of {blocks}; re-load the model")
+        if layout.form == "affine" and self.nested is not None and self.device.type != "meta":
+            low, high = int(self.nested.min()), int(self.nested.max())
+            if self.nested.numel() != blocks or low < layout.low or high > layout.high:
+                found = f"{self.nested.numel()} zero points from {low} to {high}"
+                raise ConfigError(f"{where}: {found}, expected {blocks} from {layout.low} to {layout.high}")

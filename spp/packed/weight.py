@@ -50,13 +50,7 @@ class PackedWeight:
         Raises:
             ConfigError: it is no such matrix, or on the meta device and has no values.
         """
-        if weight.ndim != 2 or weight.dtype not in DTYPES:
-            raise ConfigError(
-                f"{where} has shape {tuple(weight.shape)} and dtype {weight.dtype}; what is packed is a matrix of "
-                f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
-            )
-        if weight.is_meta:
-            raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
+        check_matrix(weight, where)
         with torch.inference_mode(False):
             layout, kept = choose_layout(weight)
             return cls(layout, *pack_tensor(weight, layout, kept))
@@ -147,3 +141,19 @@ class PackedWeight:
         assert self.starts is not None
         begins = (np.cumsum(counts) - counts).reshape(layout.rows, layout.stretches)
         return None if np.array_equal(begins, self.starts.cpu().numpy()) else "starts are not where the mask says"
+
+
+def check_matrix(weight: Tensor, where: str) -> Tensor:
+    """Return W (m, n), if it can be packed.
+
+    Raises:
+        ConfigError: it is no matrix of a known dtype, or on the meta device.
+    """
+    if weight.ndim != 2 or weight.dtype not in DTYPES:
+        raise ConfigError(
+            f"{where} has shape {tuple(weight.shape)} and dtype {weight.dtype}; what is packed is a matrix of "
+            f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+        )
+    if weight.is_meta:
+        raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
+    return weight

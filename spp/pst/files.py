@@ -1,24 +1,25 @@
 """Save and load what PST trains: adapter_config.json (peft_type "PST") and adapter_model.safetensors.
 
-The config holds PSTConfig's fields, the sparsity of each layer, and a checksum of each frozen weight: the mask depends
-on every bit of it.
+The config holds PSTConfig's fields, the sparsity of each layer, and the dtype and a checksum of each frozen weight: the
+mask depends on every bit of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from spp.errors import AdapterError, NonFiniteError
+from spp.adapter_files import CONFIG_NAME, PST_TYPE, WEIGHTS_NAME
+from spp.errors import AdapterError, CheckpointError, NonFiniteError
 from spp.files import (
     CheckpointReader,
     atomic_directory,
     content_crc32,
+    dtype_name,
     read_json,
     require_replaceable,
     save_tensors,
@@ -29,8 +30,28 @@ from spp.inject import uncompiled
 from spp.pst.config import PSTConfig
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
 
-PEFT_TYPE = "PST"
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PSTState:
+    """What a directory of PST holds.
+
+    Attributes:
+        source: the directory.
+        config: how the model was wrapped.
+        tensors: by parameter name, the factors of the layers and the modules that trained as a whole.
+        sparsity: {path: share that is pruned}. base_crc32: {path: checksum of the frozen weight}.
+        base_dtype: {path: its dtype}. base_name: where the dense model came from, or None.
+    """
+
+    source: Path
+    config: PSTConfig
+    tensors: dict[str, Tensor]
+    sparsity: dict[str, float]
+    base_crc32: dict[str, int]
+    base_dtype: dict[str, str]
+    base_name: str | None
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -52,14 +73,19 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
     return Path(path)
 
 
-def write(model: nn.Module, directory: Path) -> None:
-    """Write the two files into a directory that exists (`save` is the safe whole)."""
+def write(model: nn.Module, directory: Path, checksums: dict[str, int] | None = None) -> None:
+    """Write the two files into a directory that exists (`save` is the safe whole).
+
+    Args:
+        checksums: of `base_checksums`, where they are known.
+    """
     check_finite(model)
     config = {
         **config_of(model).to_dict(),
-        "peft_type": PEFT_TYPE,
+        "peft_type": PST_TYPE,
         "base_model_name_or_path": getattr(getattr(uncompiled(model), "config", None), "_name_or_path", None) or None,
-        "base_crc32": base_checksums(model),
+        "base_crc32": checksums or base_checksums(model),
+        "base_dtype": {path: dtype_name(layer.weight.dtype) for path, layer in require_layers(model).items()},
         "sparsity": {path: layer.sparsity for path, layer in require_layers(model).items()},
     }
     save_tensors(directory / WEIGHTS_NAME, {name: p.detach() for name, p in trained_parameters(model).items()})
@@ -78,10 +104,40 @@ def load(model: Model, path: str | Path) -> Model:
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
     """
+    state = read(path)
+    wrapped = is_wrapped(model)
+    if wrapped and config_of(model) != state.config:
+        raise AdapterError(
+            f"the model is wrapped as {config_of(model)}, but {state.source} holds {state.config}: unwrap it first"
+        )
+    if not wrapped:
+        with torch.random.fork_rng(devices=[]):  # the values drawn are replaced at once
+            wrap(model, state.config)
+    try:
+        _check(model, state)
+    except BaseException:
+        if not wrapped:
+            unwrap(model)
+        raise
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(state.tensors[name])
+    for layer_path, layer in require_layers(model).items():
+        layer.sparsity = state.sparsity[layer_path]
+    return model
+
+
+def read(path: str | Path) -> PSTState:
+    """Read and check what `save` wrote, or a hub id, without a model.
+
+    Raises:
+        AdapterError: it is another method's.
+        CheckpointError, ConfigError, NonFiniteError: the files are bad.
+    """
     directory = local_directory(path, "PST state")
     values = read_json(directory / CONFIG_NAME, "PST config")
-    if values.get("peft_type") != PEFT_TYPE:
-        raise AdapterError(f"{directory} holds an adapter of type {values.get('peft_type')!r}, not {PEFT_TYPE}")
+    if values.get("peft_type") != PST_TYPE:
+        raise AdapterError(f"{directory} holds an adapter of type {values.get('peft_type')!r}, not {PST_TYPE}")
     known = {f.name for f in fields(PSTConfig)}
     config = PSTConfig.from_dict({name: value for name, value in values.items() if name in known})
     with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
@@ -89,26 +145,13 @@ def load(model: Model, path: str | Path) -> Model:
     bad = sorted(key for key, t in tensors.items() if not bool(torch.isfinite(t).all()))
     if bad:
         raise NonFiniteError(f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint")
-    wrapped = is_wrapped(model)
-    if wrapped and config_of(model) != config:
-        raise AdapterError(
-            f"the model is wrapped as {config_of(model)}, but {directory} holds {config}: unwrap it first"
-        )
-    if not wrapped:
-        with torch.random.fork_rng(devices=[]):  # the values drawn are replaced at once
-            wrap(model, config)
-    try:
-        sparsities = _check(model, directory, values, tensors)
-    except BaseException:
-        if not wrapped:
-            unwrap(model)
-        raise
-    with torch.no_grad():
-        for name, parameter in trained_parameters(model).items():
-            parameter.copy_(tensors[name])
-    for layer_path, layer in require_layers(model).items():
-        layer.sparsity = sparsities[layer_path]
-    return model
+    facts: dict[str, Any] = {}
+    for name, is_one in (("sparsity", _is_sparsity), ("base_crc32", _is_checksum), ("base_dtype", _is_dtype)):
+        facts[name] = values.get(name)
+        if not isinstance(facts[name], dict) or not all(map(is_one, facts[name].values())):
+            raise CheckpointError(f"{directory / CONFIG_NAME}: {name} must map the paths of layers to what it says")
+    base = values.get("base_model_name_or_path")
+    return PSTState(directory, config, tensors, **facts, base_name=base if isinstance(base, str) else None)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -123,9 +166,9 @@ def base_checksums(model: nn.Module) -> dict[str, int]:
     return {path: content_crc32(layer.weight.detach()) for path, layer in require_layers(model).items()}
 
 
-def _check(model: nn.Module, directory: Path, values: dict[str, Any], tensors: dict[str, Any]) -> dict[str, float]:
-    """Return the layers' sparsity; an AdapterError, all of them in one, for what does not fit the model."""
-    shapes = {name: tuple(p.shape) for name, p in trained_parameters(model).items()}
+def _check(model: nn.Module, state: PSTState) -> None:
+    """Raise an AdapterError, all of it in one, for what does not fit the model."""
+    tensors, shapes = state.tensors, {name: tuple(p.shape) for name, p in trained_parameters(model).items()}
     problems = [f"missing {key} {shapes[key]}" for key in shapes.keys() - tensors.keys()]
     problems += [f"unexpected {key} {tuple(tensors[key].shape)}" for key in tensors.keys() - shapes.keys()]
     problems += [
@@ -134,23 +177,35 @@ def _check(model: nn.Module, directory: Path, values: dict[str, Any], tensors: d
         if tuple(tensors[key].shape) != shapes[key]
     ]
     layers = require_layers(model)
-    for name in ("sparsity", "base_crc32"):
-        if not isinstance(values.get(name), dict) or values[name].keys() != layers.keys():
+    for name in ("sparsity", "base_crc32", "base_dtype"):
+        if getattr(state, name).keys() != layers.keys():
             problems.append(f"{name} of {CONFIG_NAME} does not list the layers of this model")
     if problems:
-        raise AdapterError(f"the PST state in {directory} does not fit this model:\n  " + "\n  ".join(sorted(problems)))
-    changed = sorted(path for path, crc in base_checksums(model).items() if values["base_crc32"][path] != crc)
+        listing = "\n  ".join(sorted(problems))
+        raise AdapterError(f"the PST state in {state.source} does not fit this model:\n  {listing}")
+    changed = sorted(path for path, crc in base_checksums(model).items() if state.base_crc32[path] != crc)
     if changed:
         raise AdapterError(
-            f"the frozen weights are not those that {directory} was trained on, in {len(changed)} layers: "
-            f"{', '.join(changed[:8])}; the masks would be others. Load it onto "
-            f"{values.get('base_model_name_or_path') or 'its own base'}, in the same dtype"
+            f"the frozen weights are not those that {state.source} was trained on, in {len(changed)} layers: "
+            f"{', '.join(changed[:8])}; the masks would be others. Load it onto {state.base_name or 'its own base'}, "
+            f"in {' and '.join(sorted(set(state.base_dtype.values())))}"
         )
     before = {path: layer.sparsity for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
-            layer.sparsity = values["sparsity"][path]  # checks it
+            layer.sparsity = state.sparsity[path]  # checks it
     finally:
         for path, layer in layers.items():
             layer.sparsity = before[path]
-    return dict(values["sparsity"])
+
+
+def _is_sparsity(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _is_checksum(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dtype(value: object) -> bool:
+    return value in ("float64", "float32", "bfloat16", "float16")

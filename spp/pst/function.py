@@ -55,25 +55,34 @@ class Scales:
 def updated_weight(weight: Tensor, factors: Factors, scales: Scales, rows: slice = slice(None)) -> Tensor:
     """Return rows of W' in the arithmetic's dtype, as a new tensor."""
     u, v = factors[:2]
-    return (scales.weight * u[rows]) @ v + weight[rows].to(arithmetic_dtype(weight.dtype))
+    return torch.addmm(weight[rows].to(arithmetic_dtype(weight.dtype)), u[rows], v, alpha=scales.weight)
 
 
 def importance(updated: Tensor, factors: Factors, scales: Scales) -> Tensor:
     """Return S (m, n) of W'."""
     _, _, a, b, r, c = factors
-    scores = updated.abs() + (scales.low_rank * a) @ b
-    return scores.add_(scales.structured * (r[:, None] + c))
+    scores = updated.abs().addmm_(a, b, alpha=scales.low_rank)
+    return scores.add_(r[:, None], alpha=scales.structured).add_(c, alpha=scales.structured)
 
 
 def keep_mask(scores: Tensor, scales: Scales) -> Tensor:
     """Return M as bool (m, n): exactly ⌊m·n·sparsity⌋ are False, or ⌊M·sparsity⌋ of each group."""
     if scales.pattern is None:
-        return keep_of_all(scores, pruned_count(scales.sparsity, scores.numel()))
+        return keep_of_all(scores, pruned_by(scales, scores.numel()))
+    group = scales.pattern.group
+    assert group is not None
+    return keep_groups(scores, group - pruned_by(scales, group), group)
+
+
+def pruned_by(scales: Scales, count: int) -> int:
+    """Return how many of `count` weights, all of a matrix or whole groups of an N:M pattern, M prunes."""
+    if scales.pattern is None:
+        return pruned_count(scales.sparsity, count)
     kept, group = scales.pattern.kept, scales.pattern.group
     assert kept is not None and group is not None
     if scales.sparsity < scales.pattern.sparsity:  # else N itself, which rounding of 1 − N / M must not change
         kept = max(kept, group - pruned_count(scales.sparsity, group))
-    return keep_groups(scores, kept, group)
+    return count // group * (group - kept)
 
 
 @torch.no_grad()

@@ -13,14 +13,25 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, PatternError, TargetError
 from spp.layer_adapted import convert_parameter
-from spp.layer_checks import check_linear, features, input_axis_of
+from spp.layer_checks import check_linear
 from spp.layer_packed import HOOKS, PackedLinear
 from spp.packed import quantized_kind
 from spp.patterns import Pattern
-from spp.pst.function import Factors, Scales, importance, keep_mask, masked_weight, pst_linear, updated_weight
+from spp.pst.function import (
+    Factors,
+    Scales,
+    importance,
+    keep_mask,
+    masked_weight,
+    pruned_by,
+    pst_linear,
+    updated_weight,
+)
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import features, input_axis_of
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
+_opaque_forward: Callable[[PSTLinear, Tensor], Tensor] | None = None
 
 
 class PSTLinear(nn.Module):
@@ -40,6 +51,7 @@ class PSTLinear(nn.Module):
         weight_U (m, k): normal. weight_V (k, n): zeros.
         score_A (m, k): normal. score_B (k, n), score_R (m,), score_C (n,): zeros.
         sparsity: the share of weights that the mask prunes, in [0, 1), 0 at the start: the schedule sets it.
+        pruned: their number: ⌊m·n·sparsity⌋, or ⌊M·sparsity⌋ of each group.
 
     Raises:
         ConfigError, TargetError, NonFiniteError: an option makes no sense, or the linear cannot be used.
@@ -102,6 +114,7 @@ class PSTLinear(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
         self.training = linear.training
+        _prepare_opaque_forward()
 
     @property
     def sparsity(self) -> float:
@@ -120,6 +133,11 @@ class PSTLinear(nn.Module):
         self._sparsity = float(value)
 
     @property
+    def pruned(self) -> int:
+        """How many weights the mask prunes."""
+        return pruned_by(self._scales(), self.out_features * self.in_features)
+
+    @property
     def matrix(self) -> Tensor:
         """The frozen weight as (m, n), whatever its storage."""
         return self.weight if self.input_axis == -1 else self.weight.T
@@ -130,6 +148,12 @@ class PSTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, m) for (…, n)."""
+        if torch.compiler.is_compiling():
+            assert _opaque_forward is not None
+            return _opaque_forward(self, x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         return pst_linear(x, self.matrix, self.bias, self.factors(), self._scales())
 
     @torch.no_grad()
@@ -185,6 +209,10 @@ class PSTLinear(nn.Module):
     def _scales(self) -> Scales:
         return Scales(self.weight_scale, self.low_rank_scale, self.structured_scale, self._sparsity, self.pattern)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _prepare_opaque_forward()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSTLinear:
         """Convert or move; what trains follows the device, but stays float32 (float64 for a float64 base)."""
         held = {name: self._parameters.pop(name) for name in FACTORS}
@@ -196,6 +224,13 @@ class PSTLinear(nn.Module):
         finally:
             self._parameters.update(held)
         return self
+
+
+def _prepare_opaque_forward() -> None:
+    """Make the layer one opaque call for torch.compile; not at import time, it imports the compiler."""
+    global _opaque_forward
+    if _opaque_forward is None:
+        _opaque_forward = torch.compiler.disable(PSTLinear._compute)
 
 
 def check_options(

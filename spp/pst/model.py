@@ -15,13 +15,14 @@ from spp.inject import InputGradients, layer_generator, replace_modules, uncompi
 from spp.inject import is_wrapped as is_spp_wrapped
 from spp.pst.config import PSTConfig
 from spp.pst.layer import PSTLinear, check_base, check_pattern
-from spp.targets import resolve_projections
+from spp.targets import resolve_projections, text_side
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 _STATE = "_pst_state"
 _ENCODER_BLOCK = r"(.*\.)?(encoder|transformer)\.layer\.\d+\..*"  # BERT, RoBERTa, …; DistilBERT
-_HEADS = ("classifier", "score")  # what transformers' classifiers add, with random values
+# What transformers' classifiers and the like add to a model, with random values.
+_HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "logits_proj", "sequence_summary")
 
 
 @dataclass
@@ -206,9 +207,13 @@ def _make_config(first: int | PSTConfig, options: dict[str, Any]) -> PSTConfig:
 
 
 def _targets(model: nn.Module, config: PSTConfig) -> str | tuple[str, ...] | None:
-    """Return what target_modules means: in an encoder, every linear of its blocks, as the authors have it."""
-    encoder = any(re.fullmatch(_ENCODER_BLOCK, path) for path, _ in model.named_modules())
-    return _ENCODER_BLOCK if config.target_modules is None and encoder else config.target_modules
+    """Return what target_modules means: in an encoder of text, every linear of its blocks, as the authors have it."""
+    if config.target_modules is not None:
+        return config.target_modules
+    text = text_side(model)
+    blocks = (path for path, _ in model.named_modules() if re.fullmatch(_ENCODER_BLOCK, path))
+    encoder = any(not side or path.startswith(f"{side}.") for path in blocks for side in text)
+    return _ENCODER_BLOCK if encoder else None
 
 
 def _trained_whole(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:

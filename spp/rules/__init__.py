@@ -9,9 +9,11 @@ from __future__ import annotations
 from spp.errors import ConfigError
 from spp.rules.base import Rule
 from spp.rules.canonical import effective_block, effective_weight, rescue_
+from spp.rules.hira import HiRARule
+from spp.rules.masked_lora import MaskedLoRARule
 from spp.rules.spp import SPPRule
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (SPPRule(),)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (SPPRule(), HiRARule(), MaskedLoRARule())}
 
 
 def get_rule(name: str) -> Rule:

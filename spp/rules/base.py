@@ -115,6 +115,10 @@ class Rule(ABC):
     def largest_factor(self, factors: Any) -> float:
         """Return an upper bound of |W_eff / W − 1| over the layer: it tells cheaply that nothing can round to zero."""
 
+    def is_idle(self, params: Sequence[Tensor]) -> bool:
+        """Return whether W_eff is W: a rule's change of W is a product of its parameters, and one of them is zero."""
+        return any(not bool(parameter.any()) for parameter in params)
+
     @abstractmethod
     def row_alignment(self, factors: Any) -> int:
         """Return the number of rows that a block's ends should be a multiple of, for `build` to be fastest."""

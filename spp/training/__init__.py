@@ -1,20 +1,30 @@
-"""Training: `tune` runs a whole recipe from files; `SPPTrainer` is transformers' Trainer for wrapped models."""
+"""Training: `tune` runs a whole recipe from files; `SPPTrainer` is transformers' Trainer for wrapped models.
+
+`PSTTrainer` is the same for models wrapped by spp.pst; `MaskUpdates` has SPPTrainer prune and regrow.
+"""
 
 from __future__ import annotations
 
 from spp.inject_activations import set_saved_activations
 from spp.training.causal_loss import causal_lm_loss
 from spp.training.chunked_loss import chunked_cross_entropy
-from spp.training.config import RECIPES, TuneConfig
+from spp.training.config import TuneConfig
 from spp.training.data import Collator, TrainingData, load_data
 from spp.training.interrupt import TrainingInterrupted
+from spp.training.mask_updates import MaskUpdates
+from spp.training.pst_trainer import PSTTrainer
+from spp.training.recipes import RECIPES
+from spp.training.sparsity_schedule import SparsitySchedule
 from spp.training.trainer import SPPTrainer
 from spp.training.tuning import TuneResult, tune
 
 __all__ = [
     "RECIPES",
     "Collator",
+    "MaskUpdates",
+    "PSTTrainer",
     "SPPTrainer",
+    "SparsitySchedule",
     "TrainingData",
     "TrainingInterrupted",
     "TuneConfig",

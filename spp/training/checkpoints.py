@@ -12,12 +12,10 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from spp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from spp.adapters import write_adapter
 from spp.errors import CheckpointError, SPPWarning
 from spp.files import output_error, read_json, recover, write_json
 from spp.files.leftovers import make_temporary
@@ -26,14 +24,14 @@ MARKER_NAME = "spp_complete.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-def replace_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapter into a directory that holds other things too, in place of one that is there.
+def replace_files(write: Callable[[Path], None], directory: str | Path) -> None:
+    """Write an adapter into a directory that holds other things too, in place of one that is there.
 
-    Both files are made whole beside the old ones, and then renamed. A kill leaves the old adapter, the new one, or,
+    All files are made whole beside the old ones, and then renamed. A kill leaves the old adapter, the new one, or,
     where their configs differ, weights without a config, which are refused: never half a file, never a mixture.
 
     Args:
-        model: wrapped.
+        write: writes adapter_config.json, and the files that it describes, into a folder.
         directory: is made where it is missing.
 
     Raises:
@@ -47,12 +45,14 @@ def replace_adapter(model: nn.Module, directory: str | Path) -> None:
         recover(weights)  # what a killed process left
         folder, lock = make_temporary(weights, directory=True)
         try:
-            write_adapter(model, folder)
-            for name in (WEIGHTS_NAME, CONFIG_NAME):
+            write(folder)
+            names = sorted(file.name for file in folder.iterdir() if file.name != CONFIG_NAME)
+            for name in (*names, CONFIG_NAME):
                 _sync(folder / name)
             if config.exists() and config.read_bytes() != (folder / CONFIG_NAME).read_bytes():
                 config.unlink()
-            os.replace(folder / WEIGHTS_NAME, weights)
+            for name in names:
+                os.replace(folder / name, directory / name)
             os.replace(folder / CONFIG_NAME, config)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +87,7 @@ def why_incomplete(directory: str | Path) -> str | None:
     if not directory.is_dir():
         return "there is no such directory"
     if not (directory / MARKER_NAME).is_file():
-        return f"{MARKER_NAME} is missing: writing it was cut off, or SPPTrainer did not write it"
+        return f"{MARKER_NAME} is missing: writing it was cut off, or no trainer of spp wrote it"
     try:
         files = read_json(directory / MARKER_NAME, "checkpoint marker").get("files")
     except CheckpointError as error:

@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError
 from spp.kernels import check_saved_activations
+from spp.patterns import Pattern
+from spp.pst import PSTConfig
+from spp.pst.schedule import check_schedule
+from spp.rules import get_rule
+from spp.training.checks import check_choice, check_int, check_number, check_path
+from spp.training.mask_options import check_mask_updates
+from spp.training.recipes import recipe_of
 
+METHODS = ("spp", "pst")
 DATA_FORMATS = ("auto", "text", "alpaca", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 DEVICES = ("auto", "cpu")
 
-# What a recipe sets; whatever it does not name keeps the default of its field.
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    # SPP, Lu et al. 2024, its instruction-tuning setting without dropout: three matrix products a layer, not five.
-    "default": {},
-    # The same with the paper's dropout.
-    "paper": {"dropout": 0.05, "dropout_mode": "input"},
-    # For some hundred steps: the paper's learning rate is meant for about 1,200 and is too low for so few.
-    "short": {"lr": 2e-2},
+LR = {"spp": 4e-3, "pst": 1e-4}  # the papers'
+# Options that one method alone has.
+_OWN = {
+    "spp": ("r", "scaling", "dropout", "dropout_mode", "rule", "saved_activations"),
+    "pst": (
+        *("pattern", "initial_sparsity", "initial_warmup", "final_warmup"),
+        *("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale"),
+    ),
 }
+_MASK_UPDATES = tuple(f"mask_update_{name}" for name in ("every", "fraction", "until", "decay", "drop", "grow"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """The options of one tuning run; the defaults are the paper's recipe without dropout.
 
+    Options of another method than the run's, and of mask updates where there are none, must keep their defaults.
+
     Args:
+        method: "spp", an adapter on a pruned model, or "pst", which prunes a dense one while it trains (spp.pst).
         data: training file (or several): .txt is plain text, .json / .jsonl holds Alpaca rows
             {"instruction", "input", "output"}, chat rows {"messages": [{"role", "content"}]} or
             {"conversations": [{"from", "value"}]}, or text rows {"text"}. Anything else is an id on the Hugging Face
             hub and is loaded by `datasets`.
         output_dir: the run directory: config.json, log.jsonl, eval.json, adapter/, checkpoints/.
-        model: directory or hub id of the pruned model; None where `tune` is handed a model.
+        model: directory or hub id of the pruned model, for PST of the dense one; None where `tune` is handed a model.
         data_format: "auto" (by extension and by the fields of the first row), "text", "alpaca" or "chat".
         data_split: split of a hub dataset.
         text_field: field of a row that holds plain text.
@@ -50,13 +60,23 @@ class TuneConfig:
             text (at least one window), or rows of instruction data drawn with `seed`. 0 measures no perplexity.
         eval_window: window of the perplexity, in tokens.
         eval_windows: measure at most this many windows; None for all.
-        r: rank of the adapter; see SPPConfig for this and the next five.
-        scaling: s.
-        dropout: probability in [0, 1).
-        dropout_mode: "input" or "alpha".
         target_modules: None, "all-linear", names, or a regular expression.
         exclude_modules: names, or a regular expression.
-        lr: peak learning rate of AdamW. The paper's 4e-3 is for about 1,200 steps; for some hundred, 2e-2 ends lower.
+        r: SPP: rank of the adapter; see SPPConfig for this and the next four.
+        scaling: SPP: s.
+        dropout: SPP: probability in [0, 1).
+        dropout_mode: SPP: "input" or "alpha".
+        rule: SPP: "spp", or a peer's, "hira" or "masked_lora".
+        dense_model: SPP: directory or hub id of the dense model, for mask updates.
+        mask_update_every: SPP: optimizer steps between two mask updates (spp.training.mask_updates); None has none.
+            The run then writes the pruned model with its final masks to base/, and the adapter belongs to that.
+        mask_update_fraction, mask_update_until, mask_update_decay, mask_update_drop, mask_update_grow: SPP: as
+            `fraction`, … in MaskUpdates.
+        pattern: PST: what is pruned at the end, "N:M" or a fraction; required.
+        initial_sparsity, initial_warmup, final_warmup: PST: as in SparsitySchedule.
+        weight_rank, weight_scale, mask_rank, low_rank_scale, structured_scale: PST: as in PSTConfig.
+        lr: peak learning rate of AdamW; None is the method's, 4e-3 for SPP and 1e-4 for PST, the papers'. SPP's is for
+            about 1,200 steps; for some hundred, 2e-2 ends lower.
         weight_decay: AdamW's decoupled weight decay.
         warmup_ratio: part of the steps in which the learning rate rises linearly, in [0, 1).
         schedule: "linear" (to zero), "cosine" (to zero) or "constant" after the warm-up.
@@ -73,7 +93,7 @@ class TuneConfig:
         dtype: dtype to load the model in; "auto" is the checkpoint's own.
         bf16: autocast to bfloat16.
         device: "auto" (an accelerator where there is one) or "cpu".
-        seed: of the adapter's initial values, the order of the data and dropout.
+        seed: of the initial values, the order of the data and dropout.
         log_every: steps between two lines of log.jsonl.
         save_every: steps between two checkpoints; None saves only at the end and on interruption.
         save_limit: complete checkpoints to keep, at least 1.
@@ -103,13 +123,31 @@ class TuneConfig:
     eval_fraction: float = 0.05
     eval_window: int = 512
     eval_windows: int | None = None
+    method: str = "spp"
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
     r: int = 16
     scaling: float = 2.0
     dropout: float = 0.0
     dropout_mode: str = "input"
-    target_modules: str | tuple[str, ...] | None = None
-    exclude_modules: str | tuple[str, ...] | None = None
-    lr: float = 4e-3
+    rule: str = "spp"
+    dense_model: str | os.PathLike[str] | None = None
+    mask_update_every: int | None = None
+    mask_update_fraction: float = 0.1
+    mask_update_until: float = 0.75
+    mask_update_decay: str = "cosine"
+    mask_update_drop: str = "activation"
+    mask_update_grow: str = "gradient"
+    pattern: str | float | None = None
+    initial_sparsity: float = 0.0
+    initial_warmup: float = 0.1
+    final_warmup: float = 0.3
+    weight_rank: int = 8
+    weight_scale: float = 1.0
+    mask_rank: int = 8
+    low_rank_scale: float = 1.0
+    structured_scale: float = 1.0
+    lr: float | None = None
     weight_decay: float = 0.001
     warmup_ratio: float = 0.03
     schedule: str = "linear"
@@ -133,29 +171,33 @@ class TuneConfig:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
         self._normalise_paths()
-        _check_choice("data_format", self.data_format, DATA_FORMATS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("device", self.device, DEVICES)
+        self._check_methods()
+        if self.lr is None:
+            object.__setattr__(self, "lr", LR[self.method])
+        check_choice("data_format", self.data_format, DATA_FORMATS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("device", self.device, DEVICES)
         for name in ("data_split", "text_field"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a name")
         for name in ("block_length", "eval_window"):
-            _check_int(name, getattr(self, name), least=2)  # one token is no prediction
+            check_int(name, getattr(self, name), least=2)  # one token is no prediction
         for name in ("batch_size", "gradient_accumulation", "log_every", "save_limit"):
-            _check_int(name, getattr(self, name), least=1)
+            check_int(name, getattr(self, name), least=1)
         check_saved_activations(self.saved_activations)
         for name in ("eval_windows", "steps", "save_every", "loss_chunk"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), least=1)
-        _check_int("seed", self.seed, least=0)
+                check_int(name, getattr(self, name), least=1)
+        check_int("seed", self.seed, least=0)
         for name in ("lr", "epochs"):
-            _check_number(name, getattr(self, name), above=0.0)
+            check_number(name, getattr(self, name), above=0.0)
         for name in ("weight_decay", "max_grad_norm"):
-            _check_number(name, getattr(self, name), least=0.0)
+            check_number(name, getattr(self, name), least=0.0)
         for name in ("eval_fraction", "warmup_ratio"):
-            _check_number(name, getattr(self, name), least=0.0, below=1.0)
+            check_number(name, getattr(self, name), least=0.0, below=1.0)
         for name in ("completions_only", "gradient_checkpointing", "bf16", "overwrite", "resume"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -163,7 +205,8 @@ class TuneConfig:
             raise ConfigError(f"progress is {self.progress!r}; it must be True, False or None")
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume are both True; choose to replace the earlier run or to continue it")
-        adapter = self.adapter_config()  # raises for r, scaling, dropout, …
+        adapter = self.adapter_config() if self.method == "spp" else self.pst_config()  # raises for r, scaling, …
+        get_rule(self.rule)
         object.__setattr__(self, "target_modules", adapter.target_modules)
         object.__setattr__(self, "exclude_modules", adapter.exclude_modules)
 
@@ -173,13 +216,42 @@ class TuneConfig:
         assert isinstance(self.data, tuple)
         return tuple(map(str, self.data))
 
+    @property
+    def final_sparsity(self) -> float:
+        """What PST prunes at the end, as a fraction."""
+        assert self.pattern is not None
+        return Pattern.parse(self.pattern).sparsity
+
+    @property
+    def learning_rate(self) -> float:
+        """`lr`, which always is a number once the config is made."""
+        assert self.lr is not None
+        return self.lr
+
+    def pst_config(self) -> PSTConfig:
+        """Return the options of PST's layers; their initial values are drawn from `seed`."""
+        assert self.pattern is not None
+        pattern = Pattern.parse(self.pattern)
+        return PSTConfig(
+            weight_rank=self.weight_rank,
+            weight_scale=self.weight_scale,
+            mask_rank=self.mask_rank,
+            low_rank_scale=self.low_rank_scale,
+            structured_scale=self.structured_scale,
+            pattern=str(pattern) if pattern.is_nm else None,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            seed=self.seed,
+        )
+
     def adapter_config(self) -> SPPConfig:
-        """Return the options of the adapter; its initial values are drawn from `seed`."""
+        """Return the options of SPP's adapter; its initial values are drawn from `seed`."""
         return SPPConfig(
             r=self.r,
             scaling=self.scaling,
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
+            rule=self.rule,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             seed=self.seed,
@@ -204,55 +276,46 @@ class TuneConfig:
         """Build a config from a recipe's values and the `options` that override them.
 
         Args:
-            recipe: "default" (the paper's, dropout 0), "paper" (dropout 0.05 on the input) or "short" (lr 2e-2, for
-                some hundred steps).
+            recipe: of the method that the options name (spp.training.recipes): "default", "paper" or "short", for
+                some hundred steps.
             options: fields of this class.
         """
-        if recipe not in RECIPES:
-            raise ConfigError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
-        return cls.from_dict({**RECIPES[recipe], **options})
+        return cls.from_dict({**recipe_of(recipe, options.get("method", "spp")), **options})
 
     def _normalise_paths(self) -> None:
         files = self.data if isinstance(self.data, (tuple, list)) else (self.data,)
         if not files:
             raise ConfigError("data is empty; give at least one file or hub id")
-        object.__setattr__(self, "data", tuple(_path("data", f) for f in files))
-        object.__setattr__(self, "output_dir", _path("output_dir", self.output_dir))
-        for name in ("model", "eval_text"):
+        object.__setattr__(self, "data", tuple(check_path("data", f) for f in files))
+        object.__setattr__(self, "output_dir", check_path("output_dir", self.output_dir))
+        for name in ("model", "eval_text", "dense_model"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _path(name, getattr(self, name)))
+                object.__setattr__(self, name, check_path(name, getattr(self, name)))
 
-
-def _path(name: str, value: object) -> str:
-    if not isinstance(value, (str, Path, os.PathLike)) or not os.fspath(value):
-        raise ConfigError(f"{name} is {value!r}; it must be a path or an id")
-    return str(os.fspath(value))
-
-
-def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
-
-
-def _check_int(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
-
-
-def _check_number(
-    name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
-) -> None:
-    bounds = [
-        f"{word} {bound:g}"
-        for word, bound in (("at least", least), ("above", above), ("below", below))
-        if bound is not None
-    ]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if (
-        not isinstance(value, (int, float))
-        or not number
-        or (least is not None and value < least)
-        or (above is not None and value <= above)
-        or (below is not None and value >= below)
-    ):
-        raise ConfigError(f"{name} is {value!r}; it must be a finite number {' and '.join(bounds)}")
+    def _check_methods(self) -> None:
+        """Check the options that one method alone has: that they are its, and make sense."""
+        defaults = {f.name: f.default for f in fields(self)}
+        others = {name: method for method in METHODS if method != self.method for name in _OWN[method]}
+        if self.method != "spp":
+            others |= dict.fromkeys((*_MASK_UPDATES, "dense_model"), "spp")
+        for name, method in others.items():
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which means nothing to method={self.method!r}: it is an "
+                    f"option of method={method!r}"
+                )
+        if self.method == "pst":
+            if self.pattern is None:
+                raise ConfigError('pattern is None; PST needs what to prune at the end: "N:M" or a fraction')
+            object.__setattr__(self, "pattern", str(Pattern.parse(self.pattern)))
+            check_schedule(self.initial_warmup, self.final_warmup, self.initial_sparsity, self.final_sparsity)
+        elif self.mask_update_every is None:
+            for name in (*_MASK_UPDATES, "dense_model"):
+                if getattr(self, name) != defaults[name]:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r}, but there are no mask updates without mask_update_every="
+                    )
+        else:
+            check_mask_updates(*(getattr(self, name) for name in _MASK_UPDATES))
+            if self.dense_model is None:
+                raise ConfigError("dense_model is None; mask updates take the values of regrown weights from there")

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
+from spp.checkpoint import load_packed
 from spp.checkpoint_classes import auto_class
 from spp.errors import CheckpointError
 from spp.files.hub import local_directory
+from spp.packed.disk import is_packed_directory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
-    """Load a causal language model, or one that reads images as well, with transformers.
+    """Load a causal language model, or one that reads images as well, with transformers; a packed one as it is stored.
 
     Args:
         name: directory or hub id.
@@ -27,6 +29,8 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
     from transformers import AutoConfig
 
     directory = local_directory(name, "model")
+    if is_packed_directory(directory):
+        return load_packed(name, dtype=_DTYPES.get(dtype))
     try:
         auto = auto_class(AutoConfig.from_pretrained(directory))
         model = auto.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype))

@@ -4,6 +4,7 @@ config.json     format, version, the options of the run, counts and hash of its 
 log.jsonl       one object a log
 checkpoints/    checkpoint-N, to resume from
 adapter/        the final adapter
+base/           after mask updates: the pruned model with its final masks, which the adapter belongs to
 eval.json       perplexity before and after
 """
 
@@ -42,6 +43,7 @@ class RunDirectory:
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.base = self.path / "base"
         self.eval_file = self.path / "eval.json"
         self.earlier = self._check()
 
@@ -60,7 +62,7 @@ class RunDirectory:
             return
         try:
             if self.earlier is not None:  # overwrite: only what a run writes, and its config.json last
-                for path in (self.checkpoints, self.adapter):
+                for path in (self.checkpoints, self.adapter, self.base):
                     if path.exists():
                         shutil.rmtree(path)
                 for path in (self.log, self.eval_file, self.config_file):

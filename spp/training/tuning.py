@@ -1,4 +1,4 @@
-"""tune: the whole recipe on a pruned model, from files to a final adapter and its perplexities."""
+"""tune: the whole recipe on a model, from files to a final adapter and its perplexities."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback
 
-from spp.adapters import save_adapter
 from spp.errors import ConfigError, DataError, WrapError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
-from spp.inject import is_wrapped, unwrap, wrap
-from spp.inject_activations import set_saved_activations
+from spp.inject import is_wrapped
+from spp.training.arguments import training_arguments
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
 from spp.training.config import TuneConfig
 from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data
 from spp.training.interrupt import StopOnSignal, TrainingInterrupted
 from spp.training.loading import load_model, load_tokenizer
+from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
-from spp.training.trainer import SPPTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +37,18 @@ class TuneResult:
     """What a tuning run made.
 
     Args:
-        model: the tuned model, still wrapped: `spp.merge(result.model)` merges it.
+        model: the tuned model, still wrapped: `spp.merge(result.model)` merges it; one that PST trained,
+            `spp.pst.convert(result.model)` makes plain.
         tokenizer: its tokenizer.
         run_dir: the run directory.
-        adapter_dir: the final adapter in it.
-        perplexity_before: of the pruned model on the held-out text; None where none is measured.
+        adapter_dir: the final adapter in it, or what PST trained.
+        base_dir: after mask updates, the pruned model with its final masks, which the adapter belongs to; else None.
+        perplexity_before: of the given model on the held-out text; None where none is measured.
         perplexity_after: of the tuned model on the same.
         eval_window: the window of both; None where instruction rows were measured, on the tokens to be learned.
         steps: optimizer steps of the whole run.
         seconds: time spent in them.
-        sparsity: fraction of zeros in the tuned layers, in [0, 1].
+        sparsity: fraction of zeros in the tuned layers, in [0, 1]; of PST what its masks prune.
         data: what became of the training data.
     """
 
@@ -56,6 +56,7 @@ class TuneResult:
     tokenizer: Any
     run_dir: Path
     adapter_dir: Path
+    base_dir: Path | None
     perplexity_before: float | None
     perplexity_after: float | None
     eval_window: int | None
@@ -68,16 +69,17 @@ class TuneResult:
         """Return everything but the model and the tokenizer as JSON-ready values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "tokenizer", "data")}
         values |= {"run_dir": str(self.run_dir), "adapter_dir": str(self.adapter_dir), "data": self.data.to_dict()}
+        values["base_dir"] = None if self.base_dir is None else str(self.base_dir)
         return values
 
 
 def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> TuneResult:
-    """Tune a pruned model and write a run directory (config.json, log.jsonl, checkpoints/, adapter/, eval.json).
+    """Tune a model and write a run directory (config.json, log.jsonl, checkpoints/, adapter/, eval.json).
 
     Args:
         config: all options; `config.model` names what to load, unless a model is given.
-        model: a pruned causal language model in memory, not wrapped; it comes back wrapped and tuned in the result,
-            or as it was if anything fails. Goes with `tokenizer`.
+        model: a causal language model in memory, pruned (for PST, dense), not wrapped; it comes back wrapped and tuned
+            in the result, or as it was if anything fails. Goes with `tokenizer`.
         tokenizer: its tokenizer.
 
     Returns:
@@ -102,25 +104,31 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
     data = _load_data(config, tokenizer)
     measure = _Measure(config, tokenizer, data)
     model = model if model is not None else load_model(str(config.model), config.dtype)
-    wrap(model, config.adapter_config())
-    set_saved_activations(model, config.saved_activations)
+    method = method_of(config)
+    method.prepare(model)
     try:
         run.begin(data.summary.to_dict())
         with _settings_kept(model):
-            return _run(config, run, model, tokenizer, data, measure)
+            return _run(config, method, run, model, tokenizer, data, measure)
     except BaseException:
-        unwrap(model)
+        method.undo(model)
         raise
 
 
 def _run(
-    config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any, data: TrainingData, measure: _Measure
+    config: TuneConfig,
+    method: Method,
+    run: RunDirectory,
+    model: Any,
+    tokenizer: Any,
+    data: TrainingData,
+    measure: _Measure,
 ) -> TuneResult:
     log = LogFile(run.log)
     stop = StopOnSignal()
-    trainer = SPPTrainer(
+    trainer = method.trainer(
         model,
-        _arguments(config, run, len(data.train)),
+        training_arguments(config, run.checkpoints, len(data.train)),
         train_dataset=data.train,
         data_collator=data.collate,
         callbacks=[log, ProgressBar(config.progress), stop],
@@ -139,8 +147,8 @@ def _run(
         saved = last_complete(run.checkpoints)
         assert saved is not None, "the callback asked for a checkpoint"
         raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
-    trainer.check_masks()
-    save_adapter(model, run.adapter, overwrite=True)
+    trainer.check(model)
+    base = method.finish(model, tokenizer, run)
     perplexities["after"] = measure(model)
     run.write_eval(perplexities)
     before, after = perplexities["before"], perplexities["after"]
@@ -149,6 +157,7 @@ def _run(
         tokenizer=tokenizer,
         run_dir=run.path,
         adapter_dir=run.adapter,
+        base_dir=base,
         perplexity_before=before and before["perplexity"],
         perplexity_after=after and after["perplexity"],
         eval_window=after and after["window"],
@@ -234,40 +243,6 @@ def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
         held_out=0.0 if config.eval_text is not None else config.eval_fraction,
         least_held_out=config.eval_window,
         seed=config.seed,
-    )
-
-
-def _arguments(config: TuneConfig, run: RunDirectory, rows: int) -> Any:
-    """Return transformers' options for this run."""
-    passes = math.ceil(rows / config.batch_size)  # forward passes of an epoch
-    steps = config.steps or math.ceil(config.epochs * math.ceil(passes / config.gradient_accumulation))
-    known = {f.name for f in fields(TrainingArguments)}
-    # The option was renamed within transformers 5.
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return TrainingArguments(
-        output_dir=str(run.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
-        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
-        bf16=config.bf16,
-        use_cpu=config.device == "cpu",
-        seed=config.seed,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # LogFile stops a run whose loss is not finite
-        save_strategy="steps",  # which also saves at the end
-        save_steps=config.save_every or steps,
-        save_total_limit=config.save_limit,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-        **{checkpointing: config.gradient_checkpointing},
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from spp.bench import memory
+from spp.bench import memory, trained
 from spp.bench.saved import saved_bytes
+from spp.inject import adapter_layers
 
 
 def test_saved_bytes_count_memory_once_and_no_parameters() -> None:
@@ -34,3 +35,16 @@ def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         assert row["step_bytes"] == row["peak_bytes"] - row["rest_bytes"]
         assert {"device", "dtype", "threads", "versions", "batch", "tokens", "model", "rank"} <= set(row)
     assert "spp-low-memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_contenders_on_quantized_weights(form: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = memory.parse(["--shape", "tiny", "--batch", "1", "--tokens", "8", "--rank", "4"], "memory")
+    training = trained.Training(options, f"spp-{form}")
+    layers = adapter_layers(training.model)
+    assert len(layers) == 14 and {str(layer.packed_layout) for layer in layers.values()} == {form}
+    before = training.loss().item()
+    training.step()
+    assert training.loss().item() < before
+    assert all(float((layer.weight == 0).float().mean()) >= 0.5 for layer in layers.values()), "2:4 stayed"

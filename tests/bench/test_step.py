@@ -30,12 +30,14 @@ def options(*arguments: str):
 
 def test_every_contender_trains_what_it_says_on_the_same_targets() -> None:
     pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
     sizes = {name: Training(options(), name).parameters() for name in contenders(1, 1)}
     spp = 2 * sum(4 * n + m for m, n in SHAPES.values())
     peft = 2 * sum(2 * (m + n) for m, n in SHAPES.values())
     ours = [name for name in sizes if name.startswith("spp")]
-    assert len(ours) == 7
-    assert sizes == {**dict.fromkeys(ours, spp), "lora": peft, "hira": peft}
+    assert len(ours) == 9
+    pst = 2 * sum(2 * 2 * (m + n) + m + n for m, n in SHAPES.values())
+    assert sizes == {**dict.fromkeys(ours, spp), "lora": peft, "hira": peft, "pst": pst, "pst-autograd": pst}
 
 
 def test_the_model_is_pruned_to_the_pattern() -> None:
@@ -54,8 +56,24 @@ def test_a_step_trains(name: str) -> None:
 
 
 def test_the_memory_options_change_no_loss() -> None:
-    losses = {name: float(Training(options(), name).loss().detach()) for name in contenders(1, 1) if name != "hira"}
+    others = ("hira", "spp-nf4", "spp-int8")  # whose weights are others
+    names = [name for name in contenders(1, 1) if name not in others]
+    losses = {name: float(Training(options(), name).loss().detach()) for name in names}
     assert all(loss == pytest.approx(losses["spp"], rel=1e-5) for loss in losses.values())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
+def test_pst_is_what_autograd_makes_of_its_formula(pattern: str) -> None:
+    ours, plain = (Training(options("--pattern", pattern), name) for name in ("pst", "pst-autograd"))
+    for training in (ours, plain):
+        with torch.no_grad():
+            for i, parameter in enumerate(training.trainable):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        training.loss().backward()
+    assert float(ours.loss().detach()) == pytest.approx(float(plain.loss().detach()), rel=1e-5)
+    for one, other in zip(ours.trainable, plain.trainable, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

@@ -1,11 +1,11 @@
 """Run as a script: kill -9 a piece of work at random moments, and look at what is left.
 
-    random_kills.py FOLDER WORK COUNT [SEED]       WORK: a name in WORKS
+    random_kills.py FOLDER WORK[,WORK…] COUNT [SEED]       WORK: a name in WORKS
 
 A fork of this process does the work over an old output and is killed after a random part of the time that the work
 takes; so that slow phases (fsync, hashing, a rename) are met as often as they last. After each kill the output is the
 old state or the new one, whole by its own check; what lies beside it is hidden and marked as a temporary; a rerun
-succeeds and leaves the new state and nothing else. Prints how many kills met the work alive.
+succeeds and leaves the new state and nothing else. Prints for each work how many kills met it alive.
 
 Another kind of work joins by an entry in WORKS.
 """
@@ -76,6 +76,16 @@ WORKS: dict[str, Work] = {
         check=_read,
         old=lambda sources, out: spp.save_adapter(wrapped_model(scale=0.1), out, overwrite=True),
     ),
+    "export packed": Work(
+        run=lambda sources, out: spp.export_packed(sources / "base", out, overwrite=True),
+        check=spp.verify,
+        old=_save_old,
+    ),
+    "export dense": Work(
+        run=lambda sources, out: spp.export_dense(sources / "packed", out, overwrite=True),
+        check=spp.verify,
+        old=_save_old,
+    ),
     "prune": Work(
         run=lambda sources, out: spp.prune_checkpoint(sources / "base", out, "magnitude", "1:4", overwrite=True),
         check=spp.verify,
@@ -102,10 +112,9 @@ def killed(work: Callable[[], object], after: float) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def main(folder: Path, name: str, count: int, seed: int) -> None:
-    torch.set_num_threads(3)  # of a merge's pipeline; tensors are too small for torch to share them out
-    tqdm.set_lock(threading.RLock())  # its own is one of all forks: who is killed with it in hand stops the others
-    warnings.simplefilter("ignore")
+def main(folder: Path, name: str, count: int, seed: int) -> int:
+    """Return how many kills met the work alive."""
+    folder.mkdir()
     work, draw = WORKS[name], random.Random(seed)
     sources, outputs = folder / "sources", folder / "outputs"
     for made in (sources, outputs):
@@ -114,6 +123,7 @@ def main(folder: Path, name: str, count: int, seed: int) -> None:
     spp.save_model(pruned_model(), sources / "whole")
     shard(sources / "whole", sources / "base")
     spp.save_adapter(wrapped_model(), sources / "adapter")
+    spp.export_packed(sources / "base", sources / "packed")
 
     def do() -> None:
         work.run(sources, out)
@@ -140,8 +150,12 @@ def main(folder: Path, name: str, count: int, seed: int) -> None:
         assert contents(out) == new, f"kill {i}: the rerun left something else"
         assert os.listdir(outputs) == ["out"], f"kill {i}: {os.listdir(outputs)}"
     assert contents(sources) == inputs, "a source was changed"
-    print(kills)
+    return kills
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 0)
+    torch.set_num_threads(3)  # of a pipeline; tensors are too small for torch to share them out
+    warnings.simplefilter("ignore")
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that dies with it would keep it for ever
+    seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+    print(*(main(Path(sys.argv[1], name), name, int(sys.argv[3]), seed) for name in sys.argv[2].split(",")))

@@ -41,6 +41,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(pruned_model(**SMALL), folder / "base")
     certify(folder / "base", deep=True)
     shard(folder / "base", folder / "shards", 2)
+    mixed = pruned_model(**SMALL)
+    with torch.no_grad():
+        mixed.model.layers[0].self_attn.q_proj.weight[::2] = 0  # two kinds of layout
+    save_model(mixed, folder / "mixed")
+    spp.export_packed(folder / "mixed", folder / "packed")
     from tests.models import prune_nm_, tiny_llama
 
     model = spp.wrap(prune_nm_(tiny_llama(**SMALL)), r=2, seed=0)
@@ -191,6 +196,65 @@ def the_weights(folder: Path) -> Case:
     )
 
 
+def the_packed_weights(folder: Path) -> Case:
+    """Of a packed checkpoint: numbers of descriptors, codes and starts, the header, any byte."""
+    packed = folder / "packed"
+
+    def use(data: bytes) -> None:
+        (packed / "model.safetensors").write_bytes(data)
+        for read in (verify, sparsity, spp.load_packed, lambda p: spp.export_dense(p, folder / "out", overwrite=True)):
+            with contextlib.suppress(SPPError):
+                read(packed)
+
+    whole = (packed / "model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    places = {key: value["data_offsets"][0] for key, value in header.items() if f"{key}_codes" in header}
+    codes = [value["data_offsets"] for key, value in header.items() if key.endswith(("_codes", "_starts"))]
+    numbers = st.integers(-3, 70) | st.sampled_from([2**31, 2**40, 2**62, 2**63 - 1, -(2**63)])
+    descriptors = st.lists(
+        st.tuples(st.sampled_from(sorted(places)), st.integers(0, 6), numbers), min_size=1, max_size=3
+    )
+    bits = st.lists(
+        st.tuples(st.sampled_from(codes), st.integers(0, 2**16), st.integers(1, 255)), min_size=1, max_size=3
+    )
+
+    def described(changes: list[tuple[str, int, int]]) -> bytes:
+        new = bytearray(data)
+        for key, index, value in changes:
+            new[places[key] + 8 * index : places[key] + 8 * index + 8] = value.to_bytes(8, "little", signed=True)
+        return whole[: 8 + length] + bytes(new)
+
+    def misplaced(changes: list[tuple[list[int], int, int]]) -> bytes:
+        new = bytearray(data)
+        for (begin, end), at, by in changes:
+            new[begin + at % (end - begin)] ^= by
+        return whole[: 8 + length] + bytes(new)
+
+    return (
+        st.one_of(
+            descriptors.map(described),
+            bits.map(misplaced),
+            documents(header).map(lambda text: safetensors_bytes(text, data)),
+            EDITS.map(lambda edits: edited(whole, edits)),
+        ),
+        use,
+    )
+
+
+def the_packed_config(folder: Path) -> Case:
+    """What says that a checkpoint is packed; the rest of a config is the case "config"."""
+
+    def use() -> None:
+        for read in (verify, sparsity):
+            with contextlib.suppress(SPPError):
+                read(folder / "packed")
+
+    values = read_json(folder / "packed" / "config.json", "it")
+    few = {key: values[key] for key in ("quantization_config", "model_type")}
+    return documents(few), replaced(folder / "packed", "config.json", use)
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     "certificate": the_certificate,
     "index": the_index,
@@ -200,6 +264,8 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "adapter tensors": the_adapter_tensors,
     "old adapter": the_old_adapter,
     "weights": the_weights,
+    "packed weights": the_packed_weights,
+    "packed config": the_packed_config,
 }
 
 

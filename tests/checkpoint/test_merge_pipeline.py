@@ -16,7 +16,7 @@ import torch
 import spp
 from spp.bench.harness import measure_memory
 from spp.checkpoint import merge_checkpoint, pipeline, save_model, scanning, verify
-from spp.checkpoint.merge_jobs import OtherJob, TorchJob, WeightJob
+from spp.checkpoint.rewrite_jobs import OtherJob, TorchJob, WeightJob
 from spp.errors import CheckpointError, MaskError, NonFiniteError, OutputError, OutputExistsError
 from spp.files import CheckpointReader, output, save_tensors, write_json, write_tensors
 from spp.files.writer import TensorFile
@@ -40,7 +40,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces so small that the tensors of a tiny model have several, all written around the cache."""
     monkeypatch.setattr(scanning, "PIECE", 4096)
-    monkeypatch.setattr("spp.checkpoint.merge_jobs.PIECE_BYTES", 5000)
+    monkeypatch.setattr("spp.checkpoint.rewrite_jobs.PIECE_BYTES", 5000)
     monkeypatch.setattr(output, "LARGE", 0)
     monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 import spp
+from spp.checkpoint_keys import DiskKeys
 from spp.checkpoint_prune_model import StreamedModel
 from spp.errors import CheckpointError, ConfigError, SPPWarning, TargetError
 from spp.files import CheckpointReader, read_json, write_json
 from spp.layer_packed import PackedLinear
-from tests.models import projections, prune_nm_, tiny_llama
-from tests.tolerances import assert_same_bits
+from spp.packed import PackedStack
+from tests.made import Made
+from tests.models import moe_model, projections, prune_nm_, tiny_llama
+from tests.tolerances import assert_matches, assert_same_bits
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,9 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
         assert_same_bits(model(ids()).logits, load(tmp_path / "tied")(ids()).logits)
 
 
-def test_at_most_one_dense_projection_is_alive(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_dense_projection_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    spp.save_model(prune_nm_(tiny_llama(num_hidden_layers=1)), base)
     shapes = {tuple(module.weight.shape) for module in projections(tiny_llama()).values()}
     largest = max(m * n * 4 for m, n in shapes)
     gc.collect()
@@ -118,10 +123,74 @@ def test_at_most_one_dense_projection_is_alive(base: Path, monkeypatch: pytest.M
     monkeypatch.setattr(StreamedModel, "load", watched_load)
     monkeypatch.setattr(PackedLinear, "__init__", watched_make)
     model = spp.load_packed(base)
-    assert len(peaks) == 1 + 2 * 14
+    assert len(peaks) == 1 + 2 * 7
     assert peaks[0] == 0  # embeddings, norms and the head have other shapes
     assert 0 < max(peaks) <= largest
-    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 14
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "jetmoe", "deepseek_v3"])
+def test_fused_experts_are_read_one_by_one(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moe_model(architecture)
+    spp.prune(model, "magnitude", "2:4")
+    spp.save_model(model, tmp_path / "base")
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 3}
+    made, real = Made(), PackedStack.pack.__func__  # type: ignore[attr-defined]
+
+    def watched(*args: Any, **options: Any) -> Any:
+        with made:
+            return real(*args, **options)
+
+    monkeypatch.setattr(PackedStack, "pack", classmethod(watched))
+    for dtype in (None, torch.bfloat16):
+        made.shapes.clear()
+        loaded = spp.load_packed(tmp_path / "base", dtype=dtype)
+        assert made.shapes and not shapes & set(made.shapes)
+        expected = spp.pack(load(tmp_path / "base", dtype=dtype or torch.float32))
+        state, other = loaded.state_dict(), expected.state_dict()
+        assert list(state) == list(other)
+        for key in other:
+            assert_same_bits(state[key], other[key], key)
+        flags = {name: p.requires_grad for name, p in expected.named_parameters()}
+        assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in expected.modules()]
+        tokens = ids() % 96
+        with torch.no_grad():
+            assert_same_bits(loaded(tokens).logits, expected(tokens).logits)
+        unpacked = spp.unpack(loaded).state_dict()
+        for key, tensor in load(tmp_path / "base", dtype=dtype or torch.float32).state_dict().items():
+            assert_same_bits(unpacked[key] + 0.0, tensor + 0.0, key)
+
+
+def test_conv1d_is_packed_too(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=96, n_positions=64)).eval()
+    spp.prune(model, "magnitude", "2:4")
+    spp.save_model(model, tmp_path / "base")
+    loaded = spp.load_packed(tmp_path / "base")
+    assert sum(isinstance(m, PackedLinear) for m in loaded.modules()) == 4
+    assert spp.verify(tmp_path / "base", loaded).pattern == "2:4"
+    with torch.no_grad():
+        assert_matches(loaded(ids() % 96).logits, model(ids() % 96).logits.double(), torch.float32)
+    for key, tensor in spp.unpack(loaded).state_dict().items():
+        assert_same_bits(tensor + 0.0, model.state_dict()[key] + 0.0, key)
+
+
+def test_experts_that_the_disk_holds_otherwise_are_loaded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = moe_model("mixtral")
+    spp.prune(model, "magnitude", "2:4")
+    spp.save_model(model, tmp_path / "base")
+    expected = spp.load_packed(tmp_path / "base").state_dict()
+    asked = []
+    monkeypatch.setattr(DiskKeys, "experts", lambda self, group, name: asked.append(name))
+    found = spp.load_packed(tmp_path / "base").state_dict()
+    assert len(asked) == 4
+    for key, tensor in found.items():
+        assert_same_bits(tensor, expected[key], key)
 
 
 def test_some_modules_only(base: Path) -> None:

@@ -19,7 +19,7 @@ from spp.files import CheckpointReader, save_tensors
 from tests.cli.conftest import Outcome
 
 Call = Callable[..., Outcome]
-COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval"]
+COMMANDS = ["prune", "tune", "merge", "verify", "certify", "inspect", "eval", "compare", "export", "push"]
 
 
 def ok(outcome: Outcome) -> Outcome:
@@ -142,11 +142,66 @@ def test_tune(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     assert refused.code == 1 and "--resume" in refused.err and "--overwrite" in refused.err
 
 
+def test_the_whole_road_by_pst(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
+    run, sparse = tmp_path / "run", tmp_path / "sparse"
+    options = ("--data", text, "--method", "pst", "--recipe", "short", "--steps", 4, "--batch-size", 2)
+    sizes = ("--block-length", 64, "--window", 64, "--eval-windows", 4, "--device", "cpu", "--no-progress")
+    refused = spp("tune", dense, run, *options, *sizes)
+    assert refused.code == 1 and "--pattern" in refused.err
+    refused = spp("tune", dense, run, *options, *sizes, "--pattern", 0.5, "--r", 8)
+    assert refused.code == 1 and "--r is 8, which means nothing to --method pst" in refused.err
+    found = ok(spp("tune", dense, run, *options, *sizes, "--pattern", "1:4", "--weight-rank", 3))
+    assert f"wrote {run / 'adapter'}" in found.out and "0.7500" in found.out
+    assert json.loads((run / "config.json").read_text())["tune"]["lr"] == 1e-3
+
+    inspected = ok(spp("inspect", run / "adapter")).out
+    assert "weight_rank" in inspected and "0.75" in inspected and "self_attn.q_proj.score_R" in inspected
+    refused = spp("merge", dense, run / "adapter", sparse, "--rounding", "stochastic")
+    assert refused.code == 1 and "--rounding" in refused.err
+    assert f"wrote {sparse}" in ok(spp("merge", dense, run / "adapter", sparse)).out
+    assert "1:4" in ok(spp("verify", sparse)).out
+    measure = ("--text", text, "--window", 128, "--json")
+    unmerged = json.loads(ok(spp("eval", dense, "--adapter", run / "adapter", *measure)).out)
+    merged = json.loads(ok(spp("eval", sparse, *measure)).out)
+    assert merged["perplexity"] == pytest.approx(unmerged["perplexity"], rel=1e-5)
+    assert spp("eval", dense, "--adapter", run / "adapter", *measure, "--no-strict").code == 1
+
+
+def test_the_whole_road_with_mask_updates(spp: Call, dense: Path, pruned: Path, text: Path, tmp_path: Path) -> None:
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    options = ("--data", text, "--steps", 4, "--lr", 0.02, "--batch-size", 2, "--block-length", 64, "--window", 64)
+    others = ("--eval-windows", 4, "--device", "cpu", "--no-progress", "--mask-update-every", 1)
+    refused = spp("tune", pruned, run, *options, *others)
+    assert refused.code == 1 and "--dense-model" in refused.err
+    found = ok(spp("tune", pruned, run, *options, *others, "--dense-model", dense, "--mask-update-fraction", 0.3))
+    assert f"wrote {run / 'base'}" in found.out
+    assert spp("merge", pruned, run / "adapter", merged).code == 1
+    ok(spp("merge", run / "base", run / "adapter", merged))
+    assert "has exactly the zeros of" in ok(spp("verify", run / "base", merged)).out
+    assert spp("verify", pruned, merged).code == 1
+
+
 def test_inspect_a_model(spp: Call, pruned: Path) -> None:
     grouped = ok(spp("inspect", pruned)).out
     assert "self_attn.q_proj" in grouped and "layers.1" not in grouped
     listed = ok(spp("inspect", pruned, "--all")).out
     assert "model.layers.1.self_attn.q_proj.weight" in listed and "2:4" in listed
+
+
+def test_inspect_draws(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "zeros.png"
+    found = ok(spp("inspect", pruned, "--plot", path))
+    assert "self_attn.q_proj" in found.out and f"wrote {path}" in found.out
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        ((pruned, "--plot", path), "--overwrite"),
+        ((pruned, "--plot", tmp_path / "zeros.gif"), "must end in .png"),
+        ((adapter, "--plot", tmp_path / "other.png"), "is an adapter"),
+    ):
+        refused = spp("inspect", *arguments)
+        assert refused.code == 1 and message in refused.err, refused.err
+    assert "wrote" in ok(spp("inspect", pruned, "--plot", path, "--overwrite")).out
 
 
 def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:

@@ -18,6 +18,10 @@ COMMAND = typer.main.get_group(app).commands["tune"]
 HELPS = {parameter.name: parameter.help for parameter in COMMAND.params if parameter.name is not None}
 # What is said in words because the default is None, or a flag that is off.
 IN_WORDS = {
+    "lr",
+    "pattern",
+    "dense_model",
+    "mask_update_every",
     "steps",
     "eval_text",
     "eval_windows",

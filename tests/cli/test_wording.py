@@ -45,6 +45,7 @@ PRUNE = {
             "spp.certify writes one, spp.verify(a, b) none",
             "spp certify DIRECTORY writes one, spp verify BEFORE AFTER none",
         ),
+        ("spp.export_dense(dir, out) gives it", "spp export DIRECTORY OUTPUT --dense gives it"),
         ("Prune first: spp.prune(model, method, pattern)", "Prune first: spp prune MODEL OUTPUT"),
         ("a path=/a/dtype=5 stays", "a path=/a/dtype=5 stays"),
     ],

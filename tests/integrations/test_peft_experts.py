@@ -12,16 +12,17 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import spp
-from spp.errors import MaskError, NonFiniteError
+from spp.errors import ConfigError, MaskError, NonFiniteError, TargetError
 from spp.inject import adapter_layers
+from spp.inject_packed import packed_layers
 from spp.integrations.peft import SPPPeftConfig, SPPPeftExperts
 from spp.integrations.peft.model import tuner_layers
 from spp.patterns import nonzero_mask
 from tests.integrations.helpers import logits, scatter, train
 from tests.models import moe_model
-from tests.tolerances import LOGITS, assert_same_bits, error
+from tests.tolerances import LOGITS, assert_matches, assert_same_bits, error
 
-ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss"]  # the last stores (E, in, out)
+ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss", "jetmoe"]  # gpt_oss stores (E, in, out)
 
 
 def sparse(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -41,7 +42,7 @@ def experts(model: nn.Module) -> dict[str, SPPPeftExperts]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_files_and_merge_are_those_of_wrap(architecture: str, tmp_path: Path) -> None:
     model, wrapped = adapted(architecture), spp.wrap(sparse(architecture), 4, seed=0)
-    assert len(experts(model)) == 4
+    assert len(experts(model)) == (8 if architecture == "jetmoe" else 4)
     assert_same_bits(logits(model), logits(wrapped))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains and all("spp_" in name for name in trains)
@@ -153,3 +154,88 @@ def test_sixteen_bits_copies_and_targets() -> None:
     layer = next(iter(experts(model).values()))
     assert layer.weight.dtype == torch.bfloat16 and layer.spp_alpha["default"].dtype == torch.float32
     assert_same_bits(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_packed_experts_are_the_dense_ones(architecture: str, tmp_path: Path) -> None:
+    dense, packed = adapted(architecture), adapted(architecture, packed=True)
+    assert all(layer.packed_layout is not None for layer in experts(packed).values())
+    assert not [name for name, p in packed.named_parameters() if p.dim() == 3 and "spp" not in name]
+    for model in (dense, packed):
+        train(model)
+    for path, layer in tuner_layers(packed).items():
+        assert_same_bits(layer.spp_alpha["default"], tuner_layers(dense)[path].spp_alpha["default"], path)
+        assert_same_bits(layer.spp_beta["default"], tuner_layers(dense)[path].spp_beta["default"], path)
+    tuned = logits(packed)
+    assert_matches(tuned, logits(dense).double(), torch.float32)  # dense linears keep W_eff for so few tokens
+    packed.save_pretrained(tmp_path)
+    for base, options in ((spp.pack(sparse(architecture)), {}), (sparse(architecture), {"low_cpu_mem_usage": True})):
+        assert_same_bits(logits(PeftModel.from_pretrained(base, tmp_path, **options)), tuned)
+
+    for model in (dense, packed):
+        model.merge_adapter(safe_merge=True)
+    for path, layer in experts(packed).items():
+        assert layer.packed_layout is None
+        assert_same_bits(layer.weight, experts(dense)[path].weight, path)
+        assert_same_bits(layer.base_weight(), experts(dense)[path].base_weight() + 0.0, path)
+    packed.unmerge_adapter()
+    assert_same_bits(logits(packed), tuned)
+    half = logits(copy.deepcopy(packed).to(torch.bfloat16))
+    packed.merge_adapter()
+    packed.to(torch.bfloat16)
+    packed.unmerge_adapter()
+    assert all(layer.packed_experts().dtype == torch.bfloat16 for layer in experts(packed).values())
+    assert_same_bits(logits(packed), half)
+
+    again = PeftModel.from_pretrained(sparse(architecture), tmp_path)
+    plain, before = copy.deepcopy(again).unload(), sparse(architecture).state_dict()
+    merged, expected = again.merge_and_unload(safe_merge=True).state_dict(), dense.unload().state_dict()
+    assert list(merged) == list(expected) == list(plain.state_dict())
+    for key, tensor in merged.items():
+        assert_same_bits(tensor + 0.0, expected[key] + 0.0, key)
+        assert_same_bits(plain.state_dict()[key] + 0.0, before[key] + 0.0, key)
+
+
+def test_what_was_packed_before_stays_packed() -> None:
+    model = get_peft_model(spp.pack(sparse("mixtral")), SPPPeftConfig(r=4, packed=True))
+    plain = model.unload()
+    assert len(packed_layers(plain)) == 12
+    assert_same_bits(logits(spp.unpack(plain)), logits(sparse("mixtral")))
+    with pytest.raises(ConfigError, match=r"is packed: pass packed=True"):
+        get_peft_model(spp.pack(sparse("mixtral")), SPPPeftConfig(r=4))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "jetmoe"])
+def test_transformers_own_loader(architecture: str, tmp_path: Path) -> None:
+    wrapped = train(spp.wrap(sparse(architecture), 4, seed=0))
+    spp.save_adapter(wrapped, tmp_path / "ours")
+    model = sparse(architecture)
+    result = model.load_adapter(str(tmp_path / "ours"))
+    assert not result.missing_keys and not result.unexpected_keys
+    assert_same_bits(logits(model), logits(wrapped))
+    for path, layer in tuner_layers(model).items():
+        assert model.get_submodule(path) is layer
+    with pytest.raises(AttributeError, match="nothing"):
+        model.get_submodule("model.nothing")
+    model.save_pretrained(tmp_path / "theirs")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    assert_same_bits(logits(copy.deepcopy(model)), logits(wrapped))
+    model.disable_adapters()
+    assert_same_bits(logits(model), logits(sparse(architecture)))
+
+
+def test_unloading_leaves_nothing() -> None:
+    plain = sparse("mixtral")
+    kept = [sorted(module.__dict__) for module in plain.modules()]
+    unloaded = get_peft_model(plain, SPPPeftConfig(r=4)).unload()
+    assert unloaded is plain and [sorted(module.__dict__) for module in unloaded.modules()] == kept
+
+
+def test_spp_leaves_them_alone() -> None:
+    model = scatter(adapted("mixtral", target_modules=["gate_up_proj"]))
+    tuned = logits(model)
+    for change in (lambda m, **names: spp.wrap(m, 4, **names), spp.pack):
+        with pytest.raises(TargetError, match=r"gate_up_proj has a SPPPeftExperts beside it already"):
+            change(model, target_modules=["gate_up_proj"])
+        assert_same_bits(logits(model), tuned)

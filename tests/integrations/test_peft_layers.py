@@ -227,14 +227,6 @@ def test_quantized_weights_are_refused() -> None:
         get_peft_model(model, SPPPeftConfig(r=4))
 
 
-def test_linears_of_bitsandbytes_are_refused_with_the_way_out() -> None:
-    pytest.importorskip("bitsandbytes")
-    from tests.quantized import quantized_llama
-
-    with pytest.raises(ConfigError, match=r"q_proj is quantized: .* spp\.wrap\(model\) trains"):
-        get_peft_model(quantized_llama("nf4"), SPPPeftConfig(r=4))
-
-
 def test_a_dense_model_warns() -> None:
     from tests.models import tiny_llama
 

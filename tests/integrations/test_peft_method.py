@@ -7,6 +7,7 @@ import enum
 import importlib.metadata
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -52,13 +53,17 @@ def test_import_spp_does_not_import_peft() -> None:
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize(("version", "works"), [("0.19.1", False), ("0.20.0", True), ("0.21.2", True), ("1.0", True)])
-def test_old_versions_are_refused(version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [("0.19.1", False), ("0.20.0", True), ("0.21.2", True), ("0.21.9", True), ("0.22.0", False), ("1.0", False)],
+)
+def test_other_versions_are_refused(version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     if works:
         assert versions.require_peft() == version
         return
-    with pytest.raises(DependencyError, match=r"does not work with peft 0\.19\.1.*0\.20\.0 to 0\.21"):
+    message = rf"does not work with peft {re.escape(version)}.*0\.20\.0 to 0\.21.*'peft>=0\.20\.0,<0\.22'"
+    with pytest.raises(DependencyError, match=message):
         versions.require_peft()
 
 
@@ -77,11 +82,12 @@ def test_a_version_that_is_built_otherwise_gives_one_message() -> None:
         raise AttributeError("no register")
 
 
-def test_the_lower_end_is_that_of_pyproject() -> None:
+def test_the_range_is_that_of_pyproject() -> None:
     from pathlib import Path
 
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert text.count(f'"peft>={versions.OLDEST.removesuffix(".0")}"') == 2  # the extras peft and test
+    wanted = f'"peft>={versions.OLDEST.removesuffix(".0")},<{versions.BEYOND}"'
+    assert text.count(wanted) == text.count('"peft>=') == 2  # the extras peft and test
 
 
 def test_config_fields_are_those_of_spp_and_are_checked() -> None:

@@ -55,6 +55,25 @@ def test_released_and_written_back_it_is_the_same_layer(form: dict) -> None:
     assert torch.equal(layer(x), output)
 
 
+@pytest.mark.parametrize("form", FORMS[:3], ids=str)
+def test_the_order_that_bitsandbytes_chooses_for_some_cpus(form: dict) -> None:
+    import bitsandbytes as bnb
+
+    layer = quantize_linear(linear(64, 128), **form)
+    before = read_quantized(layer, "w", torch.float32)
+    exact, scales = before.dense(), before.scales()
+    state = layer.weight.quant_state
+    layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, state)
+    stored, absmax = layer.weight.data.clone(), state.absmax.clone()
+    expected = torch.where(exact == 0, 0.0, exact / scales.repeat_interleave(64).view(64, 128))
+    expected = expected * scales.bfloat16().float().repeat_interleave(64).view(64, 128)
+    for _ in range(2):  # reading changes nothing
+        weight = read_quantized(layer, "w", torch.float32)
+        torch.testing.assert_close(weight.dense(), expected, rtol=1e-6, atol=0)
+        assert torch.equal(layer.weight.data, stored) and torch.equal(state.absmax, absmax)
+        assert state.packing_format_for_cpu and state.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_quantizing_again_gives_the_same_numbers(form: dict) -> None:
     dense = linear(48, 128)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from spp.errors import ConfigError, NonFiniteError, PatternError
 from spp.pruning.select import (
+    _LONG,
+    _SAMPLE,
     best_in_rows,
     checked_pattern,
     keep_groups,
@@ -52,6 +54,25 @@ def test_rows_equal_a_sorted_list_even_with_ties(rows: int, n: int, levels: int,
     for i in range(rows):
         assert mask[i].tolist() == _sorted_keep(scores[i].tolist(), n - pruned)
         assert best[i].tolist() == sorted(range(n), key=lambda j: (-float(scores[i, j]), j))[: n - pruned]
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "misleading", "infinite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_long_row_is_selected_exactly_whatever_a_sample_of_it_says(kind: str, dtype: torch.dtype) -> None:
+    count = _LONG + 4099
+    scores = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    if kind == "ties":
+        scores[1::2] = 0.25
+    elif kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "misleading":  # what the sample sees lies above all else
+        scores[:: count // _SAMPLE | 1] += 100
+    elif kind == "infinite":
+        scores[::3] = -torch.inf
+    order = torch.sort(scores, descending=True, stable=True).indices
+    for pruned in (1, 7, 2100, count // 2, count - 2100, count - 1):
+        expected = torch.zeros(count, dtype=torch.bool).scatter(0, order[: count - pruned], True)
+        assert torch.equal(keep_of_all(scores, pruned), expected), pruned
 
 
 def test_all_counts_the_whole_tensor_row_by_row() -> None:

@@ -193,6 +193,19 @@ def test_conversion_keeps_what_trains_in_float32() -> None:
     assert made.double().score_A.dtype == torch.float64
 
 
+def test_compiled_it_is_one_opaque_call() -> None:
+    made, x = layer(12, 8), torch.randn(5, 8, dtype=torch.float64)
+    model = nn.Sequential(made, nn.Tanh())
+    compiled = torch.compile(model, backend="eager")
+    for sparsity in (0.37, 0.6):
+        made.sparsity = sparsity
+        y, expected = compiled(x), model(x)
+        assert_same_bits(y, expected)
+        pairs = [torch.autograd.grad(out.square().sum(), made.factors()) for out in (y, expected)]
+        for found, wanted in zip(*pairs, strict=True):
+            assert_same_bits(found, wanted)
+
+
 def test_second_derivatives_are_refused() -> None:
     made, x = layer(12, 8), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 import spp
-from spp.training import Collator, SPPTrainer
+from spp.training import Collator, MaskUpdates, SPPTrainer
 from spp.training.data import TokenBlocks
 from tests.models import prune_nm_, tiny_llama
 
@@ -51,6 +51,7 @@ def trainer(
     eval_data: bool = False,
     callbacks: Any = None,
     loss_chunk: int | None = None,
+    mask_updates: MaskUpdates | None = None,
     **options: Any,
 ) -> SPPTrainer:
     made = SPPTrainer(
@@ -61,6 +62,7 @@ def trainer(
         data_collator=Collator(2),
         callbacks=callbacks,
         loss_chunk=loss_chunk,
+        mask_updates=mask_updates,
     )
     from transformers import PrinterCallback
 

@@ -40,9 +40,10 @@ def test_round_trip_through_json() -> None:
 
 def test_the_adapter_config_has_the_options() -> None:
     adapter = config(
-        r=3, scaling=1.5, dropout=0.25, dropout_mode="alpha", seed=7, target_modules="all-linear"
+        r=3, scaling=1.5, dropout=0.25, dropout_mode="alpha", seed=7, target_modules="all-linear", rule="hira"
     ).adapter_config()
     assert (adapter.r, adapter.scaling, adapter.dropout, adapter.dropout_mode) == (3, 1.5, 0.25, "alpha")
+    assert adapter.rule == "hira"
     assert (adapter.seed, adapter.target_modules) == (7, "all-linear")
 
 
@@ -53,6 +54,7 @@ def test_the_adapter_config_has_the_options() -> None:
         ("scaling", -1.0),
         ("dropout", 1.0),
         ("dropout_mode", "output"),
+        ("rule", "dora"),
         ("target_modules", ()),
         ("data", ()),
         ("data", ""),

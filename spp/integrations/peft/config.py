@@ -111,8 +111,8 @@ class SPPPeftConfig(PeftConfig):
 
     def _masks_now(self) -> dict[str, str]:
         self.require_savable()
-        weights = {path: layer.base_weight() for path, layer in self._layers().items()}
-        return {path: mask_sha256(weight) for path, weight in weights.items() if not weight.is_meta}
+        weights = ((path, layer.base_weight()) for path, layer in self._layers().items())  # one copy at a time
+        return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
 
     def _layers(self) -> dict[str, Any]:
         model = self._owner[0]() if hasattr(self, "_owner") else None

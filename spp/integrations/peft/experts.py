@@ -3,24 +3,27 @@
 The weight stays a parameter of the module that has it, and that module's own forward runs, its products replaced
 (spp.experts). An adapter has W_α (E, r, n) and W_β (E, m, 1), in the files under `<path>.experts.gate_up_proj`.
 
-Known limit: transformers' own `model.load_adapter` looks up submodules where the parameters are and fails for these;
-`PeftModel.from_pretrained` and `spp.load_adapter` read the same directory.
+An adapter lies where its parameter is, under the same name, which attribute access finds first: `FindsAdapters` has a
+model's `get_submodule` find the adapter, as transformers' `model.load_adapter` needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from spp.experts import ExpertsAdapter
+from spp.experts_forward import ExpertsAdapter
+from spp.experts_packed import PackedExperts
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import linear
 from spp.layer_adapted import convert_parameter
 from spp.merge_weight import LayerMerge, merge_experts
+from spp.offload import home, is_offloaded
+from spp.packed import PackedStack
 from spp.rules import get_rule
 from spp.targets_layout import Projection, as_matrices
 
@@ -30,22 +33,37 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     Args:
         projection: the fused weight.
+        packed: hold the weight packed; PackedExperts hand over theirs.
 
     Attributes:
         spp_alpha: {adapter: α (E, Σ r_t, n)}; spp_beta: {adapter: β (E, m, terms)}.
     """
 
-    def __init__(self, projection: Projection) -> None:
+    def __init__(self, projection: Projection, *, packed: bool = False) -> None:
         ExpertsAdapter.__init__(self, projection)
         self._init_terms(get_rule("spp"), projection.path)
         self.grad_precision = "auto"
         self.saved_activations = "full"
         self.training = projection.module.training
+        self.weight_requires_grad = projection.operand.requires_grad
+        before = projection.packed
+        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
+        self._packed_before_merge: tuple[PackedStack, ...] = ()
+        if packed:
+            self.hold_what_is_there()
+            self.take_over()
 
-    @property
-    def weight_requires_grad(self) -> bool:  # type: ignore[override]
-        """Unloading leaves the flag as it is, as PEFT does."""
-        return self.projection.weight.requires_grad
+    def restore(self) -> PackedExperts | None:
+        """Let go of the weight as it is now, flags as PEFT leaves them; what was packed before stays packed."""
+        if self.packed_layout is None:
+            return None
+        for before in self._before:
+            before.hold_packed(self.packed_weight())
+            self.drop_weight()
+            return before
+        self.unpack()
+        self.projection.operand.requires_grad_(self.weight_requires_grad)
+        return None
 
     @property
     def disabled(self) -> bool:  # type: ignore[override]
@@ -56,13 +74,16 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     def has_no_effect(self) -> bool:
         """Whether no active adapter has been trained, and this call trains none."""
-        if torch.is_grad_enabled() or self.weight.device.type != "cpu":  # elsewhere, asking would stall the device
+        on_cpu = self.kept_weight().device.type == "cpu"  # elsewhere, asking would stall the device
+        if torch.is_grad_enabled() or not on_cpu:
             return False
+        if self.training and any(self.spp_dropout[name][0] for name in self.active_names() if name in self.spp_terms):
+            return False  # what a checkpoint recomputes must draw the same numbers
         return not any(bool(self.spp_beta[name].any()) for name in self.active_names() if name in self.spp_terms)
 
     def multiplier(self) -> Callable[[int, Tensor], Tensor]:
         """Return what multiplies an expert's tokens x (t, n) by the active adapters' effective weight."""
-        active, matrices = self.active(), self.projection.matrices()
+        active, weights = self.active(), self.sources()
         assert active is not None
         dropout = active.dropout if self.training else 0.0
         params = list(active.params)
@@ -72,18 +93,40 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         of_experts = list(zip(*(param.unbind(0) for param in params), strict=True))
 
         def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, matrices[expert], None, active.rule, of_experts[expert], active.scaling, dropout
+            given = x, weights[expert], None, active.rule, of_experts[expert], active.scaling, dropout
             return linear(*given, self.grad_precision, self.saved_activations)
 
         return multiply
 
     def kept_weight(self) -> Tensor:
-        """Return the fused weight."""
-        return self.weight
+        """Return the tensor that holds the weight's numbers."""
+        return self.stored_weight
 
     def base_weight(self) -> Tensor:
-        """Return W as it was before any merge."""
-        return self.weight if self._before_merge is None else self._before_merge
+        """Return W as it was before any merge; of a packed one a dense copy."""
+        for packed in self._packed_before_merge:
+            return packed.dense()
+        return self.dense_weight() if self._before_merge is None else self._before_merge
+
+    def home(self) -> torch.device:
+        """Return the device that adapters belong on."""
+        return home(self.projection.module, self.kept_weight())
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the weight offloaded."""
+        return is_offloaded(self.projection.module, self.projection.name)
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return nothing: the parameters are in containers of their own."""
+        return ()
+
+    def base_matrices(self) -> Iterator[Tensor]:
+        """Yield W (m, n) of each expert as it was before any merge; packed ones are decoded when they are asked for."""
+        packed = self._packed_before_merge or (() if self.packed_layout is None else (self.packed_experts(),))
+        for stack in packed:
+            yield from (matrix.dense() for matrix in stack.matrices())
+        if not packed:
+            yield from as_matrices(self.base_weight().detach(), transposed=self.input_axis == -2)
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
         """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here.
@@ -94,10 +137,9 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         active = self.combined(adapters)
         if active is None:
             return None
-        transposed = self.projection.input_axis == -2
-        matrices = as_matrices(self.base_weight().detach(), transposed=transposed)
         params = list(zip(*(param.unbind(0) for param in active.params), strict=True))
-        return merge_experts(active.rule, matrices, params, active.scaling, transposed=transposed, where=self.spp_name)
+        given = active.rule, self.base_matrices(), params, active.scaling
+        return merge_experts(*given, transposed=self.input_axis == -2, where=self.spp_name)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -111,22 +153,34 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         if result is None:
             return
         merged, self.spp_merge = result
-        if self._before_merge is None:
-            self._before_merge = self.weight.data
-        self.weight.data = merged
+        if self.packed_layout is not None:
+            self._packed_before_merge = (self.packed_experts(),)
+            self.hold_dense(merged)
+        else:
+            if not self.merged:
+                self._before_merge = self.weight.data
+            self.weight.data = merged
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
         """Put back the weight that was there before the merge: the same tensor, not a computed one."""
-        if self._before_merge is None:
-            return
-        self.weight.data = self._before_merge.to(self.weight.device)
-        self._before_merge, self.merged_adapters = None, []
+        for packed in self._packed_before_merge:
+            self.projection.release()
+            self.hold_packed(packed)
+        if self._before_merge is not None:
+            self.weight.data = self._before_merge.to(self.weight.device)
+        self._before_merge, self._packed_before_merge, self.merged_adapters = None, (), []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftExperts:
         """Convert or move; α and β follow the device, but stay float32 (float64 where everything becomes that)."""
         if self._before_merge is not None:
             self._before_merge = fn(self._before_merge)
+        self._packed_before_merge = tuple(
+            PackedStack(packed.layout, *(fn(t) for t in packed.tensors())) for packed in self._packed_before_merge
+        )
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else fn(buffer)
+        self.refresh()
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             assert isinstance(container, nn.ParameterDict)
@@ -141,3 +195,35 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         ranks = {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"num_experts={self.num_experts}, {sizes}, r={ranks}"
+
+
+class FindsAdapters:
+    """What stands in for a model's `get_submodule`: it finds submodules that have the name of a parameter beside them.
+
+    Args:
+        model: whose own it replaces, until `remove`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, target: str) -> nn.Module:
+        """Return the submodule at a path; as nn.Module's own, an AttributeError where there is none."""
+        module = self.model
+        for name in target.split(".") if target else ():
+            child = module._modules.get(name)
+            if child is None:
+                return type(self.model).get_submodule(self.model, target)
+            module = child
+        return module
+
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Have a model's adapters of experts be found."""
+        model.__dict__["get_submodule"] = cls(model)
+
+    @classmethod
+    def remove(cls, model: nn.Module) -> None:
+        """Give a model its own look-up back."""
+        if isinstance(model.__dict__.get("get_submodule"), cls):
+            del model.__dict__["get_submodule"]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
-from spp.kernels import PackedSource
+from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import AdaptedLinear, convert_parameter
-from spp.layer_checks import features, input_axis_of
 from spp.layer_packed import HOOKS, PackedLinear, release_weight
 from spp.merge_weight import LayerMerge, merge_tensor
+from spp.offload import execution_device, home, offloader, values
+from spp.offload_hooks import move_hook
+from spp.packed import quantized_kind, read_quantized
 from spp.rules import get_rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import features, input_axis_of
 
 _SPP = get_rule("spp")
 
@@ -26,18 +28,25 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
     """A frozen linear layer and its adapters, as PEFT's machinery handles them.
 
     Args:
-        base_layer: nn.Linear or a subclass, transformers' Conv1D, or a PackedLinear.
+        base_layer: nn.Linear or a subclass, quantized or not, transformers' Conv1D, or a PackedLinear.
         where: the layer's path in the model, for messages and seeds.
         packed: pack the weight, unless it is packed already.
+        dtype: of an 8-bit weight where it is multiplied, as in SPPLinear.
+
+    Attributes:
+        base_layer: what was given; of a quantized weight the PackedLinear that holds it, until this layer is unloaded.
     """
 
-    def __init__(self, base_layer: nn.Module, where: str, *, packed: bool = False) -> None:
+    def __init__(
+        self, base_layer: nn.Module, where: str, *, packed: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         AdaptedLinear.__init__(self)
-        self._packed_here = packed and not isinstance(base_layer, PackedLinear)
+        quantized = read_quantized(base_layer, f"{where}.weight", dtype) if quantized_kind(base_layer) else None
+        self._packed_here = (packed or quantized is not None) and not isinstance(base_layer, PackedLinear)
         self._packed_before_merge: tuple[PackedLinear, ...] = ()  # in a tuple: not a submodule
         if self._packed_here:
             assert isinstance(base_layer, nn.Linear)
-            base_layer = PackedLinear(base_layer, where=where)
+            base_layer = PackedLinear(base_layer, quantized, where=where)
         self.base_layer = base_layer
         self._init_terms(_SPP, where)
         self.out_features, self.in_features = features(base_layer)
@@ -51,19 +60,20 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         """Forget W_eff."""
         self._cached = None
 
-    def frozen(self) -> Tensor | PackedSource:
+    def frozen(self) -> Tensor | WeightSource:
         """Return the base weight."""
         base = self.base_layer
         if isinstance(base, PackedLinear):
-            return PackedSource(base.packed_weight())
+            return PackedSource(base.packed_matrix())
+        if (offloaded := offloaded_weight(base, self.input_axis)) is not None:
+            return offloaded
         weight = base.weight
         assert isinstance(weight, Tensor)
         return weight if self.input_axis == -1 else weight.T
 
     def frozen_bias(self) -> Tensor | None:
         """Return the base's bias."""
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        return bias
+        return None if self.base_layer.bias is None else values(self.base_layer, "bias")
 
     def kept_weight(self) -> Tensor:
         """Return the tensor that holds the base's numbers."""
@@ -74,18 +84,27 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
 
     def base_weight(self) -> Tensor:
         """Return W as it was before any merge, in the layout of the base layer."""
+        if self._packed_before_merge:
+            return self._packed_before_merge[0].weight
         if self._before_merge is not None:
             return self._before_merge
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        base = self.base_layer
+        return base.weight if isinstance(base, PackedLinear) else values(base)
+
+    def home(self) -> torch.device:
+        """Return the device that adapters belong on."""
+        return home(self.base_layer, self.kept_weight())
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the weight offloaded."""
+        return offloader(self.base_layer) is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        with _onloaded(self):
-            return super().forward(x)
+        hook = self.base_layer.__dict__.get("_hf_hook")  # never called itself, the base layer does not align its input
+        return super().forward(x if hook is None else x.to(execution_device(hook) or x.device))
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
         """Return (W_merged, what that did) for some adapters together, in the layout of the base layer.
@@ -122,10 +141,10 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         base = self.base_layer
         if isinstance(base, PackedLinear):
             self._packed_before_merge = (base,)
-            self.base_layer = base.restore()
+            self.base_layer = base.restore(dense=True)
         weight = self.base_layer.weight
         assert isinstance(weight, nn.Parameter)
-        if self._before_merge is None:
+        if self._before_merge is None and not self._packed_before_merge:
             self._before_merge = weight.data
         weight.data = merged
         self.merged_adapters = [*self.merged_adapters, *names]
@@ -133,19 +152,21 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
 
     def unmerge(self) -> None:
         """Put back the weight that was there before the merge: the same tensor, not a computed one."""
-        if self._before_merge is None:
+        if not self.merged:
             return
         weight = self.base_layer.weight
         assert isinstance(weight, nn.Parameter)
         if self._packed_before_merge:
+            (packed,), self._packed_before_merge = self._packed_before_merge, ()
             release_weight(self.base_layer)
-            (self.base_layer,), self._packed_before_merge = self._packed_before_merge, ()
-        else:
+            move_hook(self.base_layer, packed)
+            self.base_layer = packed
+        elif self._before_merge is not None:
             weight.data = self._before_merge.to(weight.device)
         self._before_merge, self.merged_adapters = None, []
 
     def unpack_base(self) -> None:
-        """Have the base layer hold a dense weight again, if it was this layer that packed it."""
+        """Have the base layer be what it was, if it was this layer that packed it, or holds it for being quantized."""
         if self._packed_here and isinstance(self.base_layer, PackedLinear):
             self.base_layer = self.base_layer.restore()
 
@@ -162,6 +183,8 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             super()._apply(fn, recurse)
             if self._before_merge is not None:
                 self._before_merge = fn(self._before_merge)
+            for packed in self._packed_before_merge:
+                packed._apply(fn)
         finally:
             self._modules.update(containers)
         dtype = arithmetic_dtype(self.kept_weight().dtype)
@@ -175,13 +198,3 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         """Return what `repr` shows between the brackets."""
         ranks = {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
         return f"in_features={self.in_features}, out_features={self.out_features}, r={ranks}"
-
-
-@contextlib.contextmanager
-def _onloaded(layer: SPPPeftLinear) -> Iterator[None]:
-    """Have the weight of an offloaded base layer on its device for one call, as accelerate's hook on it would."""
-    if not hasattr(layer.base_layer, "_hf_hook"):
-        yield
-        return
-    with onload_layer(layer):
-        yield

@@ -15,19 +15,22 @@ from torch import nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, MaskError, TargetError, WrapError
-from spp.experts import adapt_experts, adapters_of, check_experts, release_experts
+from spp.experts import check_experts
+from spp.experts_forward import adapt_experts, adapters_of, release_experts
 from spp.files import mask_sha256
 from spp.inject import check_rank_pattern, is_wrapped
 from spp.inject_dense import warn_dense
+from spp.inject_quantized import check_quantizer, dtype_of_model, forget_quantizer
 from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
 from spp.integrations.peft.config import SPPPeftConfig
-from spp.integrations.peft.experts import SPPPeftExperts
+from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
 from spp.integrations.peft.layer import SPPPeftLinear
 from spp.integrations.peft.method import PREFIX
 from spp.integrations.peft.terms import TermsLayer
 from spp.layer_checks import check_linear
+from spp.layer_packed import PackedLinear
 from spp.merge import describe_base, report_merge
-from spp.packed import quantized_kind
+from spp.offload import check_offloading
 from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection
 
@@ -51,6 +54,8 @@ class SPPPeftModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SPPPeftConfig, model_config: Any) -> SPPPeftConfig:
         """Choose the targets as `spp.wrap` does, check all of them, and write their names into the config."""
         model = self.model
+        check_quantizer(model)
+        check_offloading(model)
         if is_wrapped(model):
             raise WrapError(
                 "the model is wrapped by spp.wrap: keep its adapter with spp.save_adapter(model, path), call "
@@ -66,22 +71,18 @@ class SPPPeftModel(BaseTuner):
                 continue
             module = target.module.base_layer if isinstance(target.module, SPPPeftLinear) else target.module
             assert isinstance(module, nn.Module)
-            if quantized_kind(module):
-                raise ConfigError(
-                    f"{target.path} is quantized: the plug-in adapts unquantized bases; spp.wrap(model) trains on "
-                    f"bitsandbytes' 4 and 8 bits, and PEFT reads the adapters that spp.save_adapter writes"
-                )
             check_linear(module, config, target.path, config.rank_for(target.path))
         _check_masks(chosen, peft_config)
         warn_dense(fresh, "pack" if config.packed else "train")
         peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
+        self._dtype = dtype_of_model(model)
         self._fused = {target.path: target for target in chosen if target.fused}
         peft_config.target_parameters = list(self._fused)  # no field, so not stored: it makes PEFT ask for these
         return peft_config
 
     def _check_target_module_exists(self, peft_config: SPPPeftConfig, key: str) -> Any:
         """Leave the adapters beside fused weights to `_inject_parameters`: they have the paths of parameters."""
-        return key not in self._fused and super()._check_target_module_exists(peft_config, key)
+        return not {key, f"{key}.weight"} & self._fused.keys() and super()._check_target_module_exists(peft_config, key)
 
     def _inject_parameters(
         self, peft_config: SPPPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -94,14 +95,14 @@ class SPPPeftModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
                 layer = _tuner_layer(target)
                 if layer is None:
-                    layer = SPPPeftExperts(target)
+                    layer = SPPPeftExperts(target, packed=config.packed)
                     adapt_experts({target.name: layer})
                 layer.update_layer(adapter_name, config, peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-        known = (
-            self.targeted_parameter_names
-        )  # PEFT 0.20 looks there for what was found, later ones at what is returned
+        if self._fused:
+            FindsAdapters.install(model)
+        known = self.targeted_parameter_names  # PEFT 0.20 looks there for what was found, later ones at the result
         known.extend(path for path in self._fused if path not in known)
         return list(self._fused)
 
@@ -119,7 +120,7 @@ class SPPPeftModel(BaseTuner):
         if isinstance(target, SPPPeftLinear):
             layer = target
         else:
-            layer = SPPPeftLinear(target, current_key, packed=config.packed)
+            layer = SPPPeftLinear(target, current_key, packed=config.packed, dtype=self._dtype)
         layer.update_layer(adapter_name, config, peft_config.inference_mode)
         if layer is target:
             return
@@ -203,6 +204,7 @@ class SPPPeftModel(BaseTuner):
         Raises:
             NonFiniteError, MaskError: as for `spp.merge`.
         """
+        self._check_in_memory()
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names)
@@ -215,20 +217,29 @@ class SPPPeftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         layers = tuner_layers(self.model)
+        if merge:
+            self._check_in_memory()
         if merge and safe_merge:
             self._check_merge(adapter_names)
         if not merge:
             for layer in layers.values():
                 if isinstance(layer, SPPPeftLinear):
                     layer.unpack_base()
+        if any(layer.is_offloaded() for layer in layers.values()):
+            return self._unload_offloaded(layers)
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
-        for layer in layers.values():
+        for path, layer in layers.items():
             if isinstance(layer, SPPPeftExperts):
                 if merge:
                     layer.merge(adapter_names=adapter_names)
-                release_experts(layer.projection.module)
+                release_experts(layer.projection.module, SPPPeftExperts)
+            elif isinstance(layer, SPPPeftLinear) and isinstance(layer.base_layer, PackedLinear) and merge:
+                layer.unpack_base()  # no adapter to merge was in it
+                model.set_submodule(path, layer.base_layer)
+        FindsAdapters.remove(model)
+        forget_quantizer(model)
         results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
         if results:
             merged = {
@@ -239,6 +250,29 @@ class SPPPeftModel(BaseTuner):
             base = describe_base(model, merged)
             logger.info("%r", report_merge(model, results, base))
         return model
+
+    def _unload_offloaded(self, layers: dict[str, TermsLayer]) -> nn.Module:
+        """Take the adapters out of an offloaded model; PEFT's own way would load all of it at once."""
+        for path, layer in layers.items():
+            if isinstance(layer, SPPPeftLinear):
+                self.model.set_submodule(path, layer.base_layer)
+            elif isinstance(layer, SPPPeftExperts):
+                release_experts(layer.projection.module)
+        for path, module in list(self.model.named_modules()):
+            if hasattr(module, "unload_and_optionally_merge_module"):  # of modules_to_save
+                unload: Any = module.unload_and_optionally_merge_module
+                self.model.set_submodule(path, unload(merge=False, safe_merge=False, adapter_names=None))
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def _check_in_memory(self) -> None:
+        """Raise a ConfigError where accelerate has a weight offloaded, to where merging does not write."""
+        away = [path for path, layer in tuner_layers(self.model).items() if layer.is_offloaded()]
+        if away:
+            raise ConfigError(
+                f"{away[0]} is offloaded by accelerate, and the plug-in merges what is in memory. Save the adapter and "
+                f"merge on disk: `spp merge BASE ADAPTER OUT` (spp.merge_checkpoint) reads PEFT's directories"
+            )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in tuner_layers(self.model).values():
@@ -301,7 +335,7 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
         if expected is None:
             continue
         layer = _tuner_layer(target)
-        weight = target.weight if layer is None else layer.base_weight()
+        weight = target.dense_weight() if layer is None else layer.base_weight()
         if not weight.is_meta and mask_sha256(weight) != expected:
             differing.append(target.path)
     if differing:

@@ -18,6 +18,7 @@ from spp.errors import ConfigError
 from spp.inject import layer_generator
 from spp.layer_adapted import Active
 from spp.merge_weight import LayerMerge
+from spp.offload_hooks import HookedAdapter
 from spp.rules import Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.terms import TermsRule
@@ -33,6 +34,14 @@ class Term(NamedTuple):
 
     rank: int
     scaling: float
+
+
+class AdapterDict(HookedAdapter, nn.ParameterDict):
+    """Parameters by the name of their adapter, which no hook of accelerate takes away."""
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return all names."""
+        return tuple(self._parameters)
 
 
 class TermsLayer(BaseTunerLayer):
@@ -56,8 +65,8 @@ class TermsLayer(BaseTunerLayer):
     def _init_terms(self, rule: Rule, where: str) -> None:
         self.spp_rule = rule
         self.spp_name = where
-        self.spp_alpha = nn.ParameterDict()
-        self.spp_beta = nn.ParameterDict()
+        self.spp_alpha = AdapterDict()
+        self.spp_beta = AdapterDict()
         self.spp_terms: dict[str, tuple[Term, ...]] = {}
         self.spp_dropout: dict[str, tuple[float, str]] = {}
         self.spp_merge: LayerMerge | None = None
@@ -69,7 +78,15 @@ class TermsLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def base_weight(self) -> Tensor:
-        """Return W as it was before any merge, as it is stored."""
+        """Return W as it was before any merge, as it is stored; an offloaded one with its numbers."""
+        raise NotImplementedError
+
+    def home(self) -> torch.device:
+        """Return the device that adapters belong on."""
+        raise NotImplementedError
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the weight offloaded."""
         raise NotImplementedError
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
@@ -97,7 +114,7 @@ class TermsLayer(BaseTunerLayer):
     ) -> None:
         """Put an adapter's parameters in place: α (…, Σ r_t, n) and β (…, m, terms)."""
         self.drop_cache()
-        device = self.kept_weight().device
+        device = self.home()
         for name, param in zip(self.adapter_layer_names, params, strict=True):
             moved = param if device.type == "meta" else param.to(device)
             getattr(self, name)[adapter] = nn.Parameter(moved)
@@ -153,11 +170,11 @@ class TermsLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to its base; in its own dtype, not the base's."""
-        kept = self.kept_weight()
+        dtype, home = arithmetic_dtype(self.kept_weight().dtype), self.home()
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].is_meta and not kept.is_meta:
+            if adapter_name in container and not container[adapter_name].is_meta and home.type != "meta":
                 parameter = container[adapter_name]
-                moved = parameter.detach().to(device or kept.device, arithmetic_dtype(kept.dtype))
+                moved = parameter.detach().to(device or home, dtype)
                 if moved is not parameter.detach():
                     container[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)

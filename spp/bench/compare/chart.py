@@ -1,0 +1,113 @@
+"""Quality against cost: perplexity over the time of a step, and over the parameters that train."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spp.bench.compare.contenders import REFERENCE, parse_contender
+from spp.bench.compare.summary import Summary, summaries
+from spp.bench.compare.tables import AT_AN_END, notes, title
+from spp.errors import DataError
+from spp.files import atomic_file
+from spp.report_plot import OURS, check_plot
+
+FILLS = "#c2543d"  # of contenders that do not keep the zeros
+_PEERS = "#77848e"
+_WIDTH, _NAMES, _HEIGHT = 5.0, 2.4, 5.2  # of a panel, of the list of names, of the chart, in inches
+
+
+def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
+    """Write the chart: points are numbered from the best, and named beside the panels.
+
+    Args:
+        contents: of results.json.
+        path: the file; its ending is the format.
+        overwrite: replace the file.
+
+    Raises:
+        DataError: no contender has a perplexity yet.
+        ConfigError, DependencyError: the format is not known, or matplotlib is missing.
+    """
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [one for one in summaries(contents) if one.perplexities]
+    if not found:
+        raise DataError("there is nothing to draw: no contender has a perplexity yet")
+    timed = any(one.cost is not None for one in found)
+    panels: list[tuple[str, Callable[[Summary], float | None], bool]] = [("parameters that train", _parameters, True)]
+    if timed:
+        panels.insert(0, (f"time of a step, relative to {REFERENCE}", _time, False))
+    width = _WIDTH * len(panels) + _NAMES
+    figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(textwrap.fill(title(contents), round(9 * width)), fontsize=11)
+    ratios = [_WIDTH] * len(panels) + [_NAMES]
+    *axes, names = figure.subplots(1, len(panels) + 1, squeeze=False, width_ratios=ratios)[0]
+    for one, (label, position, logarithmic) in zip(axes, panels, strict=True):
+        _panel(one, found, position, logarithmic)
+        one.set_xlabel(label, fontsize=9)
+    axes[0].set_ylabel("perplexity", fontsize=9)
+    _list(names, found)
+    text = " ".join(line for line in notes(contents) if not line.startswith(AT_AN_END))
+    figure.supxlabel(textwrap.fill(text, round(17 * width)), fontsize=6.5, color="#555555")
+    with atomic_file(path, overwrite=overwrite) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
+
+
+def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], float | None], logarithmic: bool) -> None:
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    axes.set_yscale("log")
+    if logarithmic:
+        axes.set_xscale("log")
+    for number, one in reversed(list(enumerate(found, start=1))):  # the best lies on top
+        x, mean = position(one), _mean(one)
+        if x is None:
+            continue
+        spread = [[mean - min(one.perplexities)], [max(one.perplexities) - mean]]
+        axes.errorbar(x, mean, yerr=spread, fmt="none", ecolor=_colour(one), capsize=2, elinewidth=1)
+        axes.plot(x, mean, "o", color=_colour(one), markersize=12, markeredgecolor="white", markeredgewidth=0.8)
+        axes.annotate(str(number), (x, mean), ha="center", va="center", fontsize=7, color="white")
+    axes.margins(x=0.12, y=0.1)
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.grid(True, color="#eeeeee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _list(axes: Any, found: Sequence[Summary]) -> None:
+    """Write the names, the best on top, and what the colours mean."""
+    axes.set_axis_off()
+    step = min(0.055, 0.8 / len(found))
+    for i, one in enumerate(found):
+        text = f"{i + 1:>2}  {one.contender}  {_mean(one):.2f}"
+        axes.text(0, 1 - i * step, text, transform=axes.transAxes, fontsize=8, va="top", color=_colour(one))
+    meaning = [("spp", OURS), ("peers that keep the zeros", _PEERS), ("zeros filled or moved", FILLS)]
+    for i, (text, colour) in enumerate(reversed(meaning)):
+        axes.text(0, 0.05 * i, f"● {text}", transform=axes.transAxes, fontsize=8, color=colour)
+
+
+def _mean(one: Summary) -> float:
+    return sum(one.perplexities) / len(one.perplexities)
+
+
+def _colour(one: Summary) -> str:
+    if one.zeros_kept is not None and one.zeros_kept < 1:
+        return FILLS
+    return OURS if parse_contender(one.contender).kind.startswith("spp") else _PEERS
+
+
+def _parameters(one: Summary) -> float:
+    return float(one.row["trainable"])
+
+
+def _time(one: Summary) -> float | None:
+    return None if one.cost is None else float(one.cost["this_to_reference_wall"]["median"])

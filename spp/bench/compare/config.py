@@ -1,0 +1,162 @@
+"""CompareConfig: what is compared, on what, how long, and how a learning rate is chosen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp.bench.compare.contenders import Contender, parse_contender, parse_contenders
+from spp.errors import ConfigError
+from spp.training.config import TuneConfig
+
+BUDGETS = ("steps", "time", "parameters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """The options of a comparison.
+
+    Args:
+        model: directory or hub id of the pruned model.
+        output_dir: where results.json, results.md and results.png go.
+        data: training files, as in TuneConfig: text, or instruction rows, of which the answers are learned.
+        contenders: names (spp.bench.compare.contenders) and groups: main, ranks, dropout, ablations.
+        dense: the model before it was pruned: for a row of its own, for PST to start from, for mask updates; None
+            leaves them out.
+        eval_text: text to measure on; None holds back part of the training data.
+        lr: learning rates: "4e-3" for every contender, "hira=4e-3,1e-2" for one (a name or a kind); what is not named
+            takes those of its kind.
+        extend: how many learning rates beyond the given ones may be tried where the best is the lowest or highest.
+        seeds: of initial values and order of data; learning rates are searched with the first.
+        budget: "steps": each contender gets `steps`; "time": as many as fit into the time of the reference's;
+            "parameters": contenders with a rank get the one whose parameters are nearest to the reference's.
+        steps: optimizer steps, of the reference where the budget is time.
+        batch_size, block_length: rows and tokens of a step.
+        window: tokens of a window of text.
+        test_windows, validation_windows: windows of text, or instruction rows, to measure on and to choose by.
+        cost_rounds: interleaved rounds for step times; 0 measures no cost.
+        dtype: to load models in.
+        overwrite: begin anew in an output directory that holds results.
+        resume: go on with the results in the output directory.
+        data_format, completions_only, weight_decay, warmup_ratio, schedule, max_grad_norm, device: as in TuneConfig.
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it.
+    """
+
+    model: str | os.PathLike[str]
+    output_dir: str | os.PathLike[str]
+    data: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...]
+    contenders: tuple[str, ...] = ("main",)
+    dense: str | os.PathLike[str] | None = None
+    eval_text: str | os.PathLike[str] | None = None
+    lr: tuple[str, ...] = ()
+    extend: int = 1
+    seeds: tuple[int, ...] = (0,)
+    budget: str = "steps"
+    steps: int = 100
+    batch_size: int = 2
+    block_length: int = 128
+    window: int = 512
+    test_windows: int = 20
+    validation_windows: int = 10
+    cost_rounds: int = 5
+    dtype: str = "float32"
+    overwrite: bool = False
+    resume: bool = False
+    data_format: str = "auto"
+    completions_only: bool = True
+    weight_decay: float = 0.001
+    warmup_ratio: float = 0.03
+    schedule: str = "linear"
+    max_grad_norm: float = 1.0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("contenders", "lr", "seeds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.budget not in BUDGETS:
+            raise ConfigError(f"budget is {self.budget!r}; known: {', '.join(BUDGETS)}")
+        for name, least in (("extend", 0), ("test_windows", 1), ("validation_windows", 1), ("cost_rounds", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
+        if self.budget == "time" and not self.cost_rounds:
+            raise ConfigError("budget is 'time', which needs the time of a step, but cost_rounds is 0")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"seeds is {self.seeds!r}; it must name each seed once, and one at least")
+        for seed in self.seeds:
+            self.recipe(1.0, seed)  # checks the options that it shares with tuning
+        self.learning_rates(self.parsed())
+        needy = [contender.name for contender in self.parsed() if contender.needs_dense]
+        if needy and self.dense is None:
+            raise ConfigError(f"dense is None, but {', '.join(needy)} needs the dense model: say where it is")
+
+    def parsed(self) -> list[Contender]:
+        """Return the contenders, each once, in order."""
+        return parse_contenders(self.contenders)
+
+    def learning_rates(self, contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:
+        """Return {contender's name: learning rates to try, ascending}; those of its name, its kind, all, or its own."""
+        given: dict[str, list[float]] = {}
+        for text in self.lr:
+            name, equals, numbers = text.rpartition("=")
+            name = parse_contender(name).name if equals else ""
+            given.setdefault(name, []).extend(_numbers(text, numbers))
+        chosen = {}
+        for contender in contenders:
+            found = next((given[n] for n in (contender.name, contender.kind, "") if n in given), contender.lrs)
+            chosen[contender.name] = tuple(sorted(set(found)))
+        return chosen
+
+    def recipe(self, lr: float, seed: int, steps: int | None = None) -> TuneConfig:
+        """Return the options of one training run; every contender's are the same but for these three."""
+        return TuneConfig(
+            data=self.data,
+            output_dir=self.output_dir,
+            model=self.model,
+            eval_text=self.eval_text,
+            lr=lr,
+            seed=seed,
+            steps=steps or self.steps,
+            batch_size=self.batch_size,
+            block_length=self.block_length,
+            eval_window=self.window,
+            dtype=self.dtype,
+            data_format=self.data_format,
+            completions_only=self.completions_only,
+            weight_decay=self.weight_decay,
+            warmup_ratio=self.warmup_ratio,
+            schedule=self.schedule,
+            max_grad_norm=self.max_grad_norm,
+            device=self.device,
+            overwrite=self.overwrite,
+            resume=self.resume,
+        )
+
+    def conditions(self) -> dict[str, Any]:
+        """Return what all rows of one results.json share, paths by their last part: they differ between machines."""
+        recipe = self.recipe(1.0, 0)
+        names = ("budget", "steps", "batch_size", "block_length", "test_windows", "validation_windows", "dtype")
+        shared = ("data_format", "completions_only", "weight_decay", "warmup_ratio", "schedule", "max_grad_norm")
+        return {
+            **{name: getattr(self, name) for name in (*names, *shared)},
+            "window": self.window,
+            "model": Path(str(self.model)).name,
+            "dense": None if self.dense is None else Path(str(self.dense)).name,
+            "data": [Path(name).name for name in recipe.data_files],
+            "eval_text": None if self.eval_text is None else Path(str(self.eval_text)).name,
+        }
+
+
+def _numbers(text: str, numbers: str) -> list[float]:
+    try:
+        found = [float(number) for number in numbers.split(",")]
+    except ValueError:
+        raise ConfigError(f"lr is {text!r}; it must be a number, or CONTENDER=number,number") from None
+    if not all(0 < number < float("inf") for number in found):
+        raise ConfigError(f"lr is {text!r}; a learning rate must be a finite number above 0")
+    return found

@@ -1,0 +1,250 @@
+"""How each contender adapts a pruned model, what happens while it trains, and how it gives a plain model back."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import spp.pst as pst
+from spp.bench.compare.contenders import Contender
+from spp.bench.harness import installed, require_peft
+from spp.certificate import report_from_tensors
+from spp.errors import ConfigError, TargetError
+from spp.inject import adapter_layers, wrap
+from spp.merge import merge
+from spp.patterns import nonzero_mask
+from spp.targets import name_targets, projection_weights, resolve_projections
+from spp.training.mask_updates import MaskUpdates
+from spp.training.sparsity_schedule import SparsitySchedule
+
+
+@dataclass
+class Adapted:
+    """A model ready to be trained.
+
+    Attributes:
+        model: what trains: the parameters that require gradients.
+        finish: gives the plain model, merged; call it once.
+        callbacks: of transformers' Trainer.
+        settle: brings it to what a step costs most of the time, without training.
+    """
+
+    model: nn.Module
+    finish: Callable[[], nn.Module]
+    callbacks: list[Any] = field(default_factory=list)
+    settle: Callable[[], object] = lambda: None
+
+    def trainable(self) -> int:
+        """Return the number of parameters that train."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The zeros that a contender which makes its own has to end with: as the pruned model has them.
+
+    Attributes:
+        pattern: "N:M", or None.
+        sparsity: the share of zeros in the pruned weights.
+    """
+
+    pattern: str | None
+    sparsity: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Goal:
+        """Return that of a pruned, plain model."""
+        pruned = [t for t in report_from_tensors(projection_weights(model)).tensors.values() if t.zeros]
+        patterns = {t.pattern for t in pruned}
+        pattern = patterns.pop() if len(patterns) == 1 else ""
+        size = sum(math.prod(t.shape) for t in pruned)
+        return cls(pattern if ":" in pattern else None, sum(t.zeros for t in pruned) / size if size else 0.0)
+
+
+def adapt(
+    contender: Contender,
+    model: nn.Module,
+    seed: int,
+    goal: Goal | None = None,
+    dense: str | os.PathLike[str] | None = None,
+) -> Adapted:
+    """Adapt a model in place.
+
+    Args:
+        contender: which.
+        model: plain and pruned, or dense for a contender that starts from that.
+        seed: of the initial values.
+        goal: what the pruned model has; None reads it from `model`.
+        dense: where the dense model is, for contenders that need it.
+
+    Raises:
+        ConfigError: an option makes no sense for the method or the model.
+        DependencyError: it is PEFT's, and PEFT is missing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = dict(contender.options)
+        if contender.kind in _PST:
+            return _pst(model, seed, options, goal or Goal.of(model))
+        if contender.kind == "spp-mask-updates":
+            return _mask_updates(model, seed, options, dense)
+        return _METHODS[contender.kind](model, seed, options)
+
+
+def _wrapped(rule: str, model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    wrap(model, rule=rule, seed=seed, **options)
+
+    def finish() -> nn.Module:
+        merge(model)
+        return model
+
+    return Adapted(model, finish)
+
+
+def _without_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    adapted = _wrapped("spp", model, seed, options)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            alpha, beta = layer.adapter_parameters()
+            alpha.zero_()
+            beta.fill_(1.0).requires_grad_(False)
+    return adapted
+
+
+def _random_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    adapted = _wrapped("spp", model, seed, options)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            _, beta = layer.adapter_parameters()
+            nn.init.uniform_(beta, -1.0, 1.0)  # Kaiming-uniform with a = √5, as α, for its one column
+    return adapted
+
+
+def _peft(kind: str, model: nn.Module, options: Mapping[str, Any]) -> Adapted:
+    peft = require_peft()
+    if not hasattr(peft, kind):
+        raise ConfigError(f"peft {installed('peft')} has no {kind}; leave the contender out, or install a newer peft")
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(**options))
+
+    def finish() -> nn.Module:
+        plain: nn.Module = adapted.merge_and_unload()
+        return plain
+
+    return Adapted(adapted, finish)
+
+
+def _hira(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    return _peft("HiraConfig", model, {"r": options["r"], "target_modules": _targets(model)})
+
+
+def _lora(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    r = options["r"]
+    return _peft("LoraConfig", model, {"r": r, "lora_alpha": r * options["scaling"], "target_modules": _targets(model)})
+
+
+def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    masks = masks_of(model)
+    adapted = _lora(model, seed, options)
+    merged = adapted.finish
+
+    def finish() -> nn.Module:
+        plain = merged()
+        with torch.no_grad():
+            for name, weight, _ in projection_weights(plain):
+                weight.mul_(masks[name].to(weight.device))
+        return plain
+
+    return Adapted(adapted.model, finish)
+
+
+def _ia3(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    """IA³ where its paper has it; PEFT's own table knows the names of an architecture, and these are the usual ones."""
+    names = _targets(model)
+    own = {"k_proj", "v_proj", "down_proj"}
+    chosen = {} if not own <= set(names) else {"target_modules": sorted(own), "feedforward_modules": ["down_proj"]}
+    return _peft("IA3Config", model, chosen)
+
+
+def _norms(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    model.requires_grad_(False)
+    trained = [
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "bias" or "norm" in type(module).__name__.lower()
+    ]
+    if not trained:
+        raise TargetError(f"{type(model).__name__} has neither norm weights nor biases to train")
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return Adapted(model, lambda: model)
+
+
+def _full(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
+    model.requires_grad_(True)
+    masks, parameters = masks_of(model), dict(model.named_parameters())
+    for name, mask in masks.items():
+        if not bool(mask.all()):
+            # AdamW leaves a zero whose gradient is always zero where it is.
+            parameters[name].register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
+    return Adapted(model, lambda: model)
+
+
+def _pst(model: nn.Module, seed: int, options: dict[str, Any], goal: Goal) -> Adapted:
+    """PST with its authors' schedule; the classifier heads that it would train as a whole are not causal models'."""
+    final = None if goal.pattern else goal.sparsity
+    pst.wrap(model, options["r"], mask_rank=options["r"], pattern=goal.pattern, seed=seed)
+    schedule = SparsitySchedule(final)
+    schedule.fit(model)
+    return Adapted(model, lambda: pst.convert(model), [schedule], lambda: pst.set_sparsity(model, schedule.at(1, 1)))
+
+
+def _mask_updates(
+    model: nn.Module, seed: int, options: dict[str, Any], dense: str | os.PathLike[str] | None
+) -> Adapted:
+    assert dense is not None, "checked by CompareConfig"
+    updates = MaskUpdates(dense, every=options.pop("every"), fraction=options.pop("fraction"))
+    adapted = _wrapped("spp", model, seed, options)
+    updates.attach(model)
+    return Adapted(model, adapted.finish, [updates])
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return {name: True where a weight is not zero} of the projections of a plain model."""
+    return {name: nonzero_mask(weight) for name, weight, _ in projection_weights(model)}
+
+
+def _targets(model: nn.Module) -> list[str]:
+    """Return the names that mean the projections that `spp.wrap` would adapt."""
+    return list(name_targets(model, list(resolve_projections(model))))
+
+
+RULES_OF = {  # the kinds that `spp.wrap` makes, and their rules
+    "spp": "spp",
+    "spp-no-beta": "spp",
+    "spp-random-beta": "spp",
+    "spp-mask-updates": "spp",
+    "hira-rule": "hira",
+    "masked-lora": "masked_lora",
+}
+_PST = ("pst", "pst-pruned")
+_METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
+    "spp": partial(_wrapped, "spp"),
+    "spp-no-beta": _without_beta,
+    "spp-random-beta": _random_beta,
+    "hira": _hira,
+    "hira-rule": partial(_wrapped, "hira"),
+    "masked-lora": partial(_wrapped, "masked_lora"),
+    "lora-remasked": _lora_remasked,
+    "lora": _lora,
+    "ia3": _ia3,
+    "norms": _norms,
+    "full": _full,
+}

@@ -1,0 +1,147 @@
+"""results.json: what a comparison has found so far.
+
+    format_version   1
+    conditions       what all rows share (CompareConfig.conditions), and hashes of the masks and the held-out data
+    baselines        {"pruned", "dense": validation and test perplexity, sparsity}
+    rows             {key: one trial}, key = "<contender>, lr …, seed …, … steps"
+    costs            {contender: time and memory of a step against the reference's}
+
+Every change is read, added and written again, atomically and under a lock, so that several processes can work on one
+file, and a killed one loses no more than the trial that it was in. Such a trial is claimed while it runs: the claim is
+a locked file, and the system takes the lock away from a process that ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spp.errors import CheckpointError, ConfigError, OutputExistsError
+from spp.files import atomic_file, output_error, read_json, write_json
+from spp.files.leftovers import lock
+
+NAME = "results.json"
+FORMAT_VERSION = 1
+_LOCK, _CLAIMS = ".lock", ".claims"
+_WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
+
+
+class Results:
+    """The results in a directory.
+
+    Args:
+        directory: of results.json; made if it is not there.
+        conditions: what all rows share.
+        resume: go on with results that are there. overwrite: begin anew.
+
+    Raises:
+        OutputExistsError: there are results, and neither option is given.
+        ConfigError: those that are there were found under other conditions, which are named.
+        CheckpointError: the file is malformed or of a newer version.
+    """
+
+    def __init__(
+        self, directory: Path, conditions: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.directory = directory
+        self.path = directory / NAME
+        with self._locked():
+            if self.path.exists() and not (resume or overwrite):
+                raise OutputExistsError(
+                    f"{self.path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another "
+                    f"directory"
+                )
+            if self.path.exists() and not overwrite:
+                _check_conditions(self.path, self._read()["conditions"], conditions)
+            else:
+                self._write(
+                    {
+                        "format_version": FORMAT_VERSION,
+                        "conditions": dict(conditions),
+                        "baselines": {},
+                        "rows": {},
+                        "costs": {},
+                    }
+                )
+
+    def read(self) -> dict[str, Any]:
+        """Return the contents of the file."""
+        with self._locked():
+            return self._read()
+
+    def add(self, part: str, key: str, value: Mapping[str, Any]) -> None:
+        """Add an entry to "rows", "costs" or "baselines"."""
+        with self._locked():
+            contents = self._read()
+            contents[part][key] = dict(value)
+            self._write(contents)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Yield whether this process may work on `key`: no other one does."""
+        path = self.directory / _CLAIMS / hashlib.sha256(key.encode()).hexdigest()[:32]
+        handle = _open(path)
+        try:
+            yield lock(handle) is not False  # None: no such locks here, and then no second process either
+        finally:
+            os.close(handle)
+
+    def once(self, part: str, key: str, find: Callable[[], Mapping[str, Any]]) -> bool:
+        """Find and add an entry, unless it is there or another process is at it; return whether this one did."""
+        if key in self.read()[part]:
+            return False
+        with self.claim(f"{part} {key}") as mine:
+            if not mine or key in self.read()[part]:
+                return False
+            self.add(part, key, find())
+        return True
+
+    def _read(self) -> dict[str, Any]:
+        contents = read_json(self.path, "the results")
+        version = contents.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{self.path} has format_version {version!r}; this spp reads {FORMAT_VERSION}")
+        if not all(isinstance(contents.get(part), dict) for part in ("conditions", "baselines", "rows", "costs")):
+            raise CheckpointError(f"{self.path} is malformed: it lacks conditions, baselines, rows or costs")
+        return contents
+
+    def _write(self, contents: Mapping[str, Any]) -> None:
+        with atomic_file(self.path, overwrite=True) as temporary:
+            write_json(temporary, contents)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        handle = _open(self.directory / _LOCK)
+        try:
+            while lock(handle) is False:
+                time.sleep(_WAIT)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _open(path: Path) -> int:
+    """Return the handle of a file to lock, made where it is not there; an OutputError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise output_error(error, path) from error
+
+
+def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differing = [
+        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} was found under other conditions, so its rows cannot be compared with new ones: "
+            f"{'; '.join(differing)}. Choose another output directory, or the same options"
+        )

@@ -1,0 +1,253 @@
+"""Which trial is next: each contender's learning rates with the first seed, further ones where the best is at an end,
+then the other seeds at the best; every trial that results.json has is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spp.bench.compare import cost, trial
+from spp.bench.compare.config import CompareConfig
+from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
+from spp.bench.compare.data import load
+from spp.bench.compare.methods import RULES_OF
+from spp.bench.compare.results import Results
+from spp.bench.compare.tables import markdown
+from spp.bench.compare.trial import Trial
+from spp.certificate import fingerprint
+from spp.files import atomic_file, mask_sha256
+from spp.report import time_text
+from spp.rules import get_rule
+from spp.targets import projection_weights, resolve_projections
+from spp.training.loading import load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+REPORT = "results.md"
+_WAIT = 1.0  # seconds
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison has to run.
+
+    Args:
+        contenders: in order.
+        lrs: {contender's name: learning rates, ascending}.
+        steps: {contender's name: optimizer steps}.
+        seeds: the first is that of the search.
+        extend: learning rates beyond the given ones, at most.
+    """
+
+    contenders: Sequence[Contender]
+    lrs: Mapping[str, Sequence[float]]
+    steps: Mapping[str, int]
+    seeds: Sequence[int]
+    extend: int
+
+    def pending(self, rows: Rows) -> Iterator[tuple[Contender, Trial]]:
+        """Yield what can run now, in order of importance: searches first, then seeds."""
+        for contender in self.contenders:
+            for lr in self.searched(contender, rows):
+                one = self.trial(contender, lr, self.seeds[0])
+                if one.key not in rows:
+                    yield contender, one
+        for contender in self.contenders:
+            best = self.best(contender, rows)
+            for seed in self.seeds[1:] if best is not None else ():
+                one = self.trial(contender, best, seed)  # type: ignore[arg-type]
+                if one.key not in rows:
+                    yield contender, one
+
+    def searched(self, contender: Contender, rows: Rows) -> list[float]:
+        """Return the learning rates of a search as far as they are known: the given ones, and those beyond."""
+        lrs = sorted(self.lrs[contender.name])
+        for _ in range(self.extend if len(lrs) > 1 else 0):
+            best = self._best_of(contender, lrs, rows)
+            if best == lrs[0]:
+                lrs.insert(0, _rounded(lrs[0] * lrs[0] / lrs[1]))
+            elif best == lrs[-1]:
+                lrs.append(_rounded(lrs[-1] * lrs[-1] / lrs[-2]))
+            else:
+                break
+        return lrs
+
+    def best(self, contender: Contender, rows: Rows) -> float | None:
+        """Return the learning rate of the lowest validation loss; None before the search is over or if all diverged."""
+        return self._best_of(contender, self.searched(contender, rows), rows)
+
+    def trial(self, contender: Contender, lr: float, seed: int) -> Trial:
+        """Return the trial of a contender."""
+        return Trial(contender.name, lr, seed, self.steps[contender.name])
+
+    def _best_of(self, contender: Contender, lrs: Sequence[float], rows: Rows) -> float | None:
+        found = {lr: rows.get(self.trial(contender, lr, self.seeds[0]).key) for lr in lrs}
+        if any(row is None for row in found.values()):
+            return None
+        losses = {lr: row["validation"]["loss"] for lr, row in found.items() if row and not row["diverged"]}
+        return min(losses, key=lambda lr: losses[lr]) if losses else None
+
+
+def compare(config: CompareConfig) -> Results:
+    """Run a comparison, or what is left of it, and return its results; they are on disk after every trial.
+
+    Several processes may run the same comparison with `resume` at once: each takes trials that no other has.
+
+    Args:
+        config: all options.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the options, data or model are bad; nothing has been trained then.
+        OutputExistsError: the directory holds results, and neither resume nor overwrite was asked for.
+
+    Example:
+        >>> config = CompareConfig(model="pruned", output_dir="out", data="train.txt")  # doctest: +SKIP
+        >>> results = compare(config)  # doctest: +SKIP
+    """
+    contenders = config.parsed()
+    tokenizer = load_tokenizer(str(config.model))
+    data = load(config, tokenizer)
+    model = load_model(config.model, config.dtype)
+    masks = fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
+    if config.budget == "parameters":
+        contenders = [_nearest(contender, model) for contender in contenders]
+    _check_ranks(contenders, model)
+    del model
+    conditions = {**config.conditions(), **data.facts(), "masks": masks}
+    results = Results(Path(str(config.output_dir)), conditions, resume=config.resume, overwrite=config.overwrite)
+    baselines = {"pruned": config.model, "dense": config.dense}
+    for name, source in baselines.items():
+        if source is not None:
+            results.once("baselines", name, partial(trial.measure_baseline, config, source, data))
+    for contender in contenders if config.budget == "time" else ():
+        while not _cost(config, contender, results):
+            time.sleep(_WAIT)  # another process is at it
+    plan = plan_of(config, contenders, _steps(config, contenders, results))
+    write_report(results, missing(config, plan, results.read()))
+    while _run_one(config, plan, data, results):
+        write_report(results, missing(config, plan, results.read()))
+    for contender in contenders if config.cost_rounds else ():
+        _cost(config, contender, results)
+    write_report(results, missing(config, plan, results.read()))
+    return results
+
+
+def plan_of(
+    config: CompareConfig, contenders: Sequence[Contender] | None = None, steps: Mapping[str, int] | None = None
+) -> Plan:
+    """Return the plan of a comparison.
+
+    Args:
+        config: all options.
+        contenders: where they are not those of the config, as with a budget of parameters.
+        steps: of each contender, by name, where they are not those of the config, as with a budget of time.
+    """
+    contenders = config.parsed() if contenders is None else contenders
+    steps = steps or {contender.name: config.steps for contender in contenders}
+    return Plan(contenders, config.learning_rates(contenders), steps, config.seeds, config.extend)
+
+
+def missing(config: CompareConfig, plan: Plan, contents: Mapping[str, Any]) -> list[str]:
+    """Return what has been asked for and is not in the results, as far as it is known before a search is over."""
+    found = [one.key for _, one in plan.pending(contents["rows"])]
+    if config.cost_rounds:
+        found += [f"cost of {c.name}" for c in plan.contenders if c.name not in contents["costs"]]
+    return found
+
+
+def write_report(results: Results, missing: Sequence[str]) -> None:
+    """Write results.md beside results.json."""
+    with atomic_file(results.directory / REPORT, overwrite=True) as temporary:
+        temporary.write_text(markdown(results.read(), missing), encoding="utf-8")
+
+
+def _run_one(config: CompareConfig, plan: Plan, data: Any, results: Results) -> bool:
+    """Run the first trial that is pending and no other process has; return whether there was one."""
+    rows = results.read()["rows"]
+    for contender, one in plan.pending(rows):
+        if results.once("rows", one.key, partial(_timed, config, contender, one, data, results)):
+            return True
+    return False
+
+
+def _timed(config: CompareConfig, contender: Contender, one: Trial, data: Any, results: Results) -> dict[str, Any]:
+    logger.info("%s …", one.key)
+    row = trial.run_trial(config, contender, one, data, partial(_is_best, one, results))
+    found = [f"{part} perplexity {row[part]['perplexity']:.3f}" for part in ("validation", "test") if part in row]
+    outcome = "diverged" if row["diverged"] else ", ".join(found)
+    took = f", {time_text(row['step_wall_s'])} a step" if "step_wall_s" in row else ""
+    logger.info("%s: %s%s", one.key, outcome, took)
+    return row
+
+
+def _is_best(one: Trial, results: Results, loss: float) -> bool:
+    """Whether a validation loss is the best yet of a contender and seed: no other learning rate is ever tested."""
+    peers = (row for row in results.read()["rows"].values() if not row["diverged"])
+    same = ("contender", "steps", "seed")
+    return all(
+        loss <= row["validation"]["loss"] for row in peers if all(row[name] == getattr(one, name) for name in same)
+    )
+
+
+def _cost(config: CompareConfig, contender: Contender, results: Results) -> bool:
+    """Measure a contender's cost unless that is done; return whether it is."""
+
+    def find() -> dict[str, Any]:
+        logger.info("cost of a step of %s …", contender.name)
+        return cost.measure_cost(config, contender)
+
+    return results.once("costs", contender.name, find) or contender.name in results.read()["costs"]
+
+
+def _steps(config: CompareConfig, contenders: Sequence[Contender], results: Results) -> dict[str, int]:
+    """Return the optimizer steps of each contender; with a budget of time, as many as the reference's time allows."""
+    if config.budget != "time":
+        return {contender.name: config.steps for contender in contenders}
+    costs = results.read()["costs"]
+    ratios = {c.name: costs[c.name]["reference_to_this_wall"]["median"] for c in contenders}
+    return {name: max(1, round(config.steps * ratio)) for name, ratio in ratios.items()}
+
+
+def _nearest(contender: Contender, model: Any) -> Contender:
+    """Return the contender with the rank whose parameters are nearest to the reference's; as it is, without a rank."""
+    if contender.rank is None:
+        return contender
+    shapes = _shapes(model)
+    wanted = _count(parse_contender(REFERENCE), shapes)
+    ranks = range(1, min(min(shape) for shape in shapes) + 1)
+    return contender.with_rank(min(ranks, key=lambda r: abs(_count(contender.with_rank(r), shapes) - wanted)))
+
+
+def _check_ranks(contenders: Sequence[Contender], model: Any) -> None:
+    """Raise a ConfigError for a rank that a layer cannot have, before anything is trained."""
+    projections = resolve_projections(model)
+    for contender in contenders:
+        if contender.kind in RULES_OF:
+            rule, r = get_rule(RULES_OF[contender.kind]), contender.options["r"]
+            for path, projection in projections.items():
+                where = f"contender {contender.name!r}: {path}"
+                rule.check_rank(projection.out_features, projection.in_features, r, where)
+
+
+def _shapes(model: Any) -> list[tuple[int, int]]:
+    return [(p.out_features, p.in_features) for p in resolve_projections(model).values()]
+
+
+def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:
+    """Return how many parameters a contender with a rank trains."""
+    assert contender.rank is not None
+    r = contender.options[contender.rank]
+    if contender.kind == "spp-no-beta":  # β stays what it is
+        return sum(r * n for _, n in shapes)
+    return sum(r * n + (m if contender.kind.startswith("spp") else r * m) for m, n in shapes)
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.2g}")

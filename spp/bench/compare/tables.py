@@ -1,0 +1,184 @@
+"""The tables of a comparison, on a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spp.bench.compare.contenders import REFERENCE, parse_contender
+from spp.bench.compare.summary import Summary, summaries
+from spp.bench.harness import environment_line
+from spp.report import Table, byte_text
+
+UNKNOWN = "–"
+AT_AN_END = "†"
+OURS = ("spp", "spp-no-beta", "spp-random-beta", "spp-mask-updates")  # kinds that are no peers of SPP
+
+
+def main_table(contents: Mapping[str, Any]) -> Table:
+    """Return one line a contender, the best first."""
+    timed = contents["conditions"]["budget"] == "time"
+    columns = (
+        *("contender", "trainable", "lr", "seeds", "before", "after", "zeros kept", "N:M"),
+        *(("steps",) if timed else ()),
+        *(f"step / {REFERENCE}", f"memory / {REFERENCE}"),
+    )
+    before = contents["baselines"].get("pruned")
+    reference = contents["costs"].get(REFERENCE)
+    lines = []
+    for one in summaries(contents):
+        valid = one.row.get("pattern_valid")
+        lines.append(
+            (
+                one.contender,
+                f"{one.row['trainable']:,}",
+                _lr(one),
+                str(len(one.losses)),
+                _perplexity([before["test"]["perplexity"]] if before else []),
+                _perplexity(one.perplexities),
+                UNKNOWN if one.zeros_kept is None else _percent(one.zeros_kept),
+                UNKNOWN if valid is None else "yes" if valid else "no",
+                *((str(one.steps),) if timed else ()),
+                _time(one.cost),
+                _memory(one.cost, reference),
+            )
+        )
+    return Table(title(contents), columns, tuple(lines))
+
+
+def search_table(contents: Mapping[str, Any]) -> Table:
+    """Return what each learning rate came to, with the first seed."""
+    found = sorted(summaries(contents), key=lambda one: (one.contender, one.steps))
+    lrs = sorted({lr for one in found for lr in one.lrs})
+    lines = []
+    for one in found:
+        cells = [_found(one.lrs[lr], lr == one.best) if lr in one.lrs else "" for lr in lrs]
+        lines.append((one.contender, *cells))
+    return Table("validation perplexity by learning rate", ("contender", *(f"{lr:g}" for lr in lrs)), tuple(lines))
+
+
+def title(contents: Mapping[str, Any]) -> str:
+    """Return what was compared, on one line."""
+    given = contents["conditions"]
+    data = ", ".join(given["data"])
+    size = f"{given['batch_size']} × {given['block_length']} tokens"
+    return f"{given['model']}, trained on {data}: equal {given['budget']}, {given['steps']} steps of {size}"
+
+
+def notes(contents: Mapping[str, Any]) -> list[str]:
+    """Return what the table leaves out: how it was measured, and where it is not to be trusted."""
+    given = contents["conditions"]
+    if given["kind"] == "instruction":
+        what = f"{given['test_windows']} instruction rows, on the answers"
+        other = f"{given['validation_windows']} other rows"
+    else:
+        text = given["eval_text"] or "held-out text"
+        what = f"{given['test_windows']} windows of {given['window']} tokens of {text}"
+        other = f"the {given['validation_windows']} windows behind them"
+    lines = [f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."]
+    if dense := contents["baselines"].get("dense"):
+        lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
+    if several := [one for one in summaries(contents) if len(one.losses) > 1]:
+        seeds = max(len(one.losses) for one in several)
+        lines.append(f"With several seeds (up to {seeds}): mean, and in brackets the lowest and highest.")
+    if any(one.best is not None and one.at_an_end for one in summaries(contents)):
+        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
+    if contents["costs"]:
+        lines.append(
+            f"Time and peak memory of a step relative to {REFERENCE}'s: medians of interleaved rounds, fresh processes."
+        )
+    rows = list(contents["rows"].values())
+    lines += sorted({f"Measured on {environment_line(row['environment'])}." for row in rows})
+    return lines
+
+
+def verdict(contents: Mapping[str, Any]) -> str:
+    """Return in words how the reference does against the peers that keep every zero; empty where there is nothing yet.
+
+    Which of two is ahead is told by the mean test loss at the best learning rate of each, however small the difference.
+    """
+    found = {one.contender: one for one in summaries(contents) if one.perplexities}
+    ours = found.get(REFERENCE)
+    peers = [o for o in found.values() if o.zeros_kept == 1 and parse_contender(o.contender).kind not in OURS]
+    if ours is None or not peers:
+        return ""
+    ahead = [one for one in peers if ours.loss < one.loss]
+    behind = [one for one in peers if not ours.loss < one.loss]
+    own = _named(ours)
+    parts = []
+    if behind:
+        parts.append(f"{own} does not hold against {_joined(behind)}")
+    if ahead:
+        parts.append(f"{own if not behind else 'it'} is ahead of {_joined(ahead)}")
+    text = f"Of those that keep every zero: {'; '.join(parts)}."
+    open_ones = [one.contender for one in (ours, *peers) if one.at_an_end]
+    if open_ones:
+        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
+    return text
+
+
+def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: str = "#") -> str:
+    """Return results.md.
+
+    Args:
+        contents: of results.json.
+        missing: what has been asked for and is not there yet.
+        heading: the marks of the title.
+    """
+    parts = [
+        f"{heading} {title(contents)}",
+        main_table(contents).markdown(),
+        verdict(contents),
+        " ".join(notes(contents)),
+    ]
+    parts += [f"{heading}# Learning rates", "Validation perplexity; bold is the best, which alone is tested."]
+    parts.append(search_table(contents).markdown())
+    if missing:
+        parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _named(one: Summary) -> str:
+    return f"{one.contender} ({sum(one.perplexities) / len(one.perplexities):.2f})"
+
+
+def _joined(some: Sequence[Summary]) -> str:
+    *first, last = map(_named, some)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _lr(one: Summary) -> str:
+    if one.best is None:
+        return "diverged"
+    return f"{one.best:g}{f' {AT_AN_END}' if one.at_an_end else ''}"
+
+
+def _perplexity(found: Sequence[float]) -> str:
+    if not found:
+        return UNKNOWN
+    mean = sum(found) / len(found)
+    return f"{mean:.2f}" if len(found) == 1 else f"{mean:.2f} ({min(found):.2f} … {max(found):.2f})"
+
+
+def _found(row: Mapping[str, Any], best: bool) -> str:
+    if row["diverged"]:
+        return "diverged"
+    mark = "**" if best else ""
+    return f"{mark}{row['validation']['perplexity']:.2f}{mark}"
+
+
+def _percent(share: float) -> str:
+    text = f"{100 * share:.2f}"
+    return "100" if share == 1 else "< 100" if text == "100.00" else text
+
+
+def _time(cost: Mapping[str, Any] | None) -> str:
+    return UNKNOWN if cost is None else f"{cost['this_to_reference_wall']['median']:.2f}"
+
+
+def _memory(cost: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> str:
+    if cost is None:
+        return UNKNOWN
+    if reference is None:
+        return byte_text(cost["peak_bytes"])
+    return f"{cost['peak_bytes'] / reference['peak_bytes']:.2f}"

@@ -1,0 +1,235 @@
+"""The model card of an adapter or a model: what it is, its zeros, how it was made, what was measured.
+
+Made of the files alone: the adapter's config or the certificate, and the directory of the tuning run where there is
+one. The same files give the same bytes; no times, and no paths of the machine that they were made on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spp.adapter_files import CONFIG_NAME, AdapterFiles, read_adapter
+from spp.certificate import Certificate
+from spp.errors import CheckpointError, ConfigError
+from spp.files import read_json
+from spp.packed.disk import is_packed_directory
+from spp.report import Table, sparsity_table
+
+CARD_NAME = "README.md"
+_PAPER = "[SPP](https://arxiv.org/abs/2405.16057)"
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_RECIPE = (  # options of a run that decide what comes out
+    *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
+    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
+    *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
+    *("dtype", "bf16", "seed"),
+)
+
+
+def make_card(
+    directory: Path,
+    repo_id: str,
+    *,
+    run: Path | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+        directory: an adapter, or a model with its certificate.
+        repo_id: where it is going to be, "owner/name".
+        run: the directory of the tuning run, for the recipe and the results; None looks beside an adapter.
+        base: hub id of the model that it was made from; None takes the one that the files name.
+        license: an identifier of the hub, such as "apache-2.0"; None takes that of the base's own card, if the base is
+            a directory here with a card that says so.
+
+    Raises:
+        CheckpointError: the files are missing or bad.
+        ConfigError: `base` is no hub id.
+    """
+    if base is not None and not _HUB_ID.fullmatch(base):
+        raise ConfigError(f"base is {base!r}; the card needs a hub id, such as owner/name")
+    found_run = run if run is not None else _run_beside(directory)
+    recipe = {} if found_run is None else read_json(found_run / "config.json", "the run's config")
+    results = _results(found_run)
+    if (directory / CONFIG_NAME).exists():
+        adapter = read_adapter(directory)
+        named, metadata, body = adapter.base_name, {"base_model_relation": "adapter", "library_name": "spp"}, ""
+        zeros: Sequence[str] = ()
+    else:
+        certificate = Certificate.read(directory)
+        named = certificate.base.name_or_path if certificate.base else None
+        metadata = {"library_name": "spp" if is_packed_directory(directory) else "transformers"}
+        if certificate.base or recipe:
+            metadata["base_model_relation"] = "finetune"
+        zeros = [certificate.report().pattern] if ":" in certificate.report().pattern else []
+        adapter = None
+    known = base if base is not None else _hub_id(named)
+    metadata |= {"base_model": known or ""}
+    metadata["license"] = license or _license_of(named) or ""
+    if _generates(directory) or (adapter is not None and _is_causal(directory)):
+        metadata["pipeline_tag"] = "text-generation"
+    shown = known or _public(named) or "the pruned base"
+    if adapter is not None:
+        body = _adapter_body(adapter, repo_id, shown)
+    else:
+        body = _model_body(directory, certificate, repo_id, shown if certificate.base or known else None)
+    parts = [_front_matter(metadata, ["spp", "pruned", "sparse", *zeros]), f"# {repo_id.rpartition('/')[2]}", body]
+    if recipe:
+        parts.append(_recipe_section(recipe))
+    if results is not None:
+        parts.append(results)
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(metadata: Mapping[str, str], tags: Sequence[str]) -> str:
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(metadata.items()) if value]
+    if "base_model" not in metadata or not metadata["base_model"]:
+        lines = [line for line in lines if not line.startswith("base_model_relation")]  # a relation to nothing
+    return "\n".join(["---", *lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+
+
+def _adapter_body(adapter: AdapterFiles, repo_id: str, base: str) -> str:
+    layers = adapter.layers()
+    parameters = sum(tensor.numel() for params in layers.values() for tensor in params)
+    options = [(name, _shown(value)) for name, value in adapter.config.to_dict().items() if value is not None]
+    options += [("layers", str(len(layers))), ("parameters", str(parameters))]
+    checked = len(adapter.base_masks or {})
+    return f"""An adapter for {_code(base)}, a pruned language model: {_PAPER} trains a factor for each weight that \
+pruning left, so that
+merging it keeps every zero. It knows the zeros of {checked} of its {len(layers)} layers and refuses another base.
+
+```python
+import spp
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+spp.load_adapter(model, {json.dumps(repo_id)})
+spp.merge(model)  # a plain model again, with the same zeros
+```
+
+## Adapter
+
+{_table(("option", "value"), options)}"""
+
+
+def _model_body(directory: Path, certificate: Certificate, repo_id: str, base: str | None) -> str:
+    report = certificate.report()
+    lines = [
+        f"A pruned language model: sparsity {report.sparsity:.4f} ({report.pattern}) over its {len(report.tensors)} "
+        f"projections."
+    ]
+    if base is not None and certificate.base is not None:
+        lines.append(
+            f"Tuned from {_code(base)} with {_PAPER} and merged: its zeros are exactly those of the base (fingerprint "
+            f"`{certificate.base.fingerprint[:16]}…`)."
+        )
+    elif base is not None:
+        lines.append(f"Pruned from {_code(base)}.")
+    if is_packed_directory(directory):
+        lines.append("Its pruned weights are stored packed: kept values and masks.")
+        code = f"import spp\n\nmodel = spp.load_packed({json.dumps(repo_id)})"
+    else:
+        lines.append("A plain checkpoint, dense with exact zeros, that loads anywhere.")
+        loads = f"AutoModelForCausalLM.from_pretrained({json.dumps(repo_id)})"
+        code = f"from transformers import AutoModelForCausalLM\n\nmodel = {loads}"
+    checked = (
+        "`sparsity.json` holds the hash of every mask and of all contents; `spp verify` checks the files against it."
+    )
+    table = sparsity_table(report)
+    zeros = _table(table.columns, table.rows)
+    return "\n".join(lines) + f"\n\n```python\n{code}\n```\n\n## Zeros\n\n{zeros}\n\n{checked}"
+
+
+def _recipe_section(values: Mapping[str, Any]) -> str:
+    options = values.get("tune")
+    if not isinstance(options, dict):
+        raise CheckpointError("the run's config.json has no options of a tuning run; pass the directory of `spp tune`")
+    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
+    chosen = {name: options[name] for name in _RECIPE if options.get(name) is not None and name not in unused}
+    data = chosen.get("data")
+    if data is not None:
+        chosen["data"] = [_public(str(name)) for name in (data if isinstance(data, list) else [data])]
+    rows = [(name, _shown(value)) for name, value in chosen.items()]
+    return f"## Recipe\n\n{_table(('option', 'value'), rows)}"
+
+
+def _results(run: Path | None) -> str | None:
+    """Return the perplexities of a run; None where it measured none."""
+    path = None if run is None else run / "eval.json"
+    if path is None or not path.exists():
+        return None
+    values = read_json(path, "the run's perplexities")
+    found = {name: values.get(name) for name in ("before", "after")}
+    rows = [
+        (name, f"{float(one['perplexity']):.4f}", _shown(one.get("window")), _shown(one.get("windows")))
+        for name, one in found.items()
+        if isinstance(one, dict) and isinstance(one.get("perplexity"), (int, float))
+    ]
+    if not rows:
+        return None
+    text = _public(str(values.get("text", ""))) or "the run's text"
+    heads = ("tuning", "perplexity", "window", "windows")
+    return f"## Results\n\nPerplexity on {_code(text)}, measured before and after tuning:\n\n{_table(heads, rows)}"
+
+
+def _run_beside(directory: Path) -> Path | None:
+    """Return the directory of the run that an adapter lies in."""
+    run = Path(os.path.realpath(directory)).parent
+    try:
+        found = read_json(run / "config.json", "the run's config").get("format")
+    except CheckpointError:
+        return None
+    return run if isinstance(found, str) and found.startswith("spp-tune-") else None
+
+
+def _hub_id(name: str | None) -> str | None:
+    """Return a name if it can only be an id of the hub: no directory here, and of the form owner/name."""
+    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _public(name: str | None) -> str | None:
+    """Return an id of the hub as it is, of a path its last part."""
+    return name if not name or _hub_id(name) else Path(name).name
+
+
+def _license_of(base: str | None) -> str | None:
+    path = Path(base or "") / CARD_NAME
+    if not base or not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def _generates(directory: Path) -> bool:
+    path = directory / "config.json"
+    found = read_json(path, "the model's config").get("architectures") if path.exists() else None
+    return isinstance(found, list) and any(isinstance(name, str) and name.endswith("ForCausalLM") for name in found)
+
+
+def _is_causal(directory: Path) -> bool:
+    return read_json(directory / CONFIG_NAME, "adapter config").get("task_type") == "CAUSAL_LM"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return Table("", tuple(columns), tuple(tuple(_cell(text) for text in row) for row in rows)).markdown()
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text).replace('`', '')}`"

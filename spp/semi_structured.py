@@ -1,0 +1,268 @@
+"""2:4 weights on NVIDIA GPUs: torch's semi-structured tensors, where they are faster than dense ones.
+
+A GPU of compute capability 8.0 or later multiplies by a 2:4 weight that is stored as half the values and 2 bits for
+each. Whether that is faster than the dense product depends on the shape, the tokens of a call and the libraries, so it
+is measured: dense and sparse take turns on the device, for each shape, and the faster stays.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spp.errors import ConfigError, WrapError
+from spp.files import dtype_name
+from spp.inject import is_wrapped, uncompiled
+from spp.inject_packed import packed_layers
+from spp.layer_packed import check_packable
+from spp.packed import quantized_kind
+from spp.patterns import detect_pattern, is_nm
+from spp.targets import resolve_targets
+
+KEEP = ("faster", "all")
+_CAPABILITY = (8, 0)  # Ampere: the first with 2:4 products
+_ROUNDS, _CALLS = 7, 10  # turns of each contender, products of a turn
+_CHECKED = 64  # rows of X that the sparse product is compared on
+_TOLERANCE = 0.02  # of the largest number of the dense product
+Names = str | list[str] | tuple[str, ...] | None
+Group = tuple[int, int, torch.dtype]
+
+
+@dataclass(frozen=True)
+class ProductTiming:
+    """One shape: X Wᵀ dense and sparse.
+
+    Args:
+        shape: (m, n) of the weights.
+        dtype: of the weights.
+        layers: how many have it.
+        dense_seconds, sparse_seconds: a product, medians.
+        ratio: median of sparse over dense, turn by turn; below 1 the sparse product is faster.
+        sparse: whether these layers are sparse now.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    layers: int
+    dense_seconds: float
+    sparse_seconds: float
+    ratio: float
+    sparse: bool
+
+
+@dataclass(frozen=True, repr=False)
+class SemiStructuredReport:
+    """What became sparse, and how fast it is.
+
+    Args:
+        device: its name.
+        tokens: rows of X that were timed.
+        timings: one for each shape.
+        dense: {module path: why} of the target layers that stay dense.
+    """
+
+    device: str
+    tokens: int
+    timings: tuple[ProductTiming, ...]
+    dense: dict[str, str]
+
+    @property
+    def converted(self) -> int:
+        """How many layers are sparse now."""
+        return sum(timing.layers for timing in self.timings if timing.sparse)
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{'×'.join(map(str, t.shape))}: {t.ratio:.2f}" for t in self.timings)
+        return f"SemiStructuredReport({self.converted} layers sparse, {len(self.dense)} dense; sparse / dense {found})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        timings = [{**asdict(timing), "shape": list(timing.shape)} for timing in self.timings]
+        return {**asdict(self), "timings": timings, "converted": self.converted}
+
+
+def to_semi_structured(
+    model: nn.Module,
+    *,
+    tokens: int = 4096,
+    keep: str = "faster",
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+) -> SemiStructuredReport:
+    """Store 2:4 weights of a model on an NVIDIA GPU as torch's semi-structured tensors, in place, where that is faster.
+
+    For inference: these weights do not train, are not saved, and there is no way back but to load the model again. A
+    layer whose weight is not 2:4, or of a dtype or shape that torch does not take, stays dense; the report says why.
+
+    Args:
+        model: pruned to 2:4 and merged, on the GPU, in float16 or bfloat16.
+        tokens: rows of X when products are timed: those of the calls that matter. Generation has few, prompts many.
+        keep: "faster" keeps the faster form of each shape; "all" makes sparse whatever can be.
+        target_modules, exclude_modules: which linears, as in SPPConfig.
+
+    Returns:
+        SemiStructuredReport, with the measured times of both forms.
+
+    Raises:
+        ConfigError: the model is not on an NVIDIA GPU that has 2:4 products, or no weight can be stored so; or an
+            option makes no sense.
+        WrapError: the model is wrapped or packed.
+        TargetError: nothing matches. In each case the model is left as it was.
+
+    Example:
+        >>> spp.to_semi_structured(model.to("cuda"))  # doctest: +SKIP
+        SemiStructuredReport(210 layers sparse, 0 dense; sparse / dense 4096×4096: 0.71, 4096×11008: 0.66)
+    """
+    model = uncompiled(model)
+    if keep not in KEEP:
+        raise ConfigError(f"keep is {keep!r}; known: {', '.join(KEEP)}")
+    if type(tokens) is not int or tokens < 1:
+        raise ConfigError(f"tokens is {tokens!r}; it must be a whole number, at least 1")
+    if is_wrapped(model):
+        raise WrapError("the model is wrapped: merge first, spp.merge(model); adapters train on dense weights")
+    if packed_layers(model):
+        raise WrapError("the model is packed: spp.unpack(model) first")
+    targets = dict(resolve_targets(model, target_modules, exclude_modules))
+    device = _require_gpu({path: _weight(module).device for path, module in targets.items()})
+    dense = {path: reason for path, module in targets.items() if (reason := _unsuited(path, module)) is not None}
+    groups: dict[Group, list[str]] = {}
+    for path in (path for path in targets if path not in dense):
+        weight = _weight(targets[path])
+        groups.setdefault((*weight.shape, weight.dtype), []).append(path)
+    if not groups:
+        reasons = "\n  ".join(f"{reason}: {count}" for reason, count in _counted(dense).items())
+        raise ConfigError(f"none of the {len(dense)} target weights can be stored as 2:4:\n  {reasons}")
+    timings = []
+    for paths in groups.values():
+        timing, reason = _measure(_weight(targets[paths[0]]), tokens, len(paths), keep)
+        if reason is None:
+            for path in paths:
+                targets[path].weight = nn.Parameter(_convert(_weight(targets[path])), requires_grad=False)
+        else:
+            dense |= dict.fromkeys(paths, reason)
+        if timing is not None:
+            timings.append(timing)
+    if any(timing.sparse for timing in timings) and hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_to_save  # type: ignore[assignment]
+    return SemiStructuredReport(_device_name(device), tokens, tuple(timings), dict(sorted(dense.items())))
+
+
+def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
+    """Raise: semi-structured weights are no checkpoint's."""
+    raise WrapError(
+        "weights of the model are semi-structured tensors, which no checkpoint holds: save it before "
+        "spp.to_semi_structured(model), or load the pruned one again"
+    )
+
+
+def sparse_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a 2:4 weight (m, n) as torch's semi-structured tensor, whose product with some of x (…, n) is compared.
+
+    Raises:
+        ConfigError: torch does not take the weight, or multiplies wrongly by it.
+    """
+    try:
+        sparse = _convert(weight)
+        found, exact = F.linear(x[:_CHECKED], sparse).float(), F.linear(x[:_CHECKED], weight).float()
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        raise ConfigError(f"torch does not take it: {type(error).__name__}: {error}".split("\n")[0]) from error
+    if not float((found - exact).abs().max()) <= _TOLERANCE * float(exact.abs().max()):
+        raise ConfigError("its sparse product is wrong on this device")
+    return sparse
+
+
+def _measure(weight: Tensor, tokens: int, layers: int, keep: str) -> tuple[ProductTiming | None, str | None]:
+    """Return the times of both products with one weight, and why it stays dense, or None."""
+    (m, n), dtype = weight.shape, weight.dtype
+    x = torch.randn(tokens, n, device=weight.device, dtype=dtype)
+    try:
+        sparse = sparse_weight(weight, x)
+    except ConfigError as error:
+        return None, str(error)
+    times = _time({"dense": lambda: F.linear(x, weight), "sparse": lambda: F.linear(x, sparse)}, weight.device)
+    ratio = statistics.median(s / d for s, d in zip(times["sparse"], times["dense"], strict=True))
+    faster = keep == "all" or ratio < 1
+    medians = (statistics.median(times["dense"]), statistics.median(times["sparse"]))
+    timing = ProductTiming((m, n), dtype_name(dtype), layers, *medians, ratio, faster)
+    return timing, None if faster else f"the dense product is faster: sparse / dense {ratio:.2f}"
+
+
+def _time(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of a call, for each of some turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_ROUNDS + 1):
+        for name, call in calls.items():
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(_CALLS):
+                call()
+            torch.cuda.synchronize(device)
+            if turn:  # the first turn warms up
+                times[name].append((time.perf_counter() - start) / _CALLS)
+    return times
+
+
+def _convert(weight: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*prototype stage")
+        return torch.sparse.to_sparse_semi_structured(weight.detach())
+
+
+def _require_gpu(devices: dict[str, torch.device]) -> torch.device:
+    """Return the device of the target layers; a ConfigError unless it is one GPU that has 2:4 products."""
+    needed = "torch's 2:4 products need an NVIDIA GPU of compute capability 8.0 (Ampere) or later"
+    if len(set(devices.values())) != 1:
+        raise ConfigError(
+            f"the target layers are on {', '.join(sorted(map(str, set(devices.values()))))}: move them to one GPU"
+        )
+    path, device = next(iter(devices.items()))
+    if device.type != "cuda":
+        raise ConfigError(f"{path} is on {device}: {needed}; model.to('cuda') moves a model there")
+    if torch.version.cuda is None:
+        raise ConfigError(f"this torch ({torch.__version__}) is not built for CUDA: {needed}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        raise ConfigError(f"{_device_name(device)} has compute capability {capability[0]}.{capability[1]}: {needed}")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _unsuited(path: str, module: nn.Module) -> str | None:
+    """Return why a layer stays dense; None for one that can be sparse."""
+    if quantized_kind(module):
+        return "it is quantized"
+    check_packable(module, path)
+    weight = _weight(module)
+    if not is_nm(weight, 2, 4):
+        return f"its zeros are not 2:4 ({detect_pattern(weight)})"
+    backend: Any = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    if torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS:
+        backend = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    limits = backend._DTYPE_SHAPE_CONSTRAINTS.get(weight.dtype)
+    if limits is None or not weight.dtype.is_floating_point or weight.dtype.itemsize != 2:
+        return f"{dtype_name(weight.dtype)} weights have no 2:4 product; float16 and bfloat16 have"
+    m, n = weight.shape
+    if m % limits.sparse_min_rows or n % limits.sparse_min_cols:
+        return f"its shape {m} × {n} is no multiple of {limits.sparse_min_rows} × {limits.sparse_min_cols}"
+    return None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _counted(reasons: dict[str, str]) -> dict[str, int]:
+    return {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}

@@ -1,0 +1,214 @@
+"""What the trainers of every method share: checkpoints of what is trained alone, whole or not at all, exact resume.
+
+transformers' Trainer with these differences: a checkpoint holds what the method trains, not the model, and counts only
+once it is whole; nothing else reaches the optimizer; the training log has the sparsity; the loss may be taken a chunk
+of tokens at a time. A method says in a few functions what it trains and how that is written and read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from spp.errors import CheckpointError, ConfigError, WrapError
+from spp.files import output_error
+from spp.training.causal_loss import captured_states, check_form, loss_of_states
+from spp.training.checkpoints import last_complete, mark_complete, replace_files, require_complete, rotate, unmark
+
+logger = logging.getLogger(__name__)
+
+_WRITER = "PytorchStreamWriter"  # torch.save says RuntimeError where the disk is full
+
+
+class AdapterTrainer(Trainer):
+    """Trains what a method puts into a model; takes the arguments of `transformers.Trainer`.
+
+    `train(resume_from_checkpoint=True)` continues from the last whole checkpoint in `args.output_dir`, a path from
+    that one; on the same machine the losses and the final state are bit for bit those of an uninterrupted run.
+    `save_total_limit` counts whole checkpoints and always keeps the last and the best one.
+
+    Args:
+        loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
+            (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *rest: Any,
+        loss_chunk: int | None = None,
+        **options: Any,
+    ) -> None:
+        if model is not None:
+            self.require_prepared(model)
+        self.loss_chunk = loss_chunk
+        self._states: list[Tensor] | None = None
+        if loss_chunk is not None:
+            _check_loss_chunk(loss_chunk, args, options)
+            options["compute_loss_func"] = self._chunked_loss
+        super().__init__(model, args, *rest, **options)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{type(self).__name__} does not support DeepSpeed or FSDP yet; use one device or plain DDP"
+            )
+        self.begin(self._bare_model())
+
+    @abstractmethod
+    def require_prepared(self, model: nn.Module) -> None:
+        """Raise a WrapError unless the model holds what this trainer trains."""
+
+    @abstractmethod
+    def begin(self, model: nn.Module) -> None:
+        """Remember what a save is compared with; called for every model that is trained, before its first step."""
+
+    @abstractmethod
+    def trained(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return what the optimizer gets."""
+
+    @abstractmethod
+    def check(self, model: nn.Module) -> None:
+        """Raise where what is frozen has changed: nothing is saved then."""
+
+    @abstractmethod
+    def write(self, model: nn.Module, directory: Path) -> None:
+        """Write what is trained into a directory that exists: adapter_config.json, and the files that it describes."""
+
+    @abstractmethod
+    def read(self, model: nn.Module, directory: Path) -> None:
+        """Load what `write` wrote."""
+
+    @property
+    @abstractmethod
+    def sparsity(self) -> float:
+        """The fraction of zeros in the weights that the method adapts, in [0, 1]."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
+        """Compute the loss; with `loss_chunk`, without the logits of the whole batch."""
+        if self.loss_chunk is None:
+            return super().compute_loss(model, inputs, *rest, **options)
+        check_form(model, inputs)
+        with captured_states(model) as self._states:
+            return super().compute_loss(model, inputs, *rest, **options)
+
+    def _chunked_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        assert self._states is not None and self.loss_chunk is not None
+        states, self._states = self._states, None
+        return loss_of_states(self._bare_model(), states, labels, self.loss_chunk, num_items_in_batch)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, with the order of the data fixed by `args.seed` where `data_seed` is not given.
+
+        Otherwise it hangs on whatever seeded torch last before `train`, and a resumed run would see other batches.
+        """
+        if self.args.data_seed is None and self.args.accelerator_config.use_seedable_sampler:
+            self.args.data_seed = self.args.seed
+        super().create_accelerator_and_postprocess()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Build the model with `model_init`, which has to prepare it."""
+        model = super().call_model_init(trial)
+        self.require_prepared(model)
+        self.begin(model)
+        return model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **options: Any) -> Any:
+        """Train; see `transformers.Trainer.train`, and above for what resuming means here."""
+        if resume_from_checkpoint is True:
+            last = last_complete(self.args.output_dir)
+            if last is None:
+                raise CheckpointError(f"there is no whole checkpoint to resume from in {self.args.output_dir}")
+            resume_from_checkpoint = str(last)
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = str(require_complete(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:  # transformers would train one step too many
+                return self._finish(state, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *rest, **options)
+
+    def _finish(self, state: TrainerState, checkpoint: str) -> TrainOutput:
+        """Load a checkpoint that has all its steps already."""
+        logger.info("%s has all %d steps", checkpoint, state.global_step)
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, sum(logged) / max(len(logged), 1), {})
+
+    def create_optimizer(self, *rest: Any, **options: Any) -> Any:
+        """Create the optimizer over what the method trains alone."""
+        ours = {id(p) for p in self.trained(self._bare_model())}
+        others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
+        if others:
+            raise WrapError(
+                f"{len(others)} parameters besides the adapter's require gradients, such as {others[0]}: a checkpoint "
+                "holds the adapter alone, so they would be trained and lost; set requires_grad to False on them"
+            )
+        return super().create_optimizer(*rest, **options)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of all that is trained: all of it is decayed, as the authors of the methods do."""
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def log(self, logs: dict[str, float], *rest: Any, **options: Any) -> None:
+        """Log, with the sparsity beside the training loss."""
+        if "loss" in logs or "train_loss" in logs:
+            logs["sparsity"] = self.sparsity
+        super().log(logs, *rest, **options)
+
+    def _bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        model = self._bare_model()
+        self.check(model)
+        directory = output_dir if output_dir is not None else str(self.args.output_dir)
+        replace_files(lambda folder: self.write(model, folder), directory)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        directory = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and directory.exists():
+            self.check(self._bare_model())
+            unmark(directory)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # rotated below, when this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) or _WRITER in str(error):
+                raise output_error(error, directory) from error
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            mark_complete(directory, self.state.global_step)
+            rotate(run, limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.read(self._bare_model() if model is None else model, require_complete(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self.read(self._bare_model(), require_complete(self.state.best_model_checkpoint))
+
+
+def _check_loss_chunk(chunk: object, args: Any, options: Mapping[str, Any]) -> None:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ConfigError(f"loss_chunk is {chunk!r}; it must be None or an int of at least 1: tokens at a time")
+    clashes = [name for name in ("compute_loss_func", "compute_metrics") if options.get(name) is not None]
+    if getattr(args, "label_smoothing_factor", 0):
+        clashes.append("label_smoothing_factor")
+    if clashes:
+        raise ConfigError(f"loss_chunk does not go together with {', '.join(clashes)}: there are no logits for it")

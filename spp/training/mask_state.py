@@ -1,0 +1,209 @@
+"""The masks of a wrapped model as something that changes: what is kept of each layer, and its weight for a given mask.
+
+    V = W₀ where W₀ ≠ 0, else D        the value that each weight has whenever it is kept
+    W = V ⊙ mask                       at any time
+
+W₀ is the pruned weight at the start, D the dense one. Wanda and magnitude keep values as they are: then V is D, which
+stays where it is (on the disk, mapped). Where pruning changed values (SparseGPT) V is held in memory, on the CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from spp.errors import CheckpointError, ConfigError, SPPWarning
+from spp.experts import SPPExperts
+from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, save_tensors, write_json
+from spp.inject import adapter_layers, require_layers
+from spp.layer import SPPLinear
+from spp.packed import PackedWeight, QuantizedLayout
+from spp.patterns import all_finite, nonzero_mask, pack_bits
+from spp.pruning.swap import group_of
+from spp.training.dense_weights import DenseSource, DenseWeights
+
+MASKS_NAME = "masks.safetensors"
+STATE_NAME = "masks.json"
+FORMAT_VERSION = 1
+RELATED = 0.5  # the cosine of pruned and dense weights, over what is kept, below which they are hardly one model's
+
+
+class LayerMask:
+    """One layer, its mask and the values V of its weights.
+
+    Attributes:
+        group: M of its N:M pattern, None for an unstructured mask.
+        start: hash of the mask at the start. checksum: crc32 of V.
+    """
+
+    def __init__(self, path: str, layer: SPPLinear, dense: DenseWeights) -> None:
+        self.path, self.layer = path, layer
+        self._dense = dense
+        weight = layer.matrix.detach()
+        self._dtype = weight.dtype
+        kept = nonzero_mask(weight)
+        values = dense.matrix(path, weight.dtype).to(weight.device)
+        if values.shape != weight.shape:
+            raise ConfigError(
+                f"{path} is {tuple(weight.shape)}, but in {dense.name} {tuple(values.shape)}; mask updates need the "
+                "dense model that this one was made of"
+            )
+        if not all_finite(values):
+            raise ConfigError(f"{path} of {dense.name} holds NaN or infinity (in {weight.dtype}); mend it first")
+        self.cosine = _cosine(weight, values, kept)
+        self._held: Tensor | None = None
+        if not torch.equal(weight, values.masked_fill(~kept, 0)):
+            values = torch.where(kept, weight, values)
+            self._held = values.cpu()
+        self.group = group_of(kept)
+        self.start_bits = pack_bits(kept)
+        self.start = mask_sha256(layer.weight)
+        self.checksum = content_crc32(values)
+
+    def kept(self) -> Tensor:
+        """Return the mask as bool (m, n)."""
+        return nonzero_mask(self.layer.matrix)
+
+    def values(self) -> Tensor:
+        """Return V (m, n) in W's dtype, on its device."""
+        values = self._dense.matrix(self.path, self._dtype) if self._held is None else self._held
+        return values.to(self.layer.stored_weight.device)
+
+    def write(self, bits: npt.NDArray[np.uint8]) -> None:
+        """Make W what it is for a mask, as `pack_bits` packs it; W stays as it is where the mask keeps what V lacks."""
+        values = self.values()
+        mask = unpack(bits, values)
+        if bool((mask & ~nonzero_mask(values)).any()):
+            raise CheckpointError(f"the mask of {self.path} keeps weights that are zero in {self._dense.name}")
+        weight = values.masked_fill(~mask, 0)
+        with torch.no_grad():
+            if self.layer.packed_layout is not None:
+                self.layer.hold_packed(PackedWeight.pack(weight, f"{self.path}.weight"))
+            else:
+                self.layer.weight.copy_(weight if self.layer.input_axis == -1 else weight.T)
+
+
+class MaskState:
+    """The masks of all adapted layers of a wrapped model.
+
+    Args:
+        model: wrapped, its weights those of the pruned model at the start.
+        dense: the dense model.
+
+    Attributes:
+        layers: {path: LayerMask}, in module order.
+        changed: whether a mask may differ from that at the start.
+
+    Raises:
+        ConfigError: fused experts or quantized weights among the layers, or a dense model of another shape.
+    """
+
+    def __init__(self, model: nn.Module, dense: DenseSource) -> None:
+        layers = require_layers(model)
+        fused = [path for path, layer in layers.items() if isinstance(layer, SPPExperts)]
+        if fused:
+            raise ConfigError(
+                f"the masks of fused experts cannot be updated, such as {fused[0]}; leave them out with exclude_modules"
+            )
+        linears = {path: layer for path, layer in layers.items() if isinstance(layer, SPPLinear)}
+        quantized = [path for path, layer in linears.items() if isinstance(layer.packed_layout, QuantizedLayout)]
+        if quantized:
+            raise ConfigError(f"the masks of quantized weights cannot be updated, such as {quantized[0]}")
+        source = DenseWeights(dense, list(linears))
+        self.name = source.name
+        self.layers = {path: LayerMask(path, layer, source) for path, layer in linears.items()}
+        self.changed = False
+        self._hashes = {path: layer.start for path, layer in self.layers.items()}
+        unlike = min(self.layers.values(), key=lambda layer: layer.cosine)
+        if unlike.cosine < RELATED:
+            warnings.warn(
+                f"{unlike.path} of {self.name} hardly resembles the pruned weight (cosine {unlike.cosine:.2f}); is it "
+                "the model that was pruned?",
+                SPPWarning,
+                stacklevel=3,
+            )
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether these are the masks of a model as it is wrapped now."""
+        now = adapter_layers(model)
+        return now.keys() == self.layers.keys() and all(now[p] is mask.layer for p, mask in self.layers.items())
+
+    def write(self, masks: dict[str, npt.NDArray[np.uint8]]) -> None:
+        """Give layers other masks, packed by `pack_bits`."""
+        for path, bits in masks.items():
+            self.layers[path].write(bits)
+            self._hashes[path] = mask_sha256(self.layers[path].layer.weight)
+        self.changed = self.changed or bool(masks)
+
+    def hashes(self) -> dict[str, str]:
+        """Return {path: hash} of the masks as they were written last."""
+        return dict(self._hashes)
+
+    def restore(self) -> None:
+        """Give every layer the weights that it had at the start, bit for bit but for the signs of zeros."""
+        if self.changed:
+            self.write({path: layer.start_bits for path, layer in self.layers.items()})
+            self.changed = False
+
+    def save(self, directory: Path) -> None:
+        """Write the masks, and what they belong to, into a directory that exists."""
+        bits = {path: torch.from_numpy(pack_bits(layer.layer.matrix)) for path, layer in self.layers.items()}
+        save_tensors(directory / MASKS_NAME, bits)
+        values = {
+            "format_version": FORMAT_VERSION,
+            "dense": self.name,
+            "start_masks": {path: layer.start for path, layer in self.layers.items()},
+            "values_crc32": {path: layer.checksum for path, layer in self.layers.items()},
+        }
+        write_json(directory / STATE_NAME, values)
+
+    def load(self, directory: Path) -> None:
+        """Give the layers the masks that `save` wrote.
+
+        Raises:
+            CheckpointError: the files are bad or missing, or belong to another pruned or another dense model.
+        """
+        values = read_json(directory / STATE_NAME, "state of the mask updates")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory / STATE_NAME} has format_version {values.get('format_version')!r}, not {FORMAT_VERSION}"
+            )
+        for name, what, now in (
+            ("start_masks", "pruned", {path: layer.start for path, layer in self.layers.items()}),
+            ("values_crc32", "dense", {path: layer.checksum for path, layer in self.layers.items()}),
+        ):
+            found = values.get(name)
+            if not isinstance(found, dict) or found != now:
+                found = found if isinstance(found, dict) else {}
+                differing = sorted(path for path in found.keys() | now.keys() if found.get(path) != now.get(path))
+                raise CheckpointError(
+                    f"{directory} was written by a run from another {what} model: {len(differing)} layers differ, such "
+                    f"as {differing[0] if differing else name}; resume with the models that the run began with"
+                )
+        with CheckpointReader(directory, file=MASKS_NAME) as reader:
+            if set(reader.keys()) != self.layers.keys():
+                raise CheckpointError(f"{directory / MASKS_NAME} does not hold the masks of this model's layers")
+            masks = {path: reader.tensor(path).clone() for path in self.layers}
+        for path, layer in self.layers.items():
+            if masks[path].dtype != torch.uint8 or masks[path].shape != layer.start_bits.shape:
+                raise CheckpointError(f"{directory / MASKS_NAME}: the mask of {path} has another shape or dtype")
+        self.write({path: bits.numpy() for path, bits in masks.items()})
+        self.changed = True
+
+
+def unpack(bits: npt.NDArray[np.uint8], like: Tensor) -> Tensor:
+    """Return packed bits as a bool mask of the shape and on the device of a tensor."""
+    flat = np.unpackbits(bits, count=like.numel()).view(np.bool_)
+    return torch.from_numpy(flat).view(like.shape).to(like.device)
+
+
+def _cosine(weight: Tensor, values: Tensor, kept: Tensor) -> float:
+    """Return the cosine of two matrices over the entries that a mask keeps; 1 where it keeps none."""
+    one, other = weight.double(), values.masked_fill(~kept, 0).double()
+    norms = float(one.norm()) * float(other.norm())
+    return float((one * other).sum()) / norms if norms else 1.0

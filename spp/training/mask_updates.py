@@ -1,0 +1,156 @@
+"""Mask updates: every k steps some kept weights of each layer are pruned, and as many pruned ones come back.
+
+    drop    the kept weights with the lowest |W_eff[i, j]| · ‖x_j‖
+    grow    the pruned ones with the highest |G[i, j]|, G = dYᵀ X the gradient of the effective weight
+    c       ⌊f(t) · kept⌋ of a layer, f(t) falling from `fraction` to 0 at t = until · T
+
+Scores are taken in the backward pass of the step at whose end the exchange happens (with gradient accumulation, of its
+last pass), a layer at a time: nothing of a weight's size outlives that but the new mask, a bit a weight. A regrown
+weight takes the dense model's value (spp.training.mask_state), scaled by the adapter like any other. Groups of N:M
+masks keep their counts (spp.pruning.swap).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from spp.errors import WrapError
+from spp.kernels.blocks import row_step, slices
+from spp.patterns import nonzero_mask, pack_bits
+from spp.pruning.swap import swap
+from spp.rules import effective_weight
+from spp.rules.canonical import arithmetic_dtype
+from spp.training.dense_weights import DenseSource
+from spp.training.mask_options import DECAYS, check_mask_updates
+from spp.training.mask_state import LayerMask, MaskState
+
+logger = logging.getLogger(__name__)
+
+
+class MaskUpdates(TrainerCallback):
+    """Updates the masks of a wrapped model while SPPTrainer trains it: `SPPTrainer(model, args, mask_updates=…)`.
+
+    Args:
+        dense: directory or hub id of the dense model that the pruned one was made of, or the model itself.
+        every: k, optimizer steps between two updates.
+        fraction: share of a layer's kept weights that the first update exchanges at most, in [0, 1].
+        until: part of the steps, in (0, 1], after which masks stay.
+        decay: how the fraction shrinks to 0 until then, "cosine" or "cubic".
+        drop: by |W_eff| · ‖x‖ ("activation") or |W_eff| ("magnitude").
+        grow: by |G| ("gradient"), or by −G ⊙ V, the fall of the loss to first order ("saliency"; only what falls).
+
+    Raises:
+        ConfigError: an option makes no sense, or the model cannot be updated.
+
+    Example:
+        >>> updates = MaskUpdates("dense", every=10)  # doctest: +SKIP
+        >>> SPPTrainer(spp.wrap(model), arguments, mask_updates=updates, train_dataset=rows).train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        dense: DenseSource,
+        *,
+        every: int,
+        fraction: float = 0.1,
+        until: float = 0.75,
+        decay: str = "cosine",
+        drop: str = "activation",
+        grow: str = "gradient",
+    ) -> None:
+        check_mask_updates(every, fraction, until, decay, drop, grow)
+        self.dense, self.every, self.fraction, self.until = dense, every, fraction, until
+        self.decay, self.drop, self.grow = decay, drop, grow
+        self._state: MaskState | None = None
+        self._chosen: dict[str, npt.NDArray[np.uint8]] = {}
+
+    @property
+    def state(self) -> MaskState:
+        """The masks of the model that is trained."""
+        if self._state is None:
+            raise WrapError("these mask updates belong to no model yet; hand them to SPPTrainer(mask_updates=…)")
+        return self._state
+
+    def attach(self, model: nn.Module) -> None:
+        """Take a wrapped model, whose weights are those at the start, unless it has been taken already."""
+        if self._state is None or not self._state.belongs_to(model):
+            self._state = MaskState(model, self.dense)
+
+    def restore(self) -> None:
+        """Give the model the masks and weights that it had when it was taken, but for the signs of zeros."""
+        if self._state is not None:
+            self._let_go()
+            self._state.restore()
+
+    def fraction_at(self, step: int, total_steps: int) -> float:
+        """Return f at the end of a step, counted from 1; 0 where no update is due."""
+        last = self.until * total_steps
+        if step % self.every or step > last:
+            return 0.0
+        return self.fraction * DECAYS[self.decay](step / last)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Forget what a step that failed has left."""
+        self._let_go()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Have layers choose their new masks in the backward pass of a step that ends in an update."""
+        self._let_go()
+        fraction = self.fraction_at(state.global_step + 1, state.max_steps)
+        if fraction:
+            for layer in self.state.layers.values():
+                layer.layer.tap = partial(self._choose, layer, fraction)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Exchange what was chosen."""
+        chosen = self._chosen
+        self._let_go()
+        self.state.write(chosen)
+        if chosen:
+            logger.info("step %d: updated the masks of %d layers", state.global_step, len(chosen))
+
+    def _let_go(self) -> None:
+        self._chosen = {}
+        for layer in self.state.layers.values():
+            layer.layer.tap = None
+
+    @torch.no_grad()
+    def _choose(self, mask: LayerMask, fraction: float, dy: Tensor, x: Tensor) -> None:
+        """Choose a layer's new mask from dY (T, m) and X (T, n)."""
+        self._chosen.pop(mask.path, None)  # of an earlier pass of this step
+        weight, values = mask.layer.matrix, mask.values()
+        kept = nonzero_mask(weight)
+        count = int(fraction * int(torch.count_nonzero(kept)))
+        if not count:
+            return
+        dtype = arithmetic_dtype(weight.dtype)
+        layer = mask.layer
+        drop = effective_weight(layer.spp_rule, weight, layer.adapter_parameters(), layer.scaling).to(dtype).abs_()
+        if self.drop == "activation":
+            drop.mul_(torch.linalg.vector_norm(x, dim=0, dtype=dtype))
+        grow = torch.empty_like(drop)
+        x = x.to(dy.dtype)
+        m, n = weight.shape
+        for rows in slices(m, row_step(m, n, 1)):
+            grow[rows] = dy[:, rows].T @ x
+        if self.grow == "gradient":
+            grow.abs_()
+        else:
+            grow.mul_(values).neg_()
+        if not bool(torch.isfinite(grow).all() & torch.isfinite(drop).all()):
+            logger.warning("%s keeps its mask: the gradient is not finite", mask.path)
+            return
+        never = ~nonzero_mask(values)
+        if self.grow == "saliency":
+            never |= grow <= 0
+        grow.masked_fill_(never, -math.inf)
+        self._chosen[mask.path] = pack_bits(swap(kept, drop, grow, count, mask.group))

@@ -1,0 +1,141 @@
+"""What `tune` does otherwise from one method to the next: what goes into the model, who trains it, what is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spp.adapters import load_adapter, save_adapter
+from spp.checkpoint import save_model
+from spp.inject import is_wrapped, unwrap, wrap
+from spp.inject_activations import set_saved_activations
+from spp.inject_packed import packed_layers
+from spp.packed import Layout
+from spp.pst import save as save_pst
+from spp.pst import unwrap as unwrap_pst
+from spp.pst import wrap as wrap_pst
+from spp.training.adapter_trainer import AdapterTrainer
+from spp.training.config import TuneConfig
+from spp.training.mask_updates import MaskUpdates
+from spp.training.pst_trainer import PSTTrainer
+from spp.training.run_directory import RunDirectory
+from spp.training.trainer import SPPTrainer
+
+
+class Method(ABC):
+    """A method with the options of one run."""
+
+    def __init__(self, config: TuneConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def prepare(self, model: Any) -> None:
+        """Put in what trains."""
+
+    @abstractmethod
+    def undo(self, model: Any) -> None:
+        """Give the model back as it was before `prepare`, wherever the run has failed."""
+
+    @abstractmethod
+    def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
+        """Return who trains it."""
+
+    @abstractmethod
+    def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
+        """Write the final adapter, and the model that it belongs to where it is a new one; return that one's path."""
+
+
+class SPPMethod(Method):
+    """SPP's adapter, with or without mask updates."""
+
+    def prepare(self, model: Any) -> None:
+        """Wrap, and find the dense model for mask updates."""
+        layers = packed_layers(model).values()
+        packed = any(
+            isinstance(layer.packed_layout, Layout) for layer in layers
+        )  # or quantized, which is small as it is
+        config = replace(self.config.adapter_config(), packed=packed)
+        self._wrap_options(wrap(model, config))
+        try:
+            self._updates = self._mask_updates(model)
+        except BaseException:
+            unwrap(model)
+            raise
+
+    def undo(self, model: Any) -> None:
+        """Take the masks back, and the adapter out."""
+        if self._updates is not None:
+            self._updates.restore()
+        if is_wrapped(model):
+            unwrap(model)
+
+    def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
+        """Return an SPPTrainer."""
+        return SPPTrainer(model, arguments, mask_updates=self._updates, **options)
+
+    def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
+        """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names."""
+        save_adapter(model, run.adapter, overwrite=True)
+        if self._updates is None:
+            return None
+        unwrap(model)
+        save_model(model, run.base, tokenizer=tokenizer, overwrite=True)
+        self._wrap_options(load_adapter(model, run.adapter))
+        save_adapter(model, run.adapter, overwrite=True)
+        return run.base
+
+    def _mask_updates(self, model: Any) -> MaskUpdates | None:
+        config = self.config
+        if config.mask_update_every is None:
+            return None
+        assert config.dense_model is not None
+        updates = MaskUpdates(
+            config.dense_model,
+            every=config.mask_update_every,
+            fraction=config.mask_update_fraction,
+            until=config.mask_update_until,
+            decay=config.mask_update_decay,
+            drop=config.mask_update_drop,
+            grow=config.mask_update_grow,
+        )
+        updates.attach(model)
+        return updates
+
+    def _wrap_options(self, model: Any) -> None:
+        set_saved_activations(model, self.config.saved_activations)
+
+
+class PSTMethod(Method):
+    """PST: the mask is learned while a dense model trains."""
+
+    def prepare(self, model: Any) -> None:
+        """Wrap."""
+        wrap_pst(model, self.config.pst_config())
+
+    def undo(self, model: Any) -> None:
+        """Take the layers out."""
+        unwrap_pst(model)
+
+    def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
+        """Return a PSTTrainer."""
+        return PSTTrainer(
+            model,
+            arguments,
+            final_sparsity=self.config.final_sparsity,
+            initial_sparsity=self.config.initial_sparsity,
+            initial_warmup=self.config.initial_warmup,
+            final_warmup=self.config.final_warmup,
+            **options,
+        )
+
+    def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
+        """Write what PST trained."""
+        save_pst(model, run.adapter, overwrite=True)
+        return None
+
+
+def method_of(config: TuneConfig) -> Method:
+    """Return the method of a run."""
+    return SPPMethod(config) if config.method == "spp" else PSTMethod(config)

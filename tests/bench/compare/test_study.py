@@ -1,0 +1,177 @@
+"""What is run next, what is kept, and what two processes share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spp.bench.compare.contenders import parse_contenders
+from spp.bench.compare.results import Results
+from spp.bench.compare.study import Plan
+from spp.bench.compare.summary import summaries
+from spp.bench.compare.tables import main_table, markdown, notes, search_table, verdict
+from spp.errors import CheckpointError, ConfigError, OutputExistsError
+
+CONDITIONS = {
+    "budget": "steps",
+    "steps": 100,
+    "batch_size": 2,
+    "block_length": 128,
+    "model": "pruned",
+    "data": ["train.txt"],
+    "eval_text": "valid.txt",
+    "kind": "text",
+    "test_windows": 20,
+    "validation_windows": 10,
+    "window": 512,
+}
+ENVIRONMENT = {
+    "device": "a processor",
+    "dtype": "float32",
+    "threads": 1,
+    "cores": 2,
+    "kernels": "auto",
+    "compiled_products": False,
+    "python": "3.11",
+    "versions": {"spp": "0"},
+}
+
+
+def row(contender: str, lr: float, seed: int, loss: float | None, **more: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"contender": contender, "lr": lr, "seed": seed, "steps": 100, "trainable": 1000}
+    values |= {"diverged": loss is None, "environment": ENVIRONMENT, "zeros_kept": 1.0, "pattern_valid": True}
+    if loss is not None:
+        values |= {
+            "validation": {"loss": loss, "perplexity": 10 * loss},
+            "test": {"loss": loss, "perplexity": 9 * loss},
+        }
+    return values | more
+
+
+def plan(*names: str, extend: int = 1, seeds: tuple[int, ...] = (0,)) -> Plan:
+    contenders = parse_contenders(names)
+    lrs = {c.name: (1e-2, 2e-2, 4e-2) for c in contenders}
+    return Plan(contenders, lrs, {c.name: 100 for c in contenders}, seeds, extend)
+
+
+def run_all(one: Plan, loss: Any) -> dict[str, dict[str, Any]]:
+    """Run a plan to its end with a made-up loss; return the rows in the order in which they were asked for."""
+    rows: dict[str, dict[str, Any]] = {}
+    while (following := next(iter(one.pending(rows)), None)) is not None:
+        _, trial = following
+        rows[trial.key] = row(trial.contender, trial.lr, trial.seed, loss(trial))
+    return rows
+
+
+def test_a_search_ends_where_the_best_lies_inside() -> None:
+    rows = run_all(plan("spp", extend=3), lambda t: abs(t.lr - 2e-2))
+    assert [r["lr"] for r in rows.values()] == [1e-2, 2e-2, 4e-2]
+
+
+@pytest.mark.parametrize(("best", "expected"), [(1.0, [8e-2, 0.16]), (1e-9, [5e-3, 2.5e-3])])
+def test_a_search_goes_on_beyond_an_end(best: float, expected: list[float]) -> None:
+    rows = run_all(plan("spp", extend=2), lambda t: abs(t.lr - best))
+    assert [r["lr"] for r in rows.values()][3:] == expected
+
+
+def test_other_seeds_come_last_and_at_the_best_rate_only() -> None:
+    one = plan("spp", "hira", seeds=(3, 1, 2))
+    rows = run_all(one, lambda t: abs(t.lr - 2e-2) + 0.001 * t.seed)
+    asked = [(r["contender"], r["lr"], r["seed"]) for r in rows.values()]
+    assert asked[:6] == [(name, lr, 3) for name in ("spp", "hira") for lr in (1e-2, 2e-2, 4e-2)]
+    assert asked[6:] == [(name, 2e-2, seed) for name in ("spp", "hira") for seed in (1, 2)]
+
+
+def test_what_diverged_is_never_the_best_and_never_tried_again() -> None:
+    one = plan("spp", extend=0, seeds=(0, 1))
+    rows = run_all(one, lambda t: None if t.lr > 1.5e-2 else 1.0)
+    assert one.best(one.contenders[0], rows) == 1e-2
+    everything = run_all(one, lambda t: None)
+    assert len(everything) == 3 and one.best(one.contenders[0], everything) is None
+
+
+def test_results_go_on_only_where_they_were_found_alike(tmp_path: Path) -> None:
+    Results(tmp_path / "out", CONDITIONS).add("rows", "a", row("spp", 1e-2, 0, 3.0))
+    with pytest.raises(OutputExistsError, match="resume"):
+        Results(tmp_path / "out", CONDITIONS)
+    assert "a" in Results(tmp_path / "out", CONDITIONS, resume=True).read()["rows"]
+    with pytest.raises(ConfigError, match="steps: 100 there, 99 now"):
+        Results(tmp_path / "out", {**CONDITIONS, "steps": 99}, resume=True)
+    assert Results(tmp_path / "out", CONDITIONS, overwrite=True).read()["rows"] == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format_version": 2}', '{"format_version": 1, "rows": []}', "[1]"])
+def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        Results(tmp_path, CONDITIONS, resume=True)
+
+
+def test_a_trial_that_someone_runs_is_left_to_him(tmp_path: Path) -> None:
+    results, others = (Results(tmp_path, CONDITIONS, resume=bool(i)) for i in range(2))  # a lock each, as two processes
+    with others.claim("rows a") as mine:
+        assert mine
+        assert not results.once("rows", "a", lambda: pytest.fail("it is claimed"))
+        assert results.once("rows", "b", lambda: {"x": 1})
+    assert results.once("rows", "a", lambda: {"x": 2})  # let go without a row, as a killed process does
+    assert not results.once("rows", "a", lambda: pytest.fail("it is there"))
+    assert json.loads(results.path.read_text())["rows"] == {"a": {"x": 2}, "b": {"x": 1}}
+
+
+def contents(*rows: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    named = {f"{r['contender']} {r['lr']} {r['seed']}": r for r in rows}
+    return {"conditions": CONDITIONS, "baselines": {}, "costs": {}, "rows": named, **parts}
+
+
+def test_the_table_takes_the_rate_that_validation_chose() -> None:
+    good = row("spp", 2e-2, 0, 3.0)
+    lucky = row("spp", 4e-2, 0, 3.5)
+    lucky["test"] = {"loss": 1.0, "perplexity": 1.0}  # the best on the test windows, which must not choose
+    found = contents(row("spp", 1e-2, 0, 4.0), good, lucky, row("spp", 2e-2, 1, 3.2), row("lora", 1e-3, 0, 1.5))
+    found["rows"]["lora 0.001 0"] |= {"zeros_kept": 0.25, "pattern_valid": False}
+    first, second = summaries(found)
+    assert (first.contender, second.contender) == ("lora", "spp")
+    assert second.best == 2e-2 and second.perplexities == pytest.approx([27.0, 28.8]) and not second.at_an_end
+    table = main_table(found)
+    cells = {line[0]: dict(zip(table.columns, line, strict=True)) for line in table.rows}
+    assert cells["spp"]["after"] == "27.90 (27.00 … 28.80)" and cells["spp"]["lr"] == "0.02"
+    assert cells["spp"]["zeros kept"] == "100" and cells["spp"]["N:M"] == "yes"
+    assert cells["lora"]["zeros kept"] == "25.00" and cells["lora"]["N:M"] == "no" and cells["lora"]["lr"] == "0.001 †"
+    assert any("lowest or highest" in line for line in notes(found))
+    assert "**30.00**" in search_table(found).markdown()
+    text = markdown(found, ["hira, lr 0.01, seed 0, 100 steps"])
+    assert "## Missing\n\n- hira, lr 0.01, seed 0, 100 steps" in text
+
+
+def test_the_verdict_is_on_peers_that_keep_every_zero() -> None:
+    def searched(name: str, loss: float, **more: Any) -> list[dict[str, Any]]:
+        return [row(name, lr, 0, loss + abs(lr - 2e-2), **more) for lr in (1e-2, 2e-2, 4e-2)]
+
+    rows = [*searched("spp", 3.0), *searched("hira", 3.5), *searched("masked-lora", 2.5), *searched("spp:r=4", 1.0)]
+    rows += [*searched("lora", 1.0, zeros_kept=0.0), row("ia3", 1e-2, 0, 9.0)]
+    found = contents(*rows)
+    for one in found["rows"].values():
+        one["test"]["perplexity"] = 10.0
+    assert verdict(found) == (
+        "Of those that keep every zero: spp (10.00) does not hold against masked-lora (10.00); "
+        "it is ahead of hira (10.00) and ia3 (10.00). "
+        "Not settled, for want of learning rates on both sides of the best: ia3."
+    )
+    assert verdict(contents(row("hira", 1e-2, 0, 3.0))) == ""
+    assert verdict(contents(*searched("spp", 3.0), *searched("hira", 4.0))).count("is ahead of hira") == 1
+
+
+def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
+    found = contents(row("spp", 1e-2, 0, 3.0, zeros_kept=0.9999999))
+    assert "< 100" in main_table(found).rows[0]
+
+
+def test_costs_are_relative_to_the_reference() -> None:
+    cost = {"this_to_reference_wall": {"median": 1.5}, "peak_bytes": 300}
+    reference = {"this_to_reference_wall": {"median": 1.0}, "peak_bytes": 200}
+    found = contents(row("hira", 1e-2, 0, 3.0), costs={"hira": cost, "spp": reference})
+    assert main_table(found).rows[0][-2:] == ("1.50", "1.50")
+    assert main_table(contents(row("hira", 1e-2, 0, None))).rows[0][2] == "diverged"

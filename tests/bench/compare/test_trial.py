@@ -1,0 +1,211 @@
+"""Trials on a small model: every contender trains what it says, and its zeros are counted after its own merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spp.bench.compare import cost
+from spp.bench.compare.chart import draw
+from spp.bench.compare.config import BUDGETS, CompareConfig
+from spp.bench.compare.contenders import KINDS, parse_contender
+from spp.bench.compare.data import load
+from spp.bench.compare.methods import Goal, adapt, masks_of
+from spp.bench.compare.study import _count, _nearest, _shapes, compare
+from spp.bench.compare.trial import zeros
+from spp.errors import ConfigError, DataError, OutputError
+from spp.training.loading import load_model, load_tokenizer
+from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
+
+LINES = "".join(f"Line {i}: {i} and {i + 1} are {2 * i + 1}.\n" for i in range(150))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("compare") / "pruned"
+    prune_nm_(tiny_llama(initializer_range=0.2, num_hidden_layers=1)).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    (directory.parent / "text.txt").write_text(LINES)
+    return directory
+
+
+def config(pruned: Path, out: Path, **options: object) -> CompareConfig:
+    small = {"steps": 2, "block_length": 16, "window": 16, "test_windows": 3, "validation_windows": 2, "cost_rounds": 0}
+    given = {"model": pruned, "output_dir": out, "data": pruned.parent / "text.txt", **small, **options}
+    return CompareConfig(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_step_trains_and_the_merge_keeps_what_it_should(name: str, pruned: Path) -> None:
+    if name in ("hira", "lora", "lora-remasked", "ia3"):
+        pytest.importorskip("peft")
+    contender = parse_contender(name)
+    model = load_model(pruned)
+    before, start = masks_of(model), {key: value.clone() for key, value in model.state_dict().items()}
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        untouched = model(ids).logits
+    adapted = adapt(contender, model, seed=0, goal=Goal("2:4", 0.5), dense=pruned)
+    parameters = [p for p in adapted.model.parameters() if p.requires_grad]
+    assert adapted.trainable() == sum(p.numel() for p in parameters) > 0
+    if name != "spp-random-beta":
+        with torch.no_grad():
+            torch.testing.assert_close(adapted.model.eval()(ids).logits, untouched, atol=1e-5, rtol=1e-4)
+    adapted.model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted.model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    adapted.settle()
+    with torch.no_grad():
+        tuned = adapted.model.eval()(ids).logits
+        plain = adapted.finish().eval()
+        merged = plain(ids).logits
+    assert plain.state_dict().keys() == start.keys()
+    assert any(not torch.equal(value, start[key]) for key, value in plain.state_dict().items())
+    if name != "lora-remasked":
+        torch.testing.assert_close(merged, tuned, atol=1e-4, rtol=1e-3)
+    found = zeros(plain, before)
+    if contender.keeps:
+        assert found == {"zeros_kept": 1.0, "sparsity": 0.5, "pattern_valid": True}
+    elif name == "lora":
+        assert found["zeros_kept"] < 0.01 and found["pattern_valid"] is False
+    else:
+        assert found["zeros_kept"] > 0.2 and found["sparsity"] == 0.5 and found["pattern_valid"] is True
+
+
+def test_zeros_are_counted_one_by_one() -> None:
+    model = prune_nm_(tiny_llama(num_hidden_layers=1))
+    masks = masks_of(model)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    total = sum(int((~mask).sum()) for mask in masks.values())
+    with torch.no_grad():
+        weight[0, int((weight[0] == 0).nonzero()[0])] = 1.0
+    found = zeros(model, masks)
+    assert found["zeros_kept"] == (total - 1) / total and found["pattern_valid"] is False
+
+
+def test_parameters_are_counted_as_they_are(pruned: Path) -> None:
+    shapes = _shapes(load_model(pruned))
+    for name in ("spp", "spp:r=5", "spp-no-beta", "masked-lora:r=3", "hira-rule:r=2"):
+        contender = parse_contender(name)
+        assert _count(contender, shapes) == adapt(contender, load_model(pruned), 0).trainable(), name
+    wanted = _count(parse_contender("spp"), shapes)
+    nearest = _nearest(parse_contender("masked-lora"), load_model(pruned))
+    worse = [abs(_count(nearest.with_rank(nearest.options["r"] + d), shapes) - wanted) for d in (-1, 1)]
+    assert abs(_count(nearest, shapes) - wanted) <= min(worse)
+
+
+@pytest.mark.parametrize("kind", ["text", "own text", "instruction"])
+def test_validation_and_test_share_nothing_with_training(kind: str, pruned: Path, tmp_path: Path) -> None:
+    options: dict[str, object] = {}
+    if kind == "own text":
+        (tmp_path / "valid.txt").write_text("".join(chr(40 + i % 80) for i in range(200)))
+        options = {"eval_text": tmp_path / "valid.txt"}
+    if kind == "instruction":
+        rows = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(30)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"data": tmp_path / "rows.jsonl", "block_length": 64}
+    data = load(config(pruned, tmp_path / "o", **options), load_tokenizer(pruned))
+    if kind == "instruction":
+        parts = [
+            {bytes(ids.numpy()) for ids, _ in part.rows} for part in (data.train, data.validation.rows, data.test.rows)
+        ]
+        assert [len(part) for part in parts] == [25, 2, 3]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        return
+    assert data.test.tokens.numel() == 48 and data.validation.tokens.numel() == 32
+    text = torch.cat([data.test.tokens, data.validation.tokens])
+    if kind == "own text":
+        assert bytes(text.tolist()) == bytes(
+            load_tokenizer(pruned)((tmp_path / "valid.txt").read_text())["input_ids"][:80]
+        )
+    else:
+        whole = load_tokenizer(pruned)(LINES)["input_ids"]
+        assert len(data.train) == (len(whole) // 16) - 5
+
+
+def test_too_little_data_is_an_error(pruned: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pruned)
+    with pytest.raises(DataError, match="too short to hold back"):
+        load(config(pruned, tmp_path / "o", test_windows=1000), tokenizer)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(DataError, match="fewer than 3 test and 2 validation"):
+        load(config(pruned, tmp_path / "o", eval_text=tmp_path / "short.txt"), tokenizer)
+
+
+def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
+    given = {"contenders": ("spp", "norms"), "lr": ("spp=1e-2,2e-2", "norms=1e-2"), "extend": 0}
+    first = compare(config(pruned, tmp_path / "out", contenders=("spp",), lr=("1e-2",)))
+    (key,) = first.read()["rows"]
+    before = first.read()["rows"][key]
+    whole = compare(config(pruned, tmp_path / "out", resume=True, dense=None, **given)).read()
+    assert whole["rows"][key] == before  # not run again
+    assert {(r["contender"], r["lr"]) for r in whole["rows"].values()} == {
+        ("spp", 0.01),
+        ("spp", 0.02),
+        ("norms", 0.01),
+    }
+    again = compare(config(pruned, tmp_path / "other", **given)).read()
+    for name, row in whole["rows"].items():  # the same numbers, whoever went first
+        assert (
+            again["rows"][name]["validation"] == row["validation"]
+            and again["rows"][name]["train_loss"] == row["train_loss"]
+        )
+    for rows in (again["rows"], whole["rows"]):  # nothing but the best yet is tested
+        losses = {row["lr"]: row["validation"]["loss"] for row in rows.values() if row["contender"] == "spp"}
+        tested = {row["lr"] for row in rows.values() if row["contender"] == "spp" and "test" in row}
+        assert min(losses, key=losses.__getitem__) in tested and 0.01 in tested
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| spp |" in text and "Missing" not in text and str(tmp_path) not in text
+    pytest.importorskip("matplotlib")
+    draw(whole, tmp_path / "chart.png", overwrite=False)
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_is_found_before_anything_is_trained(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"contender 'masked-lora:r=33': .*k_proj: r = 33"):
+        compare(config(pruned, tmp_path / "out", contenders=("spp", "masked-lora:r=33")))
+    assert not (tmp_path / "out").exists()
+    tiny_llama(num_hidden_layers=1, intermediate_size=96).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"not those of .*pruned before pruning"):
+        compare(config(pruned, tmp_path / "out", contenders=("pst",), dense=tmp_path / "other"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        compare(config(pruned, tmp_path / "file", contenders=("norms",)))
+
+
+def test_divergence_is_a_row(pruned: Path, tmp_path: Path) -> None:
+    rows = compare(config(pruned, tmp_path / "out", contenders=("spp",), lr=("1e30",), extend=0)).read()["rows"]
+    (row,) = rows.values()
+    assert row["diverged"] and "test" not in row and "merged weight" in row["reason"]
+
+
+def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = {"spp": 1.0, "norms": 2.0}
+    monkeypatch.setattr(
+        cost,
+        "measure_cost",
+        lambda _, c: {
+            "reference_to_this_wall": {"median": ratios[c.name]},
+            "peak_bytes": 1,
+            "this_to_reference_wall": {"median": 1 / ratios[c.name]},
+        },
+    )
+    given = {"contenders": ("spp", "norms"), "lr": ("1e-2",), "cost_rounds": 1, "steps": 2}
+    rows = compare(config(pruned, tmp_path / "out", budget="time", **given)).read()["rows"]
+    assert {row["contender"]: row["steps"] for row in rows.values()} == {"spp": 2, "norms": 4}
+    assert "time" in BUDGETS
+
+
+def test_cost_of_a_step(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"model": pruned, "contender": "norms", "dtype": "float32", "device": "cpu", "batch-size": 1}
+    arguments |= {"block-length": 8, "rounds": 2, "threads": torch.get_num_threads()}
+    cost.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
+    found = json.loads(capsys.readouterr().out)
+    assert found["reference"] == "spp" and found["peak_bytes"] >= found["rest_bytes"] > 0
+    assert found["this_to_reference_wall"]["median"] > 0 and found["trainable"] == 3 * 64

@@ -1,0 +1,340 @@
+"""SPP with mask updates: what is exchanged, what stays, resume, merge, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+import spp
+from spp.errors import CheckpointError, ConfigError, SPPWarning, WrapError
+from spp.inject import adapter_layers, adapter_parameters
+from spp.patterns import is_nm
+from spp.training import MaskUpdates, SPPTrainer
+from spp.training.mask_state import MASKS_NAME, STATE_NAME, MaskState
+from tests.models import moe_model, projections, prune_nm_, tiny_llama
+from tests.pruning.test_swap import plain_swap
+from tests.tolerances import assert_same_bits, assert_same_zeros
+from tests.training.helpers import bytes_of, losses, pruned, trainer
+from tests.training.test_trainer import StopAt
+
+
+def halved() -> Any:
+    """The tiny model with the smaller half of each row pruned."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for module in projections(model).values():
+            lowest = module.weight.abs().argsort(dim=1)[:, : module.weight.shape[1] // 2]
+            module.weight.scatter_(1, lowest, 0.0)
+    return model
+
+
+BASES = {"2:4": pruned, "unstructured": halved}
+
+
+def updated(directory: Path, base: str = "2:4", dense: Any = None, wrap: Any = None, **options: Any) -> SPPTrainer:
+    """A trainer with mask updates; `options` of both kinds."""
+    names = ("every", "fraction", "until", "decay", "drop", "grow")
+    own = {name: options.pop(name) for name in names if name in options}
+    model = spp.wrap(BASES[base](), **{"r": 4, "seed": 0, **(wrap or {})})
+    updates = MaskUpdates(
+        tiny_llama() if dense is None else dense, **{"every": 2, "fraction": 0.2, "until": 1.0, **own}
+    )
+    return trainer(directory, model, mask_updates=updates, **options)
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {path: layer.weight.detach().clone() for path, layer in adapter_layers(model).items()}
+
+
+class Watch(TrainerCallback):
+    """The weights after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **options: Any) -> None:
+        self.seen.append(weights_of(model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_every_update_keeps_the_sparsity_and_takes_dense_values(tmp_path: Path, base: str, packed: bool) -> None:
+    made = updated(tmp_path, base, wrap={"packed": packed}, max_steps=8, until=0.75)
+    watch = Watch()
+    before = weights_of(made.model)
+    made.add_callback(watch)  # after the updates
+    made.train()
+    dense = projections(tiny_llama())
+    for step, now in enumerate(watch.seen, start=1):
+        fraction = 0.2 * (1 + math.cos(math.pi * step / 6)) / 2 if step % 2 == 0 and step <= 6 else 0.0
+        assert fraction == made.mask_updates.fraction_at(step, 8)
+        changed = 0
+        for path, weight in now.items():
+            old = before[path]
+            moved = int(((weight != 0) & (old == 0)).sum())
+            assert moved == int(((weight == 0) & (old != 0)).sum()) <= int(fraction * int((old != 0).sum())), path
+            if base == "2:4":
+                assert is_nm(weight, 2, 4), path
+            else:
+                assert moved == int(fraction * int((old != 0).sum())), path
+            kept = weight != 0
+            assert torch.equal(weight[kept], dense[path].weight[kept]), path
+            changed += moved
+        assert (changed > 0) == (fraction > 0.0), step
+        before = now
+    assert {entry["sparsity"] for entry in made.state.log_history if "loss" in entry} == {0.5}
+
+
+@pytest.mark.parametrize("grow", ["gradient", "saliency"])
+@pytest.mark.parametrize("drop", ["activation", "magnitude"])
+@pytest.mark.parametrize("base", BASES)
+def test_the_choice_is_that_of_plain_torch(tmp_path: Path, base: str, drop: str, grow: str) -> None:
+    made = updated(tmp_path, base, drop=drop, grow=grow, every=1, fraction=0.3, max_steps=4, callbacks=[StopAt(1)])
+    assert made.mask_updates is not None
+    fraction = made.mask_updates.fraction_at(1, 4)
+    with torch.no_grad():
+        for i, parameter in enumerate(adapter_parameters(made.model)):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    layers = adapter_layers(made.model)
+    effective = {path: layer.effective_weight() for path, layer in layers.items()}
+    before = weights_of(made.model)
+    batches: list[Any] = []
+    collate = made.data_collator
+
+    def keep(rows: Any) -> Any:
+        batches.append(collate(rows))
+        return batches[-1]
+
+    made.data_collator = keep
+    made.train()
+    plain, inputs = tiny_llama(), {}
+    for path, module in projections(plain).items():
+        module.weight.data.copy_(effective[path])
+        module.register_forward_pre_hook(lambda _, args, path=path: inputs.__setitem__(path, args[0].detach()))
+    plain(**batches[0]).loss.backward()
+    dense = projections(tiny_llama())
+    for path, module in projections(plain).items():
+        kept, gradient, values = before[path] != 0, module.weight.grad, dense[path].weight.detach()
+        norms = inputs[path].reshape(-1, module.weight.shape[1]).norm(dim=0)
+        dropped = effective[path].abs() * (norms if drop == "activation" else 1)
+        grown = gradient.abs() if grow == "gradient" else -gradient * values
+        if grow == "saliency":
+            grown = grown.masked_fill(grown <= 0, -math.inf)
+        expected = plain_swap(kept, dropped, grown, int(fraction * int(kept.sum())), 4 if base == "2:4" else None)
+        found = layers[path].weight != 0
+        assert int((found != kept).sum()) > 0, path
+        # The two sum gradients in different orders: a few choices between near equals may differ.
+        assert int((found != expected).sum()) <= 0.01 * int((expected != kept).sum()) + 2, path
+
+
+@pytest.mark.parametrize(("base", "stop"), [("2:4", 1), ("2:4", 2), ("unstructured", 3), ("unstructured", 6)])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, base: str, stop: int) -> None:
+    options = {"max_steps": 7, "gradient_accumulation_steps": 2, "wrap": {"dropout": 0.3}}
+    whole = updated(tmp_path / "whole", base, **options)
+    whole.train()
+    whole.save_model(str(tmp_path / "whole" / "final"))
+    updated(tmp_path / "cut", base, callbacks=[StopAt(stop)], **options).train()
+    resumed = updated(tmp_path / "cut", base, **options)
+    torch.manual_seed(999)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model(str(tmp_path / "cut" / "final"))
+    assert losses(resumed) == losses(whole)
+    assert bytes_of(tmp_path / "cut" / "final") == bytes_of(tmp_path / "whole" / "final")
+    for path, weight in weights_of(whole.model).items():
+        assert_same_bits(weights_of(resumed.model)[path], weight, path)
+
+
+def test_a_fraction_of_zero_changes_nothing(tmp_path: Path) -> None:
+    without, none = trainer(tmp_path / "a"), updated(tmp_path / "b", fraction=0.0)
+    without.train()
+    none.train()
+    assert losses(none) == losses(without)
+    for key, tensor in spp.adapter_state_dict(without.model).items():
+        assert_same_bits(spp.adapter_state_dict(none.model)[key], tensor, key)
+    for path, weight in weights_of(without.model).items():
+        assert_same_bits(weights_of(none.model)[path], weight, path)
+
+
+def test_the_seed_of_the_data_decides(tmp_path: Path) -> None:
+    runs = [updated(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+    for made in runs:
+        made.train()
+    hashes = [made.mask_updates.state.hashes() for made in runs]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
+def test_other_ways_to_compute(tmp_path: Path, options: dict[str, Any]) -> None:
+    plain, other = updated(tmp_path / "a"), updated(tmp_path / "b", **options)
+    plain.train()
+    other.train()
+    same = plain.mask_updates.state.hashes() == other.mask_updates.state.hashes()
+    assert same == ("bf16" not in options)
+    assert all(is_nm(weight, 2, 4) for weight in weights_of(other.model).values())
+
+
+def test_after_updates_the_layers_compute_with_the_new_masks(tmp_path: Path) -> None:
+    made = updated(tmp_path)
+    made.train()
+    fresh = pruned()
+    for path, weight in weights_of(made.model).items():
+        fresh.get_submodule(path).weight.data.copy_(weight)
+    spp.wrap(fresh, r=4)
+    with torch.no_grad():
+        for one, other in zip(adapter_parameters(fresh), adapter_parameters(made.model), strict=True):
+            one.copy_(other)
+    ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(2))
+    for model in (fresh, made.model.train(False)):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+    for one, other in zip(adapter_parameters(fresh), adapter_parameters(made.model), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert_same_bits(other.grad, one.grad)
+    with torch.no_grad():
+        assert_same_bits(made.model(input_ids=ids).logits, fresh(input_ids=ids).logits)
+
+
+def test_merge_and_verify_with_the_final_masks(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    spp.save_model(pruned(), tmp_path / "pruned")
+    made = updated(tmp_path / "run", dense=tmp_path / "dense")
+    made.train()
+    made.save_model(str(tmp_path / "adapter"))
+    weights = weights_of(made.model)
+    effective = {path: layer.effective_weight() for path, layer in adapter_layers(made.model).items()}
+    with pytest.raises(spp.errors.MaskError, match="not those"):
+        spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "wrong")
+    spp.merge(made.model)
+    for path, module in projections(made.model).items():
+        assert_same_bits(module.weight.detach(), effective[path], path)
+        assert_same_zeros(module.weight.detach(), weights[path], path)
+    spp.save_model(made.model, tmp_path / "merged")
+    assert spp.verify(tmp_path / "merged").pattern == "2:4"
+    with pytest.raises(spp.errors.MaskError):
+        spp.verify(tmp_path / "pruned", tmp_path / "merged")
+
+
+def test_values_that_pruning_changed_come_back_and_restore_takes_all_back(tmp_path: Path) -> None:
+    def compensated() -> Any:
+        model = pruned()
+        with torch.no_grad():
+            for module in projections(model).values():
+                module.weight.mul_(1.25)
+        return model
+
+    model = spp.wrap(compensated(), r=4, seed=0)
+    before = weights_of(model)
+    made = trainer(tmp_path, model, mask_updates=MaskUpdates(tiny_llama(), every=1, fraction=0.4, until=1.0))
+    made.train()
+    dense = projections(tiny_llama())
+    for path, weight in weights_of(model).items():
+        new = (weight != 0) & (before[path] == 0)
+        assert new.any()
+        assert torch.equal(weight[new], dense[path].weight[new])
+        old = (weight != 0) & ~new
+        assert torch.equal(weight[old], before[path][old])
+    made.mask_updates.state.restore()
+    for path, weight in weights_of(model).items():
+        assert_same_bits(weight, before[path], path)
+
+
+def test_conv1d(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=256, n_positions=64)).eval()
+
+    base = model()
+    spp.prune(base, "magnitude", "2:4")
+    made = trainer(
+        tmp_path, spp.wrap(base, r=4, seed=0), mask_updates=MaskUpdates(model(), every=2, fraction=0.3, until=1.0)
+    )
+    start = weights_of(made.model)
+    made.train()
+    for path, weight in weights_of(made.model).items():
+        assert is_nm(weight.T, 2, 4) and not torch.equal(weight != 0, start[path] != 0), path
+
+
+class TestFiles:
+    def test_a_checkpoint_holds_the_masks(self, tmp_path: Path) -> None:
+        made = updated(tmp_path, save_strategy="steps", save_steps=6)
+        made.train()
+        directory = tmp_path / "checkpoint-6"
+        assert {MASKS_NAME, STATE_NAME} <= {file.name for file in directory.iterdir()}
+        saved = json.loads((directory / "adapter_config.json").read_text())
+        assert saved["base_masks"] == made.mask_updates.state.hashes()
+
+    def test_checkpoints_with_and_without_are_not_mixed(self, tmp_path: Path) -> None:
+        trainer(tmp_path / "a", save_strategy="steps", save_steps=6).train()
+        with pytest.raises(CheckpointError, match="without mask updates"):
+            updated(tmp_path / "a").train(resume_from_checkpoint=True)
+        updated(tmp_path / "b", save_strategy="steps", save_steps=6).train()
+        with pytest.raises(CheckpointError, match="with mask updates"):
+            trainer(tmp_path / "b").train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("damage", ["version", "pruned", "dense", "masks", "cut"])
+    def test_what_does_not_belong_is_refused(self, tmp_path: Path, damage: str) -> None:
+        updated(tmp_path).save_model(str(tmp_path / "saved"))
+        other = updated(tmp_path / "again", "unstructured" if damage == "pruned" else "2:4")
+        state: MaskState = other.mask_updates.state
+        if damage == "dense":
+            dense = tiny_llama()
+            dense.model.layers[1].mlp.up_proj.weight.data[(pruned().model.layers[1].mlp.up_proj.weight == 0)] += 1
+            state = MaskState(other.model, dense)
+        file = tmp_path / "saved" / (STATE_NAME if damage == "version" else MASKS_NAME)
+        if damage == "version":
+            file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+        elif damage == "masks":
+            from safetensors.torch import load_file, save_file
+
+            save_file({key: ~tensor for key, tensor in list(load_file(file).items())[1:]}, file)
+        elif damage == "cut":
+            file.write_bytes(file.read_bytes()[:-3])
+        weights = weights_of(other.model)
+        with pytest.raises(CheckpointError):
+            state.load(tmp_path / "saved")
+        assert all(torch.equal(weight, weights[path]) for path, weight in weights_of(other.model).items())
+
+
+class TestRefused:
+    def test_options(self) -> None:
+        for name, value in (
+            ("every", 0),
+            ("fraction", 1.5),
+            ("until", 0.0),
+            ("decay", "no"),
+            ("drop", 1),
+            ("grow", ""),
+        ):
+            with pytest.raises(ConfigError, match=f"mask_update_{name} is"):
+                MaskUpdates("dense", **{"every": 5, name: value})
+        with pytest.raises(WrapError, match="belong to no model"):
+            _ = MaskUpdates("dense", every=5).state
+
+    def test_dense_models_that_are_none(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="has no weight for 7 layers"):
+            updated(tmp_path, dense=tiny_llama(num_hidden_layers=1))
+        with pytest.raises(ConfigError, match="but in"):
+            updated(tmp_path, dense=tiny_llama(intermediate_size=128))
+        strange = tiny_llama()
+        strange.model.layers[0].mlp.up_proj.weight.data.normal_()
+        with pytest.warns(SPPWarning, match="hardly resembles"):
+            updated(tmp_path, dense=strange)
+        strange.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.inf
+        with pytest.raises(ConfigError, match="NaN or infinity"):
+            updated(tmp_path, dense=strange)
+
+    def test_fused_experts(self) -> None:
+        model = moe_model("qwen3_moe")
+        with pytest.warns(SPPWarning, match="dense"):
+            spp.wrap(prune_nm_(model), r=2)
+        with pytest.raises(ConfigError, match="fused experts"):
+            MaskState(model, moe_model("qwen3_moe"))
