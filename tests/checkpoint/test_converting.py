@@ -16,21 +16,9 @@ import spp
 from spp.errors import AdapterError, CheckpointError, ConfigError, NonFiniteError, OutputExistsError
 from spp.files import CheckpointReader
 from spp.pst import pst_layers
-from spp.pst.model import trained_parameters
-from tests.checkpoint.helpers import UP1, same_tensors
+from tests.checkpoint.helpers import UP1, same_tensors, trained_by_pst
 from tests.models import tiny_llama
 from tests.pst.test_model import classifier
-
-
-def trained(model: Any, sparsity: float, **options: Any) -> Any:
-    """A wrapped model whose factors are away from their start."""
-    spp.pst.wrap(model, **{"weight_rank": 3, "mask_rank": 2, "seed": 0, **options})
-    spp.pst.set_sparsity(model, sparsity)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trained_parameters(model).values():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def gpt2() -> Any:
@@ -44,10 +32,12 @@ def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Pa
     dense = gpt2() if kind == "gpt2" else tiny_llama()
     dense = dense.bfloat16() if kind == "bfloat16" else dense
     dense.save_pretrained(tmp_path / "dense", **({"max_shard_size": "100KB"} if kind == "sharded" else {}))
-    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.37 if pattern is None else 0.5)
+    model = trained_by_pst(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.37 if pattern is None else 0.5
+    )
     if pattern is not None:
         spp.pst.unwrap(model)
-        trained(model, 0.5, pattern=pattern)
+        trained_by_pst(model, 0.5, pattern=pattern)
     spp.pst.save(model, tmp_path / "state")
     masks = {path: layer.mask() for path, layer in pst_layers(model).items()}
     found = spp.convert_checkpoint(tmp_path / "dense", tmp_path / "state", tmp_path / "disk")
@@ -63,7 +53,7 @@ def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Pa
 
 def test_trained_in_another_dtype_than_the_disk_has(tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path / "dense")
-    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32), 0.5)
+    model = trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32), 0.5)
     spp.pst.save(model, tmp_path / "state")
     mask = pst_layers(model)[UP1.removesuffix(".weight")].mask()
     with CheckpointReader(tmp_path / "dense") as reader:
@@ -79,7 +69,7 @@ def test_trained_in_another_dtype_than_the_disk_has(tmp_path: Path) -> None:
 
 def test_a_classifier_with_its_head(tmp_path: Path) -> None:
     classifier("bert").save_pretrained(tmp_path / "dense")
-    model = trained(classifier("bert"), 0.5)
+    model = trained_by_pst(classifier("bert"), 0.5)
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     spp.pst.save(model, tmp_path / "state")
     spp.convert_checkpoint(tmp_path / "dense", tmp_path / "state", tmp_path / "disk")
@@ -96,7 +86,7 @@ class TestRefused:
     @pytest.fixture
     def pair(self, tmp_path: Path) -> tuple[Path, Path]:
         tiny_llama().save_pretrained(tmp_path / "dense")
-        model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.5)
+        model = trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.5)
         return tmp_path / "dense", spp.pst.save(model, tmp_path / "state")
 
     def test_other_weights(self, pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +17,9 @@ import spp
 from spp.checkpoint import merge_checkpoint, verify
 from spp.errors import AdapterError, CheckpointError, OutputError, SPPError
 from spp.files import output, read_json, save_tensors, write_json
-from tests.checkpoint.helpers import Q0, contents, shard, tensors_of
+from tests.checkpoint.helpers import Q0, contents, shard, tensors_of, wrapped_model
 from tests.files.test_atomic import remount_read_only, small_disk  # noqa: F401  a fixture
+from tests.forks import side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
@@ -210,48 +209,18 @@ def test_a_folder_that_may_not_be_written(base: Path, adapter: Path, tmp_path: P
 
 
 def test_processes_that_write_the_same_output(base: Path, adapter: Path, tmp_path: Path) -> None:
-    second = spp.save_adapter(_other_adapter(), tmp_path / "second")
+    second, out = spp.save_adapter(wrapped_model(scale=0.2), tmp_path / "second"), tmp_path / "out"
+
     code = (
-        "import sys, spp\n"
-        "for _ in range(6): spp.merge_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True)\n"
+        "import spp, torch\n"
+        "torch.set_num_threads(2)\n"
+        "def work(target, adapter):\n"
+        f"    for _ in range(6): spp.merge_checkpoint({str(base)!r}, adapter, target, overwrite=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    out = tmp_path / "out"
-    commands = [[sys.executable, "-c", code, str(base), str(one), str(out)] for one in (adapter, second)]
-    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in running:
-        _, words = process.communicate()
-        assert process.returncode == 0, words
+    side_by_side(code, out, adapter, second)
     states = []
     for number, one in enumerate((adapter, second)):
         merge_checkpoint(base, one, tmp_path / str(number))
         states.append(contents(tmp_path / str(number)))
     assert contents(out) in states and verify(base, out) == verify(out)
     assert sorted(os.listdir(tmp_path)) == ["0", "1", "adapter", "base", "out", "second"]
-
-
-def _other_adapter() -> torch.nn.Module:
-    from tests.checkpoint.helpers import wrapped_model
-
-    return wrapped_model(scale=0.2)
-
-
-# kill -9 at random moments
-
-
-def run_random_kills(folder: Path, work: str, count: int) -> int:
-    command = [sys.executable, str(ROOT / "tests/checkpoint/random_kills.py"), str(folder), work, str(count)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-def test_a_merge_that_is_killed_at_random(tmp_path: Path) -> None:
-    assert run_random_kills(tmp_path, "merge", 5) >= 1
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("work", ["merge", "save", "adapter", "prune"])
-def test_a_hundred_kills_at_random(tmp_path: Path, work: str) -> None:
-    assert run_random_kills(tmp_path, work, 100) >= 50
