@@ -1,7 +1,7 @@
 """Several adapters on one weight: the sum of their terms, in one effective weight.
 
     W_eff = W · (1 + Σ_t u_t),    u_t what the t-th adapter alone multiplies W by, less 1: for SPP (s_t·β_t) · A_t
-    W_eff = W + Σ_t d_t           for a rule that does not multiply W (masked LoRA), d_t what the t-th adapter alone adds
+    W_eff = W + Σ_t d_t           for a rule that does not multiply W (masked LoRA), d_t what the t-th one adds to it
 
 Each u_t or d_t is rounded as it is in the adapter's own rule, and they are added in order; one term gives the bits of
 that rule. A zero of W is a zero of W_eff, whatever the terms.

@@ -32,9 +32,7 @@ def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Pa
     dense = gpt2() if kind == "gpt2" else tiny_llama()
     dense = dense.bfloat16() if kind == "bfloat16" else dense
     dense.save_pretrained(tmp_path / "dense", **({"max_shard_size": "100KB"} if kind == "sharded" else {}))
-    model = trained_by_pst(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.37 if pattern is None else 0.5
-    )
+    model = trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.37 if pattern is None else 0.5)
     if pattern is not None:
         spp.pst.unwrap(model)
         trained_by_pst(model, 0.5, pattern=pattern)
@@ -49,6 +47,33 @@ def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Pa
     for path, mask in masks.items():
         weight = reloaded.get_submodule(path).weight
         assert torch.equal((weight if kind != "gpt2" else weight.T) != 0, mask), path
+
+
+def test_a_dry_run_finds_everything_and_writes_nothing(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    spp.pst.save(trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.5), tmp_path / "state")
+    places = tmp_path / "dense", tmp_path / "state", tmp_path / "new" / "out"
+    found = spp.convert_checkpoint(*places, dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "state"]
+    assert found == spp.convert_checkpoint(*places)
+    with pytest.raises(OutputExistsError):
+        spp.convert_checkpoint(*places, dry_run=True)
+    other = tiny_llama()
+    other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match=rf"{UP1} of .*other is not the weight"):
+        spp.convert_checkpoint(tmp_path / "other", tmp_path / "state", tmp_path / "out", dry_run=True)
+
+
+def test_what_trained_as_a_whole_must_fit_the_dtype(tmp_path: Path) -> None:
+    classifier("bert").save_pretrained(tmp_path / "dense")
+    model = trained_by_pst(classifier("bert"), 0.5)
+    with torch.no_grad():
+        model.classifier.weight.fill_(1e6)
+    spp.pst.save(model, tmp_path / "state")
+    with pytest.raises(NonFiniteError, match=r"classifier\.weight overflows in torch\.float16"):
+        spp.convert_checkpoint(tmp_path / "dense", tmp_path / "state", tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_trained_in_another_dtype_than_the_disk_has(tmp_path: Path) -> None:

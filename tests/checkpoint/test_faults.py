@@ -17,7 +17,8 @@ import spp
 from spp.checkpoint import merge_checkpoint, verify
 from spp.errors import AdapterError, CheckpointError, OutputError, SPPError
 from spp.files import output, read_json, save_tensors, write_json
-from tests.checkpoint.helpers import Q0, contents, shard, tensors_of, wrapped_model
+from tests.checkpoint.helpers import Q0, contents, make_sources, shard, tensors_of, wrapped_model
+from tests.checkpoint.random_kills import WORKS
 from tests.files.test_atomic import remount_read_only, small_disk  # noqa: F401  a fixture
 from tests.forks import side_by_side
 
@@ -33,6 +34,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(output, "LARGE", 0)
         monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sources(tmp_path_factory.mktemp("made") / "sources", "packed", "state")
 
 
 def header_of(path: Path) -> tuple[dict[str, object], bytes]:
@@ -115,7 +121,10 @@ def test_a_bad_base(base: Path, adapter: Path, tmp_path: Path, name: str) -> Non
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CheckpointError, match=message):
         merge_checkpoint(pieces, adapter, tmp_path / "out")
-    for call in (lambda: verify(pieces), lambda: verify(base, pieces), lambda: verify(pieces, base)):
+    calls: list[Callable[[], object]] = [lambda: verify(pieces), lambda: verify(base, pieces)]
+    calls += [lambda: verify(pieces, base), lambda: spp.export_packed(pieces, tmp_path / "out")]
+    calls += [lambda: spp.sparsity(pieces), lambda: spp.load_packed(pieces)]
+    for call in calls:
         with pytest.raises(CheckpointError, match=message):
             call()
     assert sorted(os.listdir(tmp_path)) == before
@@ -180,13 +189,21 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_larger_than_allowed(base: Path, adapter: Path, tmp_path: Path, way: str) -> None:
-    merge_checkpoint(base, adapter, tmp_path / "out")
-    before = contents(tmp_path / "out")
+@pytest.mark.parametrize("work", ["merge", "save", "export packed", "export dense", "convert"])
+def test_a_file_larger_than_allowed(sources: Path, tmp_path: Path, work: str) -> None:
+    out = tmp_path / "out"
+    WORKS[work].old(sources, out)
+    before = contents(out)
+    with largest_file(20_000), pytest.raises(OutputError, match="ulimit -f"):
+        WORKS[work].run(sources, out)
+    assert contents(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_larger_than_allowed_around_the_cache(base: Path, adapter: Path, tmp_path: Path, way: str) -> None:
     with largest_file(100_000), pytest.raises(OutputError, match="ulimit -f"):
-        merge_checkpoint(base, adapter, tmp_path / "out", overwrite=True)
-    assert contents(tmp_path / "out") == before
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
 def test_a_disk_that_cannot_be_written(base: Path, adapter: Path, small_disk: Path) -> None:  # noqa: F811

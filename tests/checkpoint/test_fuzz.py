@@ -25,7 +25,7 @@ from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, veri
 from spp.errors import SPPError
 from spp.files import CheckpointReader, read_json
 from tests.checkpoint.fuzzing import EDITS, documents, edited, fuzz
-from tests.checkpoint.helpers import pruned_model, shard, tensors_of
+from tests.checkpoint.helpers import pruned_model, shard, tensors_of, trained_by_pst
 from tests.files.test_reader import HEADERS, safetensors_bytes
 
 DAILY, STRESS = 300, 10_000
@@ -53,6 +53,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in spp.adapter_parameters(model):
             parameter.fill_(0.1)
     spp.save_adapter(model, folder / "adapter")
+    spp.pst.save(trained_by_pst(pruned_model(**SMALL), 0.75, weight_rank=1, mask_rank=1), folder / "state")
     authors = folder / "authors"
     authors.mkdir()
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
@@ -137,15 +138,17 @@ def the_adapter_tensors(folder: Path) -> Case:
         read_adapter(folder / "adapter").layers()
         merge_checkpoint(folder / "base", folder / "adapter", folder / "out", overwrite=True)
 
-    whole = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return hostile_tensors(folder / "adapter" / "adapter_model.safetensors"), use
+
+
+def hostile_tensors(path: Path) -> st.SearchStrategy[bytes]:
+    """Hostile relatives of a safetensors file."""
+    whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-    return (
-        st.one_of(
-            documents(header).map(lambda text: safetensors_bytes(text, data)),
-            EDITS.map(lambda edits: edited(whole, edits)),
-        ),
-        use,
+    return st.one_of(
+        documents(header).map(lambda text: safetensors_bytes(text, data)),
+        EDITS.map(lambda edits: edited(whole, edits)),
     )
 
 
@@ -255,6 +258,22 @@ def the_packed_config(folder: Path) -> Case:
     return documents(few), replaced(folder / "packed", "config.json", use)
 
 
+def the_pst_config(folder: Path) -> Case:
+    def use() -> None:
+        spp.convert_checkpoint(folder / "base", folder / "state", folder / "out", overwrite=True)
+
+    values = read_json(folder / "state" / "adapter_config.json", "it")
+    return documents(values), replaced(folder / "state", "adapter_config.json", use)
+
+
+def the_pst_tensors(folder: Path) -> Case:
+    def use(data: bytes) -> None:
+        (folder / "state" / "adapter_model.safetensors").write_bytes(data)
+        spp.convert_checkpoint(folder / "base", folder / "state", folder / "out", overwrite=True)
+
+    return hostile_tensors(folder / "state" / "adapter_model.safetensors"), use
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     "certificate": the_certificate,
     "index": the_index,
@@ -266,6 +285,8 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "weights": the_weights,
     "packed weights": the_packed_weights,
     "packed config": the_packed_config,
+    "PST config": the_pst_config,
+    "PST tensors": the_pst_tensors,
 }
 
 
