@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 import spp
 from spp.adapter_files import read_adapter
+from spp.calibrate import LayerReport
 from spp.certificate import Certificate
 from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint_prune_work import Work
 from spp.errors import SPPError
 from spp.files import CheckpointReader, read_json
 from tests.checkpoint.fuzzing import EDITS, documents, edited, fuzz
@@ -274,6 +276,24 @@ def the_pst_tensors(folder: Path) -> Case:
     return hostile_tensors(folder / "state" / "adapter_model.safetensors"), use
 
 
+def the_pruning_note(folder: Path) -> Case:
+    """What a pruning that was interrupted finds of itself."""
+    job = {"method": "wanda", "dtypes": ["float32"]}
+    report = LayerReport((4, 8), "2:4", 0.5, 0.0, 0.1, 20, 0.5, "note")
+
+    def use(data: bytes) -> None:
+        (folder / ".out.pruning").mkdir(exist_ok=True)
+        (folder / ".out.pruning" / "progress.json").write_bytes(data)
+        with Work(folder / "out", job, 2) as work:
+            layers = [layer for layer in work.reports().values() if layer.sparsity < 2 and layer.shape[0] > 1]
+            assert work.has(0) or work.has(1) or not layers
+
+    with Work(folder / "out", job, 2) as work:
+        work.finish(0, {"weight": torch.ones(4, 8)}, {"model.layers.0.mlp.up_proj": report})
+        work.remember("patterns", {"model.layers.0.mlp.up_proj": "2:4"})
+    return documents(read_json(folder / ".out.pruning" / "progress.json", "it")), use
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     "certificate": the_certificate,
     "index": the_index,
@@ -287,6 +307,7 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "packed config": the_packed_config,
     "PST config": the_pst_config,
     "PST tensors": the_pst_tensors,
+    "pruning note": the_pruning_note,
 }
 
 
