@@ -91,7 +91,7 @@ def adapt(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = dict(contender.options)
-        if contender.kind in _PST:
+        if contender.kind in PST_KINDS:
             return _pst(model, seed, options, goal or Goal.of(model))
         if contender.kind == "spp-mask-updates":
             return _mask_updates(model, seed, options, dense)
@@ -234,7 +234,7 @@ RULES_OF = {  # the kinds that `spp.wrap` makes, and their rules
     "hira-rule": "hira",
     "masked-lora": "masked_lora",
 }
-_PST = ("pst", "pst-pruned")
+PST_KINDS = ("pst", "pst-pruned")
 _METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
     "spp": partial(_wrapped, "spp"),
     "spp-no-beta": _without_beta,

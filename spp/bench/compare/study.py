@@ -16,7 +16,7 @@ from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
-from spp.bench.compare.methods import RULES_OF
+from spp.bench.compare.methods import PST_KINDS, RULES_OF
 from spp.bench.compare.results import Results
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
@@ -246,6 +246,8 @@ def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:
     r = contender.options[contender.rank]
     if contender.kind == "spp-no-beta":  # β stays what it is
         return sum(r * n for _, n in shapes)
+    if contender.kind in PST_KINDS:  # U V and A B, R and C
+        return sum((2 * r + 1) * (m + n) for m, n in shapes)
     return sum(r * n + (m if contender.kind.startswith("spp") else r * m) for m, n in shapes)
 
 

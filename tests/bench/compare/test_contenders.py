@@ -6,7 +6,7 @@ import pytest
 
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import GROUPS, KINDS, parse_contender, parse_contenders
-from spp.bench.compare.methods import _METHODS, _PST
+from spp.bench.compare.methods import _METHODS, PST_KINDS
 from spp.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def test_groups_and_doubles() -> None:
 
 
 def test_every_kind_has_a_method() -> None:
-    assert {*_METHODS, *_PST, "spp-mask-updates"} == KINDS.keys()
+    assert {*_METHODS, *PST_KINDS, "spp-mask-updates"} == KINDS.keys()
 
 
 @pytest.mark.parametrize(
