@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes, compare
 from spp.bench.compare.trial import zeros
-from spp.errors import ConfigError, DataError, OutputError
+from spp.errors import ConfigError, DataError, DependencyError, OutputError
 from spp.training.loading import load_model, load_tokenizer
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
 
@@ -171,13 +173,23 @@ def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_is_found_before_anything_is_trained(pruned: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_found_before_anything_is_trained(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"contender 'masked-lora:r=33': .*k_proj: r = 33"):
         compare(config(pruned, tmp_path / "out", contenders=("spp", "masked-lora:r=33")))
     assert not (tmp_path / "out").exists()
     tiny_llama(num_hidden_layers=1, intermediate_size=96).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"not those of .*pruned before pruning"):
-        compare(config(pruned, tmp_path / "out", contenders=("pst",), dense=tmp_path / "other"))
+        compare(config(pruned, tmp_path / "out", contenders=("spp", "pst"), dense=tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(DependencyError, match="contender ia3 needs peft"):
+            compare(config(pruned, tmp_path / "out", contenders=("spp", "ia3")))
+        patch.setitem(sys.modules, "peft", ModuleType("peft"))
+        with pytest.raises(ConfigError, match="has no HiraConfig; leave hira out"):
+            compare(config(pruned, tmp_path / "out", contenders=("spp", "hira")))
+    assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         compare(config(pruned, tmp_path / "file", contenders=("norms",)))
