@@ -120,7 +120,7 @@ def compare(config: CompareConfig) -> Results:
     model = load_model(config.model, config.dtype)
     masks = fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
     if config.budget == "parameters":
-        contenders = [_nearest(contender, model) for contender in contenders]
+        contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
     shapes = _shapes(model)
     del model
