@@ -100,7 +100,11 @@ def test_results_go_on_only_where_they_were_found_alike(tmp_path: Path) -> None:
     assert "a" in Results(tmp_path / "out", CONDITIONS, resume=True).read()["rows"]
     with pytest.raises(ConfigError, match="steps: 100 there, 99 now"):
         Results(tmp_path / "out", {**CONDITIONS, "steps": 99}, resume=True)
-    assert Results(tmp_path / "out", CONDITIONS, overwrite=True).read()["rows"] == {}
+    data = {**CONDITIONS, "data_sha256": "aa"}
+    assert "a" in Results(tmp_path / "out", data, resume=True).read()["rows"]  # written before this was a condition
+    assert Results(tmp_path / "out", data, overwrite=True).read()["rows"] == {}
+    with pytest.raises(ConfigError, match="data_sha256: 'aa' there, 'bb' now"):
+        Results(tmp_path / "out", {**data, "data_sha256": "bb"}, resume=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format_version": 2}', '{"format_version": 1, "rows": []}', "[1]"])

@@ -135,6 +135,16 @@ def test_validation_and_test_share_nothing_with_training(kind: str, pruned: Path
         assert len(data.train) == (len(whole) // 16) - 5
 
 
+def test_training_data_are_told_apart_by_what_is_in_them(pruned: Path, tmp_path: Path) -> None:
+    tokenizer, text = load_tokenizer(pruned), tmp_path / "text.txt"
+    found = []
+    for first in "ab":
+        text.write_text(first + LINES[1:])  # what is held back is the end, and the same
+        found.append(load(config(pruned, tmp_path / "o", data=text), tokenizer).facts())
+    differing = {name for name in found[0] if found[0][name] != found[1][name]}
+    assert differing == {"data_sha256"}
+
+
 def test_too_little_data_is_an_error(pruned: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(pruned)
     with pytest.raises(DataError, match="too short to hold back"):
