@@ -8,6 +8,13 @@ Scores are taken in the backward pass of the step at whose end the exchange happ
 last pass), a layer at a time: nothing of a weight's size outlives that but the new mask, a bit a weight. A regrown
 weight takes the dense model's value (spp.training.mask_state), scaled by the adapter like any other. Groups of N:M
 masks keep their counts (spp.pruning.swap). A layer whose adapter is frozen keeps its mask.
+
+They did not help in what was measured: SmolLM2 at Wanda's 2:4, 100 steps of 2 × 128 tokens of WikiText-2 at a learning
+rate of 2e-2, one seed; perplexity on the first 20 windows of 1024 tokens of its validation part:
+
+    no updates                                                23.47
+    every 10 steps, fraction 0.1, activation, gradient        38.52      17.9 % of the kept weights others in the end
+    every 5 steps, fraction 0.0005, activation, saliency      23.69      0.24 %
 """
 
 from __future__ import annotations
