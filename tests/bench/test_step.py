@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from spp.bench import step
+from spp.bench import harness, step
 from spp.bench.trained import Training, contenders, load_model
 from spp.patterns import is_nm, nonzero_mask
+from tests.bench.children import run_here
 from tests.models import projections
 
 TINY = ["--shape", "tiny", "--batch", "2", "--tokens", "8", "--rank", "4", "--peft-rank", "2", "--threads"]
@@ -76,7 +78,10 @@ def test_pst_is_what_autograd_makes_of_its_formula(pattern: str) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+def test_rows_and_memory_of_children(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "in_child", run_here)
     path = tmp_path / "rows.json"
     step.main(
         [*TINY, "1", "--rounds", "2", "--warmup", "0", "--contenders", "spp", "spp-alpha-dropout", "--out", str(path)]
