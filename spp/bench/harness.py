@@ -185,7 +185,10 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "kernels": kernels(),
-        "compiled_products": device == "cpu" and kernels() in ("auto", "native") and native.why_not() is None,
+        "compiled_products": device == "cpu"
+        and dtype != torch.float64
+        and kernels() in ("auto", "native")
+        and native.why_not() is None,
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -46,3 +46,5 @@ def _headers(directory: Path) -> int:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="--shards is 0"):
         merge.parse(["--shards", "0"], "bench")
+    with pytest.raises(ConfigError, match="--directory is nowhere, which is no folder"):
+        merge.parse(["--directory", "nowhere"], "bench")

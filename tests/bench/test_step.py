@@ -10,9 +10,10 @@ import torch
 
 from spp.bench import harness, step
 from spp.bench.trained import Training, contenders, load_model
+from spp.errors import CheckpointError
 from spp.patterns import is_nm, nonzero_mask
 from tests.bench.children import run_here
-from tests.models import projections
+from tests.models import projections, tiny_llama
 
 TINY = ["--shape", "tiny", "--batch", "2", "--tokens", "8", "--rank", "4", "--peft-rank", "2", "--threads"]
 SHAPES = {
@@ -46,6 +47,17 @@ def test_the_model_is_pruned_to_the_pattern() -> None:
     weights = [module.weight for module in projections(load_model(options())).values()]
     assert len(weights) == 14
     assert all(is_nm(nonzero_mask(weight), 2, 4) for weight in weights)
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot load the model from {tmp_path}"):
+        load_model(step.parse(["--model", str(tmp_path)], "step"))
+
+
+def test_a_model_from_a_directory_has_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    model = load_model(step.parse(["--model", str(tmp_path), "--dtype", "float64"], "step"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("name", ["spp", "spp-low-memory"])
