@@ -70,3 +70,4 @@ def test_the_environment_names_machine_threads_dtype_and_versions() -> None:
     assert found["dtype"] == "bfloat16" and found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in harness.environment_line(found)
+    assert "1 thread on 2 cores" in harness.environment_line({**found, "threads": 1, "cores": 2})
