@@ -22,6 +22,7 @@ from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
 from spp.files import require_replaceable
 from spp.report import Table, time_text
 
+_FOR_DEVELOPERS = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)  # nothing that a user can mend
 _options: Options = {}  # of the command that runs
 
 
@@ -104,7 +105,7 @@ def quiet_libraries() -> None:
 
 
 def show_warnings_on_one_line() -> None:
-    """Print spp's own warnings as `warning: …`, without file and source line."""
+    """Print spp's own warnings as `warning: …`, without file and source line, and no deprecations among libraries."""
     before = warnings.showwarning
 
     def showwarning(
@@ -117,7 +118,7 @@ def show_warnings_on_one_line() -> None:
     ) -> None:
         if issubclass(category, SPPWarning):
             note(f"warning: {spoken(str(message))}")
-        else:
+        elif not issubclass(category, _FOR_DEVELOPERS):
             before(message, category, filename, lineno, file, line)
 
     warnings.showwarning = showwarning

@@ -29,6 +29,18 @@ def test_the_installed_program_runs() -> None:
     assert (run.returncode, run.stdout) == (0, f"spp {__version__}\n")
 
 
+def test_warnings_are_one_line_and_no_deprecations_of_libraries() -> None:
+    code = (
+        "import warnings; from spp.cli import console; from spp.errors import SPPWarning\n"
+        "console.show_warnings_on_one_line(); warnings.simplefilter('always')\n"
+        "warnings.warn('of spp', SPPWarning); warnings.warn('of another', UserWarning)\n"
+        "warnings.warn('will be removed', FutureWarning); warnings.warn('is deprecated', DeprecationWarning)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stderr.startswith("warning: of spp\n") and "UserWarning: of another" in run.stderr
+    assert "removed" not in run.stderr and "deprecated" not in run.stderr
+
+
 def test_help_is_quick_and_loads_no_torch() -> None:
     code = (
         "import sys; from spp.cli.main import main; sys.argv = ['spp', '--help']\n"
