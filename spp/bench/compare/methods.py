@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -96,6 +96,13 @@ def adapt(
         if contender.kind == "spp-mask-updates":
             return _mask_updates(model, seed, options, dense)
         return _METHODS[contender.kind](model, seed, options)
+
+
+def check_packages(contenders: Sequence[Contender]) -> None:
+    """Raise a DependencyError for contenders whose library is missing, before anything is trained."""
+    names = [contender.name for contender in contenders if contender.kind in _PEFT]
+    if names:
+        require_peft(names)
 
 
 def _wrapped(rule: str, model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
@@ -235,6 +242,7 @@ RULES_OF = {  # the kinds that `spp.wrap` makes, and their rules
     "masked-lora": "masked_lora",
 }
 _PST = ("pst", "pst-pruned")
+_PEFT = ("hira", "lora-remasked", "lora", "ia3")
 _METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
     "spp": partial(_wrapped, "spp"),
     "spp-no-beta": _without_beta,

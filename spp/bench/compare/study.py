@@ -16,8 +16,8 @@ from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
-from spp.bench.compare.methods import RULES_OF
-from spp.bench.compare.results import Results
+from spp.bench.compare.methods import RULES_OF, check_packages
+from spp.bench.compare.results import NAME, Results, refuse_existing
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
@@ -105,6 +105,7 @@ def compare(config: CompareConfig) -> Results:
 
     Raises:
         ConfigError, DataError, CheckpointError: the options, data or model are bad; nothing has been trained then.
+        DependencyError: a contender's library is missing.
         OutputExistsError: the directory holds results, and neither resume nor overwrite was asked for.
 
     Example:
@@ -112,6 +113,9 @@ def compare(config: CompareConfig) -> Results:
         >>> results = compare(config)  # doctest: +SKIP
     """
     contenders = config.parsed()
+    if not config.resume:
+        check_packages(contenders)
+    refuse_existing(Path(str(config.output_dir)) / NAME, resume=config.resume, overwrite=config.overwrite)
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     model = load_model(config.model, config.dtype)
