@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from spp.adapter_files import CONFIG_NAME
 from spp.checkpoint import load_packed
 from spp.checkpoint_classes import auto_class
 from spp.errors import CheckpointError
+from spp.files import read_json
 from spp.files.hub import local_directory
 from spp.packed.disk import is_packed_directory
 
@@ -59,6 +62,12 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
 
 
 def _error(what: str, name: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    adapter = Path(name) / CONFIG_NAME
+    if adapter.is_file() and not (Path(name) / "config.json").exists():
+        base = read_json(adapter, "adapter config").get("base_model_name_or_path")
+        return CheckpointError(
+            f"{os.fspath(name)} holds an adapter, no model: pass its base, {base or 'a pruned model'}"
+        )
     reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
     return CheckpointError(
         f"cannot load the {what} from {os.fspath(name)}: {reason}\n"

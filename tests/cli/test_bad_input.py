@@ -42,6 +42,22 @@ def test_a_model_that_is_not_there(
     assert not out.exists()
 
 
+def test_a_run_or_an_adapter_in_the_place_of_another(spp: Call, pruned: Path, text: Path, adapter: Path) -> None:
+    run = adapter.parent / "run"
+    shutil.copytree(adapter, run / "adapter")
+    (run / "config.json").write_text('{"format": "spp-tune-1"}')
+    told = (f"{run} holds no adapter itself, but a run's: pass {run / 'adapter'}",)
+    refused(spp("merge", pruned, run, run.parent / "out"), *told)
+    refused(spp("eval", pruned, "--adapter", run, "--text", text), *told)
+    refused(spp("eval", adapter, "--text", text), f"{adapter} holds an adapter, no model: pass its base, ")
+
+
+def test_options_of_eval_are_checked_before_the_model_is_loaded(spp: Call, text: Path) -> None:
+    found = spp("eval", "/no/such/model", "--text", text, "--window", 1)
+    refused(found, "--window is 1; it must be an int of at least 2")
+    assert "loading" not in found.err
+
+
 def test_a_name_that_is_neither_a_directory_nor_on_the_hub(spp: Call, text: Path) -> None:
     refused(spp("eval", "nobody/nothing", "--text", text), "nobody/nothing")
 

@@ -151,7 +151,7 @@ COMMON: dict[str, Any] = {"data": "train.txt", "output_dir": "run", "model": "m"
     ("options", "complaint"),
     [
         ({"method": "lora"}, "method is 'lora'; known: spp, pst"),
-        ({"method": "pst"}, "pattern is None"),
+        ({"method": "pst"}, "pattern= is missing"),
         ({"method": "pst", "pattern": "4:2"}, "4:2"),
         ({**PST, "r": 8}, "r is 8, which means nothing to method='pst': it is an option of method='spp'"),
         ({**PST, "dropout": 0.1}, "dropout is 0.1"),
