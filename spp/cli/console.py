@@ -104,6 +104,12 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
+def quiet_imports() -> None:
+    """Leave out what other libraries log while they are imported: kernels that this machine has no use for."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def show_warnings_on_one_line() -> None:
     """Print spp's own warnings as `warning: …`, without file and source line, and no deprecations among libraries."""
     before = warnings.showwarning
@@ -171,6 +177,13 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
     require_replaceable(path)
+
+
+def check_directory(path: Path, overwrite: bool) -> None:
+    """Refuse a directory to write as `check_output` does, and a file in its place."""
+    if path.is_file():
+        raise OutputExistsError(f"{path} is a file; choose the name of a directory")
+    check_output(path, overwrite)
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -318,4 +318,4 @@ class TuneConfig:
         else:
             check_mask_updates(*(getattr(self, name) for name in _MASK_UPDATES))
             if self.dense_model is None:
-                raise ConfigError("dense_model is None; mask updates take the values of regrown weights from there")
+                raise ConfigError("dense_model= is missing: mask updates take the values of regrown weights from there")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from spp.errors import OutputExistsError
 from tests.cli.conftest import Outcome
@@ -40,6 +41,35 @@ def test_a_model_that_is_not_there(
     out = tmp_path / "out"
     refused(spp(*(a.format(out=out, text=text, adapter=adapter) for a in arguments)), "/no/such/model")
     assert not out.exists()
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_not_made_up(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    model, name = tmp_path / "model", "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(pruned, model)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    told = (f"{model} lacks 1 weights of its model: {name}; save or fetch it again",)
+    refused(spp("eval", model, "--text", text, "--window", 64), *told)
+    refused(spp("tune", model, tmp_path / "run", "--data", text), *told)
+    refused(spp("prune", model, tmp_path / "out", "--method", "magnitude"), *told)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pruned, model, ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(spp("tune", model, tmp_path / "run", "--data", text), f"{model} has no tokenizer (tokenizer.json, ")
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_file_in_the_place_of_an_output(spp: Call, pruned: Path, tmp_path: Path, overwrite: tuple[str, ...]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for arguments in (("prune", pruned, file, "--method", "magnitude"), ("export", pruned, file, "--packed")):
+        refused(found := spp(*arguments, *overwrite), f"{file} is a file; choose the name of a directory")
+        assert "pruning" not in found.err
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_run_or_an_adapter_in_the_place_of_another(spp: Call, pruned: Path, text: Path, adapter: Path) -> None:
