@@ -26,6 +26,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from spp.errors import ConfigError, DataError, NonFiniteError, SPPWarning
+from spp.targets import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def token_perplexity(
         max_windows: measure the first windows only.
         progress: show a progress bar if standard error is a terminal.
     """
+    require_model(model)
     check_windows(window, batch_size, max_windows)
     if len(tokens) < window:
         raise DataError(
