@@ -27,8 +27,17 @@ from spp.files.leftovers import lock
 
 NAME = "results.json"
 FORMAT_VERSION = 1
+_NEWER = {"data_sha256"}  # conditions that the first results.json files did not have
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
+
+
+def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise an OutputExistsError for results that are there, unless it was said what becomes of them."""
+    if path.exists() and not (resume or overwrite):
+        raise OutputExistsError(
+            f"{path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another directory"
+        )
 
 
 class Results:
@@ -51,11 +60,7 @@ class Results:
         self.directory = directory
         self.path = directory / NAME
         with self._locked():
-            if self.path.exists() and not (resume or overwrite):
-                raise OutputExistsError(
-                    f"{self.path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another "
-                    f"directory"
-                )
+            refuse_existing(self.path, resume=resume, overwrite=overwrite)
             if self.path.exists() and not overwrite:
                 _check_conditions(self.path, self._read()["conditions"], conditions)
             else:
@@ -135,9 +140,10 @@ def _open(path: Path) -> int:
 
 
 def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    names = {*found, *wanted} - (_NEWER - found.keys())
     differing = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in sorted({*found, *wanted})
+        for name in sorted(names)
         if found.get(name) != wanted.get(name)
     ]
     if differing:
