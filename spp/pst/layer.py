@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -250,7 +249,7 @@ def check_options(
     )
     for name, scale in scales:
         whole = isinstance(scale, int) and not isinstance(scale, bool) and abs(scale) < _TOO_LARGE
-        if not whole and not (isinstance(scale, float) and math.isfinite(scale)):
+        if not whole and not (isinstance(scale, float) and abs(scale) <= torch.finfo(torch.float32).max):
             raise ConfigError(f"{name} is {scale!r:.40}; it must be a finite number")
 
 

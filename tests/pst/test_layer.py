@@ -228,6 +228,7 @@ def test_inputs_that_need_no_gradient_get_none() -> None:
         ({"low_rank_scale": float("nan")}, "low_rank_scale is nan"),
         ({"structured_scale": 2**64}, "structured_scale is 18446744073709551616; it must be a finite number"),
         ({"weight_scale": -(10**400)}, "weight_scale is -1000"),
+        ({"weight_scale": 1e39}, r"weight_scale is 1e\+39"),
         ({"pattern": "3:5"}, "5"),
         ({"pattern": 0.5}, "N:M or None"),
     ],
