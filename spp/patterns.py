@@ -105,7 +105,11 @@ class Pattern:
             return cls(fraction=value + 0.0)  # no −0.0
         if isinstance(pattern, (bool, complex)) or not hasattr(pattern, "__float__") or np.ndim(pattern) != 0:
             raise PatternError(_nonsense(pattern))
-        return cls(fraction=float(pattern) + 0.0)
+        try:
+            fraction = float(pattern)
+        except OverflowError:  # of a very large int
+            raise PatternError(_nonsense(pattern)) from None
+        return cls(fraction=fraction + 0.0)
 
     @property
     def is_nm(self) -> bool:
@@ -313,6 +317,6 @@ def _nearest_fit(pattern: Pattern, inputs: int) -> Pattern | None:
 
 def _nonsense(pattern: Any) -> str:
     return (
-        f'{pattern!r} is no sparsity pattern; write "N:M" (N kept of every M inputs, such as "2:4") '
+        f'{pattern!r:.40} is no sparsity pattern; write "N:M" (N kept of every M inputs, such as "2:4") '
         f"or the fraction to prune (such as 0.5)"
     )

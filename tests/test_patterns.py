@@ -106,6 +106,7 @@ def test_a_fraction_of_nothing_is_one(value: object) -> None:
         ("50%", "write the fraction: 0.5"),
         ("50", "did you mean 0.5"),
         (50, "did you mean 0.5"),
+        (10**400, "0000 is no sparsity pattern"),
         (1.0, "at least 0 and below 1"),
         (-0.5, "at least 0 and below 1"),
         (math.nan, "at least 0 and below 1"),

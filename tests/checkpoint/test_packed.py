@@ -93,6 +93,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
         assert_same_bits(model(ids()).logits, load(tmp_path / "tied")(ids()).logits)
 
 
+@pytest.mark.usefixtures("only_new_objects")
 def test_at_most_one_dense_projection_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"
     spp.save_model(prune_nm_(tiny_llama(num_hidden_layers=1)), base)
