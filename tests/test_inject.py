@@ -445,6 +445,7 @@ def test_wrapping_makes_nothing_of_the_size_of_a_weight() -> None:
         lambda model: spp.prune(model, "magnitude", "2:4"),
         lambda model: spp.load_adapter(model, "adapter"),
         lambda model: perplexity(model, None, "text"),
+        lambda model: spp.save_model(model, "out"),
     ],
 )
 def test_a_path_in_the_place_of_a_model(call: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch) -> None:
