@@ -26,7 +26,7 @@ from spp.calibrate.blocks import BlockRunner, evaluating, find_blocks
 from spp.calibrate.loop import BlockStore, layers_by_block, owl_patterns, prune_blocks
 from spp.calibrate.plan import Names, Patterns, PruneOptions, PrunePlan, check_layer, make_plan
 from spp.calibrate.windows import Calibration
-from spp.checkpoint.rewriting import refuse_overlap
+from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
 from spp.checkpoint_prune_work import Work

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spp.calibrate import LayerReport
-from spp.checkpoint.rewriting import carry_files, update_config
+from spp.checkpoint.carrying import carry_files, update_config
 from spp.checkpoint.saving import make_certificate
 from spp.errors import OutputError, OutputExistsError
 from spp.files import (
@@ -158,6 +158,7 @@ class Work:
                 write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
             with CheckpointReader(directory) as pruned:
                 make_certificate(pruned).write(directory)
+        (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         shutil.rmtree(self._folder)
 
     def _note(self) -> None:

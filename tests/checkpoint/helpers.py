@@ -43,6 +43,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
         return {key: reader.tensor(key).clone() for key in reader}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, byte for byte."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def rewrite(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
     """Put other tensors into model.safetensors (None: out of it)."""
     tensors = {**tensors_of(folder), **changes}

@@ -13,10 +13,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import spp
 from spp.certificate import Certificate
@@ -45,7 +47,8 @@ def killed(folder: Path, at: int, work: object) -> bool:
 
 
 def main(sources: Path, kind: str, step: int) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)  # of a merge's pipeline; tensors are too small for torch to share them out
+    tqdm.set_lock(threading.RLock())  # its own is one of all forks: who is killed with it in hand stops the others
     warnings.simplefilter("ignore")
     folder = sources / "outputs"
     folder.mkdir()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import spp
 from spp.adapter_files import read_adapter
-from tests.checkpoint.helpers import pruned_model, shard, wrapped_model
+from tests.checkpoint.helpers import contents, pruned_model, shard, wrapped_model
 
 MARKS = (
     ".out.spp-",
@@ -94,10 +94,6 @@ WORKS: dict[str, Work] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def killed(work: Callable[[], object], after: float) -> bool:
     """Do the work in a fork that is killed after so many seconds; return whether it was still at work."""
     ready, begin = os.pipe()
@@ -158,7 +154,7 @@ def main(folder: Path, name: str, count: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)  # of a pipeline; tensors are too small for torch to share them out
     warnings.simplefilter("ignore")
     tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that dies with it would keep it for ever
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
