@@ -225,7 +225,9 @@ def require_peft(contender: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise DependencyError(f"the contender {contender} needs peft: pip install 'spp[peft]'") from error
+        raise DependencyError(
+            f"the contender {contender} needs peft: pip install 'spp[peft]', or leave it out"
+        ) from error
     return peft
 
 
