@@ -144,6 +144,8 @@ def _run(
             found = owl_patterns(make_runner(), of_block, owl, fraction, plan.windows, store)
             known = {path: str(pattern) for path, pattern in found.items()}
             work.remember("patterns", known)
+        if known.keys() != patterns.keys():
+            raise work.malformed()
         patterns = {path: Pattern.parse(pattern) for path, pattern in known.items()}
     runner = make_runner() if plan.calibrated else None
     prune_blocks(runner, of_block, plan.method, patterns, plan.windows, store)

@@ -246,6 +246,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    if options.directory and not options.directory.is_dir():
+        raise ConfigError(f"--directory is {options.directory}, which is no folder; make it first")
     Pattern.parse(options.pattern)
     return options
 

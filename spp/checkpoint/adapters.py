@@ -1,6 +1,6 @@
 """The adapters that are merged together, and what they do to each layer.
 
-W_eff = W · (1 + Σ_t w_t·(s_t·β_t) · A_t)      the sum of spp.rules.terms, rounded once; w_t the adapter's weight
+W_eff = W · (1 + Σ_t w_t·(s_t·β_t) · A_t)      for SPP; the sum of spp.rules.terms, rounded once; w_t its weight
 """
 
 from __future__ import annotations

@@ -70,3 +70,5 @@ def test_every_byte_is_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="--shards is 0"):
         merge.parse(["--shards", "0"], "bench")
+    with pytest.raises(ConfigError, match="--directory is nowhere, which is no folder"):
+        merge.parse(["--directory", "nowhere"], "bench")

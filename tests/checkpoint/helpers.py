@@ -10,6 +10,7 @@ import torch
 
 import spp
 from spp.files import CheckpointReader, save_tensors, write_json
+from spp.pst.model import trained_parameters
 from tests.models import prune_nm_, tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -28,6 +29,30 @@ def wrapped_model(dtype: torch.dtype = torch.float32, scale: float = 0.3, **opti
         for parameter in spp.adapter_parameters(model):
             parameter.normal_(0, scale, generator=generator)
     return model
+
+
+def trained_by_pst(model: Any, sparsity: float, **options: Any) -> Any:
+    """A wrapped model whose factors are away from their start."""
+    spp.pst.wrap(model, **{"weight_rank": 3, "mask_rank": 2, "seed": 0, **options})
+    spp.pst.set_sparsity(model, sparsity)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_sources(folder: Path, *also: str) -> Path:
+    """Make a pruned checkpoint in shards, an adapter of it, and what else is asked for: "packed", a PST "state"."""
+    folder.mkdir(parents=True)
+    spp.save_model(pruned_model(), folder / "whole")
+    shard(folder / "whole", folder / "base")
+    spp.save_adapter(wrapped_model(), folder / "adapter")
+    if "packed" in also:
+        spp.export_packed(folder / "base", folder / "packed")
+    if "state" in also:
+        spp.pst.save(trained_by_pst(pruned_model(), 0.75), folder / "state")
+    return folder
 
 
 def same_tensors(one: Path, other: Path) -> bool:

@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +17,10 @@ import spp
 from spp.checkpoint import merge_checkpoint, verify
 from spp.errors import AdapterError, CheckpointError, OutputError, SPPError
 from spp.files import output, read_json, save_tensors, write_json
-from tests.checkpoint.helpers import Q0, contents, shard, tensors_of
+from tests.checkpoint.helpers import Q0, contents, make_sources, shard, tensors_of, wrapped_model
+from tests.checkpoint.random_kills import WORKS
 from tests.files.test_atomic import remount_read_only, small_disk  # noqa: F401  a fixture
+from tests.forks import side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
@@ -34,6 +34,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(output, "LARGE", 0)
         monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sources(tmp_path_factory.mktemp("made") / "sources", "packed", "state")
 
 
 def header_of(path: Path) -> tuple[dict[str, object], bytes]:
@@ -116,7 +121,10 @@ def test_a_bad_base(base: Path, adapter: Path, tmp_path: Path, name: str) -> Non
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CheckpointError, match=message):
         merge_checkpoint(pieces, adapter, tmp_path / "out")
-    for call in (lambda: verify(pieces), lambda: verify(base, pieces), lambda: verify(pieces, base)):
+    calls: list[Callable[[], object]] = [lambda: verify(pieces), lambda: verify(base, pieces)]
+    calls += [lambda: verify(pieces, base), lambda: spp.export_packed(pieces, tmp_path / "out")]
+    calls += [lambda: spp.sparsity(pieces), lambda: spp.load_packed(pieces)]
+    for call in calls:
         with pytest.raises(CheckpointError, match=message):
             call()
     assert sorted(os.listdir(tmp_path)) == before
@@ -181,13 +189,21 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_larger_than_allowed(base: Path, adapter: Path, tmp_path: Path, way: str) -> None:
-    merge_checkpoint(base, adapter, tmp_path / "out")
-    before = contents(tmp_path / "out")
+@pytest.mark.parametrize("work", ["merge", "save", "export packed", "export dense", "convert"])
+def test_a_file_larger_than_allowed(sources: Path, tmp_path: Path, work: str) -> None:
+    out = tmp_path / "out"
+    WORKS[work].old(sources, out)
+    before = contents(out)
+    with largest_file(20_000), pytest.raises(OutputError, match="ulimit -f"):
+        WORKS[work].run(sources, out)
+    assert contents(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_larger_than_allowed_around_the_cache(base: Path, adapter: Path, tmp_path: Path, way: str) -> None:
     with largest_file(100_000), pytest.raises(OutputError, match="ulimit -f"):
-        merge_checkpoint(base, adapter, tmp_path / "out", overwrite=True)
-    assert contents(tmp_path / "out") == before
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
 def test_a_disk_that_cannot_be_written(base: Path, adapter: Path, small_disk: Path) -> None:  # noqa: F811
@@ -210,48 +226,18 @@ def test_a_folder_that_may_not_be_written(base: Path, adapter: Path, tmp_path: P
 
 
 def test_processes_that_write_the_same_output(base: Path, adapter: Path, tmp_path: Path) -> None:
-    second = spp.save_adapter(_other_adapter(), tmp_path / "second")
+    second, out = spp.save_adapter(wrapped_model(scale=0.2), tmp_path / "second"), tmp_path / "out"
+
     code = (
-        "import sys, spp\n"
-        "for _ in range(6): spp.merge_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True)\n"
+        "import spp, torch\n"
+        "torch.set_num_threads(2)\n"
+        "def work(target, adapter):\n"
+        f"    for _ in range(6): spp.merge_checkpoint({str(base)!r}, adapter, target, overwrite=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    out = tmp_path / "out"
-    commands = [[sys.executable, "-c", code, str(base), str(one), str(out)] for one in (adapter, second)]
-    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in running:
-        _, words = process.communicate()
-        assert process.returncode == 0, words
+    side_by_side(code, out, adapter, second)
     states = []
     for number, one in enumerate((adapter, second)):
         merge_checkpoint(base, one, tmp_path / str(number))
         states.append(contents(tmp_path / str(number)))
     assert contents(out) in states and verify(base, out) == verify(out)
     assert sorted(os.listdir(tmp_path)) == ["0", "1", "adapter", "base", "out", "second"]
-
-
-def _other_adapter() -> torch.nn.Module:
-    from tests.checkpoint.helpers import wrapped_model
-
-    return wrapped_model(scale=0.2)
-
-
-# kill -9 at random moments
-
-
-def run_random_kills(folder: Path, work: str, count: int) -> int:
-    command = [sys.executable, str(ROOT / "tests/checkpoint/random_kills.py"), str(folder), work, str(count)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-def test_a_merge_that_is_killed_at_random(tmp_path: Path) -> None:
-    assert run_random_kills(tmp_path, "merge", 5) >= 1
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("work", ["merge", "save", "adapter", "prune"])
-def test_a_hundred_kills_at_random(tmp_path: Path, work: str) -> None:
-    assert run_random_kills(tmp_path, work, 100) >= 50

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import spp
@@ -93,6 +94,26 @@ def test_the_same_sum_in_the_peft_plug_in(pair: tuple[Path, list[Path]], tmp_pat
     after = tensors_of(tmp_path / "out")
     for name, tensor in merged.state_dict().items():
         assert_same_bits(after[name], tensor, name)
+
+
+@pytest.mark.parametrize("rule", ["hira", "masked_lora"])
+def test_sums_of_other_rules(base: Path, adapter: Path, tmp_path: Path, rule: str) -> None:
+    sizes = ({"r": 3, "scale": 0.2}, {"r": 2, "scale": 0.1, "scaling": 0.5, "seed": 7})
+    adapters = [spp.save_adapter(wrapped_model(rule=rule, **o), tmp_path / str(i)) for i, o in enumerate(sizes)]
+    merge_checkpoint(base, list(zip(adapters, WEIGHTS, strict=True)), tmp_path / "out")
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    for path in projections(pruned_model()):
+        weight, total = before[f"{path}.weight"].double(), torch.zeros((), dtype=torch.float64)
+        for folder, share in zip(adapters, WEIGHTS, strict=True):
+            tensors = load_file(folder / "adapter_model.safetensors")
+            a, b = (tensors[f"base_model.model.{path}.{rule}_{name}"].double() for name in "AB")
+            total = total + share * read_json(folder / "adapter_config.json", "config")["scaling"] * (b @ a)
+        expected = weight * (1 + total) if rule == "hira" else weight + total * (weight != 0)
+        assert_same_zeros(after[f"{path}.weight"], before[f"{path}.weight"])
+        torch.testing.assert_close(after[f"{path}.weight"].double(), expected, atol=1e-6, rtol=1e-5)
+    verify(base, tmp_path / "out")
+    with pytest.raises(ConfigError, match=rf"adapters of the rules spp and {rule} cannot be summed up"):
+        merge_checkpoint(base, [adapter, adapters[0]], tmp_path / "mixed")
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"rounding": "stochastic", "seed": 5}])

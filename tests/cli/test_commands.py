@@ -142,7 +142,7 @@ def test_tune(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     assert refused.code == 1 and "--resume" in refused.err and "--overwrite" in refused.err
 
 
-def test_the_whole_road_by_pst(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
+def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
     run, sparse = tmp_path / "run", tmp_path / "sparse"
     options = ("--data", text, "--method", "pst", "--recipe", "short", "--steps", 4, "--batch-size", 2)
     sizes = ("--block-length", 64, "--window", 64, "--eval-windows", 4, "--device", "cpu", "--no-progress")
@@ -158,6 +158,11 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, text: Path, tmp_path: Pat
     assert "weight_rank" in inspected and "0.75" in inspected and "self_attn.q_proj.score_R" in inspected
     refused = spp("merge", dense, run / "adapter", sparse, "--rounding", "stochastic")
     assert refused.code == 1 and "--rounding" in refused.err
+    for adapters in ((f"{run / 'adapter'}:0.5",), (run / "adapter", adapter)):
+        refused = spp("merge", dense, *adapters, sparse)
+        assert refused.code == 1 and "is merged alone, and without a weight" in refused.err
+    tried = ok(spp("merge", dense, run / "adapter", sparse, "--dry-run")).out
+    assert "0.7500" in tried and "nothing was written" in tried and not sparse.exists()
     assert f"wrote {sparse}" in ok(spp("merge", dense, run / "adapter", sparse)).out
     assert "1:4" in ok(spp("verify", sparse)).out
     measure = ("--text", text, "--window", 128, "--json")
