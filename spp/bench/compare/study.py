@@ -124,11 +124,9 @@ def compare(config: CompareConfig) -> Results:
     _check_ranks(contenders, model)
     shapes = _shapes(model)
     del model
-    if (
-        any(contender.needs_dense for contender in contenders)
-        and _shapes(load_model(config.dense, config.dtype)) != shapes
-    ):
-        raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
+    dense = config.dense if any(contender.needs_dense for contender in contenders) else None
+    if dense is not None and _shapes(load_model(dense, config.dtype)) != shapes:
+        raise ConfigError(f"dense is {dense}, whose weights are not those of {config.model} before pruning")
     conditions = {**config.conditions(), **data.facts(), "masks": masks}
     results = Results(Path(str(config.output_dir)), conditions, resume=config.resume, overwrite=config.overwrite)
     baselines = {"pruned": config.model, "dense": config.dense}
