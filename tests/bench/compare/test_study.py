@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
         if low <= t.get_loc() <= high
     ]
     boxes = sorted((b.x0, b.x1) for b in (one.get_window_extent() for one in shown if one.get_text()))
-    assert boxes and all(one[1] < other[0] for one, other in pairwise(boxes))
+    assert boxes and all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
 
 
 def test_costs_are_relative_to_the_reference() -> None:
