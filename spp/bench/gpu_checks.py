@@ -35,12 +35,12 @@ SMALL = (  # form of W, m, n, r, T: primes, one row, r = 1, r = m, no tokens, se
     ("dense", 13, 7, 5, 3),
     ("dense", 1, 3, 1, 2),
     ("dense", 7, 7, 7, 4),
-    ("dense", 131, 40, 1, 9),
+    ("dense", 67, 40, 1, 9),
     ("dense", 20, 300, 3, 0),
     ("transposed", 34, 13, 4, 5),
     ("2:4", 13, 36, 5, 4),
     ("1:8", 5, 104, 5, 3),
-    ("any pattern", 3, 2500, 2, 3),
+    ("any pattern", 3, 1100, 2, 3),
 )
 SEMI_STRUCTURED = ("2:4", 1024, 4096, 16, 256)
 LARGE = (

@@ -8,11 +8,13 @@ the versions, the dtype and the threads it was measured with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -183,7 +185,10 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "kernels": kernels(),
-        "compiled_products": device == "cpu" and kernels() in ("auto", "native") and native.why_not() is None,
+        "compiled_products": device == "cpu"
+        and dtype != torch.float64
+        and kernels() in ("auto", "native")
+        and native.why_not() is None,
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -215,12 +220,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def require_peft() -> Any:
-    """Import peft, or say which extra brings it."""
+def require_peft(contender: str) -> Any:
+    """Import peft, or say which contender needs it and which extra brings it."""
     try:
         import peft
     except ImportError as error:
-        raise DependencyError("the contenders lora and hira need peft: pip install 'spp[peft]'") from error
+        raise DependencyError(f"the contender {contender} needs peft: pip install 'spp[peft]'") from error
     return peft
 
 
@@ -261,17 +266,38 @@ def check_common_options(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and value < (name != "warmup"):
             raise ConfigError(f"--{name} is {value}; it must be at least {int(name != 'warmup')}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {options.device}, but this torch ({torch.__version__}) finds no CUDA device")
-    if not options.device.startswith(("cpu", "cuda")):
-        raise ConfigError(f"--device is {options.device!r}; known: cpu, cuda, cuda:N")
+    _check_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for path in (options.out, options.plot):
         if path is not None and path.exists() and not options.overwrite:
             raise OutputExistsError(f"{path} exists; choose another name, or pass --overwrite")
+        if path is not None:
+            _rehearse_writing(path)
     if options.plot is not None:
         check_plot(options.plot)
+
+
+def _check_device(device: str) -> None:
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not found:
+        raise ConfigError(f"--device is {device!r}; known: cpu, cuda, cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {device}, but this torch ({torch.__version__}) finds no CUDA device")
+    if device != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device is {device}, but the CUDA devices here are {torch.cuda.device_count()}, from cuda:0"
+        )
+
+
+def _rehearse_writing(path: Path) -> None:
+    """Raise now what writing the file after the measurements would raise; nothing stays behind."""
+    with contextlib.suppress(_RehearsalError), atomic_file(path, overwrite=True):
+        raise _RehearsalError
+
+
+class _RehearsalError(Exception):
+    """Ends a rehearsal before the file is put in its place."""
 
 
 def finish(

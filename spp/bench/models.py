@@ -30,13 +30,19 @@ def model_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def load_dense(options: argparse.Namespace) -> nn.Module:
-    """Return the model of --model or --shape in --dtype on --device, without a key-value cache."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    """Return the model of --model or --shape in --dtype on --device, without a key-value cache.
+
+    Raises:
+        CheckpointError: the model cannot be found, reached or read.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from spp.training.loading import load_model  # which imports the trainer: seconds that --help need not take
 
     dtype = getattr(torch, options.dtype)
     model: Any
     if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        model = load_model(options.model, options.dtype)
         for parameter in model.parameters():  # else a view of the mapped file, which stays while any of them does
             parameter.data = parameter.data.clone()
     else:

@@ -49,10 +49,12 @@ def causal_lm_loss(
         model: a causal language model of transformers; may be wrapped in DistributedDataParallel.
         inputs: what the model is called with, with "labels" (batch, tokens), which are shifted here.
         chunk: tokens whose logits exist at once.
-        num_items_in_batch: divide the sum of the losses by this; None divides by the number of targets.
+        num_items_in_batch: divide the sum of the losses by this; None divides by what `inputs` name so, else by the
+            number of targets.
 
     Raises:
-        ConfigError: there are no labels, or the model's loss is another than that of its head's logits.
+        ConfigError: there are no labels, or labels that are shifted already, or the model's loss is another than that
+            of its head's logits.
 
     Example:
         >>> loss = causal_lm_loss(model, batch, chunk=256)  # doctest: +SKIP
@@ -60,6 +62,10 @@ def causal_lm_loss(
     """
     if inputs.get("labels") is None:
         raise ConfigError("causal_lm_loss needs labels among the inputs")
+    if inputs.get("shift_labels") is not None:
+        raise ConfigError("causal_lm_loss shifts the labels itself: leave shift_labels out of the inputs")
+    if num_items_in_batch is None:
+        num_items_in_batch = inputs.get("num_items_in_batch")
     check_form(model, inputs)
     with captured_states(model) as states:
         model(**{name: value for name, value in inputs.items() if name != "labels"})

@@ -13,7 +13,7 @@ from spp.errors import CheckpointError
 from spp.files.hub import local_directory
 from spp.packed.disk import is_packed_directory
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
 def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
@@ -21,7 +21,7 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
 
     Args:
         name: directory or hub id.
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        dtype: "auto" (the checkpoint's own), "float64", "float32", "bfloat16" or "float16".
 
     Raises:
         CheckpointError: it cannot be found, reached or read.

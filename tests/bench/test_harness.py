@@ -52,7 +52,7 @@ def test_memory_of_a_process_sees_what_a_call_allocates() -> None:
 
 def test_a_child_that_fails_is_an_error_with_its_last_words() -> None:
     with pytest.raises(SPPError, match=r"--tokens is 0; it must be at least 1"):
-        harness.in_child("spp.bench.step", ["--shape", "tiny", "--tokens", "0"])
+        harness.in_child("spp.bench.layer", ["--tokens", "0"])
 
 
 def test_rows_are_not_overwritten_unasked(tmp_path: Path) -> None:
@@ -70,3 +70,4 @@ def test_the_environment_names_machine_threads_dtype_and_versions() -> None:
     assert found["dtype"] == "bfloat16" and found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in harness.environment_line(found)
+    assert not harness.environment("cpu", torch.float64)["compiled_products"]  # which know no float64

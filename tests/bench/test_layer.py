@@ -10,7 +10,7 @@ import torch
 
 from spp.bench import layer
 from spp.bench.adapted import LayerSpec, LayerStep, contenders, make_layer
-from spp.errors import ConfigError, OutputExistsError
+from spp.errors import ConfigError, OutputError, OutputExistsError
 from spp.patterns import is_nm, nonzero_mask
 from tests.tolerances import assert_matches
 
@@ -142,8 +142,24 @@ def test_memory_is_measured_in_a_child(capsys: pytest.CaptureFixture[str], tmp_p
         (["--pattern", "5:4"], "5:4"),
         (["--plot", "chart.gif"], "must end in .png"),
         (["--rounds", "0"], "--rounds is 0"),
+        (["--device", "cpux"], "known: cpu, cuda, cuda:N"),
+        (["--device", "cuda:x"], "known: cpu, cuda, cuda:N"),
+        (["--device", "cuda:99"], "--device is cuda:99, but"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[str], complaint: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=complaint):
         layer.parse([*arguments, *THREADS], "layer")
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(option: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    (tmp_path / "file").touch()
+    for path in (folder, tmp_path / "file" / "chart.png"):
+        with pytest.raises(OutputError, match="cannot write"):
+            layer.parse([option, str(path), "--overwrite", *THREADS], "layer")
+    layer.parse([option, str(tmp_path / "new" / "chart.png"), *THREADS], "layer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from spp.bench import memory, trained
+from spp.bench import harness, memory, trained
 from spp.bench.saved import saved_bytes
 from spp.inject import adapter_layers
+from tests.bench.children import run_here
 
 
 def test_saved_bytes_count_memory_once_and_no_parameters() -> None:
@@ -22,7 +23,8 @@ def test_saved_bytes_count_memory_once_and_no_parameters() -> None:
     assert saved_bytes(lambda: module(x), module, [x]) == 0
 
 
-def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "in_child", run_here)
     out = tmp_path / "rows.json"
     threads = str(torch.get_num_threads())
     run = ["--shape", "tiny", "--batch", "2", "--tokens", "64", "--rank", "4", "--threads", threads]

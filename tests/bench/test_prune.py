@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from spp.bench import prune
+from spp.bench import harness, prune
 from spp.bench.floor import forward_passes
 from spp.errors import ConfigError
 from spp.patterns import nonzero_mask
+from tests.bench.children import run_here
 from tests.models import projections, tiny_llama
 
 TINY = ["--shape", "tiny", "--windows", "3", "--seqlen", "8", "--threads", str(torch.get_num_threads())]
@@ -60,7 +62,10 @@ def test_every_turn_starts_from_the_dense_weights() -> None:
         assert all(torch.equal(module.weight, dense[path]) for path, module in projections(model).items())
 
 
-def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+def test_rows_and_memory_of_children(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "in_child", run_here)
     path = tmp_path / "rows.json"
     prune.main([*TINY, "--rounds", "2", "--warmup", "0", "--methods", "wanda", "sparsegpt", "--out", str(path)])
     out = capsys.readouterr().out

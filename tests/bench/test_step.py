@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from spp.bench import step
+from spp.bench import harness, step
 from spp.bench.trained import Training, contenders, load_model
+from spp.errors import CheckpointError
 from spp.patterns import is_nm, nonzero_mask
-from tests.models import projections
+from tests.bench.children import run_here
+from tests.models import projections, tiny_llama
 
 TINY = ["--shape", "tiny", "--batch", "2", "--tokens", "8", "--rank", "4", "--peft-rank", "2", "--threads"]
 SHAPES = {
@@ -46,6 +49,17 @@ def test_the_model_is_pruned_to_the_pattern() -> None:
     assert all(is_nm(nonzero_mask(weight), 2, 4) for weight in weights)
 
 
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot load the model from {tmp_path}"):
+        load_model(step.parse(["--model", str(tmp_path)], "step"))
+
+
+def test_a_model_from_a_directory_has_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    model = load_model(step.parse(["--model", str(tmp_path), "--dtype", "float64"], "step"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("name", ["spp", "spp-low-memory"])
 def test_a_step_trains(name: str) -> None:
     training = Training(options(), name)
@@ -76,7 +90,10 @@ def test_pst_is_what_autograd_makes_of_its_formula(pattern: str) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_rows_and_memory_of_children(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+def test_rows_and_memory_of_children(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "in_child", run_here)
     path = tmp_path / "rows.json"
     step.main(
         [*TINY, "1", "--rounds", "2", "--warmup", "0", "--contenders", "spp", "spp-alpha-dropout", "--out", str(path)]

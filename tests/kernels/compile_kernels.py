@@ -1,7 +1,8 @@
 """Compile every kernel, as its own launcher would start it, for a GPU that need not be there; print what it became.
 
-Run in a process of its own: in the test run Triton interprets kernels instead of compiling them. Prints one JSON
-object: for each kernel and case, its float32 instructions and the widths of its loads and stores.
+Run in a process of its own: in the test run Triton interprets kernels instead of compiling them. Its argument is a
+JSON object: the forms of W for each capability. Prints another: for each capability, kernel and case, its float32
+instructions and the widths of its loads and stores.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class NoDevice:
         self.capability = capability
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton keeps what it compiled by the device's number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -55,7 +56,8 @@ class NoDevice:
 class Compiler:
     """Stands in for `launch`: compiles, and remembers what came out under the name of the case."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int) -> None:
+        self.target = f".target sm_{capability}"
         self.case = ""
         self.found: dict[str, dict[str, list[str]]] = {}
 
@@ -63,7 +65,7 @@ class Compiler:
         compiled = kernel.warmup(*arguments, grid=grid, num_warps=4, enable_fp_fusion=False, **constants)
         assert len(compiled.asm["cubin"]) > 1000
         assembly = compiled.asm["ptx"]
-        assert self.case not in self.found
+        assert self.target in assembly and self.case not in self.found
         self.found[self.case] = {
             "arithmetic": sorted(set(re.findall(FLOAT_ARITHMETIC, assembly))),
             "access": sorted(set(re.findall(ACCESS, assembly))),
@@ -86,10 +88,10 @@ def in_dtype(matrix: torch.Tensor | PackedWeight, dtype: torch.dtype) -> torch.T
     return PackedWeight(matrix.layout, matrix.values.to(dtype), matrix.codes, matrix.starts)
 
 
-def main(capability: int, forms: list[str]) -> None:
+def compile_for(capability: int, forms: list[str]) -> dict[str, dict[str, list[str]]]:
     """Compile for one capability: every dtype of a dense W, the packed forms in bfloat16."""
     driver.set_active(NoDevice(capability))
-    compiler = Compiler()
+    compiler = Compiler(capability)
     for module in (build_kernel, reduce_kernel, decode_kernel, quantise_kernel):
         module.launch = compiler  # type: ignore[assignment]
     rule = get_rule("spp")
@@ -116,8 +118,8 @@ def main(capability: int, forms: list[str]) -> None:
                 compile_case(f"decode {name}", decode, weight, WHOLE, WHOLE, out)
     x, rounded = torch.empty(64, N, dtype=torch.bfloat16), torch.empty(N, 64, dtype=torch.float8_e4m3fn)
     compile_case("quantise bfloat16", quantise, x, torch.ones(()), rounded)
-    print(json.dumps(compiler.found))
+    return compiler.found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    print(json.dumps({name: compile_for(int(name), forms) for name, forms in json.loads(sys.argv[1]).items()}))

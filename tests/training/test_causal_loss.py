@@ -74,6 +74,8 @@ def test_a_count_of_the_whole_accumulated_batch() -> None:
     model, inputs = model_of("llama"), batch()
     expected = model(**inputs, num_items_in_batch=50).loss
     assert_matches(causal_lm_loss(model, inputs, chunk=7, num_items_in_batch=50), expected, torch.float32)
+    given = {**inputs, "num_items_in_batch": torch.tensor(50)}
+    assert_matches(causal_lm_loss(model, given, chunk=7), expected, torch.float32)
 
 
 def test_an_adapted_head() -> None:
@@ -128,6 +130,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         causal_lm_loss(model, batch())
     with pytest.raises(ConfigError, match="labels"):
         causal_lm_loss(model_of("llama"), {"input_ids": batch()["input_ids"]})
+    with pytest.raises(ConfigError, match="shift_labels"):
+        causal_lm_loss(model_of("llama"), {**batch(), "shift_labels": batch()["labels"]})
     with pytest.raises(ConfigError, match="no output head"):
         causal_lm_loss(nn.Linear(2, 2), batch())
     with pytest.raises(ConfigError, match="input_ids"):
