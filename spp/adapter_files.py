@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -98,7 +99,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         kind = values.get("peft_type", "unknown")
         remedy = "spp.pst.load, on the dense model" if kind == PST_TYPE else "the library that made it"
         raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
-    bad = sorted(key for key, tensor in files.tensors.items() if not bool(torch.isfinite(tensor).all()))
+    bad = sorted(key for key, tensor in files.tensors.items() if not np.isfinite(tensor.numpy()).all())
     if bad:
         raise NonFiniteError(
             f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
@@ -110,7 +111,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     weights, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
     if weights.exists() or not old.exists():
         with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
-            tensors = {key: reader.tensor(key).clone() for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
+            tensors = {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
     else:
         tensors = _read_old(old)
     wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in _FLOATS)

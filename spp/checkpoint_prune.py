@@ -26,7 +26,7 @@ from spp.calibrate.blocks import BlockRunner, evaluating, find_blocks
 from spp.calibrate.loop import BlockStore, layers_by_block, owl_patterns, prune_blocks
 from spp.calibrate.plan import Names, Patterns, PruneOptions, PrunePlan, check_layer, make_plan
 from spp.calibrate.windows import Calibration
-from spp.checkpoint.rewriting import refuse_overlap
+from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
 from spp.checkpoint_prune_work import Work
@@ -144,6 +144,8 @@ def _run(
             found = owl_patterns(make_runner(), of_block, owl, fraction, plan.windows, store)
             known = {path: str(pattern) for path, pattern in found.items()}
             work.remember("patterns", known)
+        if known.keys() != patterns.keys():
+            raise work.malformed()
         patterns = {path: Pattern.parse(pattern) for path, pattern in known.items()}
     runner = make_runner() if plan.calibrated else None
     prune_blocks(runner, of_block, plan.method, patterns, plan.windows, store)

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from spp.calibrate import LayerReport
-from spp.checkpoint.rewriting import carry_files, update_config
+from spp.checkpoint.carrying import carry_files, update_config
 from spp.checkpoint.saving import make_certificate
-from spp.errors import OutputError, OutputExistsError
+from spp.errors import CheckpointError, OutputError, OutputExistsError
 from spp.files import (
     CheckpointReader,
     atomic_directory,
@@ -98,6 +98,11 @@ class Work:
             self._progress["blocks"][str(index)] = {path: asdict(layer) for path, layer in layers.items()}
             self._note()
 
+    def malformed(self) -> CheckpointError:
+        """Return the error of a note that no run wrote."""
+        note = self._folder / _PROGRESS
+        return CheckpointError(f"{note} is not what an earlier run wrote: remove {self._folder} to start anew")
+
     def recall(self, name: str) -> Any:
         """Return what an earlier run remembered under a name, or None."""
         return self._progress.get(name)
@@ -158,6 +163,7 @@ class Work:
                 write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
             with CheckpointReader(directory) as pruned:
                 make_certificate(pruned).write(directory)
+        (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         shutil.rmtree(self._folder)
 
     def _note(self) -> None:
@@ -172,6 +178,8 @@ class Work:
             return
         found = read_json(self._folder / _PROGRESS, "the progress of an earlier run")
         if found.get("job") == self._progress["job"]:
+            if not _is_note(found, self._blocks):
+                raise self.malformed()
             self._progress = found
             logger.info("going on behind %d finished blocks in %s", len(found["blocks"]), self._folder)
             return
@@ -204,6 +212,31 @@ class Work:
 def work_folder(target: Path) -> Path:
     """Return where the finished blocks of an output wait."""
     return target.parent / f".{target.name}.pruning"
+
+
+def _is_note(found: Mapping[str, Any], blocks: int) -> bool:
+    """Whether a note of progress is one that `Work` writes."""
+    finished, patterns = found.get("blocks"), found.get("patterns", {})
+    if not isinstance(finished, dict) or not finished.keys() <= {str(index) for index in range(blocks)}:
+        return False
+    if not isinstance(patterns, dict) or not all(isinstance(pattern, str) for pattern in patterns.values()):
+        return False
+    reports = [values for layers in finished.values() for values in _values(layers)]
+    return all(isinstance(layers, dict) for layers in finished.values()) and all(map(_is_report, reports))
+
+
+def _values(layers: object) -> list[Any]:
+    return list(layers.values()) if isinstance(layers, dict) else []
+
+
+def _is_report(values: object) -> bool:
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(LayerReport)}:
+        return False
+    numbers = [values[name] for name in ("sparsity", "sparsity_before", "tokens", "seconds")]
+    numbers += [] if values["relative_error"] is None else [values["relative_error"]]
+    words, shape = (values["pattern"], values["note"]), values["shape"]
+    sizes = isinstance(shape, list) and len(shape) in (2, 3) and all(type(size) is int and size > 0 for size in shape)
+    return sizes and all(type(n) in (int, float) for n in numbers) and all(isinstance(word, str) for word in words)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +215,7 @@ def is_nm(mask: Tensor, kept: int, group: int, input_axis: int = -1) -> bool:
         return False
     mask = mask.movedim(input_axis, -1)
     if group in USUAL_GROUPS:
-        return _most_in_a_group(pack_bits(mask), group, kept) <= kept
+        return most_in_a_group(pack_bits(mask), group, kept) <= kept
     rows = max(1, _CHUNK // max(1, mask.shape[-1]))
     parts = nonzero_mask(mask).reshape(-1, mask.shape[-1] // group, group).split(rows)
     return all(part.numel() == 0 or int(part.sum(-1, dtype=torch.int32).max()) <= kept for part in parts)
@@ -237,7 +237,18 @@ def detect_pattern(mask: Tensor, input_axis: int = -1) -> str:
 
 def detect_packed(packed: npt.NDArray[np.uint8], count: int, inputs: int) -> str:
     """`detect_pattern` of packed bits whose rows are `inputs` long; `count` weights in all."""
-    kept = count_kept(packed)
+    return detect_counted(count_kept(packed), count, inputs, lambda group: most_in_a_group(packed, group, group // 2))
+
+
+def detect_counted(kept: int, count: int, inputs: int, most: Callable[[int], int]) -> str:
+    """`detect_pattern` of a mask that has been counted.
+
+    Args:
+        kept: weights that are not zero, of `count`.
+        inputs: the length of a row.
+        most: the largest number of kept weights in a group of the usual size that it is given; anything above half of
+            that size will do for all that are.
+    """
     if kept == count:
         return DENSE
     if kept == 0:
@@ -247,7 +258,7 @@ def detect_packed(packed: npt.NDArray[np.uint8], count: int, inputs: int) -> str
     while lowest * count / 2 >= kept:
         lowest /= 2
     for group in (m for m in USUAL_GROUPS if inputs % m == 0):
-        allowed = 1 << (_most_in_a_group(packed, group, group // 2) - 1).bit_length()  # a power of two
+        allowed = 1 << (most(group) - 1).bit_length()  # a power of two
         if 2 * allowed <= group:
             best = min(best, (allowed / group, group, allowed))
         if best[0] <= lowest:
@@ -255,7 +266,7 @@ def detect_packed(packed: npt.NDArray[np.uint8], count: int, inputs: int) -> str
     return f"{best[2]}:{best[1]}" if best[1] else UNSTRUCTURED
 
 
-def _most_in_a_group(packed: npt.NDArray[np.uint8], group: int, enough: int) -> int:
+def most_in_a_group(packed: npt.NDArray[np.uint8], group: int, enough: int) -> int:
     """Return the largest number of kept weights in a usual group; stops at the first that is above `enough`."""
     most = 0
     for start in range(0, len(packed), _CHUNK):  # a chunk is a whole number of the longest groups

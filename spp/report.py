@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spp.calibrate import PruneReport
     from spp.certificate import SparsityReport, TensorSparsity
     from spp.checkpoint import ExportReport
+    from spp.checkpoint.verdicts import Verification
     from spp.merge import MergeReport
     from spp.merge_weight import LayerMerge
 
@@ -91,6 +92,47 @@ def sparsity_table(report: SparsityReport, *, every: bool = False) -> Table:
     total = ("all", str(len(report.tensors)), "", "", f"{report.sparsity:.4f}", report.pattern)
     columns = ("projection", "tensors", "shape", "dtype", "sparsity", "pattern")
     return Table("sparsity", columns, (*rows, total))
+
+
+def verdict_table(verification: Verification, *, every: bool = False) -> Table:
+    """Return what a verification found, by kind of projection or, with `every`, one row a tensor.
+
+    verdict: "ok", or what is wrong; the zeros, patterns and dtypes are those that were found. Tensors of which only
+    the bytes were compared have a verdict alone.
+    """
+    name, against = verification.name, verification.against or "its certificate"
+    general = [("", "", "", "", problem.what) for problem in verification.of("")]
+    if every:
+        rows = [
+            (key, *(_found(facts) if facts else ("", "", "")), _verdict(verification, [key], every=True))
+            for key, facts in verification.tensors.items()
+        ]
+        columns: tuple[str, ...] = ("tensor", "dtype", "sparsity", "pattern", "verdict")
+        return Table(f"{name} against {against}", columns, (*rows, *general))
+    groups: dict[str, list[str]] = {}
+    for key, facts in verification.tensors.items():
+        groups.setdefault(kind_of(key) if facts else "other", []).append(key)
+    rows = []
+    for kind, keys in groups.items():
+        found = [facts for key in keys if (facts := verification.tensors[key]) is not None]
+        sparsity = _spread([facts.sparsity for facts in found], "{:.4f}".format)
+        pattern = _joined(facts.pattern for facts in found)
+        rows.append((kind, str(len(keys)), sparsity, pattern, _verdict(verification, keys)))
+    columns = ("projection", "tensors", "sparsity", "pattern", "verdict")
+    return Table(f"{name} against {against}", columns, (*rows, *general))
+
+
+def _found(facts: TensorSparsity) -> tuple[str, str, str]:
+    return facts.dtype, f"{facts.sparsity:.4f}", facts.pattern
+
+
+def _verdict(verification: Verification, keys: Sequence[str], *, every: bool = False) -> str:
+    bad = [key for key in keys if verification.of(key)]
+    if not bad:
+        return "ok"
+    if every or len(keys) == 1:
+        return "; ".join(problem.what for problem in verification.of(bad[0]))
+    return f"{len(bad)} of {len(keys)} not as they should be"
 
 
 def merge_table(report: MergeReport, *, every: bool = False) -> Table:

@@ -55,6 +55,20 @@ def logits(model: Any) -> Tensor:
     return model(ids(), use_cache=False).logits
 
 
+def wrapped(base: Any, **options: Any) -> Any:
+    """A wrapped copy with an adapter that changes something.
+
+    An untrained one multiplies by W as it lies, and of a weight with inputs first a packed one lies otherwise: another
+    order of sums on some CPUs. W_eff is built alike from either.
+    """
+    model = spp.wrap(copy.deepcopy(base), r=4, seed=0, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            layer.spp_beta.copy_(0.1 * torch.randn(layer.spp_beta.shape, generator=generator))
+    return model
+
+
 def train(model: Any, steps: int = 3) -> list[float]:
     torch.manual_seed(7)
     model.train()
@@ -89,8 +103,7 @@ def attributes(module: nn.Module) -> list[str]:
 @pytest.mark.parametrize("architecture", ["gpt2", *MOE_ARCHITECTURES])
 def test_packed_is_the_dense_model_bit_for_bit(architecture: str) -> None:
     base = pruned(architecture)
-    dense = spp.wrap(copy.deepcopy(base), r=4, seed=0)
-    packed = spp.wrap(copy.deepcopy(base), r=4, seed=0, packed=True)
+    dense, packed = wrapped(base), wrapped(base, packed=True)
     assert list(adapter_layers(packed)) == list(adapter_layers(dense))
     assert all(layer.packed_layout is not None for layer in adapter_layers(packed).values())
     projections = {p.parameter_path for p in find_projections(base) if p.path in adapter_layers(dense)}
@@ -165,7 +178,7 @@ def test_training_in_every_other_way(architecture: str, options: dict[str, Any],
         set_experts_implementation(module, implementation)
     results = []
     for packed in (False, True):
-        model = spp.wrap(copy.deepcopy(base), r=4, seed=0, packed=packed, **options)
+        model = wrapped(base, packed=packed, **options)
         if how in ("reentrant", "checkpoint"):
             model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
@@ -234,8 +247,7 @@ def test_no_tokens_at_all() -> None:
 @pytest.mark.parametrize("architecture", TRANSPOSED)
 def test_files_state_dicts_and_generation(architecture: str, tmp_path: Path) -> None:
     base = pruned(architecture)
-    dense = spp.wrap(copy.deepcopy(base), r=4, seed=0)
-    packed = spp.wrap(copy.deepcopy(base), r=4, seed=0, packed=True)
+    dense, packed = wrapped(base), wrapped(base, packed=True)
     for model in (dense, packed):
         train(model)
     for name, model in (("dense", dense), ("packed", packed)):

@@ -23,6 +23,7 @@ from spp.patterns import (
     nonzero_mask,
     pack_bits,
 )
+from spp.patterns_bits import detect_along
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SMALL_FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -234,6 +235,23 @@ def test_detect_pattern_is_the_definition(
             expected = n % group == 0 and max(naive_groups(mask, group)) <= kept
             assert is_nm(mask, kept, group) == expected
             assert is_nm(mask.t(), kept, group, input_axis=0) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**30),
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 16, 32]), min_size=1, max_size=3),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    halved=st.booleans(),
+)
+def test_packed_bits_alone_tell_the_pattern_along_any_axis(
+    seed: int, shape: list[int], density: float, halved: bool
+) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    if halved:
+        mask &= torch.arange(shape[-1]) % 4 < 2
+    for axis in range(len(shape)):
+        assert detect_along(pack_bits(mask), shape, axis) == detect_pattern(mask, axis)
 
 
 def test_edges_of_detection() -> None:

@@ -183,7 +183,7 @@ def _published(form: str, dropout: float) -> Build:
 
 def _peft(name: str) -> Build:
     def build(spec: LayerSpec) -> nn.Module:
-        peft = require_peft()
+        peft = require_peft(name)
         kind = {"lora": "LoraConfig", "hira": "HiraConfig"}[name]
         if not hasattr(peft, kind):
             raise ConfigError(f"peft {installed('peft')} has no {kind}; leave {name} out of --contenders")

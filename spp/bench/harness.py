@@ -220,12 +220,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def require_peft() -> Any:
-    """Import peft, or say which extra brings it."""
+def require_peft(contender: str) -> Any:
+    """Import peft, or say which contender needs it and which extra brings it."""
     try:
         import peft
     except ImportError as error:
-        raise DependencyError("the contenders lora and hira need peft: pip install 'spp[peft]'") from error
+        raise DependencyError(f"the contender {contender} needs peft: pip install 'spp[peft]'") from error
     return peft
 
 

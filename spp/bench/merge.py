@@ -1,8 +1,10 @@
-"""How fast an adapter is merged into a checkpoint on disk, beside a plain copy of the same files.
+"""How fast an adapter is merged into a checkpoint on disk, and a checkpoint verified, beside physical yardsticks.
 
-A merge reads every tensor, checks it, scales it, checks the result, hashes it and writes it; `cp -r` reads and writes,
-and is followed here by an fsync of every file and folder, as a merge is. The two take turns, each into a new folder.
-The files were written just before, so the reads come from the system's cache as far as it holds them ("cache": "warm").
+A merge reads every tensor, checks it, scales it, checks the result, hashes it and writes it, until it is on disk; `cp
+-r` reads and writes, and is followed here by an fsync of every file and folder. `spp verify` reads a checkpoint and
+checks masks, patterns, finiteness and checksums; one pass of zlib.crc32 over the same files, with as many threads, is
+beside it. All take turns, merge and copy each into a new folder. Reads come from the system's cache as far as it holds
+the files: how far, the least over all rounds, is in the rows ("cached_share"), and "cache" says warm from 0.99 on.
 
     python -m spp.bench.merge --shape llama-7b --blocks 16        spp bench merge --shape smollm2 --rounds 5
 """
@@ -10,13 +12,17 @@ The files were written just before, so the reads come from the system's cache as
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +30,26 @@ import torch
 
 from spp.bench import harness
 from spp.bench.adapted import BETA
+from spp.bench.cached import cached_share
 from spp.bench.models import SHAPES
 from spp.bench.plot import plot_ratios
-from spp.checkpoint import merge_checkpoint
+from spp.checkpoint import certify, merge_checkpoint, verify
 from spp.config import SPPConfig
 from spp.errors import ConfigError, SPPError
-from spp.files import mask_sha256, save_tensors, write_json, write_tensors
+from spp.files import CheckpointReader, mask_sha256, save_tensors, write_json, write_tensors
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
+from spp.kernels.native import elementwise
 from spp.patterns import Pattern
 from spp.pruning import magnitude_mask
 from spp.report import Table, byte_text
 from spp.rules import get_rule
 
 COPY, MERGE = "cp -r + fsync", "merge"
+CRC, VERIFY = "zlib.crc32", "verify"
+PAIRS = ((COPY, MERGE), (CRC, VERIFY))  # a yardstick, and what is measured by it
+WARM = 0.99  # of the files in the cache
+_PIECE = 2**22  # bytes that a thread sums up at a time
 
 
 def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
@@ -118,22 +130,45 @@ def copy(source: Path, target: Path) -> None:
                 os.close(descriptor)
 
 
+def checksum(folder: Path) -> None:
+    """Read the weights of a checkpoint once through zlib.crc32, on as many threads as torch uses."""
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        views = []
+        for path in sorted(folder.glob("*.safetensors")):
+            file = opened.enter_context(path.open("rb"))
+            views.append(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+        pieces = (view[at : at + _PIECE] for view in views for at in range(0, len(view), _PIECE))
+        for _ in pool.map(zlib.crc32, pieces):
+            pass
+
+
 def measure(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """Return one row for the merge and one for the copy, ratios of the merge to each."""
+    """Return a row for each contender; ratios are to the yardstick of its pair."""
     size = make_checkpoint(options, directory)
     base, adapter, out = directory / "base", directory / "adapter", directory / "out"
-    memory = harness.Memory(**harness.in_child("spp.bench.merge", ["--child", str(directory)]))
-    shutil.rmtree(out)
-    calls = {MERGE: lambda: merge_checkpoint(base, adapter, out), COPY: lambda: copy(base, out)}
-    samples: dict[str, list[harness.Sample]] = {name: [] for name in calls}
-    for index in range(options.warmup + options.rounds):
-        for name in sorted(calls, reverse=index % 2 == 1):
-            sample = harness.time_call(calls[name])
-            shutil.rmtree(out)
-            if index >= options.warmup:
-                samples[name].append(sample)
+    certify(base)
+    if hasattr(os, "sync"):
+        os.sync()  # what was written just now does not keep the disk busy later
+    child = ["--child", str(directory), "--threads", str(torch.get_num_threads())]
+    memory = harness.Memory(**harness.in_child("spp.bench.merge", child))
+    shares: list[float] = []
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        share = cached_share(base.glob("*.safetensors"))
+        shares.extend([] if share is None else [share])
+
+    calls = {
+        COPY: lambda: copy(base, out),
+        MERGE: lambda: merge_checkpoint(base, adapter, out),
+        CRC: lambda: checksum(base),
+        VERIFY: lambda: verify(base),
+    }
+    samples = harness.interleave(calls, rounds=options.rounds, warmup=options.warmup, before=prepare)
+    share = min(shares) if shares else None
+    fields = {name: found for pair in PAIRS for name, found in harness.compare({n: samples[n] for n in pair}).items()}
     rows = []
-    for name, fields in harness.compare(samples).items():
+    for name, times in fields.items():
         row: dict[str, Any] = {
             "bench": "merge",
             "contender": name,
@@ -143,39 +178,55 @@ def measure(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]
             "pattern": options.pattern,
             "rank": options.rank,
             "rounds": options.rounds,
-            "cache": "warm",
+            "cache": "unknown" if share is None else "warm" if share >= WARM else "partly warm",
+            "cached_share": share,
             "checkpoint_bytes": size,
-            "bytes_per_s": size / fields["wall_s"]["median"],
-            **fields,
+            "compiled_merge": elementwise.library() is not None,
+            "bytes_per_s": size / times["wall_s"]["median"],
+            **times,
             **harness.environment("cpu", getattr(torch, options.dtype)),
         }
         if name == MERGE:
             row["rest_bytes"], row["peak_bytes"] = memory.rest, memory.peak
+            row["memory_bound_bytes"] = 3 * largest_tensor(base) + 300_000_000
         rows.append(row)
     return rows
 
 
+def largest_tensor(directory: Path) -> int:
+    """Return the bytes of the largest tensor of a checkpoint."""
+    with CheckpointReader(directory) as reader:
+        return max(size_of(reader.dtype(key), reader.shape(key)) for key in reader)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows as a table; its ratios are speeds, of the contender to the merge."""
+    """Return the rows as a table; its ratios are speeds, of the contender to the yardstick of its pair."""
     lines = [
         (
             row["contender"],
             f"{row['wall_s']['median']:.2f} s",
             f"{byte_text(int(row['bytes_per_s']))}/s",
+            row["reference"],
             str(harness.Spread(**row["reference_to_this_wall"])),
-            byte_text(row["peak_bytes"] - row["rest_bytes"]) if "peak_bytes" in row else "",
+            f"{byte_text(row['peak_bytes'] - row['rest_bytes'])} of {byte_text(row['memory_bound_bytes'])}"
+            if "peak_bytes" in row
+            else "",
         )
         for row in rows
     ]
-    what = f"{byte_text(rows[0]['checkpoint_bytes'])} in {rows[0]['shards']} shards, warm cache; median (p20 … p80)"
-    columns = ("contender", "time", "throughput", "merge's time / this", "peak memory")
-    return Table(f"merging {rows[0]['model']} at {rows[0]['pattern']}: {what}", columns, tuple(lines))
+    first = rows[0]
+    cache = f"{first['cache']} cache" + ("" if first["cached_share"] is None else f" ({first['cached_share']:.2f})")
+    what = f"{byte_text(first['checkpoint_bytes'])} in {first['shards']} shards, {cache}; median (p20 … p80)"
+    columns = ("contender", "time", "throughput", "yardstick", "yardstick's time / this", "peak memory")
+    return Table(f"merging and verifying {first['model']} at {first['pattern']}: {what}", columns, tuple(lines))
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Parse and check the options."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Time the merge of an adapter into a checkpoint against a copy of the same files."
+        prog=prog,
+        description="Time the merge of an adapter into a checkpoint against a copy of the same files, and its "
+        "verification against one pass of zlib.crc32.",
     )
     parser.add_argument("--shape", default="smollm2", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--blocks", type=int, help="decoder blocks (default: as the shape has)")
@@ -210,6 +261,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.benc
             lambda: merge_checkpoint(there / "base", there / "adapter", there / "out"), calls=1
         )
         print(json.dumps({"rest": memory.rest, "peak": memory.peak}))
+        shutil.rmtree(there / "out")
         return
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="spp-bench-") as scratch:
         rows = measure(options, Path(scratch))
@@ -217,7 +269,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m spp.benc
 
     def plot() -> None:
         conditions = harness.environment_line(rows[0])
-        plot_ratios({made.title: rows}, "merging", conditions, options.plot, overwrite=options.overwrite)
+        panels = {pair[1]: [row for row in rows if row["contender"] in pair] for pair in PAIRS}
+        plot_ratios(panels, made.title, conditions, options.plot, overwrite=options.overwrite)
 
     harness.finish(rows, made, options, plot)
 

@@ -43,12 +43,12 @@ def contenders(rank: int, peft_rank: int, pattern: str = "2:4") -> dict[str, Cal
     """Return what adapts a pruned model, by the name of the contender."""
 
     def lora(model: nn.Module) -> nn.Module:
-        peft = require_peft()
+        peft = require_peft("lora")
         config = peft.LoraConfig(r=peft_rank, lora_alpha=2 * peft_rank, target_modules=list(PROJECTIONS))
         return peft.get_peft_model(model, config)
 
     def hira(model: nn.Module) -> nn.Module:
-        peft = require_peft()
+        peft = require_peft("hira")
         if not hasattr(peft, "HiraConfig"):
             raise ConfigError(f"peft {installed('peft')} has no HiRA; leave hira out of --contenders")
         config = peft.HiraConfig(r=peft_rank, target_modules=list(PROJECTIONS))

@@ -1,4 +1,4 @@
-"""Prune a dense checkpoint by what PST learned, shard by shard: one tensor at a time in memory, never the model.
+"""Prune a dense checkpoint by what PST learned, shard by shard: one weight at a time in memory, never the model.
 
 The tensors are bit for bit those of `spp.pst.convert` in memory, where products of the factors round alike.
 """
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from spp.certificate import Certificate, SparsityReport
+from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.places import locate
-from spp.checkpoint.rewriting import Rewriting, refuse_overlap
+from spp.checkpoint.rewriting import Rewriting
+from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, NonFiniteError
-from spp.files import CheckpointReader, atomic_directory, content_crc32, require_replaceable
+from spp.files import CheckpointReader, content_crc32, require_replaceable
 from spp.merge import check_rounding
 from spp.patterns import Pattern
 from spp.pst import PSTConfig
@@ -37,6 +39,7 @@ def convert_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> SparsityReport:
     """Make permanent what PST learned of a dense checkpoint; the output appears whole and certified, or not at all.
 
@@ -46,6 +49,7 @@ def convert_checkpoint(
         out_dir: a directory outside both that does not exist yet, unless `overwrite`.
         dtype: convert all floating tensors; None keeps each tensor's own.
         overwrite: replace what is at `out_dir`.
+        dry_run: do and check everything, and write nothing.
 
     Returns:
         The zeros of the output, as its certificate says.
@@ -66,16 +70,18 @@ def convert_checkpoint(
     refuse_overlap(Path(out_dir), base, "the base")
     refuse_overlap(Path(out_dir), state.source, "the PST state")
     require_replaceable(out_dir)
-    with atomic_directory(out_dir, overwrite=overwrite) as directory, CheckpointReader(base) as reader:
-        job = _Job(reader, state, dtype)
-        job.write(directory, "converting")
-        certificate = Certificate(job.tensors, job.other, None)
-        certificate.write(directory)
-    logger.info("converted %d layers into %s", len(job.layers), out_dir)
+    with CheckpointReader(base) as reader:
+        converting = _Converting(reader, state, dtype)
+        with output(converting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
+            write_shards(converting, directory, "converting")
+            certificate = Certificate(converting.tensors, converting.other, None)
+            if directory is not None:
+                certificate.write(directory)
+    logger.info("converted %d layers%s", len(converting.layers), "" if dry_run else f" into {out_dir}")
     return certificate.report()
 
 
-class _Job(Rewriting):
+class _Converting(Rewriting):
     """Which tensors become what."""
 
     def __init__(self, reader: CheckpointReader, state: PSTState, dtype: torch.dtype | None) -> None:
@@ -103,16 +109,15 @@ class _Job(Rewriting):
             listing = "\n  ".join(sorted(problems))
             raise AdapterError(f"the PST state in {state.source} does not fit {reader.directory}:\n  {listing}")
         self.layers = {place.keys[0]: (path, place.transposed) for path, place in places.items()}
-        super().__init__(reader, dtype, self.layers)
+        super().__init__(reader, dtype, {*self.layers, *self.whole}, self.layers)
 
-    def changed(self, key: str, weight: Tensor | None) -> Tensor | None:
-        """Return a layer's masked weight, or a module that trained as a whole."""
-        if key in self.layers:
-            assert weight is not None
-            return self._converted(key, weight)
-        if key in self.whole:
-            return self.whole[key].to(self.stored(key))
-        return None
+    def make(self, key: str, tensor: Tensor) -> Tensor:
+        """Return a layer's masked weight, or what a module became that trained as a whole."""
+        return self._converted(key, tensor) if key in self.layers else self.whole[key].to(self.stored(key)).contiguous()
+
+    def keeps_zeros(self, key: str) -> bool:
+        """Whether the zeros of a weight stay where they are."""
+        return key not in self.changed
 
     def _converted(self, key: str, weight: Tensor) -> Tensor:
         path, transposed = self.layers[key]
@@ -135,7 +140,7 @@ class _Job(Rewriting):
             raise NonFiniteError(f"{path}: the masked weight is not finite; take an earlier checkpoint")
         result = effective.to(self.stored(key))
         rescue_(result, effective)
-        return result.T.contiguous() if transposed else result
+        return (result.T if transposed else result).contiguous()
 
 
 def _scales(config: PSTConfig, sparsity: float) -> Scales:

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spp.certificate import CERTIFICATE_NAME, Certificate
+from spp.checkpoint.carrying import carry_files, refuse_overlap
 from spp.checkpoint.export_report import ExportReport, report_export
-from spp.checkpoint.rewriting import carry_files, refuse_overlap
 from spp.checkpoint.saving import make_certificate
 from spp.checkpoint.sources import checkpoint_directory, open_source
 from spp.checkpoint.verifying import pruned_matrices, verify
@@ -42,7 +42,7 @@ from spp.files import (
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
 from spp.files.reader import INDEX
-from spp.files.scattered import write_scattered
+from spp.files.writer import TensorFile
 from spp.packed.disk import FORMAT_VERSION, QUANT_METHOD, SUFFIXES, DenseReader, Descriptor, packed_settings
 from spp.packed.packing import INTEGERS, pack_tensor
 from spp.packed.weight import DTYPES, PackedWeight
@@ -101,8 +101,10 @@ def export_packed(
         layouts = {name: packing.layout(keys) for name, keys in shards.items()}
         with tqdm(total=len(reader.keys()), desc="packing", unit="tensor", disable=None) as bar:
             for name, keys in shards.items():
-                parts = (part for key in keys for part in packing.parts(key, bar))
-                write_scattered(directory / name, layouts[name], parts)
+                with TensorFile(directory / name, layouts[name]) as file:
+                    for key in keys:
+                        for part, pieces in packing.parts(key, bar):
+                            file.write_all(part, pieces)
         settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         _write_rest(reader, directory, layouts, {**config, "quantization_config": settings})
         packing.certificate().write(directory)

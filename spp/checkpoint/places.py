@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spp.adapter_files import AdapterFiles
+from spp.checkpoint.adapters import Part
 from spp.checkpoint.sources import input_axes
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
@@ -61,28 +61,34 @@ class Place:
 
 
 class Places:
-    """The places of all layers of an adapter in a checkpoint.
+    """The places of all layers of some adapters in a checkpoint.
 
     Args:
         reader: of the checkpoint.
-        files: the adapter.
+        parts: the adapters.
 
     Raises:
-        AdapterError: layers that the checkpoint does not have, or that do not fit, all in one message.
+        AdapterError: layers that the checkpoint does not have, or that do not fit, all of an adapter in one message.
     """
 
-    def __init__(self, reader: CheckpointReader, files: AdapterFiles) -> None:
+    def __init__(self, reader: CheckpointReader, parts: Sequence[Part]) -> None:
         if is_packed(reader):
             raise ConfigError(f"{reader.directory} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
-        layers, masks = files.layers(), files.base_masks or {}
+        self._reader = reader
+        paths = list(dict.fromkeys(path for part in parts for path in part.layers))
+        found, self.disk = locate(reader, paths)
+        self.places = list(found.values())
+        for part in parts:
+            self._check(part, found)
+
+    def _check(self, part: Part, found: dict[str, Place]) -> None:
+        reader, files, layers, masks = self._reader, part.files, part.layers, part.files.base_masks or {}
         unknown = sorted(layers.keys() - masks.keys())
         if unknown:
             which = "" if files.base_masks is None else f" in {', '.join(unknown)}"
             logger.warning("%s does not say which zeros it was trained on%s; they are not checked", files.source, which)
         problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
         rule = get_rule(files.config.rule)
-        self.places: list[Place] = []
-        found, self.disk = locate(reader, list(layers))
         for path, params in layers.items():
             place = found.get(path)
             if place is None:
@@ -98,7 +104,6 @@ class Places:
                 place.check(rule, params)
             except (AdapterError, ConfigError) as error:
                 problems.append(str(error))
-            self.places.append(place)
         if problems:
             listing = "\n  ".join(sorted(problems))
             raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")

@@ -1,43 +1,31 @@
-"""Write a checkpoint anew with some of its weights changed: one tensor at a time in memory, never the model.
+"""A checkpoint that is written anew with some of its weights changed: what is shared by all who work on it.
 
-    for each shard of the base: for each tensor: read → change and check, or copy → write → hash; then the certificate
+    for each shard of the base: for each tensor: read → change and check, or copy → write and hash; then the certificate
 
 What is not changed is copied byte for byte, or converted where another dtype is asked for.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import stat
-import zlib
+import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from spp.certificate import CERTIFICATE_NAME, TensorRecord, certify_tensor
+from spp.certificate import TensorRecord
+from spp.checkpoint.scanning import Bytes, describe
 from spp.checkpoint.sources import input_axes
-from spp.errors import ConfigError, NonFiniteError
-from spp.files import CheckpointReader, dtype_name, read_json, write_json, write_tensors
-from spp.files.hashes import tensor_bytes
+from spp.errors import NonFiniteError
+from spp.files import CheckpointReader
 from spp.files.header import size_of
-from spp.files.reader import INDEX, require_inside
+from spp.kernels.native import elementwise
+from spp.kernels.native.compiler import DTYPES as COMPILED
+from spp.kernels.native.elementwise import Found, Matrix
 from spp.merge import DTYPES
-from spp.patterns import all_finite
-from spp.rules import rescue_
 from spp.targets import is_projection_key
-
-logger = logging.getLogger(__name__)
-
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart
-_LARGEST_CARRIED = 256 * 2**20  # bytes of a file beside the weights; the largest tokenizers have a tenth
 
 
 class Rewriting(ABC):
@@ -46,135 +34,92 @@ class Rewriting(ABC):
     Args:
         reader: of the checkpoint.
         dtype: of all floating tensors of the output; None keeps each one's own.
+        changed: keys of the tensors that `make` makes anew.
         certified: keys of tensors that are among the certificate's besides the projections.
 
     Attributes:
-        tensors, other: of the certificate, of what has been written.
+        tensors, other: of the certificate, of what has been made.
+        by_torch: held by who works on a whole weight: one at a time is in memory.
     """
 
-    def __init__(self, reader: CheckpointReader, dtype: torch.dtype | None, certified: Collection[str]) -> None:
-        self.reader = reader
-        self.dtype = dtype
-        self.certified = frozenset(certified)
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        dtype: torch.dtype | None,
+        changed: Collection[str],
+        certified: Collection[str],
+    ) -> None:
+        self.reader, self.dtype = reader, dtype
+        self.changed, self._certified = frozenset(changed), frozenset(certified)
         self.axes = input_axes(reader)
         self.tensors: dict[str, TensorRecord] = {}
         self.other: dict[str, int] = {}
+        self.by_torch = threading.Lock()
 
     @abstractmethod
-    def changed(self, key: str, weight: Tensor | None) -> Tensor | None:
-        """Return the tensor to write in place of one, in the dtype of the output; None where it stays.
+    def make(self, key: str, tensor: Tensor) -> Tensor:
+        """Return what is written in place of a changed tensor, contiguous and in the dtype of the output.
 
         Args:
-            weight: what is there, of a tensor that the certificate describes; None for any other.
+            tensor: what is there, mapped from its file.
         """
 
-    def write(self, directory: Path, task: str) -> None:
-        """Write all shards, what lies beside them, and the index into a directory; a bar shows the task."""
-        shards = self.reader.shards()
-        with tqdm(total=len(self.reader.keys()), desc=task, unit="tensor", disable=None) as bar:
-            for name, keys in shards.items():
-                layout = {key: (self.stored(key), self.reader.shape(key)) for key in keys}
-                write_tensors(directory / name, layout, lambda key: self._produce(key, bar))
-        carry_files(self.reader.directory, directory, set(shards))
-        self._write_index(directory)
-        if self.dtype is not None:
-            update_config(directory, self.dtype)
+    def keeps_zeros(self, key: str) -> bool:
+        """Whether the zeros of a weight stay where they are."""
+        return True
 
     def stored(self, key: str) -> torch.dtype:
         """Return the dtype that a tensor of the output has."""
         found = self.reader.dtype(key)
         return self.dtype if self.dtype is not None and found in DTYPES else found
 
-    def _produce(self, key: str, bar: Any) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor of the output, and keep the certificate's record of it."""
-        bar.update()
-        if key not in self.certified and not is_projection_key(key, len(self.reader.shape(key))):
-            yield from self._produce_other(key)
-            return
-        weight = self.reader.tensor(key)
-        if not all_finite(weight):
+    def size(self) -> int:
+        """Return the bytes of all tensors of the output."""
+        return sum(size_of(self.stored(key), self.reader.shape(key)) for key in self.reader)
+
+    def is_weight(self, key: str) -> bool:
+        """Whether the certificate describes the zeros of a tensor."""
+        return key in self._certified or is_projection_key(key, len(self.reader.shape(key)))
+
+    def matrices(self, key: str) -> list[Matrix] | None:
+        """Return what the compiled pass needs to make a weight; None where torch has to do it.
+
+        Here of those that are converted only: who changes some by a compiled pass says how.
+        """
+        before, after, shape = self.reader.dtype(key), self.stored(key), self.reader.shape(key)
+        library = elementwise.library() if before in COMPILED and after in COMPILED else None
+        if library is None or key in self.changed or len(shape) not in (2, 3) or math.prod(shape) == 0:
+            return None
+        return [Matrix(library, math.prod(shape[:-1]), shape[-1], before, after)]
+
+    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> str:
+        """Record a weight that was made; return the sha256 of its mask.
+
+        Args:
+            dtype: it has now.
+            bits: its packed mask.
+            found: of its bytes.
+        """
+        facts, mask = describe(self.reader.shape(key), dtype, self.axes[key], bits, found)
+        self.tensors[key] = TensorRecord(
+            facts.shape, facts.dtype, self.axes[key], facts.pattern, facts.zeros, mask, found.crc
+        )
+        return mask
+
+    def changed_by(self, key: str, mask: str, found: list[Found]) -> None:
+        """Check and record what the compiled pass made of a changed weight.
+
+        Args:
+            mask: sha256 of its mask.
+            found: of each of its matrices.
+        """
+        raise NotImplementedError(key)  # whose `matrices` are never a changed weight's
+
+    def require_finite(self, key: str, finite: bool) -> None:
+        """Raise unless a weight of the base is finite."""
+        if not finite:
             raise NonFiniteError(f"{key} of {self.reader.directory} holds NaN or infinity; mend the base first")
-        result = self.changed(key, weight)
-        if result is None:
-            result = weight
-            if self.stored(key) != weight.dtype:
-                result = weight.to(self.stored(key))
-                rescue_(result, weight)
-        if not all_finite(result):
-            raise NonFiniteError(f"{key} overflows in {result.dtype}; merge to a wider dtype")
-        self.tensors[key] = certify_tensor(result, self.axes[key])
-        yield from tensor_bytes(result)
 
-    def _produce_other(self, key: str) -> Iterator[memoryview]:
-        result = self.changed(key, None)
-        if result is None and self.stored(key) == self.reader.dtype(key):
-            pieces: list[memoryview] = [self.reader.raw(key)]
-        else:
-            if result is None:
-                before = self.reader.tensor(key)
-                result = before.to(self.stored(key))
-                if all_finite(before) and not all_finite(result):
-                    raise NonFiniteError(f"{key} overflows in {result.dtype}; merge to a wider dtype")
-            pieces = list(tensor_bytes(result))
-        self.other[key] = 0
-        for piece in pieces:
-            self.other[key] = zlib.crc32(piece, self.other[key])
-        yield from pieces
-
-    def _write_index(self, directory: Path) -> None:
-        reader = self.reader
-        if reader.index is None:
-            return
-        if self.dtype is None:
-            shutil.copyfile(reader.directory / INDEX, directory / INDEX)
-            return
-        metadata = reader.index.get("metadata")
-        sizes = (size_of(self.stored(key), reader.shape(key)) for key in reader)
-        metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": sum(sizes)}
-        write_json(directory / INDEX, {**reader.index, "metadata": metadata})
-
-
-def refuse_overlap(out: Path, source: Path, what: str) -> None:
-    """Raise a ConfigError where the output is, contains or lies inside a source."""
-    out, source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if out.is_relative_to(source) or source.is_relative_to(out):
-        where = "is" if out == source else "lies inside" if out.is_relative_to(source) else "contains"
-        raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
-
-
-def carry_files(base: Path, directory: Path, shards: set[str]) -> None:
-    """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …"""
-    for folder, subfolders, names in os.walk(base):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        here = Path(folder).relative_to(base)
-        for name in sorted(names):
-            source = Path(folder, name)
-            if name.startswith(".") or name in shards or name in _NOT_CARRIED or name.endswith(_WEIGHT_ENDINGS):
-                continue
-            require_inside(source, base)
-            status = source.stat()
-            if not stat.S_ISREG(status.st_mode):
-                continue
-            if status.st_size > _LARGEST_CARRIED:
-                logger.warning("%s has %d bytes and is not carried along", source, status.st_size)
-                continue
-            (directory / here).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, directory / here / name)
-
-
-def update_config(directory: Path, dtype: torch.dtype) -> None:
-    """Have a checkpoint's config.json say which dtype its weights have."""
-    path = directory / "config.json"
-    if path.exists():
-        config = read_json(path, "config.json")
-        _set_dtype(config, dtype_name(dtype))
-        config.setdefault("dtype", dtype_name(dtype))
-        write_json(path, config)
-
-
-def _set_dtype(config: dict[str, Any], name: str) -> None:
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            config[key] = name
-        elif isinstance(value, dict):
-            _set_dtype(value, name)
+    def overflow(self, key: str) -> NonFiniteError:
+        """Return the error of a tensor that is not finite in the dtype of the output."""
+        return NonFiniteError(f"{key} overflows in {self.stored(key)}; merge to a wider dtype")

@@ -6,26 +6,24 @@ import logging
 import os
 import warnings
 from collections.abc import Collection, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from spp.certificate import BaseRecord, Certificate, SparsityReport, certify_tensor
+from spp.certificate import BaseRecord, Certificate, SparsityReport
+from spp.checkpoint.scanning import scan_reader, scan_source
 from spp.checkpoint.sources import checkpoint_directory, input_axes, open_source, projection_keys
-from spp.checkpoint.verifying import compare, pruned_matrices, require_same_masks
+from spp.checkpoint.verifying import facts_of, pruned_matrices, require_same_masks
 from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
 from spp.files import (
     CheckpointReader,
     atomic_directory,
-    content_crc32,
-    content_sha256,
-    mask_sha256,
     require_replaceable,
 )
 from spp.inject import is_wrapped
 from spp.packed.disk import DenseReader
-from spp.patterns import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +71,11 @@ def save_model(
             keys = {*memory.axes, *base.get("keys", ())}
             certificate = make_certificate(reader, also=base.get("keys", ()))
             written = [key for key in certificate.tensors if memory.axis(key) is not None]
-            changed = [key for key in written if mask_sha256(memory.get(key)) != certificate.tensors[key].mask_sha256]
+            scanned = scan_source(memory, written)
+            changed = [key for key in written if scanned[key].mask != certificate.tensors[key].mask_sha256]
             if changed:
                 with open_source(directory) as disk:
-                    require_same_masks(compare(memory, disk, sorted(changed)), memory.name, str(dir))
+                    require_same_masks(memory, replace(disk, name=str(dir)), changed)
         _with_base(certificate, base, keys).write(directory)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "_name_or_path"):
@@ -118,7 +117,7 @@ def certify(
     if base is not None:
         with open_source(base) as before, open_source(directory) as after:
             keys = {*before.axes, *also, *certificate.tensors}
-            require_same_masks(compare(before, after, keys), before.name, after.name)
+            require_same_masks(before, after, keys)
         name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
         name = name if isinstance(base, nn.Module) else os.fspath(base)
         record = BaseRecord(name, certificate.fingerprint())  # same keys, same masks: the base's fingerprint too
@@ -140,16 +139,18 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
     """
     matrices = {k for k in also if k in reader and len(reader.shape(k)) == 2 and reader.dtype(k).is_floating_point}
     projections = sorted({*projection_keys(reader), *matrices})
-    bad = [key for key in projections if not all_finite(reader.tensor(key))]
+    axes = input_axes(reader)
+    wanted: dict[str, int | None] = dict.fromkeys(reader.keys())
+    wanted |= {key: axes[key] for key in projections}
+    found = scan_reader(reader, wanted, deep=deep)
+    bad = [key for key in projections if not facts_of(found[key]).valid]
     if bad:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: a checkpoint like that gets no certificate")
-    others = sorted(set(reader.keys()) - set(projections))
-    axes = input_axes(reader)
     return Certificate(
-        tensors={key: certify_tensor(reader.tensor(key), axes[key]) for key in projections},
-        other={key: content_crc32(reader.tensor(key)) for key in others},
+        tensors={key: found[key].record() for key in projections},
+        other={key: found[key].crc for key, axis in wanted.items() if axis is None},
         base=None,
-        content_sha256={key: content_sha256(reader.tensor(key)) for key in reader} if deep else None,
+        content_sha256={key: found[key].sha256 or "" for key in wanted} if deep else None,
     )
 
 

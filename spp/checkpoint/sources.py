@@ -34,12 +34,14 @@ class Source:
         axes: {name of a projection weight: its input axis}, in the order of the model, or sorted.
         matrices: the same of the other 2-D floating weights but embeddings: an output head, routers.
         get: returns the weight of a name; from a directory, mapped from its file.
+        reader: of the directory, if it is one.
     """
 
     name: str
     axes: dict[str, int]
     matrices: dict[str, int]
     get: Callable[[str], Tensor]
+    reader: CheckpointReader | None = None
 
     def axis(self, key: str) -> int | None:
         """Return the input axis of a weight of either kind; None for a name that is not here."""
@@ -107,4 +109,4 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         if not axes:
             raise CheckpointError(f"{directory} holds no projection weight; is it a language model's checkpoint?")
         keys = [k for k in reader if is_other_matrix(k, len(reader.shape(k)), reader.dtype(k))]
-        yield Source(str(directory), axes, {key: all_axes[key] for key in keys}, reader.tensor)
+        yield Source(str(directory), axes, {key: all_axes[key] for key in keys}, reader.tensor, reader)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
-from spp.certificate import (
-    Certificate,
-    SparsityReport,
-    TensorRecord,
-    certify_tensor,
-    report_from_tensors,
-)
+from spp.certificate import Certificate, SparsityReport, TensorRecord, TensorSparsity, make_report
+from spp.checkpoint.scanning import Scanned, scan_reader, scan_source
 from spp.checkpoint.sources import ModelOrPath, Source, checkpoint_directory, open_source
-from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError
-from spp.files import CheckpointReader, content_sha256
+from spp.checkpoint.verdicts import CONTENTS, FINITE, MASK, Problem, Verification, raise_differences
+from spp.errors import CheckpointError, ConfigError
 from spp.packed.disk import DenseReader
-from spp.patterns import all_finite, count_kept, pack_bits
+from spp.patterns import count_kept, pack_bits
 
 PRUNED_FROM = 0.1  # the fraction of zeros from which a matrix that is no projection by its name counts as pruned
 
@@ -43,7 +37,8 @@ def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
         '2:4'
     """
     with open_source(model_or_dir) as source:
-        return report_from_tensors((name, source.get(name), axis) for name, axis in source.axes.items())
+        found = scan_source(source, source.axes)
+    return make_report({key: facts_of(found[key]) for key in source.axes})
 
 
 def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False) -> SparsityReport:
@@ -70,128 +65,142 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
         >>> spp.verify("pruned-2of4", "tuned-2of4").sparsity  # doctest: +SKIP
         0.5
     """
+    return examine(before, after, deep=deep).require()
+
+
+def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False) -> Verification:
+    """Do what `verify` does, and return what was found instead of raising it; arguments as there."""
     if after is not None:
         if deep:
             raise ConfigError("deep=True compares a directory with its certificate; it needs one argument, not two")
         with open_source(before) as one, open_source(after) as other:
-            pruned = pruned_matrices(one)
-            require_same_masks(compare(one, other, {*one.axes, *other.axes, *pruned}), one.name, other.name)
-            axes = other.axes | {key: other.matrices[key] for key in pruned}
-            return report_from_tensors((name, other.get(name), axis) for name, axis in axes.items())
+            return _examine_two(one, other)
     if isinstance(before, nn.Module):
         raise ConfigError(
             "a model in memory has no certificate; pass what to compare it with: spp.verify(before, after)"
         )
-    return _verify_directory(checkpoint_directory(before), deep)
+    return _examine_directory(checkpoint_directory(before), deep)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What two tensors of one name differ in."""
-
-    key: str
-    what: str
-    finite: bool = True
+def facts_of(scanned: Scanned) -> TensorSparsity:
+    """Return the zeros of a tensor that was looked at as one of numbers."""
+    assert scanned.facts is not None
+    return scanned.facts
 
 
-def pruned_matrices(source: Source) -> list[str]:
+def require_same_masks(before: Source, after: Source, keys: Iterable[str]) -> None:
+    """Raise unless these weights have the same zeros and are finite; arguments as for `compare`."""
+    keys = set(keys)
+    problems = compare(before, scan_source(before, keys), after, scan_source(after, keys), keys)
+    raise_differences(tuple(problems), before.name, after.name)
+
+
+def pruned_matrices(source: Source, scanned: Mapping[str, Scanned] | None = None) -> list[str]:
     """Return the matrices besides the projections of which a tenth or more is zero, such as a pruned output head."""
+    found = scan_source(source, source.matrices) if scanned is None else scanned
 
-    def is_pruned(t: Tensor) -> bool:
-        return t.numel() > 0 and t.numel() - count_kept(pack_bits(t)) >= PRUNED_FROM * t.numel()
+    def is_pruned(key: str) -> bool:
+        facts = facts_of(found[key])
+        return 0 < facts.zeros >= PRUNED_FROM * math.prod(facts.shape)
 
-    return [key for key in source.matrices if is_pruned(source.get(key))]
+    return [key for key in source.matrices if is_pruned(key)]
 
 
-def compare(before: Source, after: Source, keys: Iterable[str]) -> list[Difference]:
-    """Return where the zeros of these weights differ, sorted; also what is missing, misshapen or not finite."""
-    differences = []
+def compare(
+    before: Source, old: Mapping[str, Scanned], after: Source, new: Mapping[str, Scanned], keys: Iterable[str]
+) -> list[Problem]:
+    """Return where the zeros of these weights differ, sorted; also what is missing, misshapen or not finite.
+
+    Args:
+        before, after: the models; old, new: what a scan found of those weights that each has.
+        keys: the weights.
+    """
+    problems = []
     for key in sorted(keys):
-        if before.axis(key) is None or after.axis(key) is None:
-            differences.append(Difference(key, f"only in {(before if after.axis(key) is None else after).name}"))
+        if key not in old or key not in new:
+            problems.append(Problem(MASK, f"only in {(before if key in old else after).name}", key))
             continue
-        one, other = before.get(key), after.get(key)
+        one, other = facts_of(old[key]), facts_of(new[key])
         if one.shape != other.shape:
-            differences.append(Difference(key, f"shape {tuple(one.shape)} became {tuple(other.shape)}"))
+            problems.append(Problem(MASK, f"shape {one.shape} became {other.shape}", key))
             continue
-        bad = [source.name for source, t in ((before, one), (after, other)) if not all_finite(t)]
+        bad = [source.name for source, facts in ((before, one), (after, other)) if not facts.valid]
         if bad:
-            differences.append(Difference(key, f"NaN or infinity in {' and in '.join(bad)}", finite=False))
-        bits, new = pack_bits(one), pack_bits(other)
-        if not np.array_equal(bits, new):
-            differences.append(
-                Difference(key, f"{count_kept(new & ~bits)} became non-zero, {count_kept(bits & ~new)} became zero")
-            )
-    return differences
+            problems.append(Problem(FINITE, f"NaN or infinity in {' and in '.join(bad)}", key))
+        if old[key].mask != new[key].mask:
+            bits, others = pack_bits(before.get(key)), pack_bits(after.get(key))
+            grown, gone = count_kept(others & ~bits), count_kept(bits & ~others)
+            problems.append(Problem(MASK, f"{grown} became non-zero, {gone} became zero", key))
+    return problems
 
 
-def require_same_masks(differences: list[Difference], before: str, after: str) -> None:
-    """Raise MaskError, or NonFiniteError where only finiteness is amiss, with every difference."""
-    if not differences:
-        return
-    listing = "\n  ".join(f"{d.key}: {d.what}" for d in differences)
-    if all(not d.finite for d in differences):
-        raise NonFiniteError(f"weights are not finite:\n  {listing}")
-    raise MaskError(f"the zeros of {after} are not those of {before}, in {len(differences)} tensors:\n  {listing}")
+def _examine_two(before: Source, after: Source) -> Verification:
+    count = len(before.axes) + len(before.matrices) + len(after.axes)
+    with tqdm(total=count, desc="verifying", unit="tensor", disable=None) as bar:
+        old = scan_source(before, {**before.axes, **before.matrices}, lambda _: bar.update())
+        pruned = pruned_matrices(before, old)
+        new = scan_source(after, {**after.axes, **before.axes, **dict.fromkeys(pruned)}, lambda _: bar.update())
+    problems = compare(before, old, after, new, {*before.axes, *after.axes, *pruned})
+    kept = [key for key in [*after.axes, *pruned] if key in new]
+    facts = {key: facts_of(new[key]) for key in kept}
+    tensors = {**{problem.key: None for problem in problems}, **facts}
+    return Verification(after.name, before.name, tensors, tuple(problems), make_report(facts))
 
 
-def _verify_directory(directory: os.PathLike[str], deep: bool) -> SparsityReport:
+def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:
     certificate = Certificate.read(directory)
     if deep and certificate.content_sha256 is None:
         raise CheckpointError(
             f"the certificate of {directory} holds no sha256 of contents; spp.certify(dir, deep=True) writes them"
         )
-    masks: list[str] = []
-    infinite: list[str] = []
-    contents: list[str] = []
+    problems: list[Problem] = []
     with DenseReader(directory) as reader:
         known = certificate.tensors.keys() | certificate.other.keys()
         present = set(reader.keys())
-        contents += [f"{key}: missing; the certificate lists it" for key in known - present]
-        contents += [f"{key}: not in the certificate" for key in present - known]
-        for key in sorted(known & present):
-            record = certificate.tensors.get(key)
-            if record is None:
-                if zlib.crc32(reader.raw(key)) != certificate.other[key]:
-                    contents.append(f"{key}: its contents have changed")
-            elif not all_finite(reader.tensor(key)):
-                infinite.append(f"{key}: NaN or infinity")
+        problems += [Problem(CONTENTS, "missing; the certificate lists it", key) for key in known - present]
+        problems += [Problem(CONTENTS, "not in the certificate", key) for key in present - known]
+        axes: dict[str, int | None] = dict.fromkeys(sorted(known & present))
+        for key, record in certificate.tensors.items():
+            if key in axes and reader.shape(key) == record.shape:
+                axes[key] = record.input_axis
+        with tqdm(total=len(axes), desc="verifying", unit="tensor", disable=None) as bar:
+            found = scan_reader(reader, axes, deep=deep, done=lambda _: bar.update())
+        for key, scanned in sorted(found.items()):
+            said = certificate.tensors.get(key)
+            if said is None:
+                if scanned.crc != certificate.other[key]:
+                    problems.append(Problem(CONTENTS, "its contents have changed", key))
+            elif scanned.facts is None:
+                what = f"shape {reader.shape(key)}; the certificate says {said.shape}"
+                problems.append(Problem(MASK, what, key))
             else:
-                _check_record(key, record, reader.tensor(key), masks, contents)
-            if deep and not _same_sha256(certificate, key, reader):
-                contents.append(f"{key}: the sha256 of its contents has changed")
+                problems += _problems_of(key, said, scanned)
+            if (
+                certificate.content_sha256 is not None
+                and deep
+                and certificate.content_sha256.get(key) != scanned.sha256
+            ):
+                problems.append(Problem(CONTENTS, "the sha256 of its contents has changed", key))
     if certificate.base and certificate.base.fingerprint != certificate.fingerprint():
         base = certificate.base.name_or_path or "the base"
-        masks.append(f"the certificate's masks are not those of {base}, whose fingerprint it holds")
-    problems = "\n  ".join([*sorted(masks), *sorted(infinite), *sorted(set(contents))])
-    if masks:
-        raise MaskError(f"{directory} fails its certificate:\n  {problems}")
-    if infinite:
-        raise NonFiniteError(f"{directory} holds weights that are not finite:\n  {problems}")
-    if contents:
-        raise CheckpointError(f"{directory} fails its certificate:\n  {problems}")
-    return certificate.report()
+        what = f"the certificate's masks are not those of {base}, whose fingerprint it holds"
+        problems.append(Problem(MASK, what))
+    tensors = {key: found[key].facts if key in found else None for key in sorted(known | present)}
+    return Verification(str(directory), None, tensors, tuple(problems), certificate.report())
 
 
-def _check_record(key: str, record: TensorRecord, t: Tensor, masks: list[str], contents: list[str]) -> None:
-    if tuple(t.shape) != record.shape:
-        masks.append(f"{key}: shape {tuple(t.shape)}; the certificate says {record.shape}")
-        return
-    found = certify_tensor(t, record.input_axis)
-    if found.mask_sha256 != record.mask_sha256:
-        masks.append(
-            f"{key}: its zeros have changed: {found.zeros} of {found.numel}, the certificate says {record.zeros}"
-        )
-    elif (found.zeros, found.pattern) != (record.zeros, record.pattern):
-        masks.append(
-            f"{key}: {found.zeros} zeros, {found.pattern}; the certificate says {record.zeros} zeros, {record.pattern}"
-        )
-    elif found.dtype != record.dtype:
-        contents.append(f"{key}: {found.dtype}; the certificate says {record.dtype}")
-    elif found.content_crc32 != record.content_crc32:
-        contents.append(f"{key}: its contents have changed")
-
-
-def _same_sha256(certificate: Certificate, key: str, reader: CheckpointReader) -> bool:
-    assert certificate.content_sha256 is not None
-    return certificate.content_sha256.get(key) == content_sha256(reader.tensor(key))
+def _problems_of(key: str, record: TensorRecord, scanned: Scanned) -> list[Problem]:
+    facts, numel = facts_of(scanned), record.numel
+    if not facts.valid:
+        return [Problem(FINITE, "NaN or infinity", key)]
+    if scanned.mask != record.mask_sha256:
+        what = f"its zeros have changed: {facts.zeros} of {numel}, the certificate says {record.zeros}"
+        return [Problem(MASK, what, key)]
+    if (facts.zeros, facts.pattern) != (record.zeros, record.pattern):
+        found, said = f"{facts.zeros} zeros, {facts.pattern}", f"{record.zeros} zeros, {record.pattern}"
+        return [Problem(MASK, f"{found}; the certificate says {said}", key)]
+    if facts.dtype != record.dtype:
+        return [Problem(CONTENTS, f"{facts.dtype}; the certificate says {record.dtype}", key)]
+    if scanned.crc != record.content_crc32:
+        return [Problem(CONTENTS, "its contents have changed", key)]
+    return []

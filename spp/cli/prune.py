@@ -152,7 +152,7 @@ def load_and_prune(
     from spp.calibrate import prune
     from spp.calibrate.windows import needs_tokenizer
     from spp.checkpoint import save_model
-    from spp.checkpoint.rewriting import refuse_overlap
+    from spp.checkpoint.carrying import refuse_overlap
     from spp.checkpoint_prune_model import refuse_quantized
     from spp.files.hub import local_directory
     from spp.training.loading import load_model, load_tokenizer

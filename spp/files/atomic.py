@@ -18,6 +18,7 @@ import ctypes
 import errno
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,30 @@ def _check_target(path: Path, overwrite: bool, directory: bool) -> None:
         raise OutputError(f"cannot write the {wanted} {path}: it is a {kind}; remove it or choose another path")
     if directory and Path.cwd().is_relative_to(path):
         raise OutputError(f"cannot replace {path}: it is, or contains, the current directory; choose another path")
+
+
+def check_target(target: str | os.PathLike[str], *, overwrite: bool = False, size: int = 0) -> None:
+    """Refuse a directory that could not be written, as far as that can be told without writing anything.
+
+    Args:
+        target: the directory; overwrite: whether it may exist.
+        size: bytes that it would take.
+
+    Raises:
+        OutputError: it exists, may not be written, or would not fit on its disk.
+    """
+    path = Path(os.path.realpath(target))
+    try:
+        _check_target(path, overwrite, True)
+        parent = next(folder for folder in path.parents if os.path.lexists(folder))
+        if not parent.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        if shutil.disk_usage(parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise output_error(error, path) from error
 
 
 def require_replaceable(target: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from spp.patterns import pack_bits
 
+_ONE, _POLYNOMIAL = 1 << 31, 0xEDB88320  # of CRC-32, the bits in mirrored order
 _PIECE = 1 << 22  # bytes that a copy to the CPU or to row-major order takes at once
 
 
@@ -46,6 +48,34 @@ def content_crc32(t: Tensor) -> int:
     for piece in tensor_bytes(t):
         crc = zlib.crc32(piece, crc)
     return crc
+
+
+def combine_crc32(first: int, second: int, length: int) -> int:
+    """Return zlib.crc32 of two pieces in a row from that of each; the second has `length` bytes."""
+    return _times(_ahead(length), first) ^ second
+
+
+@lru_cache(maxsize=256)
+def _ahead(length: int) -> int:
+    """Return x^(8 · length) modulo the polynomial of CRC-32: what moves a checksum ahead by so many bytes."""
+    power, square = _ONE, _ONE >> 8  # x^0, x^8: the lowest power of x is the highest bit
+    while length:
+        if length & 1:
+            power = _times(power, square)
+        square = _times(square, square)
+        length >>= 1
+    return power
+
+
+def _times(a: int, b: int) -> int:
+    """Return the product of two polynomials over GF(2), modulo that of CRC-32."""
+    product = 0
+    while a:
+        if a & _ONE:
+            product ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 def content_sha256(t: Tensor) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import threading
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,10 +23,11 @@ from spp.files.leftovers import recover
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PIECE = 1 << 20  # bytes that are read at a time
 
 
 class CheckpointReader:
-    """Read tensors, mapped from the disk, of model.safetensors or of the shards of its index.
+    """Read tensors of model.safetensors or of the shards of its index; several threads may.
 
     Args:
         directory: the folder. A file may be a symbolic link, if it stays in the folder or leads to the blobs of the
@@ -39,7 +44,10 @@ class CheckpointReader:
 
     def __init__(self, directory: str | os.PathLike[str], *, file: str | None = None) -> None:
         self.directory = Path(directory)
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, BinaryIO] = {}
+        weakref.finalize(self, _close_all, self._files)  # of a reader that lives as long as what it is read for
+        self._maps: dict[str, mmap.mmap] = {}  # of the files of which tensors were asked for
+        self._lock = threading.Lock()
         self._entries: dict[str, TensorEntry] = {}
         self._file_of: dict[str, str] = {}
         self.index: dict[str, object] | None = None
@@ -69,6 +77,7 @@ class CheckpointReader:
     def close(self) -> None:
         """Let go of the files; tensors that were handed out stay valid."""
         self._maps.clear()  # the system unmaps a file when its last tensor goes
+        _close_all(self._files)
 
     def keys(self) -> list[str]:
         """Return the sorted names of all tensors."""
@@ -89,7 +98,7 @@ class CheckpointReader:
 
     def shards(self) -> dict[str, list[str]]:
         """Return file name -> its tensors in the order in which they lie; files sorted."""
-        shards: dict[str, list[str]] = {name: [] for name in sorted(self._maps)}
+        shards: dict[str, list[str]] = {name: [] for name in sorted(self._files)}
         for key, name in self._file_of.items():
             shards[name].append(key)
         return shards
@@ -97,16 +106,90 @@ class CheckpointReader:
     def raw(self, key: str) -> memoryview:
         """Return a tensor's bytes as they lie on the disk, not copied, read-only."""
         entry = self._entry(key)
-        return memoryview(self._maps[self._file_of[key]])[entry.begin : entry.end].toreadonly()
+        return memoryview(self._map(self._file_of[key]))[entry.begin : entry.end].toreadonly()
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order, each piece valid until the next."""
+        entry = self._entry(key)
+        buffer = memoryview(bytearray(min(_PIECE, entry.end - entry.begin)))
+        for start in range(0, entry.end - entry.begin, _PIECE):
+            part = buffer[: entry.end - entry.begin - start]
+            self.read(key, start, part)
+            yield part
+
+    def lies_in_file(self, key: str) -> bool:
+        """Whether a tensor's bytes are those of its file, so that `read` reads them."""
+        return key in self._entries
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor on the CPU, mapped from the file; writing to it changes this process's copy only."""
         entry = self._entry(key)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        view = memoryview(self._maps[self._file_of[key]])[entry.begin : entry.end]
+        view = memoryview(self._map(self._file_of[key]))[entry.begin : entry.end]
         buffer = bytearray(view) if entry.begin % entry.dtype.itemsize else view
         return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+    def load(self, key: str) -> Tensor:
+        """Return a tensor in memory of its own."""
+        entry = self._entry(key)
+        loaded = torch.empty(entry.shape, dtype=entry.dtype)
+        if loaded.numel():
+            self.read(key, 0, loaded.view(-1).view(torch.uint8).numpy().data)
+        return loaded
+
+    def read(self, key: str, start: int, out: memoryview) -> None:
+        """Read some bytes of a tensor, from byte `start` on, into `out`; nothing is mapped.
+
+        Raises:
+            CheckpointError: the file can no longer be read, or has become shorter.
+        """
+        with self.reading(key) as (file, at):
+            at += start
+            while out:
+                count = os.preadv(file, [out], at) if hasattr(os, "preadv") else self._copy(key, at, out)
+                if not count:
+                    raise EOFError
+                out, at = out[count:], at + count
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[tuple[int, int]]:
+        """Give the descriptor of a tensor's file, and where the tensor begins in it, to whoever reads it himself.
+
+        Raises:
+            CheckpointError: instead of an OSError or an EOFError of the block.
+        """
+        begin, name = self._entry(key).begin, self._file_of[key]
+        try:
+            yield self._files[name].fileno(), begin
+        except EOFError:
+            raise CheckpointError(f"{self.directory / name} has become shorter while it was read") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.directory / name} cannot be read: {error.strerror}") from error
+
+    def release(self, key: str) -> None:
+        """Give the memory back in which a mapped tensor lies; who looks at it again reads it from the file again."""
+        entry = self._entry(key)
+        mapped = self._maps.get(self._file_of[key])
+        start = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if mapped is not None and length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _copy(self, key: str, at: int, out: memoryview) -> int:
+        """Do what preadv does where the system has no such call."""
+        data = memoryview(self._map(self._file_of[key]))[at : at + len(out)]
+        out[: len(data)] = data
+        return len(data)
+
+    def _map(self, name: str) -> mmap.mmap:
+        with self._lock:
+            if name not in self._maps:
+                try:
+                    self._maps[name] = mmap.mmap(self._files[name].fileno(), 0, access=mmap.ACCESS_COPY)
+                except (OSError, ValueError) as error:
+                    raise CheckpointError(f"{self.directory / name} cannot be mapped: {error}") from error
+            return self._maps[name]
 
     def _entry(self, key: str) -> TensorEntry:
         entry = self._entries.get(key)
@@ -116,9 +199,9 @@ class CheckpointReader:
 
     def _open(self, file: str | None) -> None:
         if file is not None:
-            self._map(file)
+            self._check(file)
         elif (self.directory / SINGLE).exists():
-            self._map(SINGLE)
+            self._check(SINGLE)
         elif (self.directory / INDEX).exists():
             self._open_index()
         else:
@@ -132,14 +215,15 @@ class CheckpointReader:
         if not isinstance(wanted, dict) or not wanted or not all(isinstance(v, str) for v in wanted.values()):
             raise CheckpointError(f"{path}: weight_map must map the names of tensors to the names of files")
         for name in sorted(set(wanted.values())):
-            self._map(name)
+            self._check(name)
         missing = sorted(k for k, name in wanted.items() if self._file_of.get(k) != name)
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             listing = ", ".join(f"{k} ({wanted[k]})" for k in missing[:5])
             raise CheckpointError(f"{path} names tensors that their files do not hold: {listing}{more}")
 
-    def _map(self, name: str) -> None:
+    def _check(self, name: str) -> None:
+        """Open a file of the folder, once its name and its header have been found good."""
         if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or os.path.isabs(name):
             raise CheckpointError(
                 f"{self.directory}: {name!r} is no plain file name; files outside the folder are not read"
@@ -151,9 +235,8 @@ class CheckpointReader:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise CheckpointError(f"{path} is not a regular file")
-            with path.open("rb") as file:
-                entries = read_header(file, path)
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            file = self._files[name] = path.open("rb")
+            entries = read_header(file, path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
         except OSError as error:
@@ -174,6 +257,11 @@ class CheckpointReader:
             )
         listing = ", ".join(names[:10]) or "nothing"
         return f"{self.directory} has neither {SINGLE} nor {INDEX}; it holds {listing}"
+
+
+def _close_all(files: dict[str, BinaryIO]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def require_inside(path: Path, directory: Path) -> None:

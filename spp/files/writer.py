@@ -7,7 +7,10 @@ metadata is {"format": "pt"}, so the same tensors give the same bytes.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from spp.errors import CheckpointError
 from spp.files.atomic import output_error
 from spp.files.hashes import tensor_bytes
 from spp.files.header import DTYPE_CODES, build_header, size_of
+from spp.files.output import PAGE, OutputFile
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Pieces = Iterable[memoryview]
@@ -46,23 +50,82 @@ def write_tensors(path: str | os.PathLike[str], layout: Layout, produce: Callabl
         layout: name -> (dtype, shape) of every tensor.
         produce: gives the bytes of the tensor of that name, in pieces; called once for each, in the order of the file.
     """
-    for name, (dtype, _) in layout.items():
-        if dtype not in DTYPE_CODES:
-            raise CheckpointError(f"{path}: tensor {name!r} is {dtype}, which safetensors files cannot hold")
-    ordered = file_order(layout)
-    try:
-        with open(path, "wb") as file:
-            file.write(build_header(ordered))
-            for name, (dtype, shape) in ordered.items():
-                written = 0
-                for piece in produce(name):
-                    written += file.write(piece)
-                if written != size_of(dtype, shape):
-                    raise AssertionError(f"{name}: {written} bytes for {dtype} of shape {shape}")
-    except OSError as error:
-        raise output_error(error, path) from error
+    with TensorFile(path, layout) as file:
+        for name in file.names:
+            file.write_all(name, produce(name))
 
 
-def file_order(layout: Layout) -> Layout:
-    """Return the tensors of a file in the order in which they lie."""
-    return dict(sorted(layout.items(), key=lambda item: (-_RANKS[item[1][0]], item[0])))
+class TensorFile:
+    """A safetensors file whose tensors come in pieces, in any order and from several threads.
+
+    Args:
+        path: the file; what is there is written over.
+        layout: name -> (dtype, shape) of every tensor.
+
+    Attributes:
+        names: of the tensors, in the order in which they lie.
+
+    Raises:
+        OutputError: the file cannot be written.
+        CheckpointError: a tensor's dtype is none that the format knows.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
+        for name, (dtype, _) in layout.items():
+            if dtype not in DTYPE_CODES:
+                raise CheckpointError(f"{path}: tensor {name!r} is {dtype}, which safetensors files cannot hold")
+        self._path = path
+        self._layout = dict(sorted(layout.items(), key=lambda item: (-_RANKS[item[1][0]], item[0])))
+        self.names = list(self._layout)
+        self._written = dict.fromkeys(self.names, 0)
+        self._lock = threading.Lock()
+        header = build_header(self._layout)
+        sizes = [size_of(*entry) for entry in self._layout.values()]
+        self._begin = dict(zip(self.names, accumulate(sizes, initial=len(header)), strict=False))
+        try:
+            self._file = OutputFile(path, len(header) + sum(sizes))
+            try:
+                self._file.put(0, memoryview(header))
+            except BaseException:
+                self._file.close()
+                raise
+        except OSError as error:
+            raise output_error(error, path) from error
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._file.finish()
+        except OSError as failure:
+            raise output_error(failure, self._path) from failure
+        finally:
+            self._file.close()
+        for name, written in self._written.items() if kind is None else ():
+            if written != size_of(*self._layout[name]):
+                dtype, shape = self._layout[name]
+                raise AssertionError(f"{name}: {written} bytes for {dtype} of shape {shape}")
+
+    def write(self, name: str, start: int, piece: memoryview) -> None:
+        """Write some bytes of a tensor, from its byte `start` on."""
+        if start + len(piece) > size_of(*self._layout[name]):
+            raise AssertionError(f"{name}: byte {start + len(piece)} is none of it")
+        with self._lock:
+            self._written[name] += len(piece)
+        try:
+            self._file.put(self._begin[name] + start, piece)
+        except OSError as error:
+            raise output_error(error, self._path) from error
+
+    def write_all(self, name: str, pieces: Pieces) -> None:
+        """Write a whole tensor, which comes in pieces, in order."""
+        start = 0
+        for piece in pieces:
+            self.write(name, start, piece)
+            start += len(piece)
+
+    def place(self, name: str, start: int) -> int:
+        """Return where in a page byte `start` of a tensor lies: beginning there in memory, it is written fastest."""
+        return (self._begin[name] + start) % PAGE

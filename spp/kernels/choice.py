@@ -6,7 +6,8 @@
     SPP_KERNELS=native    the compiled products for every layer on a CPU that they can compute, or an error
     SPP_KERNELS=triton    Triton everywhere, or an error that says why not; on CPU tensors with TRITON_INTERPRET=1
 
-The numbers of W_eff are the same bits either way; outputs and gradients may differ in the order of their sums.
+The numbers of W_eff are the same bits either way; outputs and gradients may differ in the order of their sums. Merges
+and the checks of checkpoints, too, are compiled on a CPU with `auto` and `native` (native/elementwise.py).
 """
 
 from __future__ import annotations

@@ -198,10 +198,14 @@ class DenseReader(CheckpointReader):
     def pieces(self, key: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes; of a packed one some rows at a time."""
         if key not in self.packed:
-            yield super().raw(key)
+            yield from super().pieces(key)
             return
         for piece in self.packed[key].pieces(self.packed_weight(key)):
             yield from tensor_bytes(piece)
+
+    def lies_in_file(self, key: str) -> bool:
+        """Whether a tensor's bytes are those of its file: not so, if it is packed."""
+        return key not in self.packed and super().lies_in_file(key)
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor on the CPU: mapped from the file, or decoded."""

@@ -13,6 +13,10 @@ The straight-through estimator takes ∂M/∂S for the identity. With G = dYᵀ 
 W', S and G are in float32 (float64 for a float64 W). For backward a bit a weight is kept, the mask, beside X and the
 parameters; W' is made again, G a block of rows at a time. N:M masks keep, of every group of M along a row, all but the
 lowest ⌊M·sparsity⌋, so a schedule that ends at 1 − N / M ends at N:M.
+
+A training step of SmolLM2 at 2:4 (4 × 256 tokens, float32, one thread of a busy AMD EPYC, median processor time of 3
+rounds): the plain formula under autograd takes 1.02 of it and 1.53 of the peak memory, LoRA (r = 8) 0.76 and SPP
+(r = 16) 0.74 of its time: `spp bench step --contenders pst pst-autograd lora spp`.
 """
 
 from __future__ import annotations

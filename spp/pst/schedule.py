@@ -45,9 +45,10 @@ def sparsity_schedule(
     start, end = initial_warmup * total_steps, total_steps - final_warmup * total_steps
     if step <= start:
         return initial_sparsity
-    if step > end:
+    span = total_steps - (final_warmup + initial_warmup) * total_steps
+    if step > end or span <= 0:  # rounding can leave a step between two warm-ups that take all steps
         return final_sparsity
-    left = 1 - (step - start) / (total_steps - (final_warmup + initial_warmup) * total_steps)
+    left = 1 - (step - start) / span
     sparsity = final_sparsity + (initial_sparsity - final_sparsity) * left**3
     return min(max(sparsity, initial_sparsity), final_sparsity)
 

@@ -46,6 +46,7 @@ class Rule(ABC):
 
     name: ClassVar[str]
     parameter_names: ClassVar[tuple[str, ...]]  # short; a layer's attribute is "<rule>_<name>"
+    multiplies: ClassVar[bool] = True  # W_eff is W · (1 + u), with a u that does not hang on W
 
     def attribute_names(self) -> tuple[str, ...]:
         """Return the names of the parameters on a layer and in files, such as ("spp_alpha", "spp_beta")."""

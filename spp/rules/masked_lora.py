@@ -25,6 +25,7 @@ class MaskedLoRARule(LowRankRule):
     """W plus s·B A where W is not zero."""
 
     name: ClassVar[str] = "masked_lora"
+    multiplies: ClassVar[bool] = False
 
     def build(self, weight: Tensor, factors: LowRankFactors, rows: slice, cols: slice, out: Tensor) -> None:
         self.delta(weight, factors, rows, cols, out)

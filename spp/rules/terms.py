@@ -1,9 +1,10 @@
 """Several adapters on one weight: the sum of their terms, in one effective weight.
 
     W_eff = W · (1 + Σ_t u_t),    u_t what the t-th adapter alone multiplies W by, less 1: for SPP (s_t·β_t) · A_t
+    W_eff = W + Σ_t d_t           for a rule that does not multiply W (masked LoRA), d_t what the t-th one adds to it
 
-Each u_t is rounded as it is in the adapter's own rule, and they are added in order; one term gives the bits of that
-rule. A zero of W is a zero of W_eff, whatever the terms. Only rules that multiply W can be summed so.
+Each u_t or d_t is rounded as it is in the adapter's own rule, and they are added in order; one term gives the bits of
+that rule. A zero of W is a zero of W_eff, whatever the terms.
 """
 
 from __future__ import annotations
@@ -77,13 +78,20 @@ class TermsRule(Rule):
         return TermFactors(terms, torch.ones((), dtype=dtype, device=params[0].device))
 
     def build(self, weight: Tensor, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
-        self._update(factors, rows, cols, out)
-        out.add_(1.0)
-        out.mul_(weight)
+        if self.rule.multiplies:
+            self._sum(factors.one, factors, rows, cols, out)
+            out.add_(1.0)
+            out.mul_(weight)
+        else:
+            self._sum(weight, factors, rows, cols, out)
+            out.add_(weight)
 
     def delta(self, weight: Tensor, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
-        self._update(factors, rows, cols, out)
-        out.mul_(weight)
+        if self.rule.multiplies:
+            self._sum(factors.one, factors, rows, cols, out)
+            out.mul_(weight)
+        else:
+            self._sum(weight, factors, rows, cols, out)
 
     def empty_grads(self, factors: TermFactors, needed: Sequence[bool]) -> list[Tensor | None]:
         count = len(self.rule.parameter_names)
@@ -105,10 +113,12 @@ class TermsRule(Rule):
         accumulate: bool,
     ) -> None:
         count = len(self.rule.parameter_names)
-        h = gradient.mul_(weight)  # (rows, cols); each term reduces it against a weight of 1
+        if self.rule.multiplies:
+            gradient, weight = gradient.mul_(weight), factors.one  # each term reduces it against a weight of 1
         for t, term in enumerate(factors.terms):
             part = grads[t * count : (t + 1) * count]
-            self.rule.reduce(factors.one, term, rows, cols, h, part, accumulate=accumulate)
+            own = gradient if self.rule.multiplies else gradient.clone()  # (rows, cols)
+            self.rule.reduce(weight, term, rows, cols, own, part, accumulate=accumulate)
 
     def largest_factor(self, factors: TermFactors) -> float:
         return sum(self.rule.largest_factor(term) for term in factors.terms)
@@ -132,11 +142,11 @@ class TermsRule(Rule):
         ]
         return F.linear(x, weight, bias) + torch.stack(branches).sum(0)
 
-    def _update(self, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
-        """Write Σ_t u_t for a block into `out`."""
+    def _sum(self, weight: Tensor, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        """Write the sum of what each term adds to `weight` into `out`."""
         first, *others = factors.terms
-        self.rule.delta(factors.one, first, rows, cols, out)
+        self.rule.delta(weight, first, rows, cols, out)
         for term in others:
             update = torch.empty_like(out)
-            self.rule.delta(factors.one, term, rows, cols, update)
+            self.rule.delta(weight, term, rows, cols, update)
             out.add_(update)

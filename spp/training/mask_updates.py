@@ -7,7 +7,14 @@
 Scores are taken in the backward pass of the step at whose end the exchange happens (with gradient accumulation, of its
 last pass), a layer at a time: nothing of a weight's size outlives that but the new mask, a bit a weight. A regrown
 weight takes the dense model's value (spp.training.mask_state), scaled by the adapter like any other. Groups of N:M
-masks keep their counts (spp.pruning.swap).
+masks keep their counts (spp.pruning.swap). A layer whose adapter is frozen keeps its mask.
+
+They did not help in what was measured: SmolLM2 at Wanda's 2:4, 100 steps of 2 × 128 tokens of WikiText-2 at a learning
+rate of 2e-2, one seed; perplexity on the first 20 windows of 1024 tokens of its validation part:
+
+    no updates                                                23.47
+    every 10 steps, fraction 0.1, activation, gradient        38.52      17.9 % of the kept weights others in the end
+    every 5 steps, fraction 0.0005, activation, saliency      23.69      0.24 %
 """
 
 from __future__ import annotations
@@ -108,7 +115,8 @@ class MaskUpdates(TrainerCallback):
         fraction = self.fraction_at(state.global_step + 1, state.max_steps)
         if fraction:
             for layer in self.state.layers.values():
-                layer.layer.tap = partial(self._choose, layer, fraction)
+                if any(parameter.requires_grad for parameter in layer.layer.adapter_parameters()):
+                    layer.layer.tap = partial(self._choose, layer, fraction)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Exchange what was chosen."""

@@ -9,6 +9,7 @@ import pytest
 
 import spp
 from spp.bench import merge
+from spp.bench.cached import cached_share
 from spp.errors import ConfigError
 
 
@@ -16,15 +17,19 @@ def test_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     run = ["--shape", "tiny", "--rank", "4", "--rounds", "2", "--warmup", "0", "--directory", str(tmp_path)]
     merge.main([*run, "--out", str(out)])
-    merged, copied = json.loads(out.read_text())["rows"]
-    assert [merged["contender"], copied["contender"]] == [merge.MERGE, merge.COPY]
-    assert merged["this_to_reference_wall"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
-    assert merged["peak_bytes"] >= merged["rest_bytes"] > 0
-    for row in (merged, copied):
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["contender"] for row in rows] == [merge.COPY, merge.MERGE, merge.CRC, merge.VERIFY]
+    assert [row["reference"] for row in rows] == [merge.COPY, merge.COPY, merge.CRC, merge.CRC]
+    for yardstick in rows[::2]:
+        assert yardstick["this_to_reference_wall"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    assert rows[1]["peak_bytes"] >= rows[1]["rest_bytes"] > 0
+    assert rows[1]["memory_bound_bytes"] == 3 * 64 * 256 * 2 + 300_000_000  # the embedding is the largest
+    for row in rows:
         assert row["checkpoint_bytes"] > 50_000
-        assert row["cache"] == "warm"
-        assert {"device", "dtype", "threads", "versions", "shards", "blocks", "rank"} <= set(row)
-    assert "cp -r + fsync" in capsys.readouterr().out
+        assert row["cache"] in ("warm", "partly warm", "unknown")
+        assert {"device", "dtype", "threads", "versions", "shards", "blocks", "rank", "cached_share"} <= set(row)
+    printed = capsys.readouterr().out
+    assert "cp -r + fsync" in printed and "zlib.crc32" in printed and "cache" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]  # nothing stays behind
 
 
@@ -41,6 +46,25 @@ def test_the_checkpoint_is_pruned_and_merges_with_every_mask(tmp_path: Path) -> 
 def _headers(directory: Path) -> int:
     lengths = [int.from_bytes(p.read_bytes()[:8], "little") for p in (directory / "base").glob("*.safetensors")]
     return sum(8 + length for length in lengths)
+
+
+def test_the_share_of_files_in_the_cache_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_000))
+    (tmp_path / "empty").touch()
+    share = cached_share([path, tmp_path / "empty"])
+    assert share is None or share == 1.0  # written just now
+    assert cached_share([]) is None
+
+
+def test_every_byte_is_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(2500))
+    seen: list[int] = []
+    monkeypatch.setattr(merge, "_PIECE", 1000)
+    monkeypatch.setattr(merge.zlib, "crc32", lambda piece: seen.append(len(piece)))
+    merge.checksum(tmp_path)
+    assert sorted(seen) == [500, 500, 1000, 1000, 1000, 1000]
 
 
 def test_bad_options_are_refused() -> None:

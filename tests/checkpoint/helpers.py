@@ -10,6 +10,7 @@ import torch
 
 import spp
 from spp.files import CheckpointReader, save_tensors, write_json
+from spp.pst.model import trained_parameters
 from tests.models import prune_nm_, tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -30,6 +31,30 @@ def wrapped_model(dtype: torch.dtype = torch.float32, scale: float = 0.3, **opti
     return model
 
 
+def trained_by_pst(model: Any, sparsity: float, **options: Any) -> Any:
+    """A wrapped model whose factors are away from their start."""
+    spp.pst.wrap(model, **{"weight_rank": 3, "mask_rank": 2, "seed": 0, **options})
+    spp.pst.set_sparsity(model, sparsity)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_sources(folder: Path, *also: str) -> Path:
+    """Make a pruned checkpoint in shards, an adapter of it, and what else is asked for: "packed", a PST "state"."""
+    folder.mkdir(parents=True)
+    spp.save_model(pruned_model(), folder / "whole")
+    shard(folder / "whole", folder / "base")
+    spp.save_adapter(wrapped_model(), folder / "adapter")
+    if "packed" in also:
+        spp.export_packed(folder / "base", folder / "packed")
+    if "state" in also:
+        spp.pst.save(trained_by_pst(pruned_model(), 0.75), folder / "state")
+    return folder
+
+
 def same_tensors(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same tensors, bit for bit."""
     with CheckpointReader(one) as a, CheckpointReader(other) as b:
@@ -41,6 +66,11 @@ def same_tensors(one: Path, other: Path) -> bool:
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     with CheckpointReader(folder) as reader:
         return {key: reader.tensor(key).clone() for key in reader}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, byte for byte."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def rewrite(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:

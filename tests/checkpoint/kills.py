@@ -1,10 +1,10 @@
 """Run as a script: kill -9 a merge or a save at many moments of its work, and look at what is left.
 
-    kills.py FOLDER WORK STEP       WORK: merge, save
+    kills.py FOLDER WORK[,WORK…] STEP       WORK: merge, save
 
 As tests/files/kills.py: a fork is killed at the k-th event that touches FOLDER, k = 1, 1 + STEP, … After each kill the
 output must be the old checkpoint or the new one, whole by its own certificate, a rerun must succeed, and nothing may be
-left beside it. Prints how many kills there were.
+left beside it. Prints how many kills there were, of each work.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-import spp
 from spp.certificate import Certificate
 from spp.checkpoint import merge_checkpoint, save_model, verify
-from tests.checkpoint.helpers import pruned_model, shard, wrapped_model
+from tests.checkpoint.helpers import make_sources, pruned_model
 
 
 def killed(folder: Path, at: int, work: object) -> bool:
@@ -44,22 +45,15 @@ def killed(folder: Path, at: int, work: object) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def main(sources: Path, kind: str, step: int) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    folder = sources / "outputs"
+def main(sources: Path, kind: str, step: int) -> int:
+    """Return how many kills there were."""
+    folder = sources / kind
     folder.mkdir()
     target = folder / "out"
-    old, model = pruned_model(torch.float16), pruned_model()
-    if kind == "merge":
-        save_model(model, sources / "whole")
-        shard(sources / "whole", sources / "base")
-        spp.save_adapter(wrapped_model(), sources / "adapter")
     work = {
-        "save": lambda: save_model(model, target, overwrite=True),
+        "save": lambda: save_model(pruned_model(), target, overwrite=True),
         "merge": lambda: merge_checkpoint(sources / "base", sources / "adapter", target, overwrite=True),
     }[kind]
-    save_model(old, sources / "old")
     work()
     states = {"old": Certificate.read(sources / "old"), "new": Certificate.read(target)}
     at, kills = 1, 0
@@ -77,8 +71,13 @@ def main(sources: Path, kind: str, step: int) -> None:
             break
         kills += 1
         at += step
-    print(kills)
+    return kills
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(3)  # of a merge's pipeline; tensors are too small for torch to share them out
+    tqdm.set_lock(threading.RLock())  # its own is one of all forks: who is killed with it in hand stops the others
+    warnings.simplefilter("ignore")
+    made = make_sources(Path(sys.argv[1], "sources"))
+    save_model(pruned_model(torch.float16), made / "old")
+    print(*(main(made, kind, int(sys.argv[3])) for kind in sys.argv[2].split(",")))

@@ -16,21 +16,9 @@ import spp
 from spp.errors import AdapterError, CheckpointError, ConfigError, NonFiniteError, OutputExistsError
 from spp.files import CheckpointReader
 from spp.pst import pst_layers
-from spp.pst.model import trained_parameters
-from tests.checkpoint.helpers import UP1, same_tensors
+from tests.checkpoint.helpers import UP1, same_tensors, trained_by_pst
 from tests.models import tiny_llama
 from tests.pst.test_model import classifier
-
-
-def trained(model: Any, sparsity: float, **options: Any) -> Any:
-    """A wrapped model whose factors are away from their start."""
-    spp.pst.wrap(model, **{"weight_rank": 3, "mask_rank": 2, "seed": 0, **options})
-    spp.pst.set_sparsity(model, sparsity)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trained_parameters(model).values():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def gpt2() -> Any:
@@ -44,10 +32,10 @@ def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Pa
     dense = gpt2() if kind == "gpt2" else tiny_llama()
     dense = dense.bfloat16() if kind == "bfloat16" else dense
     dense.save_pretrained(tmp_path / "dense", **({"max_shard_size": "100KB"} if kind == "sharded" else {}))
-    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.37 if pattern is None else 0.5)
+    model = trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.37 if pattern is None else 0.5)
     if pattern is not None:
         spp.pst.unwrap(model)
-        trained(model, 0.5, pattern=pattern)
+        trained_by_pst(model, 0.5, pattern=pattern)
     spp.pst.save(model, tmp_path / "state")
     masks = {path: layer.mask() for path, layer in pst_layers(model).items()}
     found = spp.convert_checkpoint(tmp_path / "dense", tmp_path / "state", tmp_path / "disk")
@@ -61,9 +49,36 @@ def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Pa
         assert torch.equal((weight if kind != "gpt2" else weight.T) != 0, mask), path
 
 
+def test_a_dry_run_finds_everything_and_writes_nothing(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    spp.pst.save(trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.5), tmp_path / "state")
+    places = tmp_path / "dense", tmp_path / "state", tmp_path / "new" / "out"
+    found = spp.convert_checkpoint(*places, dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "state"]
+    assert found == spp.convert_checkpoint(*places)
+    with pytest.raises(OutputExistsError):
+        spp.convert_checkpoint(*places, dry_run=True)
+    other = tiny_llama()
+    other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match=rf"{UP1} of .*other is not the weight"):
+        spp.convert_checkpoint(tmp_path / "other", tmp_path / "state", tmp_path / "out", dry_run=True)
+
+
+def test_what_trained_as_a_whole_must_fit_the_dtype(tmp_path: Path) -> None:
+    classifier("bert").save_pretrained(tmp_path / "dense")
+    model = trained_by_pst(classifier("bert"), 0.5)
+    with torch.no_grad():
+        model.classifier.weight.fill_(1e6)
+    spp.pst.save(model, tmp_path / "state")
+    with pytest.raises(NonFiniteError, match=r"classifier\.weight overflows in torch\.float16"):
+        spp.convert_checkpoint(tmp_path / "dense", tmp_path / "state", tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
 def test_trained_in_another_dtype_than_the_disk_has(tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path / "dense")
-    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32), 0.5)
+    model = trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32), 0.5)
     spp.pst.save(model, tmp_path / "state")
     mask = pst_layers(model)[UP1.removesuffix(".weight")].mask()
     with CheckpointReader(tmp_path / "dense") as reader:
@@ -79,7 +94,7 @@ def test_trained_in_another_dtype_than_the_disk_has(tmp_path: Path) -> None:
 
 def test_a_classifier_with_its_head(tmp_path: Path) -> None:
     classifier("bert").save_pretrained(tmp_path / "dense")
-    model = trained(classifier("bert"), 0.5)
+    model = trained_by_pst(classifier("bert"), 0.5)
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     spp.pst.save(model, tmp_path / "state")
     spp.convert_checkpoint(tmp_path / "dense", tmp_path / "state", tmp_path / "disk")
@@ -96,7 +111,7 @@ class TestRefused:
     @pytest.fixture
     def pair(self, tmp_path: Path) -> tuple[Path, Path]:
         tiny_llama().save_pretrained(tmp_path / "dense")
-        model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.5)
+        model = trained_by_pst(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 0.5)
         return tmp_path / "dense", spp.pst.save(model, tmp_path / "state")
 
     def test_other_weights(self, pair: tuple[Path, Path], tmp_path: Path) -> None:

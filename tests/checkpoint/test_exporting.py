@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 
 import spp
 from spp.certificate import Certificate
-from spp.checkpoint import certify, exporting, sparsity, verify
+from spp.checkpoint import certify, exporting, scanning, sparsity, verify
 from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError, OutputError, OutputExistsError
-from spp.files import CheckpointReader, read_json, write_json
+from spp.files import CheckpointReader, content_sha256, read_json, write_json
 from spp.layer_packed import PackedLinear
 from spp.packed import PackedWeight
 from spp.packed.disk import DenseReader, Descriptor
@@ -110,6 +111,23 @@ def test_parts_may_lie_in_other_shards(base: Path, tmp_path: Path) -> None:
     verify(spread)
     spp.export_dense(spread, tmp_path / "dense")
     assert same_tensors(tmp_path / "dense", base)
+
+
+@pytest.mark.parametrize("piece", [200, 2**20])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_scan_decodes_and_finds_what_it_finds_in_the_dense_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, deep: bool
+) -> None:
+    monkeypatch.setattr(scanning, "PIECE", piece)
+    spp.export_packed(base, tmp_path / "packed")
+    with DenseReader(tmp_path / "packed") as packed, CheckpointReader(base) as dense:
+        assert packed.packed and not all(packed.lies_in_file(key) for key in packed)
+        axes: dict[str, int | None] = {key: 1 if len(dense.shape(key)) == 2 else None for key in dense}
+        found = scanning.scan_reader(packed, axes, deep=deep)
+        assert found == scanning.scan_reader(dense, axes, deep=deep)
+        key = next(iter(packed.packed))
+        assert found[key].crc == zlib.crc32(dense.raw(key))
+        assert found[key].sha256 == (content_sha256(dense.tensor(key)) if deep else None)
 
 
 def test_negative_zeros(base: Path, tmp_path: Path) -> None:

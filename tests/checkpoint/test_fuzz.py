@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 
 import spp
 from spp.adapter_files import read_adapter
+from spp.calibrate import LayerReport
 from spp.certificate import Certificate
 from spp.checkpoint import certify, merge_checkpoint, save_model, sparsity, verify
+from spp.checkpoint_prune_work import Work
 from spp.errors import SPPError
 from spp.files import CheckpointReader, read_json
 from tests.checkpoint.fuzzing import EDITS, documents, edited, fuzz
-from tests.checkpoint.helpers import pruned_model, shard, tensors_of
+from tests.checkpoint.helpers import pruned_model, shard, tensors_of, trained_by_pst
 from tests.files.test_reader import HEADERS, safetensors_bytes
 
 DAILY, STRESS = 300, 10_000
@@ -53,6 +55,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in spp.adapter_parameters(model):
             parameter.fill_(0.1)
     spp.save_adapter(model, folder / "adapter")
+    spp.pst.save(trained_by_pst(pruned_model(**SMALL), 0.75, weight_rank=1, mask_rank=1), folder / "state")
     authors = folder / "authors"
     authors.mkdir()
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
@@ -137,15 +140,17 @@ def the_adapter_tensors(folder: Path) -> Case:
         read_adapter(folder / "adapter").layers()
         merge_checkpoint(folder / "base", folder / "adapter", folder / "out", overwrite=True)
 
-    whole = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return hostile_tensors(folder / "adapter" / "adapter_model.safetensors"), use
+
+
+def hostile_tensors(path: Path) -> st.SearchStrategy[bytes]:
+    """Hostile relatives of a safetensors file."""
+    whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-    return (
-        st.one_of(
-            documents(header).map(lambda text: safetensors_bytes(text, data)),
-            EDITS.map(lambda edits: edited(whole, edits)),
-        ),
-        use,
+    return st.one_of(
+        documents(header).map(lambda text: safetensors_bytes(text, data)),
+        EDITS.map(lambda edits: edited(whole, edits)),
     )
 
 
@@ -255,6 +260,40 @@ def the_packed_config(folder: Path) -> Case:
     return documents(few), replaced(folder / "packed", "config.json", use)
 
 
+def the_pst_config(folder: Path) -> Case:
+    def use() -> None:
+        spp.convert_checkpoint(folder / "base", folder / "state", folder / "out", overwrite=True)
+
+    values = read_json(folder / "state" / "adapter_config.json", "it")
+    return documents(values), replaced(folder / "state", "adapter_config.json", use)
+
+
+def the_pst_tensors(folder: Path) -> Case:
+    def use(data: bytes) -> None:
+        (folder / "state" / "adapter_model.safetensors").write_bytes(data)
+        spp.convert_checkpoint(folder / "base", folder / "state", folder / "out", overwrite=True)
+
+    return hostile_tensors(folder / "state" / "adapter_model.safetensors"), use
+
+
+def the_pruning_note(folder: Path) -> Case:
+    """What a pruning that was interrupted finds of itself."""
+    job = {"method": "wanda", "dtypes": ["float32"]}
+    report = LayerReport((4, 8), "2:4", 0.5, 0.0, 0.1, 20, 0.5, "note")
+
+    def use(data: bytes) -> None:
+        (folder / ".out.pruning").mkdir(exist_ok=True)
+        (folder / ".out.pruning" / "progress.json").write_bytes(data)
+        with Work(folder / "out", job, 2) as work:
+            layers = [layer for layer in work.reports().values() if layer.sparsity < 2 and layer.shape[0] > 1]
+            assert work.has(0) or work.has(1) or not layers
+
+    with Work(folder / "out", job, 2) as work:
+        work.finish(0, {"weight": torch.ones(4, 8)}, {"model.layers.0.mlp.up_proj": report})
+        work.remember("patterns", {"model.layers.0.mlp.up_proj": "2:4"})
+    return documents(read_json(folder / ".out.pruning" / "progress.json", "it")), use
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     "certificate": the_certificate,
     "index": the_index,
@@ -266,6 +305,9 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "weights": the_weights,
     "packed weights": the_packed_weights,
     "packed config": the_packed_config,
+    "PST config": the_pst_config,
+    "PST tensors": the_pst_tensors,
+    "pruning note": the_pruning_note,
 }
 
 

@@ -379,19 +379,17 @@ def test_a_flipped_bit_after_the_merge_is_caught(base: Path, adapter: Path, tmp_
     verify(out)
 
 
-@pytest.mark.parametrize(("work", "step"), [("merge", 8), ("save", 7)])
-def test_kills(tmp_path: Path, work: str, step: int) -> None:
-    assert run_kills(tmp_path, work, step) >= 4
+def test_kills(tmp_path: Path) -> None:
+    assert min(run_kills(tmp_path, 11)) >= 3
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("work", ["merge", "save"])
-def test_a_kill_at_every_moment(tmp_path: Path, work: str) -> None:
-    assert run_kills(tmp_path, work, 1) >= 20
+def test_a_kill_at_every_moment(tmp_path: Path) -> None:
+    assert min(run_kills(tmp_path, 1)) >= 20
 
 
-def run_kills(folder: Path, work: str, step: int) -> int:
-    command = [sys.executable, str(ROOT / "tests/checkpoint/kills.py"), str(folder), work, str(step)]
+def run_kills(folder: Path, step: int) -> list[int]:
+    command = [sys.executable, str(ROOT / "tests/checkpoint/kills.py"), str(folder), "merge,save", str(step)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -399,7 +397,7 @@ def run_kills(folder: Path, work: str, step: int) -> int:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return [int(kills) for kills in done.stdout.split()]
 
 
 def test_the_certificate_is_as_documented(base: Path, adapter: Path, tmp_path: Path) -> None:

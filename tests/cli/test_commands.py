@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from spp._version import __version__
+from spp.files import CheckpointReader, save_tensors
 from tests.cli.conftest import Outcome
 
 Call = Callable[..., Outcome]
@@ -64,6 +68,60 @@ def test_merge_verify_eval(spp: Call, pruned: Path, adapter: Path, text: Path, t
     assert merged["window"] == 128
 
 
+def test_merge_several_adapters_by_weight(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
+    second = Path(shutil.copytree(adapter, tmp_path / "second:2"))  # a directory of that name is itself
+    ok(spp("merge", pruned, f"{adapter}:0.25", second, tmp_path / "two"))
+    ok(spp("merge", pruned, f"{adapter}:1.25", tmp_path / "one"))
+    with CheckpointReader(tmp_path / "one") as one, CheckpointReader(tmp_path / "two") as two:
+        for key in one:  # 0.25 u + u, rounded on the way, is nearly 1.25 u
+            torch.testing.assert_close(two.tensor(key), one.tensor(key), rtol=1e-5, atol=1e-6)
+    for wrong in (f"{adapter}:x", f"{adapter}:nan", f"{adapter}:", ":2"):
+        refused = spp("merge", pruned, wrong, tmp_path / "three")
+        assert refused.code == 1 and "ADAPTER:WEIGHT" in refused.err, wrong
+    assert not (tmp_path / "three").exists()
+
+
+def test_merge_dry_run(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
+    found = ok(spp("merge", pruned, adapter, tmp_path / "out", "--dry-run"))
+    assert "survived" in found.out and "nothing was written" in found.out and str(tmp_path / "out") in found.out
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    assert spp("merge", pruned, adapter, tmp_path / "out", "--dry-run").code == 1
+
+
+def test_verify_gives_a_verdict_on_each_tensor(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    ok(spp("merge", pruned, adapter, merged))
+    found = ok(spp("verify", merged, "--against", pruned))
+    assert found.out.count("verified: ") == 2
+    grouped = ok(spp("verify", merged)).out
+    assert "self_attn.q_proj        2    0.5000      2:4  ok" in grouped and "other" in grouped
+    listed = ok(spp("verify", merged, "--all")).out
+    assert "model.layers.1.mlp.up_proj.weight" in listed and "model.norm.weight" in listed
+
+    with CheckpointReader(merged) as reader:
+        tensors = {key: reader.load(key) for key in reader}
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors[key][0, :4] = 1.0
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    tensors["model.norm.weight"][0] = 7.0
+    save_tensors(merged / "model.safetensors", tensors)
+    failed = spp("verify", merged, "--all")
+    assert failed.code == 1
+    rows = {line.split()[0]: line for line in failed.out.splitlines() if line.startswith("model.")}
+    assert "its zeros have changed" in rows[key] and "unstructured" in rows[key]
+    assert rows["model.layers.0.mlp.up_proj.weight"].endswith("NaN or infinity")
+    assert rows["model.norm.weight"].endswith("its contents have changed")
+    assert rows["model.layers.1.mlp.down_proj.weight"].endswith("ok")
+    assert "fails its certificate" in failed.err and key in failed.err
+    failed = spp("verify", merged, "--against", pruned)
+    assert failed.code == 1 and "2 of 2 not as they should be" in failed.out
+    assert "became non-zero" in failed.err
+
+    refused = spp("verify", pruned, merged, "--against", pruned)
+    assert refused.code == 1 and "--against" in refused.err
+
+
 def test_eval_prints_a_table(spp: Call, pruned: Path, text: Path) -> None:
     out = ok(spp("eval", pruned, "--text", text, "--window", 64, "--max-windows", 2)).out
     assert out.startswith(f"perplexity on {text}\nmodel")
@@ -84,7 +142,7 @@ def test_tune(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     assert refused.code == 1 and "--resume" in refused.err and "--overwrite" in refused.err
 
 
-def test_the_whole_road_by_pst(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
+def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
     run, sparse = tmp_path / "run", tmp_path / "sparse"
     options = ("--data", text, "--method", "pst", "--recipe", "short", "--steps", 4, "--batch-size", 2)
     sizes = ("--block-length", 64, "--window", 64, "--eval-windows", 4, "--device", "cpu", "--no-progress")
@@ -100,6 +158,11 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, text: Path, tmp_path: Pat
     assert "weight_rank" in inspected and "0.75" in inspected and "self_attn.q_proj.score_R" in inspected
     refused = spp("merge", dense, run / "adapter", sparse, "--rounding", "stochastic")
     assert refused.code == 1 and "--rounding" in refused.err
+    for adapters in ((f"{run / 'adapter'}:0.5",), (run / "adapter", adapter)):
+        refused = spp("merge", dense, *adapters, sparse)
+        assert refused.code == 1 and "is merged alone, and without a weight" in refused.err
+    tried = ok(spp("merge", dense, run / "adapter", sparse, "--dry-run")).out
+    assert "0.7500" in tried and "nothing was written" in tried and not sparse.exists()
     assert f"wrote {sparse}" in ok(spp("merge", dense, run / "adapter", sparse)).out
     assert "1:4" in ok(spp("verify", sparse)).out
     measure = ("--text", text, "--window", 128, "--json")

@@ -1,10 +1,10 @@
 """Run as a script: kill -9 a writer at every moment of its work, and look at what is left.
 
-    kills.py FOLDER SCENARIO [STEP]       SCENARIO: fresh, exchange, aside, file
+    kills.py FOLDER SCENARIO[,SCENARIO…] [STEP]       SCENARIO: fresh, exchange, aside, file
 
 A fork of this process writes an output and is killed at the k-th event that touches the disk (an audit hook counts
 them), for k = 1, 1 + STEP, … until it gets through. After each kill the output must be the old state or the new one, a
-rerun must succeed, and nothing may be left beside it. Prints how many kills there were.
+rerun must succeed, and nothing may be left beside it. Prints how many kills there were, of each scenario.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def killed(target: Path, scenario: str, at: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def main(folder: Path, scenario: str, step: int) -> None:
+def main(folder: Path, scenario: str, step: int) -> int:
+    """Return how many kills there were."""
+    folder.mkdir()
     target = folder / "out"
     at, kills = 1, 0
     while True:
@@ -88,8 +90,9 @@ def main(folder: Path, scenario: str, step: int) -> None:
         at += step
         if scenario == "fresh":
             shutil.rmtree(target)
-    print(kills)
+    return kills
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    print(*(main(Path(sys.argv[1], scenario), scenario, steps) for scenario in sys.argv[2].split(",")))

@@ -161,8 +161,9 @@ def test_packed_experts_are_the_dense_ones(architecture: str, tmp_path: Path) ->
     dense, packed = adapted(architecture), adapted(architecture, packed=True)
     assert all(layer.packed_layout is not None for layer in experts(packed).values())
     assert not [name for name, p in packed.named_parameters() if p.dim() == 3 and "spp" not in name]
-    for model in (dense, packed):
-        train(model)
+    assert_matches(logits(packed), logits(dense).double(), torch.float32)  # W as it lies: packed, never inputs first
+    for model in (dense, packed):  # from here on W_eff, built alike from either
+        train(scatter(model))
     for path, layer in tuner_layers(packed).items():
         assert_same_bits(layer.spp_alpha["default"], tuner_layers(dense)[path].spp_alpha["default"], path)
         assert_same_bits(layer.spp_beta["default"], tuner_layers(dense)[path].spp_beta["default"], path)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
 from torch import nn
 
 import spp
@@ -233,3 +237,50 @@ def test_a_dense_model_warns() -> None:
     with pytest.warns(SPPWarning, match="all 14 target layers are dense"):
         model = get_peft_model(tiny_llama(), SPPPeftConfig(r=4, task_type="CAUSAL_LM"))
     assert isinstance(model, PeftModelForCausalLM)
+
+
+class Twice(nn.Module):
+    """One linear under two names, with another between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.middle = nn.Linear(8, 8)
+        self.inside = nn.ModuleDict({"again": self.first})
+        with torch.no_grad():
+            for linear in (self.first, self.middle):
+                linear.weight[:, ::2] = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside["again"](self.middle(self.first(x)).relu())
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": True}], ids=str)
+def test_a_linear_registered_twice_has_one_adapter_saved_once(options: dict[str, Any], tmp_path: Path) -> None:
+    config = SPPPeftConfig(r=2, target_modules="all-linear", **options)
+    model, x = scatter(get_peft_model(Twice(), config)), torch.randn(3, 8)
+    base = model.get_base_model()
+    assert isinstance(base.first, SPPPeftLinear) and base.inside["again"] is base.first
+    assert len(list(model.parameters())) == (8 if not options else 6)
+    model.add_adapter("b", SPPPeftConfig(r=2, target_modules=["first"], **options))
+    scatter(model, "b", seed=1)
+    tuned = model(x)
+    model.save_pretrained(tmp_path)
+    if not peft.__version__.startswith("0.20."):  # which saves it under both names
+        assert len(load_file(tmp_path / "adapter_model.safetensors")) == 4
+        assert_same_bits(spp.load_adapter(Twice(), tmp_path)(x), tuned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = PeftModel.from_pretrained(Twice(), tmp_path)
+    assert_same_bits(again(x), tuned)
+    twin = copy.deepcopy(model).unload()
+    assert twin.first is twin.inside["again"] and type(twin.first) is nn.Linear
+    assert_same_bits(twin(x), Twice()(x))
+    model.set_adapter("b")  # which is not in all of the layers
+    copy.deepcopy(model).merge_and_unload()
+    model.set_adapter("default")
+    merged = model.merge_and_unload(safe_merge=True)
+    assert merged.first is merged.inside["again"] and type(merged.middle) is type(merged.first) is nn.Linear
+    assert_matches(merged(x), tuned.double(), torch.float32)
+    assert spp.verify(Twice(), merged).sparsity == 0.5

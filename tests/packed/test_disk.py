@@ -16,7 +16,7 @@ from torch import Tensor
 from spp.errors import CheckpointError
 from spp.files import CheckpointReader, save_tensors, write_json
 from spp.files.hashes import tensor_bytes
-from spp.files.scattered import write_scattered
+from spp.files.writer import TensorFile
 from spp.packed.disk import SUFFIXES, DenseReader, Descriptor, is_packed, is_packed_directory
 from spp.packed.packing import pack_tensor
 from spp.packed.weight import PackedWeight
@@ -73,9 +73,10 @@ def test_version_1_byte_for_byte(tmp_path: Path) -> None:
     save(tmp_path / "ours", tensors)
     assert (tmp_path / "ours" / "model.safetensors").read_bytes() == expected
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    parts = ((name, tensor_bytes(t)) for name, t in reversed(tensors.items()))
-    write_scattered(tmp_path / "scattered", layout, parts)
-    assert (tmp_path / "scattered").read_bytes() == expected
+    with TensorFile(tmp_path / "reversed", layout) as file:
+        for name, t in reversed(tensors.items()):
+            file.write_all(name, tensor_bytes(t))
+    assert (tmp_path / "reversed").read_bytes() == expected
     with DenseReader(tmp_path / "ours") as reader:
         assert reader.keys() == ["any", "pairs"] and reader.shards() == {"model.safetensors": ["any", "pairs"]}
         assert_same_bits(reader.tensor("pairs"), PAIRS, "pairs")

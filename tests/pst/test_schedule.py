@@ -26,6 +26,14 @@ def test_grows_from_the_initial_to_the_final(warmups: tuple[float, float], total
     assert values[-1] == (0.2 if warmups == (1.0, 0.0) else 0.75)
 
 
+def test_warmups_that_take_all_steps_leave_none_between_whatever_rounding_says() -> None:
+    for tenths in range(1, 10):
+        share = tenths / 10
+        for total in range(1, 200):
+            found = {sparsity_schedule(t, total, share, 1 - share, 0.2, 0.75) for t in range(total + 1)}
+            assert found <= {0.2, 0.75}, (share, total)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -89,6 +89,29 @@ def test_values_and_gradients(
             assert_matches(actual, exact, dtype, low)
 
 
+@pytest.mark.parametrize("name", ["hira", "masked_lora"])
+def test_terms_of_other_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 24)
+    case, one = make_case(13, 7, 1, (5,), torch.float64), get_rule(name)
+    rule = TermsRule(one, (4, 3), SCALINGS[:2])
+    params = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in rule.shapes(13, 7, 7)]
+    mask, change = case.weight != 0, torch.zeros(13, 7, dtype=torch.float64)
+    for t in range(2):
+        change = change + SCALINGS[t] * params[2 * t + 1] @ params[2 * t]
+    expected = case.weight * (1 + change) if name == "hira" else case.weight + change * mask
+    assert_matches(effective_weight(rule, case.weight, params, 1.0), expected, torch.float64)
+    assert_same_zeros(effective_weight(rule, case.weight, params, 1.0), case.weight)
+    y = linear(case.x, case.weight, case.bias, rule, params, 1.0)
+    grads = torch.autograd.grad(y, [case.x, *params], case.dy)
+    exact = torch.nn.functional.linear(case.x, expected, case.bias)
+    wanted = torch.autograd.grad(exact, [case.x, *params], case.dy)
+    by_oracle = rule.oracle(case.x, case.weight, case.bias, params, 1.0, None)
+    for actual, right in zip([y, by_oracle, *grads], [exact, exact, *wanted], strict=True):
+        assert_matches(actual, right, torch.float64)
+    alone = effective_weight(TermsRule(one, (4,), (2.0,)), case.weight, params[:2], 1.0)
+    assert_same_bits(alone, effective_weight(one, case.weight, params[:2], 2.0))
+
+
 def test_only_the_gradients_that_are_wanted() -> None:
     case = make_case(12, 8, 1, (5,))
     rule, params = terms(12, 8, (4, 3), torch.float32)

@@ -162,6 +162,19 @@ def test_a_fraction_of_zero_changes_nothing(tmp_path: Path) -> None:
         assert_same_bits(weights_of(none.model)[path], weight, path)
 
 
+def test_a_layer_that_is_frozen_keeps_its_mask(tmp_path: Path) -> None:
+    made = updated(tmp_path, max_steps=3)
+    frozen, *others = adapter_layers(made.model).values()
+    *_, last = others  # its input needs a gradient, unlike the first one's
+    for parameter in (*frozen.adapter_parameters(), *last.adapter_parameters()):
+        parameter.requires_grad_(False)
+    before = weights_of(made.model)
+    made.train()
+    now = weights_of(made.model)
+    same = [torch.equal(now[path], before[path]) for path in now]
+    assert same[0] and same[-1] and not any(same[1:-1])
+
+
 def test_the_seed_of_the_data_decides(tmp_path: Path) -> None:
     runs = [updated(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
     for made in runs:

@@ -16,6 +16,8 @@ from spp.report_plot import OURS, check_plot
 
 FILLS = "#c2543d"  # of contenders that do not keep the zeros
 _PEERS = "#77848e"
+_DECADE = 10.0  # a logarithmic axis that spans less has labels at round numbers, not at powers
+_ROOM = 0.1  # beside the points, as a part of what they span
 _WIDTH, _NAMES, _HEIGHT = 5.0, 2.4, 5.2  # of a panel, of the list of names, of the chart, in inches
 
 
@@ -32,6 +34,13 @@ def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
         ConfigError, DependencyError: the format is not known, or matplotlib is missing.
     """
     check_plot(path)
+    figure = make_figure(contents)
+    with atomic_file(path, overwrite=overwrite) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
+
+
+def make_figure(contents: Mapping[str, Any]) -> Any:
+    """Return the chart as matplotlib's Figure; a DataError where no contender has a perplexity yet."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,16 +64,18 @@ def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
     _list(names, found)
     text = " ".join(line for line in notes(contents) if not line.startswith(AT_AN_END))
     figure.supxlabel(textwrap.fill(text, round(17 * width)), fontsize=6.5, color="#555555")
-    with atomic_file(path, overwrite=overwrite) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
+    return figure
 
 
 def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], float | None], logarithmic: bool) -> None:
-    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     axes.set_yscale("log")
+    axes.set_ylim(_limits([perplexity for one in found for perplexity in one.perplexities]))
     if logarithmic:
         axes.set_xscale("log")
+        low, high = _limits([x for one in found if (x := position(one)) is not None])
+        axes.set_xlim(low, high)
     for number, one in reversed(list(enumerate(found, start=1))):  # the best lies on top
         x, mean = position(one), _mean(one)
         if x is None:
@@ -73,7 +84,11 @@ def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], fl
         axes.errorbar(x, mean, yerr=spread, fmt="none", ecolor=_colour(one), capsize=2, elinewidth=1)
         axes.plot(x, mean, "o", color=_colour(one), markersize=12, markeredgecolor="white", markeredgewidth=0.8)
         axes.annotate(str(number), (x, mean), ha="center", va="center", fontsize=7, color="white")
-    axes.margins(x=0.12, y=0.1)
+    axes.margins(x=_ROOM)
+    if logarithmic:
+        axes.xaxis.set_major_locator(MaxNLocator(5) if high < _DECADE * low else LogLocator(numticks=7))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -81,6 +96,13 @@ def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], fl
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of a logarithmic axis with room on both sides, also where all values are one."""
+    low, high = min(values), max(values)
+    room = (high / low) ** _ROOM if high > low else 1 + _ROOM
+    return low / room, high * room
 
 
 def _list(axes: Any, found: Sequence[Summary]) -> None:

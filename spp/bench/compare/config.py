@@ -11,6 +11,7 @@ from typing import Any
 from spp.bench.compare.contenders import Contender, parse_contender, parse_contenders
 from spp.errors import ConfigError
 from spp.training.config import TuneConfig
+from spp.training.mask_updates import MaskUpdates
 
 BUDGETS = ("steps", "time", "parameters")
 
@@ -90,10 +91,14 @@ class CompareConfig:
             raise ConfigError(f"seeds is {self.seeds!r}; it must name each seed once, and one at least")
         for seed in self.seeds:
             self.recipe(1.0, seed)  # checks the options that it shares with tuning
-        self.learning_rates(self.parsed())
-        needy = [contender.name for contender in self.parsed() if contender.needs_dense]
+        contenders = self.parsed()
+        self.learning_rates(contenders)
+        needy = [contender.name for contender in contenders if contender.needs_dense]
         if needy and self.dense is None:
             raise ConfigError(f"dense is None, but {', '.join(needy)} needs the dense model: say where it is")
+        for contender in contenders:
+            if contender.kind == "spp-mask-updates":
+                _check_mask_updates(contender)
 
     def parsed(self) -> list[Contender]:
         """Return the contenders, each once, in order."""
@@ -105,10 +110,12 @@ class CompareConfig:
         for text in self.lr:
             name, equals, numbers = text.rpartition("=")
             name = parse_contender(name).name if equals else ""
+            if name and not any(name in (contender.asked, contender.kind) for contender in contenders):
+                raise ConfigError(f"lr is {text!r}, but {name} is not among the contenders; leave it out, or add it")
             given.setdefault(name, []).extend(_numbers(text, numbers))
         chosen = {}
         for contender in contenders:
-            found = next((given[n] for n in (contender.name, contender.kind, "") if n in given), contender.lrs)
+            found = next((given[n] for n in (contender.asked, contender.kind, "") if n in given), contender.lrs)
             chosen[contender.name] = tuple(sorted(set(found)))
         return chosen
 
@@ -150,6 +157,14 @@ class CompareConfig:
             "data": [Path(name).name for name in recipe.data_files],
             "eval_text": None if self.eval_text is None else Path(str(self.eval_text)).name,
         }
+
+
+def _check_mask_updates(contender: Contender) -> None:
+    options = contender.options
+    try:
+        MaskUpdates("", every=options["every"], fraction=options["fraction"])
+    except ConfigError as error:
+        raise ConfigError(f"contender {contender.name!r}: {error}") from None
 
 
 def _numbers(text: str, numbers: str) -> list[float]:

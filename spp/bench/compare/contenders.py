@@ -7,7 +7,7 @@ train, where there is one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -97,11 +97,13 @@ class Contender:
         name: canonical: options that are the defaults left out, others in the kind's order.
         kind: its name in KINDS.
         options: all of them.
+        asked: the name that was asked for, where a budget of parameters has given it another rank.
     """
 
     name: str
     kind: str
     options: Mapping[str, Any]
+    asked: str
 
     @property
     def lrs(self) -> tuple[float, ...]:
@@ -131,7 +133,7 @@ class Contender:
     def with_rank(self, r: int) -> Contender:
         """Return the same with another rank."""
         assert self.rank is not None
-        return make_contender(self.kind, {**self.options, self.rank: r})
+        return replace(make_contender(self.kind, {**self.options, self.rank: r}), asked=self.asked)
 
 
 def parse_contender(text: str) -> Contender:
@@ -168,7 +170,7 @@ def make_contender(kind: str, options: Mapping[str, Any]) -> Contender:
         SPPConfig(**{name: value for name, value in ordered.items() if name in _SHARED})
     except ConfigError as error:
         raise ConfigError(f"contender {name!r}: {error}") from None
-    return Contender(name, kind, ordered)
+    return Contender(name, kind, ordered, name)
 
 
 def parse_contenders(names: Sequence[str]) -> list[Contender]:

@@ -13,7 +13,7 @@ from spp.bench.compare.config import CompareConfig
 from spp.errors import DataError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
-from spp.training.data import Collator, TokenBlocks, TokenRows, batches, load_data
+from spp.training.data import Collator, TokenBlocks, TokenRows, TrainingData, batches, load_data
 
 _TOKENS = 1024  # of one forward pass of a measurement: bounds its logits
 _SPLIT_SEED = 0  # of the instruction rows held out: the same for every seed of a study
@@ -60,6 +60,7 @@ class CompareData:
         train, validation, test: the parts.
         collate: makes a batch of training rows.
         kind: of the held-out parts: "text" or "instruction".
+        sha256: of all that was read to train on, before anything was held back.
     """
 
     train: TokenBlocks | TokenRows
@@ -67,10 +68,12 @@ class CompareData:
     test: HeldOut
     collate: Collator
     kind: str
+    sha256: str
 
     def facts(self) -> dict[str, str]:
         """Return what tells these data from others."""
-        return {"kind": self.kind, "validation_sha256": self.validation.sha256(), "test_sha256": self.test.sha256()}
+        held_out = {"validation_sha256": self.validation.sha256(), "test_sha256": self.test.sha256()}
+        return {"kind": self.kind, "data_sha256": self.sha256, **held_out}
 
 
 def load(config: CompareConfig, tokenizer: Any) -> CompareData:
@@ -94,9 +97,9 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
     train = found.train
     if config.eval_text is not None:
         tokens = tokenize(tokenizer, read_text(str(config.eval_text)))
-        return _split(config, train, tokens, str(config.eval_text), found.collate)
+        return _split(config, found, train, tokens, str(config.eval_text))
     if isinstance(train, TokenRows):
-        return _split_rows(config, train, found.collate)
+        return _split_rows(config, found, train)
     blocks = -(-_needed(config) // config.block_length)
     if blocks >= len(train):
         raise DataError(
@@ -105,7 +108,7 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
         )
     rest = train.blocks[len(train) - blocks :].flatten()
     train = TokenBlocks(train.blocks[: len(train) - blocks])
-    return _split(config, train, rest, "what was held back", found.collate)
+    return _split(config, found, train, rest, "what was held back")
 
 
 def _needed(config: CompareConfig) -> int:
@@ -113,7 +116,7 @@ def _needed(config: CompareConfig) -> int:
 
 
 def _split(
-    config: CompareConfig, train: TokenBlocks | TokenRows, tokens: Tensor, where: str, collate: Collator
+    config: CompareConfig, found: TrainingData, train: TokenBlocks | TokenRows, tokens: Tensor, where: str
 ) -> CompareData:
     if len(tokens) < _needed(config):
         raise DataError(
@@ -121,12 +124,12 @@ def _split(
             f"validation windows of {config.window}: give a longer text, or fewer or shorter windows"
         )
     middle = config.test_windows * config.window
-    test = HeldOut(tokens[:middle], None, config.window, collate)
-    validation = HeldOut(tokens[middle : _needed(config)], None, config.window, collate)
-    return CompareData(train, validation, test, collate, "text")
+    test = HeldOut(tokens[:middle], None, config.window, found.collate)
+    validation = HeldOut(tokens[middle : _needed(config)], None, config.window, found.collate)
+    return CompareData(train, validation, test, found.collate, "text", found.summary.sha256)
 
 
-def _split_rows(config: CompareConfig, rows: TokenRows, collate: Collator) -> CompareData:
+def _split_rows(config: CompareConfig, found: TrainingData, rows: TokenRows) -> CompareData:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
     first, second = config.test_windows, config.test_windows + config.validation_windows
     if second >= len(rows):
@@ -136,5 +139,5 @@ def _split_rows(config: CompareConfig, rows: TokenRows, collate: Collator) -> Co
         )
     parts = [TokenRows([rows.rows[i] for i in sorted(some)]) for some in (order[:first], order[first:second])]
     train = TokenRows([rows.rows[i] for i in sorted(order[second:])])
-    test, validation = (HeldOut(None, part, config.window, collate) for part in parts)
-    return CompareData(train, validation, test, collate, "instruction")
+    test, validation = (HeldOut(None, part, config.window, found.collate) for part in parts)
+    return CompareData(train, validation, test, found.collate, "instruction", found.summary.sha256)

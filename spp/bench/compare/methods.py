@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -91,7 +91,7 @@ def adapt(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = dict(contender.options)
-        if contender.kind in _PST:
+        if contender.kind in PST_KINDS:
             return _pst(model, seed, options, goal or Goal.of(model))
         if contender.kind == "spp-mask-updates":
             return _mask_updates(model, seed, options, dense)
@@ -127,11 +127,23 @@ def _random_beta(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapte
     return adapted
 
 
+def require_methods(contenders: Sequence[Contender]) -> None:
+    """Raise unless what the contenders need of PEFT is there: a DependencyError, or a ConfigError for an old PEFT."""
+    for contender in contenders:
+        if contender.kind in _PEFT_CONFIGS:
+            _peft_config(contender.kind)
+
+
+def _peft_config(kind: str) -> Any:
+    peft, name = require_peft(kind), _PEFT_CONFIGS[kind]
+    if not hasattr(peft, name):
+        raise ConfigError(f"peft {installed('peft')} has no {name}; leave {kind} out, or install a newer peft")
+    return getattr(peft, name)
+
+
 def _peft(kind: str, model: nn.Module, options: Mapping[str, Any]) -> Adapted:
-    peft = require_peft()
-    if not hasattr(peft, kind):
-        raise ConfigError(f"peft {installed('peft')} has no {kind}; leave the contender out, or install a newer peft")
-    adapted = peft.get_peft_model(model, getattr(peft, kind)(**options))
+    config = _peft_config(kind)
+    adapted = require_peft(kind).get_peft_model(model, config(**options))
 
     def finish() -> nn.Module:
         plain: nn.Module = adapted.merge_and_unload()
@@ -141,12 +153,12 @@ def _peft(kind: str, model: nn.Module, options: Mapping[str, Any]) -> Adapted:
 
 
 def _hira(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
-    return _peft("HiraConfig", model, {"r": options["r"], "target_modules": _targets(model)})
+    return _peft("hira", model, {"r": options["r"], "target_modules": _targets(model)})
 
 
 def _lora(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
     r = options["r"]
-    return _peft("LoraConfig", model, {"r": r, "lora_alpha": r * options["scaling"], "target_modules": _targets(model)})
+    return _peft("lora", model, {"r": r, "lora_alpha": r * options["scaling"], "target_modules": _targets(model)})
 
 
 def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
@@ -169,7 +181,7 @@ def _ia3(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
     names = _targets(model)
     own = {"k_proj", "v_proj", "down_proj"}
     chosen = {} if not own <= set(names) else {"target_modules": sorted(own), "feedforward_modules": ["down_proj"]}
-    return _peft("IA3Config", model, chosen)
+    return _peft("ia3", model, chosen)
 
 
 def _norms(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
@@ -234,7 +246,8 @@ RULES_OF = {  # the kinds that `spp.wrap` makes, and their rules
     "hira-rule": "hira",
     "masked-lora": "masked_lora",
 }
-_PST = ("pst", "pst-pruned")
+_PEFT_CONFIGS = {"hira": "HiraConfig", "lora": "LoraConfig", "lora-remasked": "LoraConfig", "ia3": "IA3Config"}
+PST_KINDS = ("pst", "pst-pruned")
 _METHODS: Mapping[str, Callable[[nn.Module, int, dict[str, Any]], Adapted]] = {
     "spp": partial(_wrapped, "spp"),
     "spp-no-beta": _without_beta,

@@ -27,6 +27,7 @@ from spp.files.leftovers import lock
 
 NAME = "results.json"
 FORMAT_VERSION = 1
+_NEWER = {"data_sha256"}  # conditions that the first results.json files did not have
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
 
@@ -135,9 +136,10 @@ def _open(path: Path) -> int:
 
 
 def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    names = {*found, *wanted} - (_NEWER - found.keys())
     differing = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in sorted({*found, *wanted})
+        for name in sorted(names)
         if found.get(name) != wanted.get(name)
     ]
     if differing:

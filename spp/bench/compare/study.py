@@ -16,11 +16,12 @@ from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
-from spp.bench.compare.methods import RULES_OF
+from spp.bench.compare.methods import PST_KINDS, RULES_OF, require_methods
 from spp.bench.compare.results import Results
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
+from spp.errors import ConfigError
 from spp.files import atomic_file, mask_sha256
 from spp.report import time_text
 from spp.rules import get_rule
@@ -105,6 +106,7 @@ def compare(config: CompareConfig) -> Results:
 
     Raises:
         ConfigError, DataError, CheckpointError: the options, data or model are bad; nothing has been trained then.
+        DependencyError: a contender needs PEFT, which is missing; likewise.
         OutputExistsError: the directory holds results, and neither resume nor overwrite was asked for.
 
     Example:
@@ -112,14 +114,21 @@ def compare(config: CompareConfig) -> Results:
         >>> results = compare(config)  # doctest: +SKIP
     """
     contenders = config.parsed()
+    require_methods(contenders)
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     model = load_model(config.model, config.dtype)
     masks = fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
     if config.budget == "parameters":
-        contenders = [_nearest(contender, model) for contender in contenders]
+        contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
+    shapes = _shapes(model)
     del model
+    if (
+        any(contender.needs_dense for contender in contenders)
+        and _shapes(load_model(config.dense, config.dtype)) != shapes
+    ):
+        raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
     conditions = {**config.conditions(), **data.facts(), "masks": masks}
     results = Results(Path(str(config.output_dir)), conditions, resume=config.resume, overwrite=config.overwrite)
     baselines = {"pruned": config.model, "dense": config.dense}
@@ -246,6 +255,8 @@ def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:
     r = contender.options[contender.rank]
     if contender.kind == "spp-no-beta":  # β stays what it is
         return sum(r * n for _, n in shapes)
+    if contender.kind in PST_KINDS:  # U V and A B, R and C
+        return sum((2 * r + 1) * (m + n) for m, n in shapes)
     return sum(r * n + (m if contender.kind.startswith("spp") else r * m) for m, n in shapes)
 
 

@@ -131,7 +131,10 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
         verdict(contents),
         " ".join(notes(contents)),
     ]
-    parts += [f"{heading}# Learning rates", "Validation perplexity; bold is the best, which alone is tested."]
+    parts += [
+        f"{heading}# Learning rates",
+        "Validation perplexity with the first seed; bold is the best, whose test perplexity is in the table above.",
+    ]
     parts.append(search_table(contents).markdown())
     if missing:
         parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]

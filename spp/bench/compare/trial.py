@@ -23,7 +23,7 @@ from spp.bench.compare.contenders import Contender
 from spp.bench.compare.data import CompareData
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.certificate import report_from_tensors
-from spp.errors import ConfigError, NonFiniteError
+from spp.errors import NonFiniteError
 from spp.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.targets import projection_weights
 from spp.training.arguments import training_arguments
@@ -65,8 +65,6 @@ def run_trial(
     if contender.from_dense:
         assert config.dense is not None, "checked by CompareConfig"
         model = load_model(config.dense, config.dtype)
-        if {name: mask.shape for name, mask in masks.items()} != _shapes(model):
-            raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
     adapted = adapt(contender, model, trial.seed, goal, config.dense)
     row: dict[str, Any] = {
         **asdict(trial),
@@ -106,10 +104,6 @@ def zeros(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Any]:
         "sparsity": report.sparsity,
         "pattern_valid": all(groups) if groups else None,
     }
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight, _ in projection_weights(model)}
 
 
 def measure_baseline(config: CompareConfig, name: Any, data: CompareData) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import features, input_axis_of
 
 _SPP = get_rule("spp")
+Place = tuple[nn.Module, str]  # the parent of a module, and its name there
 
 
 class SPPPeftLinear(TermsLayer, AdaptedLinear):
@@ -35,7 +36,10 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
 
     Attributes:
         base_layer: what was given; of a quantized weight the PackedLinear that holds it, until this layer is unloaded.
+        also_at: the places of a linear that is registered in several.
     """
+
+    also_at: tuple[Place, ...] = ()
 
     def __init__(
         self, base_layer: nn.Module, where: str, *, packed: bool = False, dtype: torch.dtype | None = None
@@ -164,6 +168,11 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         elif self._before_merge is not None:
             weight.data = self._before_merge.to(weight.device)
         self._before_merge, self.merged_adapters = None, []
+
+    def put(self, module: nn.Module, parent: nn.Module, name: str) -> None:
+        """Put a module where this layer's linear was, or this layer is: at a place, and at the others that it has."""
+        for owner, attribute in ((parent, name), *self.also_at):
+            setattr(owner, attribute, module)
 
     def unpack_base(self) -> None:
         """Have the base layer be what it was, if it was this layer that packed it, or holds it for being quantized."""

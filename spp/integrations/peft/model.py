@@ -16,7 +16,7 @@ from torch import nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, MaskError, TargetError, WrapError
 from spp.experts import check_experts
-from spp.experts_forward import adapt_experts, adapters_of, release_experts
+from spp.experts_forward import adapt_experts, release_experts
 from spp.files import mask_sha256
 from spp.inject import check_rank_pattern, is_wrapped
 from spp.inject_dense import warn_dense
@@ -26,6 +26,7 @@ from spp.integrations.peft.config import SPPPeftConfig
 from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
 from spp.integrations.peft.layer import SPPPeftLinear
 from spp.integrations.peft.method import PREFIX
+from spp.integrations.peft.places import layer_of, place_of, repeated, under_all_names
 from spp.integrations.peft.terms import TermsLayer
 from spp.layer_checks import check_linear
 from spp.layer_packed import PackedLinear
@@ -64,7 +65,7 @@ class SPPPeftModel(BaseTuner):
         config = peft_config.spp_config()
         chosen = _targets(model, peft_config, config)
         check_rank_pattern(config, [target.path for target in chosen])
-        fresh = [target for target in chosen if _tuner_layer(target) is None]
+        fresh = [target for target in chosen if layer_of(target) is None]
         for target in chosen:
             if target.fused:
                 check_experts(target, config, config.rank_for(target.path))
@@ -76,6 +77,7 @@ class SPPPeftModel(BaseTuner):
         warn_dense(fresh, "pack" if config.packed else "train")
         peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
         self._dtype = dtype_of_model(model)
+        self._repeated = repeated(model)
         self._fused = {target.path: target for target in chosen if target.fused}
         peft_config.target_parameters = list(self._fused)  # no field, so not stored: it makes PEFT ask for these
         return peft_config
@@ -93,7 +95,7 @@ class SPPPeftModel(BaseTuner):
         config = peft_config.spp_config()
         for target in self._fused.values():
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
-                layer = _tuner_layer(target)
+                layer = layer_of(target)
                 if layer is None:
                     layer = SPPPeftExperts(target, packed=config.packed)
                     adapt_experts({target.name: layer})
@@ -126,11 +128,12 @@ class SPPPeftModel(BaseTuner):
             return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        setattr(parent, target_name, layer)
+        layer.also_at = self._repeated.get(id(target), ())
+        layer.put(layer, parent, target_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, SPPPeftLinear):
-            setattr(parent, child_name, new_module)  # the base layer has its weight and is where it was
+            child.put(new_module, parent, child_name)  # the base layer has its weight and is where it was
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -237,7 +240,7 @@ class SPPPeftModel(BaseTuner):
                 release_experts(layer.projection.module, SPPPeftExperts)
             elif isinstance(layer, SPPPeftLinear) and isinstance(layer.base_layer, PackedLinear) and merge:
                 layer.unpack_base()  # no adapter to merge was in it
-                model.set_submodule(path, layer.base_layer)
+                layer.put(layer.base_layer, *place_of(model, path))
         FindsAdapters.remove(model)
         forget_quantizer(model)
         results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
@@ -255,7 +258,7 @@ class SPPPeftModel(BaseTuner):
         """Take the adapters out of an offloaded model; PEFT's own way would load all of it at once."""
         for path, layer in layers.items():
             if isinstance(layer, SPPPeftLinear):
-                self.model.set_submodule(path, layer.base_layer)
+                layer.put(layer.base_layer, *place_of(self.model, path))
             elif isinstance(layer, SPPPeftExperts):
                 release_experts(layer.projection.module)
         for path, module in list(self.model.named_modules()):
@@ -294,16 +297,15 @@ class SPPPeftModel(BaseTuner):
         config.require_savable()
         return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Give the tensors of a linear that is registered twice, saved once, under both names: PEFT expects them."""
+        return under_all_names(model, super()._remap_adapter_state_dict_for_load(model, *args, **kwargs))
+
 
 def tuner_layers(model: nn.Module) -> dict[str, TermsLayer]:
     """Return {module path: layer} in module order, fused experts under the path of their parameter."""
     return {path: module for path, module in model.named_modules() if isinstance(module, TermsLayer)}
-
-
-def _tuner_layer(target: Projection) -> TermsLayer | None:
-    """Return the layer that a target has already."""
-    found = adapters_of(target.module).get(target.name) if target.fused else target.module
-    return found if isinstance(found, TermsLayer) else None
 
 
 def _targets(model: nn.Module, peft_config: SPPPeftConfig, config: SPPConfig) -> list[Projection]:
@@ -334,7 +336,7 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
         expected = (config.base_masks or {}).get(target.path)
         if expected is None:
             continue
-        layer = _tuner_layer(target)
+        layer = layer_of(target)
         weight = target.dense_weight() if layer is None else layer.base_weight()
         if not weight.is_meta and mask_sha256(weight) != expected:
             differing.append(target.path)

@@ -8,6 +8,8 @@ With a share d of the weights kept that is 3 · d · m · n · T multiplications
 the first pruned layer asks for it, into the user's cache, and used where the result passes a check against torch
 (compiler.py); without a compiler, or on another processor than x86-64 with AVX2 and FMA, torch does the work
 (blockwise.py, which is the twin that the tests compare with).
+
+elementwise.py has the other compiled file: merges, masks and checksums in one pass.
 """
 
 from __future__ import annotations

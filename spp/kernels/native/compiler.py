@@ -1,6 +1,6 @@
-"""sparse.c, compiled once for this machine by the C compiler that is here, checked, and loaded.
+"""The C files beside this one, each compiled once for this machine by the C compiler that is here, and loaded.
 
-The library lies in the user's cache (SPP_CACHE, else $XDG_CACHE_HOME/spp, else ~/.cache/spp), named by a hash of the
+A library lies in the user's cache (SPP_CACHE, else $XDG_CACHE_HOME/spp, else ~/.cache/spp), named by a hash of its
 source, the compiler and the processor: another machine with the same home makes its own. Where the cache cannot be
 written it is made in a temporary folder and lives as long as the process. SPP_CC or CC name the compiler.
 """
@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,13 +26,36 @@ import torch
 _log = logging.getLogger(__name__)
 
 ABI = 4
-SOURCE = Path(__file__).with_name("sparse.c")
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 SECONDS = 120  # a compiler that takes longer is given up; the usual time is two seconds
-REQUIRED = ("avx2", "fma", "f16c")  # of the processor
 
 i64, f32p, i32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A C file.
+
+    Attributes:
+        name: of the file, without its ending.
+        abi: the version that its function spp_abi returns.
+        required: of the processor, as Linux names it.
+        flags: of the compiler, beside FLAGS.
+    """
+
+    name: str
+    abi: int
+    required: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return Path(__file__).with_name(f"{self.name}.c")
+
+
+SPARSE = Source("sparse", ABI, ("avx2", "fma", "f16c"), ("-fopenmp",))
 
 
 class Block(ctypes.Structure):
@@ -57,7 +82,7 @@ class Block(ctypes.Structure):
 
 
 class Refused(Exception):
-    """The compiled products cannot be had here; the message says why."""
+    """A compiled library cannot be had here; the message says why."""
 
 
 def library() -> ctypes.CDLL | None:
@@ -73,7 +98,8 @@ def why_not() -> str | None:
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        loaded = _open(_compiled())
+        loaded = load(SPARSE)
+        _declare(loaded)
         from spp.kernels.native.probe import probe
 
         probe(loaded)
@@ -83,34 +109,53 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return loaded, None
 
 
-def _compiled() -> Path:
+def load(source: Source) -> ctypes.CDLL:
+    """Return the library of a C file, after compiling it where it is not there yet.
+
+    Raises:
+        Refused: the system, the processor or the compiler is none for it.
+    """
+    path = _compiled(source)
+    try:
+        # torch has its OpenMP runtime loaded by now; the library takes the same one, and so the same threads
+        loaded = ctypes.CDLL(str(path))
+        found = loaded.spp_abi()
+    except (OSError, AttributeError) as error:
+        raise Refused(f"{path} cannot be loaded: {error}") from error
+    if found != source.abi:
+        raise Refused(f"{path} has version {found}, expected {source.abi}")
+    return loaded
+
+
+def _compiled(source: Source) -> Path:
     """Return the path of the library, after compiling it where it is not there yet."""
-    flags = _processor()
+    processor = _processor(source.required)
     compiler = _compiler()
-    identity = "\n".join([SOURCE.read_text(), compiler, _version(compiler), *FLAGS, flags])
-    name = f"sparse-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    flags = (*FLAGS, *source.flags)
+    identity = "\n".join([source.path.read_text(), compiler, _version(compiler), *flags, processor])
+    name = f"{source.name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     folder = _folder()
     target = folder / name
     if target.is_file():
         return target
-    handle, partial = tempfile.mkstemp(suffix=".so", prefix="sparse-", dir=folder)
+    handle, partial = tempfile.mkstemp(suffix=".so", prefix=f"{source.name}-", dir=folder)
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *FLAGS, "-o", partial, str(SOURCE)], capture_output=True, text=True, timeout=SECONDS
+            [compiler, *flags, "-o", partial, str(source.path)], capture_output=True, text=True, timeout=SECONDS
         )
         if done.returncode:
-            raise Refused(f"{compiler} could not compile {SOURCE.name}: {done.stderr.strip()[-500:]}")
+            raise Refused(f"{compiler} could not compile {source.path.name}: {done.stderr.strip()[-500:]}")
         os.replace(partial, target)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{compiler} could not compile {SOURCE.name}: {error}") from error
+        raise Refused(f"{compiler} could not compile {source.path.name}: {error}") from error
     finally:
         with suppress(OSError):
             os.unlink(partial)
     return target
 
 
-def _processor() -> str:
+def _processor(required: Sequence[str]) -> str:
     """Return what the processor can do, as Linux tells it."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise Refused(f"they are for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
@@ -119,7 +164,7 @@ def _processor() -> str:
     except OSError as error:
         raise Refused(f"the processor's description cannot be read: {error}") from error
     flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-    missing = [name for name in REQUIRED if name not in flags.split()]
+    missing = [name for name in required if name not in flags.split()]
     if missing:
         raise Refused(f"the processor lacks {', '.join(missing)}")
     return flags
@@ -164,15 +209,8 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="spp-native-")
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    try:
-        # torch has its OpenMP runtime loaded by now; the library takes the same one, and so the same threads
-        loaded = ctypes.CDLL(str(path))
-        found = loaded.spp_abi()
-    except (OSError, AttributeError) as error:
-        raise Refused(f"{path} cannot be loaded: {error}") from error
-    if found != ABI:
-        raise Refused(f"{path} has version {found}, expected {ABI}")
+def _declare(loaded: ctypes.CDLL) -> None:
+    """Tell the types of sparse.c's functions."""
     block = ctypes.POINTER(Block)
     loaded.spp_pack.argtypes = [f32p, i64, i64, i64, i64, f32p, i32]
     loaded.spp_product.argtypes = [f32p, block, i32, i64, i64, i64, f32p, i64, i32, i64, ctypes.c_void_p, i32]
@@ -182,7 +220,6 @@ def _open(path: Path) -> ctypes.CDLL:
     loaded.spp_product_scratch.argtypes, loaded.spp_product_scratch.restype = [i64, i64, i64], i64
     loaded.spp_digest.argtypes, loaded.spp_digest.restype = [ctypes.c_void_p, ctypes.c_void_p, i32], ctypes.c_uint64
     loaded.spp_reduce_scratch.argtypes, loaded.spp_reduce_scratch.restype = [i64], i64
-    return loaded
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in sparse.c

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from spp.kernels.native.compiler import Refused
 from spp.kernels.native.products import FROZEN, KEYS, Products, block_of
+from spp.patterns import pack_bits
+from spp.rules import effective_weight, get_rule
 
 SHAPE = (19, 37, 75)  # T, m, n: nothing a multiple of a vector or of KEYS
 
@@ -35,3 +39,28 @@ def probe(library: Any) -> None:
     ):
         if not torch.equal(found, wanted):
             raise Refused(f"the compiled {name} is not torch's on a small layer")
+
+
+def probe_merge(library: Any) -> None:
+    """Raise Refused unless a small weight is merged, read as a mask and summed up as torch and zlib do it."""
+    from spp.kernels.native.elementwise import Matrix, scan
+
+    rule, (_, m, n) = get_rule("spp"), SHAPE
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(m, n, generator=generator) * (torch.rand(m, n, generator=generator) < 0.5)
+        weight[0] = torch.finfo(dtype).smallest_normal  # scaled by a small factor, these are rescued
+        weight = weight.to(dtype)
+        params = [torch.randn(5, n, generator=generator), torch.randn(m, 1, generator=generator)]
+        params[0][0], params[1][0] = 0.25, 1.0
+        params[0][0, :9] = -0.5  # M = 0
+        expected = effective_weight(rule, weight, params, 2.0)
+        out, bits = torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
+        matrix = Matrix(library, m, n, dtype, dtype, [rule.prepare(params, 2.0, m, torch.float32)])
+        found = matrix.merge(weight.data_ptr(), out.data_ptr(), bits, 0, m * n)
+        data = expected.view(torch.uint8).numpy().tobytes()
+        if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) or found.crc != zlib.crc32(data):
+            raise Refused(f"the compiled merge in {dtype} is not torch's on a small weight")
+        seen = scan(library, out.data_ptr(), dtype, m * n, np.empty_like(bits))
+        if not np.array_equal(bits, pack_bits(weight)) or found.kept != seen.kept or found.rescued != 9:
+            raise Refused(f"the compiled mask in {dtype} is not torch's on a small weight")

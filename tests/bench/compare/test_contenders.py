@@ -6,7 +6,7 @@ import pytest
 
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import GROUPS, KINDS, parse_contender, parse_contenders
-from spp.bench.compare.methods import _METHODS, _PST
+from spp.bench.compare.methods import _METHODS, PST_KINDS
 from spp.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def test_groups_and_doubles() -> None:
 
 
 def test_every_kind_has_a_method() -> None:
-    assert {*_METHODS, *_PST, "spp-mask-updates"} == KINDS.keys()
+    assert {*_METHODS, *PST_KINDS, "spp-mask-updates"} == KINDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,8 @@ def test_learning_rates_of_a_name_before_its_kind_before_all() -> None:
     config = make(contenders=("spp", "spp:r=8", "hira", "ia3"), lr=("spp:r=8=1e-3", "spp=4e-2,2e-2", "5e-3"))
     found = config.learning_rates(config.parsed())
     assert found == {"spp": (2e-2, 4e-2), "spp:r=8": (1e-3,), "hira": (5e-3,), "ia3": (5e-3,)}
+    first, second, *others = config.parsed()
+    assert config.learning_rates([first, second.with_rank(9), *others])["spp:r=9"] == (1e-3,)  # as it was asked for
     assert make(contenders=("hira",)).learning_rates(make(contenders=("hira",)).parsed())["hira"] == KINDS["hira"].lrs
 
 
@@ -69,6 +71,9 @@ def test_learning_rates_of_a_name_before_its_kind_before_all() -> None:
         ({"lr": ("fast",)}, "lr is 'fast'"),
         ({"lr": ("spp=-1",)}, "finite number above 0"),
         ({"lr": ("dora=1",)}, "contender 'dora'"),
+        ({"contenders": ("spp",), "lr": ("spp:r=8=1e-2",)}, "spp:r=8 is not among the contenders"),
+        ({"contenders": ("spp-mask-updates:every=0",), "dense": "d"}, "updates:every=0': mask_update_every is 0"),
+        ({"contenders": ("spp-mask-updates:fraction=2",), "dense": "d"}, "mask_update_fraction is 2"),
         ({"steps": 0}, "steps is 0"),
         ({"contenders": ("pst",)}, "dense is None, but pst"),
         ({"window": 1}, "eval_window is 1"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from spp.bench.compare.chart import make_figure
 from spp.bench.compare.contenders import parse_contenders
 from spp.bench.compare.results import Results
 from spp.bench.compare.study import Plan
@@ -100,7 +101,11 @@ def test_results_go_on_only_where_they_were_found_alike(tmp_path: Path) -> None:
     assert "a" in Results(tmp_path / "out", CONDITIONS, resume=True).read()["rows"]
     with pytest.raises(ConfigError, match="steps: 100 there, 99 now"):
         Results(tmp_path / "out", {**CONDITIONS, "steps": 99}, resume=True)
-    assert Results(tmp_path / "out", CONDITIONS, overwrite=True).read()["rows"] == {}
+    data = {**CONDITIONS, "data_sha256": "aa"}
+    assert "a" in Results(tmp_path / "out", data, resume=True).read()["rows"]  # written before this was a condition
+    assert Results(tmp_path / "out", data, overwrite=True).read()["rows"] == {}
+    with pytest.raises(ConfigError, match="data_sha256: 'aa' there, 'bb' now"):
+        Results(tmp_path / "out", {**data, "data_sha256": "bb"}, resume=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format_version": 2}', '{"format_version": 1, "rows": []}', "[1]"])
@@ -167,6 +172,27 @@ def test_the_verdict_is_on_peers_that_keep_every_zero() -> None:
 def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
     found = contents(row("spp", 1e-2, 0, 3.0, zeros_kept=0.9999999))
     assert "< 100" in main_table(found).rows[0]
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.05, 3.0, 12.0, 1e4, 1e7])
+def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
+    pytest.importorskip("matplotlib")
+    sizes = {"spp": 2_442_240, "hira": int(2_442_240 * spread)}
+    found = contents(*(row(name, 1e-2, 0, 3.0 + size / 1e9, trainable=size) for name, size in sizes.items()))
+    if spread == 1.0:
+        found["rows"] = dict(list(found["rows"].items())[:1])  # one point spans nothing
+    figure = make_figure(found)
+    figure.canvas.draw()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    shown = [
+        t.label1
+        for which in (axis.get_major_ticks(), axis.get_minor_ticks())
+        for t in which
+        if low <= t.get_loc() <= high
+    ]
+    boxes = sorted((b.x0, b.x1) for b in (one.get_window_extent() for one in shown if one.get_text()))
+    assert boxes and all(one[1] < other[0] for one, other in zip(boxes, boxes[1:], strict=False))
 
 
 def test_costs_are_relative_to_the_reference() -> None:

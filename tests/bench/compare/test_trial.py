@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes, compare
 from spp.bench.compare.trial import zeros
-from spp.errors import ConfigError, DataError, OutputError
+from spp.errors import ConfigError, DataError, DependencyError, OutputError
 from spp.training.loading import load_model, load_tokenizer
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
 
@@ -91,9 +94,12 @@ def test_zeros_are_counted_one_by_one() -> None:
 
 def test_parameters_are_counted_as_they_are(pruned: Path) -> None:
     shapes = _shapes(load_model(pruned))
-    for name in ("spp", "spp:r=5", "spp-no-beta", "masked-lora:r=3", "hira-rule:r=2"):
-        contender = parse_contender(name)
-        assert _count(contender, shapes) == adapt(contender, load_model(pruned), 0).trainable(), name
+    for kind, one in KINDS.items():
+        if one.rank is None or (kind in ("hira", "lora", "lora-remasked") and find_spec("peft") is None):
+            continue
+        contender = parse_contender(kind).with_rank(3)
+        adapted = adapt(contender, load_model(pruned), 0, dense=pruned)
+        assert _count(contender, shapes) == adapted.trainable(), kind
     wanted = _count(parse_contender("spp"), shapes)
     nearest = _nearest(parse_contender("masked-lora"), load_model(pruned))
     worse = [abs(_count(nearest.with_rank(nearest.options["r"] + d), shapes) - wanted) for d in (-1, 1)]
@@ -127,6 +133,16 @@ def test_validation_and_test_share_nothing_with_training(kind: str, pruned: Path
     else:
         whole = load_tokenizer(pruned)(LINES)["input_ids"]
         assert len(data.train) == (len(whole) // 16) - 5
+
+
+def test_training_data_are_told_apart_by_what_is_in_them(pruned: Path, tmp_path: Path) -> None:
+    tokenizer, text = load_tokenizer(pruned), tmp_path / "text.txt"
+    found = []
+    for first in "ab":
+        text.write_text(first + LINES[1:])  # what is held back is the end, and the same
+        found.append(load(config(pruned, tmp_path / "o", data=text), tokenizer).facts())
+    differing = {name for name in found[0] if found[0][name] != found[1][name]}
+    assert differing == {"data_sha256"}
 
 
 def test_too_little_data_is_an_error(pruned: Path, tmp_path: Path) -> None:
@@ -167,13 +183,23 @@ def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_is_found_before_anything_is_trained(pruned: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_found_before_anything_is_trained(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"contender 'masked-lora:r=33': .*k_proj: r = 33"):
         compare(config(pruned, tmp_path / "out", contenders=("spp", "masked-lora:r=33")))
     assert not (tmp_path / "out").exists()
     tiny_llama(num_hidden_layers=1, intermediate_size=96).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"not those of .*pruned before pruning"):
-        compare(config(pruned, tmp_path / "out", contenders=("pst",), dense=tmp_path / "other"))
+        compare(config(pruned, tmp_path / "out", contenders=("spp", "pst"), dense=tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(DependencyError, match="contender ia3 needs peft"):
+            compare(config(pruned, tmp_path / "out", contenders=("spp", "ia3")))
+        patch.setitem(sys.modules, "peft", ModuleType("peft"))
+        with pytest.raises(ConfigError, match="has no HiraConfig; leave hira out"):
+            compare(config(pruned, tmp_path / "out", contenders=("spp", "hira")))
+    assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         compare(config(pruned, tmp_path / "file", contenders=("norms",)))
