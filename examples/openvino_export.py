@@ -74,7 +74,7 @@ def main(source: Path, out: Path, tokens: int, half: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of a merged checkpoint, certified")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--tokens", type=int, default=16, help="length of the sequences that the output takes")
     parser.add_argument("--half", action="store_true", help="compress weights to float16")
     options = parser.parse_args()

@@ -60,9 +60,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="directory of a model (default: SmolLM2, downloaded)")
     parser.add_argument("--text", type=Path, help="text file (default: Python's reference)")
-    parser.add_argument("--out", type=Path, default=Path("peft-out"))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--block-length", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("peft-out"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--block-length", type=int, default=128, help="tokens of a row (default: %(default)s)")
     options = parser.parse_args()
     if options.model is None:
         from smollm2 import smollm2

@@ -95,7 +95,7 @@ def main(model_dir: Path, out: Path, steps: int) -> None:
         ("time", f"{time_text(seconds)}, of it tuning {time_text(tuned.seconds)}"),
         ("peak memory", byte_text(peak)),
     ]
-    title = f"\nSmolLM2-135M; perplexity on held-out topics, window {WINDOW}"
+    title = f"\n{model_dir.name}; perplexity on held-out topics, window {WINDOW}"
     print(Table(title, ("what", "result"), tuple(rows)).text())
     print(f"\npruned says:   {before!r}\ntuned says:    {sample(plain, tokenizer)!r}")
     print(f"\nwrote {out / 'merged'}")
@@ -104,7 +104,7 @@ def main(model_dir: Path, out: Path, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="directory of a dense model (default: SmolLM2, downloaded)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps (default: %(default)s)")
     options = parser.parse_args()
     main(options.model or smollm2(), options.out, options.steps)

@@ -75,7 +75,7 @@ def method_of(path: str | Path) -> str | None:
     Raises:
         CheckpointError: its config is missing or cannot be read.
     """
-    kind = read_json(local_directory(path, "adapter") / CONFIG_NAME, "adapter config").get("peft_type")
+    kind = _read_config(local_directory(path, "adapter")).get("peft_type")
     return kind if isinstance(kind, str) else None
 
 
@@ -89,7 +89,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         NonFiniteError: NaN or infinity, with the keys.
     """
     directory = local_directory(path, "adapter")
-    values = read_json(directory / CONFIG_NAME, "adapter config")
+    values = _read_config(directory)
     tensors = _read_tensors(directory)
     if values.get("peft_type") == PEFT_TYPE:
         files = _ours(directory, values, tensors)
@@ -105,6 +105,13 @@ def read_adapter(path: str | Path) -> AdapterFiles:
             f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
         )
     return files
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path, inner = directory / CONFIG_NAME, directory / "adapter"
+    if not path.exists() and (inner / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{directory} holds no adapter itself, but a run's: pass {inner}")
+    return read_json(path, "adapter config")
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:

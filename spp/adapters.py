@@ -106,8 +106,8 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
     """
-    files = read_adapter(path)
     given, model = model, uncompiled(model)
+    files = read_adapter(path)
     wrapped = is_wrapped(model)
     targets: Targets = require_layers(model) if wrapped else _targets(model, files)
     if wrapped:

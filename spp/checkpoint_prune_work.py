@@ -204,7 +204,7 @@ class Work:
             if not count:
                 raise failed from error
             said = f"{failed}. {count} finished block{'s are' if count > 1 else ' is'} kept in {self._folder}: "
-            result = type(failed)(said + "the same command goes on behind them")
+            result = type(failed)(said + f"the same command goes on behind {'them' if count > 1 else 'it'}")
             result.errno = failed.errno
             raise result from error
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from spp.errors import ConfigError, DataError, NonFiniteError, SPPWarning
+from spp.targets import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,14 @@ def perplexity_result(
     )
 
 
+def check_windows(window: object, batch_size: object = 1, max_windows: object = None) -> None:
+    """Raise a ConfigError for options of a measurement that make no sense."""
+    for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
+        none = value is None and name == "max_windows"
+        if not none and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
+
+
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Return the token ids (T,) of a text of any length, without the tokenizer's warning about its model's length."""
     if not isinstance(text, str):
@@ -140,9 +149,8 @@ def token_perplexity(
         max_windows: measure the first windows only.
         progress: show a progress bar if standard error is a terminal.
     """
-    for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
+    require_model(model)
+    check_windows(window, batch_size, max_windows)
     if len(tokens) < window:
         raise DataError(
             f"the text has {len(tokens)} tokens, fewer than one window of {window}: "

@@ -24,7 +24,7 @@ from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
 from spp.offload import check_offloading
 from spp.packed import PackedHolder
-from spp.targets import name_targets, resolve_projections
+from spp.targets import name_targets, require_model, resolve_projections
 from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
@@ -205,11 +205,12 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether the model holds SPP layers."""
-    return any(isinstance(module, AdapterLayer) for module in model.modules())
+    return any(isinstance(module, AdapterLayer) for module in uncompiled(model).modules())
 
 
 def uncompiled(model: Any) -> Any:
     """Return the model that torch.compile(model) stands for, any other model as it is: names and state are its own."""
+    require_model(model)
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
@@ -238,7 +239,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         WrapError, ConfigError: the model is not wrapped, or accelerate offloads the adapter too.
     """
-    check_offloading(model)
+    check_offloading(uncompiled(model))
     return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
 
 

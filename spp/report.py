@@ -191,7 +191,8 @@ def export_table(report: ExportReport, *, every: bool = False) -> Table:
 
 def prune_lines(report: PruneReport) -> list[str]:
     """Return what a table of pruning leaves out: the data, what became of zeros that were there, the whole time."""
-    drawn = f"{report.windows} windows of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
+    windows = count_text(report.windows, "window")
+    drawn = f"{windows} of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
     fate = "kept, as this method does" if report.keeps_zeros else "weights like any other to this method"
     lines = []
     if report.owl is not None:
@@ -200,14 +201,19 @@ def prune_lines(report: PruneReport) -> list[str]:
     return [
         *lines,
         f"calibration: {drawn if report.windows else 'none'}",
-        f"zeros before: {report.sparsity_before:.4f} of the weights, {fate}",
-        f"time: {time_text(report.seconds)}, with the forward passes",
+        f"zeros before: {f'{report.sparsity_before:.4f} of the weights, {fate}' if report.sparsity_before else 'none'}",
+        f"time: {time_text(report.seconds)}{', with the forward passes' if report.windows else ''}",
     ]
 
 
 def pattern_text(pattern: str | Mapping[str, str]) -> str:
     """Return a pattern, or patterns by name, as they are given on the command line."""
     return pattern if isinstance(pattern, str) else ", ".join(f"{name}={value}" for name, value in pattern.items())
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural but for one."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def byte_text(count: float) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
-from spp.errors import TargetError
+from spp.errors import ConfigError, TargetError
 from spp.offload import is_offloaded, values
 from spp.packed import quantized_kind, read_quantized
 from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
@@ -36,6 +36,13 @@ _NOT_PROJECTION = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
     r"(\.[^.]*)?$"
 )
+
+
+def require_model(model: object) -> None:
+    """Raise a ConfigError that says what to do where something else is given as a model, such as its path."""
+    if not isinstance(model, nn.Module):
+        path = f"; load it first: AutoModelForCausalLM.from_pretrained({model!r})" if isinstance(model, str) else ""
+        raise ConfigError(f"expected a model, a torch.nn.Module, found a {type(model).__name__}{path}")
 
 
 def resolve_targets(

@@ -42,6 +42,8 @@ def test_a_text_is_used_whole_before_it_is_short(tmp_path: Path) -> None:
     with pytest.warns(SPPWarning, match=f"gives {count} calibration windows of 32 tokens, not the 1000"):
         windows = _windows(path, nsamples=1000)
     assert windows.shape == (count, 32)
+    with pytest.warns(SPPWarning, match="gives 1 calibration window of 32 tokens, not the 3 asked for"):
+        _windows([TEXT[:40]], nsamples=3)
 
 
 def test_documents_of_a_list_and_of_jsonl_are_the_same(tmp_path: Path) -> None:

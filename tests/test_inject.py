@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 import spp
 from spp import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, WrapError
+from spp.evaluation import perplexity
 from spp.inject import adapter_config, adapter_layers
 from tests.made import Made
 from tests.models import projections, prune_nm_, tiny_llama
@@ -429,3 +432,24 @@ def test_wrapping_makes_nothing_of_the_size_of_a_weight() -> None:
     with Made() as made:
         spp.wrap(model, 4, seed=0)
     assert made.shapes and made.most < smallest
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        spp.wrap,
+        spp.unwrap,
+        spp.merge,
+        spp.adapter_parameters,
+        spp.pack,
+        lambda model: spp.prune(model, "magnitude", "2:4"),
+        lambda model: spp.load_adapter(model, "adapter"),
+        lambda model: perplexity(model, None, "text"),
+    ],
+)
+def test_a_path_in_the_place_of_a_model(call: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spp.evaluation.tokenize", lambda tokenizer, text: torch.arange(9))
+    with pytest.raises(ConfigError, match=r"found a str; load it first: .*from_pretrained\('pruned'\)"):
+        call("pruned")
+    with pytest.raises(ConfigError, match=r"a torch\.nn\.Module, found a NoneType"):
+        call(None)

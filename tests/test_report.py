@@ -157,6 +157,14 @@ def test_many_fractions_are_their_range() -> None:
                 "OWL: blocks with more outliers keep more weights (threshold 5, spread 0.08)",
                 "calibration: none",
                 "zeros before: 0.1250 of the weights, weights like any other to this method",
+                "time: 1 min 01 s",
+            ],
+        ),
+        (
+            {"windows": 1, "sparsity_before": 0.0},
+            [
+                "calibration: 1 window of 16 tokens from a.txt, seed 7",
+                "zeros before: none",
                 "time: 1 min 01 s, with the forward passes",
             ],
         ),

@@ -99,7 +99,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds that count (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    told = "of weights and activations (default: %(default)s)"
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help=told)
     parser.add_argument("--out", type=Path, help="write all rows as JSON to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
     parser.set_defaults(plot=None, threads=None)

@@ -31,7 +31,7 @@ from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
 from spp.files import atomic_file, write_json
 from spp.kernels import native
 from spp.kernels.choice import kernels
-from spp.report import Table
+from spp.report import Table, count_text
 from spp.report_plot import check_plot
 
 PACKAGES = ("transformers", "peft", "triton")
@@ -197,7 +197,7 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
 def environment_line(found: Mapping[str, Any]) -> str:
     """Return `environment` on one line, to stand under a table."""
     versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items())
-    threads = f"{found['threads']} threads on {found['cores']} cores"
+    threads = f"{count_text(found['threads'], 'thread')} on {count_text(found['cores'], 'core')}"
     products = "products that skip zeros" if found["compiled_products"] else f"kernels {found['kernels']}"
     return f"{found['device']}, {threads}, {found['dtype']}, {products}; Python {found['python']}, {versions}"
 
@@ -225,7 +225,9 @@ def require_peft(contender: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise DependencyError(f"the contender {contender} needs peft: pip install 'spp[peft]'") from error
+        raise DependencyError(
+            f"the contender {contender} needs peft: pip install 'spp[peft]', or leave it out"
+        ) from error
     return peft
 
 
@@ -242,7 +244,8 @@ def require_bitsandbytes() -> Any:
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every benchmark has."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    told = "of weights and activations (default: %(default)s)"
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"), help=told)
     parser.add_argument("--threads", type=int, help="threads of the processor (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
     parser.add_argument("--plot", type=Path, help="draw the table as a chart: a .png, .svg or .pdf file")

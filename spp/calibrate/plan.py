@@ -267,7 +267,8 @@ def _log(report: PruneReport) -> None:
     for note, paths in noted.items():
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         logger.warning("%s%s: %s", ", ".join(paths[:3]), more, note)
+    seen = f" ({report.windows} windows of {report.seqlen} tokens)" if report.windows else ""
     logger.info(
-        "%s: %d layers pruned to %.4f sparsity in %.1f s (%d windows of %d tokens)",
-        *(report.method, len(report.layers), report.sparsity, report.seconds, report.windows, report.seqlen),
+        "%s: %d layers pruned to %.4f sparsity in %.1f s%s",
+        *(report.method, len(report.layers), report.sparsity, report.seconds, seen),
     )

@@ -146,7 +146,8 @@ def _cut(texts: Iterator[str], whole: bool, where: str, tokenizer: Any, nsamples
         )
     if windows < nsamples:
         warnings.warn(
-            f"{where} gives {windows} calibration windows of {seqlen} tokens, not the {nsamples} asked for",
+            f"{where} gives {windows} calibration window{'s' * (windows > 1)} of {seqlen} tokens, not the {nsamples} "
+            f"asked for",
             SPPWarning,
             stacklevel=5,
         )

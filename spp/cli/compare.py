@@ -89,7 +89,7 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     """Run the comparison and print its table."""
     from spp.bench.compare.chart import draw
     from spp.bench.compare.config import CompareConfig
-    from spp.bench.compare.study import compare
+    from spp.bench.compare.study import REPORT, compare
     from spp.bench.compare.tables import main_table, notes, verdict
     from spp.files.hub import local_directory
     from spp.report_plot import check_plot
@@ -107,6 +107,7 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     for line in filter(None, (verdict(contents), *notes(contents))):
         console.say(line)
     console.wrote(results.path)
+    console.wrote(results.path.with_name(REPORT))
     if plot is not None:
         draw(contents, plot, overwrite=overwrite)
         console.wrote(plot)

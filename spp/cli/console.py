@@ -22,6 +22,7 @@ from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
 from spp.files import require_replaceable
 from spp.report import Table, time_text
 
+_FOR_DEVELOPERS = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)  # nothing that a user can mend
 _options: Options = {}  # of the command that runs
 
 
@@ -103,8 +104,14 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
+def quiet_imports() -> None:
+    """Leave out what other libraries log while they are imported: kernels that this machine has no use for."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def show_warnings_on_one_line() -> None:
-    """Print spp's own warnings as `warning: …`, without file and source line."""
+    """Print spp's own warnings as `warning: …`, without file and source line, and no deprecations among libraries."""
     before = warnings.showwarning
 
     def showwarning(
@@ -117,7 +124,7 @@ def show_warnings_on_one_line() -> None:
     ) -> None:
         if issubclass(category, SPPWarning):
             note(f"warning: {spoken(str(message))}")
-        else:
+        elif not issubclass(category, _FOR_DEVELOPERS):
             before(message, category, filename, lineno, file, line)
 
     warnings.showwarning = showwarning
@@ -170,6 +177,13 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
     require_replaceable(path)
+
+
+def check_directory(path: Path, overwrite: bool) -> None:
+    """Refuse a directory to write as `check_output` does, and a file in its place."""
+    if path.is_file():
+        raise OutputExistsError(f"{path} is a file; choose the name of a directory")
+    check_output(path, overwrite)
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -35,12 +35,13 @@ def run(
     from spp.adapter_files import PST_TYPE, method_of
     from spp.adapters import load_adapter
     from spp.errors import ConfigError
-    from spp.evaluation import perplexity_result
+    from spp.evaluation import check_windows, perplexity_result
     from spp.files.hub import local_directory
     from spp.pst import load
     from spp.training.loading import load_model, load_tokenizer
 
     where = console.pick_device(device)
+    check_windows(window, batch_size, max_windows)  # before the model is loaded
     passage = console.read_text_file(text)
     console.quiet_libraries()
     with console.step(f"loading {model}"):

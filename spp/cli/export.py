@@ -37,7 +37,7 @@ def run(
         raise ConfigError("pass one of --packed and --dense")
     if dense and strict_bits:
         raise ConfigError("--strict-bits goes with --packed: a packed checkpoint holds no −0.0")
-    console.check_output(output, overwrite)
+    console.check_directory(output, overwrite)
     with console.step(f"{'packing' if packed else 'unpacking'} {directory}"):
         if packed:
             report = export_packed(directory, output, strict_bits=strict_bits, overwrite=overwrite)

@@ -49,6 +49,8 @@ def options(
     commands = getattr(context.command, "commands", {})
     console.speak_of(options_of(commands.get(context.invoked_subcommand)))
     console.show_warnings_on_one_line()
+    if not debug:
+        console.quiet_imports()
 
 
 def main() -> None:

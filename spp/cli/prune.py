@@ -92,7 +92,7 @@ def run(
     )
     where = console.pick_device(device)
     console.pick_dtype(dtype)
-    console.check_output(output, overwrite)
+    console.check_directory(output, overwrite)
     if report is not None:
         console.check_file(report, overwrite)
     console.quiet_libraries()

@@ -159,7 +159,7 @@ def tune_with(recipe: str, given: dict[str, Any]) -> Any:
     config = TuneConfig.from_recipe(recipe, **{**given, "data": tuple(given["data"])})
     local_directory(given["model"], "model")  # fails, or fetches a hub id, before anything else
     console.quiet_libraries()
-    with console.step(f"tuning {given['model']}"):
+    with console.step(f"tuning {given['model']}"), console.log():
         try:
             return tune(config)
         except TrainingInterrupted as stop:  # typer turns a KeyboardInterrupt into exit code 130 and says nothing

@@ -1,7 +1,7 @@
 """Messages of the library in the words of the command line: `target_modules=["a"]` is `--target-modules a` there.
 
 name=value            the options of the command that runs, with the value as one types it
-name is …, name: …    at the start of a message, the same
+name is VALUE, name: …  at the start of a message, the same; a folder that is called so has no value
 spp.verify(a, b)      the command that does it; spp.export_dense(a, b) is `spp export DIRECTORY OUTPUT --dense`
 PYTHON (--option)     the option
 """
@@ -22,6 +22,7 @@ _COMMANDS = {
     "export_packed": "export DIRECTORY OUTPUT --packed",
 }
 _CALL = re.compile(rf"\bspp\.({'|'.join(_COMMANDS)})\b(?:\(([^()]*)\))?")
+_SAID = rf" is (?:{_VALUE}|-?inf\b|nan\b|(?:an )?empty\b)|: "
 _TWICE = re.compile(r"(--[\w-]+)(?: [^\s()]+)? \(\1\)")
 
 Options = Mapping[str, tuple[str, str | None]]
@@ -53,7 +54,7 @@ def as_options(message: str, options: Options) -> str:
         return _typed(*options[match[1]], match[2]) or match[0]
 
     message = re.sub(rf"(?<![\w./\\-])({names})=(?:({_VALUE})(?![\w(])|(?![\w\"'({{\[]))", replace, message)
-    message = re.sub(rf"\A({names})(?= is |: )", lambda match: options[match[1]][0], message)
+    message = re.sub(rf"\A({names})(?={_SAID})", lambda match: options[match[1]][0], message)
     return _TWICE.sub(r"\1", message)
 
 

@@ -168,7 +168,7 @@ def _results(run: Path | None) -> str | None:
     values = read_json(path, "the run's perplexities")
     found = {name: values.get(name) for name in ("before", "after")}
     rows = [
-        (name, f"{float(one['perplexity']):.4f}", _shown(one.get("window")), _shown(one.get("windows")))
+        (name, f"{float(one['perplexity']):.4f}", _shown(one.get("window") or "rows"), _shown(one.get("windows")))
         for name, one in found.items()
         if isinstance(one, dict) and isinstance(one.get("perplexity"), (int, float))
     ]

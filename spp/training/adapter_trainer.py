@@ -21,11 +21,19 @@ from transformers.trainer_utils import TrainOutput
 from spp.errors import CheckpointError, ConfigError, WrapError
 from spp.files import output_error
 from spp.training.causal_loss import captured_states, check_form, loss_of_states
-from spp.training.checkpoints import last_complete, mark_complete, replace_files, require_complete, rotate, unmark
+from spp.training.checkpoints import (
+    last_complete,
+    mark_complete,
+    replace_files,
+    require_complete,
+    rotate,
+    unmark,
+    why_not_written,
+)
 
 logger = logging.getLogger(__name__)
 
-_WRITER = "PytorchStreamWriter"  # torch.save says RuntimeError where the disk is full
+_WRITER = ("PytorchStreamWriter", "inline_container")  # in torch.save's RuntimeError where it cannot write
 
 
 class AdapterTrainer(Trainer):
@@ -186,9 +194,11 @@ class AdapterTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # rotated below, when this one is whole
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) or _WRITER in str(error):
-                raise output_error(error, directory) from error
+        except OSError as error:
+            raise output_error(error, directory) from error
+        except RuntimeError as error:
+            if any(word in str(error) for word in _WRITER):
+                raise output_error(why_not_written(directory) or error, directory) from error
             raise
         finally:
             self.args.save_total_limit = limit

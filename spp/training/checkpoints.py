@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from spp.files import output_error, read_json, recover, write_json
 from spp.files.leftovers import make_temporary
 
 MARKER_NAME = "spp_complete.json"
+_PROBES, _PROBE = 4, 2**20  # writes, and bytes of each: one to a disk that is nearly full is cut short first
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -74,6 +76,17 @@ def mark_complete(directory: str | Path, step: int) -> None:
         _sync(file)
     sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
     write_json(directory / MARKER_NAME, {"step": step, "files": sizes})
+
+
+def why_not_written(directory: str | Path) -> OSError | None:
+    """Return what the system says to a file of a few megabytes there, for writers that do not tell; None if it fits."""
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            for _ in range(_PROBES):
+                file.write(bytes(_PROBE))
+    except OSError as error:
+        return error
+    return None
 
 
 def unmark(directory: str | Path) -> None:

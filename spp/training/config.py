@@ -306,7 +306,7 @@ class TuneConfig:
                 )
         if self.method == "pst":
             if self.pattern is None:
-                raise ConfigError('pattern is None; PST needs what to prune at the end: "N:M" or a fraction')
+                raise ConfigError('pattern= is missing: PST needs what to prune at the end, "N:M" or a fraction')
             object.__setattr__(self, "pattern", str(Pattern.parse(self.pattern)))
             check_schedule(self.initial_warmup, self.final_warmup, self.initial_sparsity, self.final_sparsity)
         elif self.mask_update_every is None:
@@ -318,4 +318,4 @@ class TuneConfig:
         else:
             check_mask_updates(*(getattr(self, name) for name in _MASK_UPDATES))
             if self.dense_model is None:
-                raise ConfigError("dense_model is None; mask updates take the values of regrown weights from there")
+                raise ConfigError("dense_model= is missing: mask updates take the values of regrown weights from there")

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from spp.errors import DataError
 from spp.evaluation import IGNORED, tokenize
-from spp.training.chat import encode
+from spp.training.chat import PLAIN_HEADINGS, encode
 from spp.training.rows import Source, read_source
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,8 @@ def load_data(
         data = _row_data(source, tokenizer, names, block_length, completions_only, held_out, seed)
     s = data.summary
     logger.info("%s: %d rows of %s, %d tokens, %d to learn", names, s.rows, s.kind, s.tokens, s.labelled)
+    if not source.is_text and not getattr(tokenizer, "chat_template", None):
+        logger.info("the tokenizer has no chat template: turns begin with %s", ", ".join(PLAIN_HEADINGS.values()))
     if s.truncated or s.unlearnable or s.empty:
         logger.warning(
             "%s: %d rows were cut at block_length %d; left out: %d rows whose answers lie beyond it, %d empty ones",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from spp.adapter_files import CONFIG_NAME
 from spp.checkpoint import load_packed
 from spp.checkpoint_classes import auto_class
 from spp.errors import CheckpointError
+from spp.files import read_json
 from spp.files.hub import local_directory
 from spp.packed.disk import is_packed_directory
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_SHOWN = 8  # names of missing weights
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
@@ -24,7 +29,7 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
         dtype: "auto" (the checkpoint's own), "float64", "float32", "bfloat16" or "float16".
 
     Raises:
-        CheckpointError: it cannot be found, reached or read.
+        CheckpointError: it cannot be found, reached or read, or lacks weights, which transformers would draw at random.
     """
     from transformers import AutoConfig
 
@@ -33,9 +38,15 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
         return load_packed(name, dtype=_DTYPES.get(dtype))
     try:
         auto = auto_class(AutoConfig.from_pretrained(directory))
-        model = auto.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype))
+        model, found = auto.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype), output_loading_info=True)
     except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
+        raise CheckpointError(
+            f"{os.fspath(name)} lacks {len(missing)} weights of its model: {names}; save or fetch it again"
+        )
     model.config._name_or_path = os.fspath(name)  # a hub id, not its folder in the cache: adapters name their base
     return model
 
@@ -55,10 +66,21 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # as above
+        if not any((Path(directory) / file).is_file() for file in _TOKENIZERS):
+            raise CheckpointError(
+                f"{os.fspath(name)} has no tokenizer ({', '.join(_TOKENIZERS)}): save the model's own there, with "
+                "tokenizer.save_pretrained"
+            ) from error
         raise _error("tokenizer", name, error) from error
 
 
 def _error(what: str, name: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    adapter = Path(name) / CONFIG_NAME
+    if adapter.is_file() and not (Path(name) / "config.json").exists():
+        base = read_json(adapter, "adapter config").get("base_model_name_or_path")
+        return CheckpointError(
+            f"{os.fspath(name)} holds an adapter, no model: pass its base, {base or 'a pruned model'}"
+        )
     reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
     return CheckpointError(
         f"cannot load the {what} from {os.fspath(name)}: {reason}\n"

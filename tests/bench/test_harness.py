@@ -71,3 +71,4 @@ def test_the_environment_names_machine_threads_dtype_and_versions() -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in harness.environment_line(found)
     assert not harness.environment("cpu", torch.float64)["compiled_products"]  # which know no float64
+    assert "1 thread on 2 cores" in harness.environment_line({**found, "threads": 1, "cores": 2})

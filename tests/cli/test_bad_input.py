@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from spp.errors import OutputExistsError
 from tests.cli.conftest import Outcome
@@ -40,6 +41,51 @@ def test_a_model_that_is_not_there(
     out = tmp_path / "out"
     refused(spp(*(a.format(out=out, text=text, adapter=adapter) for a in arguments)), "/no/such/model")
     assert not out.exists()
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_not_made_up(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    model, name = tmp_path / "model", "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(pruned, model)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    told = (f"{model} lacks 1 weights of its model: {name}; save or fetch it again",)
+    refused(spp("eval", model, "--text", text, "--window", 64), *told)
+    refused(spp("tune", model, tmp_path / "run", "--data", text), *told)
+    refused(spp("prune", model, tmp_path / "out", "--method", "magnitude"), *told)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pruned, model, ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(spp("tune", model, tmp_path / "run", "--data", text), f"{model} has no tokenizer (tokenizer.json, ")
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_file_in_the_place_of_an_output(spp: Call, pruned: Path, tmp_path: Path, overwrite: tuple[str, ...]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for arguments in (("prune", pruned, file, "--method", "magnitude"), ("export", pruned, file, "--packed")):
+        refused(found := spp(*arguments, *overwrite), f"{file} is a file; choose the name of a directory")
+        assert "pruning" not in found.err
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_or_an_adapter_in_the_place_of_another(spp: Call, pruned: Path, text: Path, adapter: Path) -> None:
+    run = adapter.parent / "run"
+    shutil.copytree(adapter, run / "adapter")
+    (run / "config.json").write_text('{"format": "spp-tune-1"}')
+    told = (f"{run} holds no adapter itself, but a run's: pass {run / 'adapter'}",)
+    refused(spp("merge", pruned, run, run.parent / "out"), *told)
+    refused(spp("eval", pruned, "--adapter", run, "--text", text), *told)
+    refused(spp("eval", adapter, "--text", text), f"{adapter} holds an adapter, no model: pass its base, ")
+
+
+def test_options_of_eval_are_checked_before_the_model_is_loaded(spp: Call, text: Path) -> None:
+    found = spp("eval", "/no/such/model", "--text", text, "--window", 1)
+    refused(found, "--window is 1; it must be an int of at least 2")
+    assert "loading" not in found.err
 
 
 def test_a_name_that_is_neither_a_directory_nor_on_the_hub(spp: Call, text: Path) -> None:

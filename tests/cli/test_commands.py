@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -31,6 +32,28 @@ def test_the_installed_program_runs() -> None:
     code = "import sys; from spp.cli.main import main; sys.argv = ['spp', '--version']; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (0, f"spp {__version__}\n")
+
+
+def test_warnings_are_one_line_and_no_deprecations_of_libraries() -> None:
+    code = (
+        "import warnings; from spp.cli import console; from spp.errors import SPPWarning\n"
+        "console.show_warnings_on_one_line(); warnings.simplefilter('always')\n"
+        "warnings.warn('of spp', SPPWarning); warnings.warn('of another', UserWarning)\n"
+        "warnings.warn('will be removed', FutureWarning); warnings.warn('is deprecated', DeprecationWarning)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stderr.startswith("warning: of spp\n") and "UserWarning: of another" in run.stderr
+    assert "removed" not in run.stderr and "deprecated" not in run.stderr
+
+
+def test_other_libraries_do_not_log_their_imports(spp: Call) -> None:
+    logger = logging.getLogger("torchao")
+    before = logger.level
+    try:
+        ok(spp("inspect", "--help"))
+        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+    finally:
+        logger.setLevel(before)
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -136,6 +159,7 @@ def test_tune(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     assert f"wrote {run}" in found.out and f"wrote {run / 'adapter'}" in found.out
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert len((run / "log.jsonl").read_text().splitlines()) >= 3
+    assert f"{text}: " in found.err and "rows of text" in found.err and found.err.count(f" on {text}") == 2
     ok(spp("merge", pruned, run / "adapter", tmp_path / "merged"))
 
     refused = spp("tune", pruned, run, *options, *sizes)
@@ -222,6 +246,6 @@ def test_bench_step(spp: Call, tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     options = ("--shape", "tiny", "--batch", 1, "--tokens", 8, "--rounds", 2, "--warmup", 1, "--rank", 4)
     found = ok(spp("bench", "step", *options, "--no-memory", "--contenders", "spp", "spp-input-dropout", "--out", path))
-    assert f"wrote {path}" in found.out and "threads" in found.out
+    assert f"wrote {path}" in found.out and "thread" in found.out
     assert [row["contender"] for row in json.loads(path.read_text())["rows"]] == ["spp", "spp-input-dropout"]
     assert "usage: spp bench step" in ok(spp("bench", "step", "--help")).out

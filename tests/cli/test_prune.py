@@ -93,7 +93,7 @@ def test_without_a_tokenizer(spp: Call, dense: Path, adapter: Path, text: Path, 
     ok(spp("merge", output, adapter, tmp_path / "merged"))
     for memory in ([], ["--in-memory"]):
         found = spp("prune", bare, tmp_path / "other", "--calibration", text, *WANDA, *memory)
-        refused(found, f"cannot load the tokenizer from {bare}")
+        refused(found, f"{bare} has no tokenizer")
     torch.save(torch.randint(3, 90, (4, 32)), tmp_path / "ids.pt")
     found = ok(spp("prune", bare, tmp_path / "other", "--calibration", tmp_path / "ids.pt"))
     assert f"4 windows of 32 tokens from {tmp_path / 'ids.pt'}" in found.out

@@ -36,6 +36,9 @@ PRUNE = {
         ("seqlen=32; pass more", "--seqlen 32; pass more"),
         ("seqlen is 0; it must be", "--seqlen is 0; it must be"),
         ("the seqlen is 0", "the seqlen is 0"),
+        ("target_modules is empty; pass None", "--target-modules is empty; pass None"),
+        ("dtype is torch.int8; known: float32", "--dtype is torch.int8; known: float32"),
+        ("pattern is packed already", "pattern is packed already"),  # a folder of that name
         ("owl= gives blocks", "--owl gives blocks"),
         ("with dtype=torch.float32, or", "with --dtype float32, or"),
         ("SPPConfig.dtype=torch.float32", "SPPConfig.dtype=torch.float32"),

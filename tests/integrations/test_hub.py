@@ -105,6 +105,14 @@ def test_the_card_of_a_merged_model(made: Path) -> None:
     assert again == report
 
 
+def test_instruction_rows_have_no_window(made: Path, copy: Callable[[str], Path]) -> None:
+    run = copy("run")
+    write_json(
+        run / "eval.json", {"text": "held out: 3 rows", "before": {"perplexity": 9, "window": None, "windows": 3}}
+    )
+    assert "| before | 9.0000 | rows | 3 |" in make_card(run / "adapter", REPO)
+
+
 def test_the_card_of_an_adapter(made: Path) -> None:
     metadata, text = parsed(push(made / "run" / "adapter", REPO, dry_run=True))  # the run is found beside it
     assert metadata == {

@@ -174,10 +174,15 @@ class TestInstructions:
         assert [learned(tokenizer, data.train[i]["labels"]) for i in range(2)] == ["Yo</s>", "Ciao</s>"]
 
     @pytest.mark.parametrize("make", [tiny_tokenizer, no_template])
-    def test_prompts_are_learned_when_asked_for(self, tmp_path: Path, make: Any) -> None:
+    def test_prompts_are_learned_when_asked_for(
+        self, tmp_path: Path, make: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "spp")
         data = load(jsonl(tmp_path / "a.jsonl", ALPACA), make(), completions_only=False)
         for i in range(3):
             assert torch.equal(data.train[i]["labels"], data.train[i]["input_ids"])
+        told = "no chat template: turns begin with ### Task, ### Request, ### Answer"
+        assert (told in caplog.text) is (make is no_template)
 
     def test_long_rows_are_cut_and_counted(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         rows = [

@@ -151,7 +151,7 @@ COMMON: dict[str, Any] = {"data": "train.txt", "output_dir": "run", "model": "m"
     ("options", "complaint"),
     [
         ({"method": "lora"}, "method is 'lora'; known: spp, pst"),
-        ({"method": "pst"}, "pattern is None"),
+        ({"method": "pst"}, "pattern= is missing"),
         ({"method": "pst", "pattern": "4:2"}, "4:2"),
         ({**PST, "r": 8}, "r is 8, which means nothing to method='pst': it is an option of method='spp'"),
         ({**PST, "dropout": 0.1}, "dropout is 0.1"),
@@ -166,7 +166,7 @@ COMMON: dict[str, Any] = {"data": "train.txt", "output_dir": "run", "model": "m"
         ({"mask_rank": 4}, "mask_rank is 4"),
         ({"dense_model": "dense"}, "no mask updates without mask_update_every="),
         ({"mask_update_drop": "magnitude"}, "no mask updates without mask_update_every="),
-        ({"mask_update_every": 4}, "dense_model is None"),
+        ({"mask_update_every": 4}, "dense_model= is missing"),
         ({"mask_update_every": 0, "dense_model": "d"}, "mask_update_every is 0"),
         ({"mask_update_every": 4, "dense_model": "d", "mask_update_until": 1.5}, "mask_update_until is 1.5"),
         ({"mask_update_every": 4, "dense_model": ""}, "dense_model is ''"),

@@ -383,21 +383,38 @@ class TestRefused:
             tune(config(text, text / "run"), model=model, tokenizer=tiny_tokenizer())
         assert not is_wrapped(model)
 
-    @pytest.mark.parametrize("name", ["_save_rng_state", "_save_optimizer_and_scheduler"])
-    def test_a_full_disk(self, text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("_save_rng_state", None),
+            ("_save_optimizer_and_scheduler", "PytorchStreamWriter failed writing file data/0: file write failed"),
+            (
+                "_save_optimizer_and_scheduler",
+                "[enforce fail at inline_container.cc:672] . unexpected pos 29824 vs 29712",
+            ),
+        ],
+    )
+    def test_a_full_disk(
+        self, text: Path, tmp_path: Path, name: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         real = getattr(SPPTrainer, name)
 
         def full(self: SPPTrainer, output_dir: str) -> None:
             if self.state.global_step < 4:
                 real(self, output_dir)
-            elif name == "_save_rng_state":
+            elif message is None:
                 raise OSError(errno.ENOSPC, "No space left on device")
             else:
-                raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+                raise RuntimeError(message)
+
+        def no_file(**options: object) -> None:
+            assert "checkpoint-4" in str(options["dir"])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
             patch.setattr(SPPTrainer, name, full)
-            with pytest.raises(OutputError, match=r"cannot write .*checkpoint-4"):
+            patch.setattr("spp.training.checkpoints.tempfile.TemporaryFile", no_file)
+            with pytest.raises(OutputError, match=r"cannot write .*checkpoint-4: the disk is full: free some space"):
                 run_tune(config(text, tmp_path / "run", save_every=2))
         whole = run_tune(config(text, tmp_path / "whole"))
         with pytest.warns(SPPWarning, match="skipping .*checkpoint-4"):

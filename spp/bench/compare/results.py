@@ -32,6 +32,14 @@ _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
 
 
+def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise an OutputExistsError for results that are there, unless it was said what becomes of them."""
+    if path.exists() and not (resume or overwrite):
+        raise OutputExistsError(
+            f"{path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another directory"
+        )
+
+
 class Results:
     """The results in a directory.
 
@@ -52,11 +60,7 @@ class Results:
         self.directory = directory
         self.path = directory / NAME
         with self._locked():
-            if self.path.exists() and not (resume or overwrite):
-                raise OutputExistsError(
-                    f"{self.path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another "
-                    f"directory"
-                )
+            refuse_existing(self.path, resume=resume, overwrite=overwrite)
             if self.path.exists() and not overwrite:
                 _check_conditions(self.path, self._read()["conditions"], conditions)
             else:

@@ -17,7 +17,7 @@ from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import PST_KINDS, RULES_OF, require_methods
-from spp.bench.compare.results import Results
+from spp.bench.compare.results import NAME, Results, refuse_existing
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
@@ -114,7 +114,9 @@ def compare(config: CompareConfig) -> Results:
         >>> results = compare(config)  # doctest: +SKIP
     """
     contenders = config.parsed()
-    require_methods(contenders)
+    if not config.resume:  # all rows may be there
+        require_methods(contenders)
+    refuse_existing(Path(str(config.output_dir)) / NAME, resume=config.resume, overwrite=config.overwrite)
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     model = load_model(config.model, config.dtype)
@@ -124,10 +126,8 @@ def compare(config: CompareConfig) -> Results:
     _check_ranks(contenders, model)
     shapes = _shapes(model)
     del model
-    if (
-        any(contender.needs_dense for contender in contenders)
-        and _shapes(load_model(config.dense, config.dtype)) != shapes
-    ):
+    needed = config.dense if any(contender.needs_dense for contender in contenders) else None
+    if needed is not None and _shapes(load_model(needed, config.dtype)) != shapes:
         raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
     conditions = {**config.conditions(), **data.facts(), "masks": masks}
     results = Results(Path(str(config.output_dir)), conditions, resume=config.resume, overwrite=config.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
         if low <= t.get_loc() <= high
     ]
     boxes = sorted((b.x0, b.x1) for b in (one.get_window_extent() for one in shown if one.get_text()))
-    assert boxes and all(one[1] < other[0] for one, other in zip(boxes, boxes[1:], strict=False))
+    assert boxes and all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
 
 
 def test_costs_are_relative_to_the_reference() -> None:
