@@ -233,6 +233,9 @@ def _prepare_opaque_forward() -> None:
         _opaque_forward = torch.compiler.disable(PSTLinear._compute)
 
 
+_TOO_LARGE = 2**63  # whole numbers from here on are none that torch takes
+
+
 def check_options(
     weight_rank: object, weight_scale: object, mask_rank: object, low_rank_scale: object, structured_scale: object
 ) -> None:
@@ -246,9 +249,9 @@ def check_options(
         ("structured_scale", structured_scale),
     )
     for name, scale in scales:
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if not number or not math.isfinite(scale):  # type: ignore[arg-type]  # a number
-            raise ConfigError(f"{name} is {scale!r}; it must be a finite number")
+        whole = isinstance(scale, int) and not isinstance(scale, bool) and abs(scale) < _TOO_LARGE
+        if not whole and not (isinstance(scale, float) and math.isfinite(scale)):
+            raise ConfigError(f"{name} is {scale!r:.40}; it must be a finite number")
 
 
 def check_pattern(pattern: str | Pattern | None) -> Pattern | None:

@@ -18,11 +18,10 @@ from spp.checkpoint import merge_checkpoint, verify
 from spp.errors import AdapterError, CheckpointError, OutputError, SPPError
 from spp.files import output, read_json, save_tensors, write_json
 from tests.checkpoint.helpers import Q0, contents, make_sources, shard, tensors_of, wrapped_model
-from tests.checkpoint.random_kills import WORKS
+from tests.checkpoint.kills import WORKS
 from tests.files.test_atomic import remount_read_only, small_disk  # noqa: F401  a fixture
 from tests.forks import side_by_side
 
-ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
 FIRST, LAST = (f"model-{i:05}-of-00003.safetensors" for i in (1, 3))
 

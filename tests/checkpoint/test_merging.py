@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,6 @@ from tests.checkpoint.helpers import (
 )
 from tests.models import tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter_model.safetensors"
 ALPHA = "base_model.model.model.layers.0.self_attn.q_proj.spp_alpha"
 BETA = "base_model.model.model.layers.0.self_attn.q_proj.spp_beta"
@@ -377,27 +374,6 @@ def test_a_flipped_bit_after_the_merge_is_caught(base: Path, adapter: Path, tmp_
         verify(out)
     certify(out)
     verify(out)
-
-
-def test_kills(tmp_path: Path) -> None:
-    assert min(run_kills(tmp_path, 11)) >= 3
-
-
-@pytest.mark.stress
-def test_a_kill_at_every_moment(tmp_path: Path) -> None:
-    assert min(run_kills(tmp_path, 1)) >= 20
-
-
-def run_kills(folder: Path, step: int) -> list[int]:
-    command = [sys.executable, str(ROOT / "tests/checkpoint/kills.py"), str(folder), "merge,save", str(step)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(kills) for kills in done.stdout.split()]
 
 
 def test_the_certificate_is_as_documented(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ def test_inputs_that_need_no_gradient_get_none() -> None:
         ({"weight_rank": 0}, "weight_rank is 0"),
         ({"mask_rank": True}, "mask_rank is True"),
         ({"low_rank_scale": float("nan")}, "low_rank_scale is nan"),
+        ({"structured_scale": 2**64}, "structured_scale is 18446744073709551616; it must be a finite number"),
+        ({"weight_scale": -(10**400)}, "weight_scale is -1000"),
         ({"pattern": "3:5"}, "5"),
         ({"pattern": 0.5}, "N:M or None"),
     ],
