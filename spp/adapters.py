@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spp.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
 from spp.config import SPPConfig
-from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError
+from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, some_of
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
 from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
@@ -213,7 +213,7 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None
     message = (
         f"the zeros of the base differ from those that the adapter in {files.source} was trained on, in "
         f"{len(differing)} "
-        f"layers: {', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. It belongs to "
+        f"layers: {some_of(differing)}. It belongs to "
         f"{files.base_name or 'another base'}"
     )
     if strict:

@@ -23,6 +23,8 @@ The second base class is the built-in one that a caller who knows nothing of spp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SPPError(Exception):
     """Base class of everything that spp raises on purpose."""
@@ -90,3 +92,9 @@ class DependencyError(SPPError, ImportError):
 
 class SPPWarning(UserWarning):
     """Something is allowed, but probably not what was meant."""
+
+
+def some_of(names: Iterable[str], most: int = 8) -> str:
+    """Return names for a message, sorted: all of them, or the first `most` and an ellipsis."""
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")

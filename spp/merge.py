@@ -185,6 +185,8 @@ def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
 
 def draw_seed(rounding: str, seed: int | None) -> int:
     """Return the seed of a merge: `seed`, or for stochastic rounding without one a draw from torch's generator."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed is {seed!r}; expected an integer, or None")
     if seed is None and rounding == "stochastic":
         return int(torch.randint(2**62, (1,)))
     return seed or 0

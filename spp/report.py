@@ -186,7 +186,11 @@ def export_table(report: ExportReport, *, every: bool = False) -> Table:
         dense, packed = sum(t.dense_bytes for t in tensors), sum(t.packed_bytes for t in tensors)
         sizes = (byte_text(dense), byte_text(packed), f"{packed / dense:.4f}")
         rows.append((name, str(len(tensors)), _joined(t.pattern for t in tensors), *sizes))
-    return Table("packed", ("tensor", "tensors", "pattern", "dense", "packed", "packed / dense"), tuple(rows))
+    return Table(
+        "pruned weights, dense and packed",
+        ("tensor", "tensors", "pattern", "dense", "packed", "packed / dense"),
+        tuple(rows),
+    )
 
 
 def prune_lines(report: PruneReport) -> list[str]:

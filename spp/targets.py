@@ -27,10 +27,13 @@ OTHER_PROJECTIONS = (
     *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
     *("w1", "w2", "w3", "in_proj"),  # LFM2; Mamba
+    *("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),  # Qwen3-Next and Qwen3.5, linear attention
+    *("linear_x", "linear_y", "linear_out", "Wi", "Wo"),  # RecurrentGemma; ModernBERT's decoder
     *("input_linear", "output_linear", "kv_proj"),  # JetMoE, Granite's shared experts
 )
 ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # themselves, or with their linear below them as "layer"
+_OTHER_MODALITIES = ("Vision", "Audio", "Image", "Speech")  # in the name of a config's class
 _NEVER = ("embed", "wte", "wpe", "lm_head", "embed_out", "score", "classifier")
 _NOT_PROJECTION = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
@@ -108,7 +111,8 @@ def text_side(model: nn.Module) -> list[str]:
     """Return the paths of the modules that hold a model's text side: [""], the whole, unless it has several modalities.
 
     Such a model's config holds one of its text part, which transformers' `get_text_config` gives; the modules of the
-    text side are those with a config of its class.
+    text side are those with a config of its class. Where the text has no config of its own (Phi-4), it is all but
+    `other_sides`.
     """
     config = getattr(model, "config", None)
     getter = getattr(config, "get_text_config", None)
@@ -120,6 +124,12 @@ def text_side(model: nn.Module) -> list[str]:
         if type(getattr(module, "config", None)) is type(text) and not any(path.startswith(f"{f}.") for f in found):
             found.append(path)
     return found or [""]
+
+
+def other_sides(model: nn.Module) -> list[str]:
+    """Return the paths of the modules whose config is one of images or sound."""
+    named = ((path, type(getattr(module, "config", None)).__name__) for path, module in model.named_modules() if path)
+    return [path for path, name in named if any(part in name for part in _OTHER_MODALITIES)]
 
 
 def is_projection_key(key: str, ndim: int) -> bool:
@@ -194,8 +204,12 @@ def _choose(
     head = output_head(model)
     chosen = {path: p for path, p in found.items() if _is_target(path, p.module, target_modules, head)}
     if target_modules is None:
-        text = text_side(model)
-        chosen = {path: p for path, p in chosen.items() if any(not t or path.startswith(f"{t}.") for t in text)}
+        text, other = text_side(model), tuple(f"{side}." for side in other_sides(model))
+        chosen = {
+            path: p
+            for path, p in chosen.items()
+            if any(not t or path.startswith(f"{t}.") for t in text) and not path.startswith(other)
+        }
     if exclude_modules is not None:
         excluded = _excluded(found, exclude_modules)
         chosen = {path: p for path, p in chosen.items() if path not in excluded}

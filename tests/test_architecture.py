@@ -225,7 +225,7 @@ def test_the_walk_allows_what_is_right(path: str, source: str) -> None:
 def test_import_spp_stays_light() -> None:
     code = (
         "import json, sys\n"
-        "import spp, torch\n"
+        "import spp, spp.integrations, torch\n"
         f"loaded = [name for name in {NOT_LOADED_BY_IMPORT!r} if name in sys.modules]\n"
         "print(json.dumps([loaded, torch.cuda.is_initialized()]))\n"
     )

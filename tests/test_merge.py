@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -205,3 +207,10 @@ def test_a_head_that_is_named_is_merged_and_remembered() -> None:
     report = spp.merge(model)
     assert "lm_head.weight" in report.sparsity_report.tensors
     assert "lm_head" in report.layers and model._spp_base["keys"] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("seed", ["1", 1.0, True])
+def test_a_seed_is_an_integer(seed: Any) -> None:
+    model = spp.wrap(pruned(), r=4, seed=0)
+    with pytest.raises(ConfigError, match=r"seed is .*; expected an integer"):
+        spp.merge(model, rounding="stochastic", seed=seed)

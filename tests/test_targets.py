@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,14 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCau
 
 import spp
 from spp.errors import TargetError
-from spp.targets import PROJECTIONS, is_projection_key, projection_weights, resolve_targets
+from spp.targets import (
+    PROJECTIONS,
+    is_projection_key,
+    last_name,
+    projection_weights,
+    resolve_projections,
+    resolve_targets,
+)
 from tests.models import tiny_llama
 
 
@@ -122,5 +131,31 @@ def test_the_text_side_is_meant_unless_more_is_named() -> None:
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **MULTIMODAL["llava"]))
     found = paths(model)
     assert len(found) == 14 and all(path.startswith("model.language_model.") for path in found)
-    assert any(path.startswith("model.vision_tower.") for path in paths(model, "all-linear"))
-    assert paths(model, ["vision_tower.encoder.layers.0.mlp.fc1"]) == ["model.vision_tower.encoder.layers.0.mlp.fc1"]
+    (image,) = [path for path in paths(model, "all-linear") if path.endswith(".mlp.fc1")]
+    assert image.startswith("model.vision_tower.")
+    assert paths(model, [image.removeprefix("model.")]) == [image]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "names"),
+    [
+        (
+            "phi4_multimodal",  # whose text has no config of its own
+            {"vision_config": {"num_hidden_layers": 2}, "audio_config": {"num_blocks": 1}, "num_hidden_layers": 1},
+            {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+        ),
+        (
+            "qwen3_next",  # linear attention, but for one layer
+            {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_experts": 4},
+            {*PROJECTIONS, "in_proj_qkvz", "out_proj", "gate_up_proj"},
+        ),
+    ],
+)
+def test_default_names_of_other_architectures(architecture: str, sizes: dict[str, Any], names: set[str]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    found = resolve_projections(model)
+    assert {last_name(path) for path in found} == names
+    assert all(path.startswith("model.layers.") for path in found)

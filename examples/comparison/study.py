@@ -38,6 +38,7 @@ RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
 ABLATIONS = ("spp-no-beta", "spp-random-beta")
 DROPOUT = ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha")
 FIRST = ("spp=2e-2", "masked-lora=4e-3", "hira=1e-2", "lora-remasked=4e-3")  # one each, so that a table is there early
+BEST = ("spp=2e-2", "masked-lora=4e-3", "hira=2e-2", "lora-remasked=4e-3")  # what the search at 2:4 came to
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,26 @@ class Stage:
 
 
 NARROW = {"extend": 0}
+SEEDS = {"seeds": (0, 1, 2)}
 STAGES = (
     Stage("wikitext", "2of4", PEERS, FIRST, NARROW),
     Stage("wikitext", "2of4", PEERS),
     Stage("wikitext", "2of4", RANKS, ("2e-2",), NARROW),
+    Stage("wikitext", "0.75", PEERS, BEST, NARROW),
+    Stage("wikitext", "0.5", PEERS, BEST, NARROW),
+    Stage("instruct", "2of4", PEERS, BEST, NARROW),
+    Stage("wikitext", "2of4", PEERS, options=SEEDS),
     Stage("wikitext", "2of4", ("full", "norms", "ia3", "pst-pruned"), ("full=2e-4", "norms=1e-2", "ia3=3e-2"), NARROW),
     Stage("wikitext", "2of4", ABLATIONS),
     Stage("wikitext", "0.75", PEERS),
     Stage("wikitext", "0.5", PEERS),
-    Stage("wikitext", "2of4", OTHERS),
     Stage("instruct", "2of4", PEERS),
-    Stage("wikitext", "2of4", PEERS, options={"seeds": (0, 1, 2)}),
+    Stage("wikitext", "2of4", OTHERS),
     Stage("wikitext", "2of4", RANKS + DROPOUT),
     Stage("wikitext", "2of4", (*PEERS, "hira-rule", *OTHERS, *RANKS, *ABLATIONS, *DROPOUT), (), {"cost_rounds": 5}),
-    Stage("wikitext", "0.75", PEERS, options={"seeds": (0, 1, 2)}),
-    Stage("wikitext", "0.5", PEERS, options={"seeds": (0, 1, 2)}),
-    Stage("instruct", "2of4", PEERS, options={"seeds": (0, 1, 2)}),
+    Stage("wikitext", "0.75", PEERS, options=SEEDS),
+    Stage("wikitext", "0.5", PEERS, options=SEEDS),
+    Stage("instruct", "2of4", PEERS, options=SEEDS),
 )
 
 

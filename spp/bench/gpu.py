@@ -78,9 +78,9 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--layers",
         nargs="+",
-        default=["4096x4096", "11008x4096"],
+        default=list(LAYERS),
         metavar="MxN",
-        help="out × in features (default: 4096x4096 11008x4096)",
+        help=f"out × in features (default: {' '.join(LAYERS)})",
     )
     parser.add_argument("--tokens", type=int, default=16384, help="rows of X (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="r of SPP (default: %(default)s)")

@@ -50,8 +50,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for what in ("peak", "step", "saved"):
             first = rows[0] if rows else row
-            row[f"reference_to_this_{what}"] = first[f"{what}_bytes"] / row[f"{what}_bytes"]
-            row[f"this_to_reference_{what}"] = row[f"{what}_bytes"] / first[f"{what}_bytes"]
+            this, reference = row[f"{what}_bytes"], first[f"{what}_bytes"]
+            row[f"reference_to_this_{what}"] = reference / max(this, 1)  # a small step may fit in what is free
+            row[f"this_to_reference_{what}"] = this / max(reference, 1)
         rows.append({**row, **environment})
     return rows
 

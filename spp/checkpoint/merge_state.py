@@ -11,7 +11,7 @@ from spp.checkpoint.adapters import Part, sum_of
 from spp.checkpoint.places import Place, Places
 from spp.checkpoint.rewriting import Rewriting
 from spp.checkpoint.scanning import Bytes
-from spp.errors import MaskError
+from spp.errors import MaskError, some_of
 from spp.files import CheckpointReader, mask_sha256
 from spp.inject import layer_generator
 from spp.kernels.native import elementwise
@@ -149,6 +149,6 @@ class Merging(Rewriting):
                 differing.append(place.path)
         raise MaskError(
             f"the zeros of {self.reader.directory} are not those that the adapter in {part.files.source} was trained "
-            f"on in {len(differing)} layers: {', '.join(sorted(differing))}. It belongs to "
+            f"on in {len(differing)} layers: {some_of(differing)}. It belongs to "
             f"{part.files.base_name or 'another base'}: pass that one"
         )

@@ -24,6 +24,7 @@ from spp.files import (
 )
 from spp.inject import is_wrapped
 from spp.packed.disk import DenseReader
+from spp.targets import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def save_model(
     Example:
         >>> spp.save_model(model, "pruned-2of4", tokenizer=tokenizer)  # doctest: +SKIP
     """
+    require_model(model)
     if is_wrapped(model):
         raise WrapError(
             "the model is still wrapped: spp.save_adapter(model, path) saves the adapter alone; to save the merged "
@@ -61,6 +63,8 @@ def save_model(
         )
     if not hasattr(model, "save_pretrained"):
         raise ConfigError(f"a {type(model).__name__} has no save_pretrained; spp.save_model saves transformers models")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ConfigError(f"tokenizer is {tokenizer!r}; expected a tokenizer of transformers, or None")
     require_replaceable(dir)
     with atomic_directory(dir, overwrite=overwrite) as directory:
         model.save_pretrained(directory)  # type: ignore[operator]  # nn.Module says every attribute may be a tensor

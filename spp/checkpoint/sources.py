@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spp.adapter_files import CONFIG_NAME
 from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
+from spp.files.reader import INDEX, SINGLE
 from spp.packed.disk import DenseReader
 from spp.targets import dense_projections, has_values, is_projection_key, packed_modules, packed_ndim, weight_of
 from spp.targets_layout import disk_input_axes
@@ -49,9 +51,24 @@ class Source:
 
 
 def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "model") -> Path:
-    """Return a local directory for a path or a hub id, after finishing what a killed writer had begun there."""
+    """Return a local directory for a path or a hub id, after finishing what a killed writer had begun there.
+
+    Raises:
+        CheckpointError: it is none, cannot be fetched, or holds an adapter and no model.
+        ConfigError: this is no path.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ConfigError(f"expected the path of a {what}, found a {type(name_or_path).__name__}")
     recover(name_or_path)
-    return local_directory(name_or_path, what)
+    directory = local_directory(name_or_path, what)
+    if not any((directory / name).exists() for name in (SINGLE, INDEX)):
+        for adapter in (directory, directory / "adapter"):
+            if (adapter / CONFIG_NAME).is_file():
+                raise CheckpointError(
+                    f"{directory} holds an adapter, no model: pass the model that it was trained on, or what "
+                    f"spp merge BASE {adapter} OUTPUT writes"
+                )
+    return directory
 
 
 def projection_keys(reader: CheckpointReader) -> list[str]:

@@ -71,7 +71,11 @@ def step(text: str) -> Iterator[None]:
     """Say on standard error that something long begins, and how long it took."""
     note(f"{text} …")
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except KeyboardInterrupt:  # typer turns it into exit code 130 and says nothing
+        note(f"{text}: interrupted after {time_text(time.perf_counter() - start)}")
+        raise
     note(f"{text}: {time_text(time.perf_counter() - start)}")
 
 

@@ -51,7 +51,7 @@ def run(
     from spp.report import merge_table, sparsity_table
 
     stored = None if dtype is None else getattr(torch, console.pick_dtype(dtype, auto=False))
-    console.check_output(output, overwrite)
+    console.check_directory(output, overwrite)
     parts = [weighted(adapter) for adapter in adapters]
     of_pst = [name for name, _ in parts if method_of(name) == PST_TYPE]
     if of_pst:

@@ -114,6 +114,8 @@ def _atomic(target: str | os.PathLike[str], overwrite: bool, *, directory: bool)
             raise output_error(error, path) from error
         made = []
     except BaseException as error:
+        if isinstance(error, OutputError) and str(temporary) in str(error):
+            raise _renamed(error, temporary, path) from error
         if _is_failure_to_write(error, temporary):
             raise output_error(error, path) from error
         raise
@@ -122,6 +124,13 @@ def _atomic(target: str | os.PathLike[str], overwrite: bool, *, directory: bool)
             remove(leftover)
         os.close(lock)
         _remove_empty(made)
+
+
+def _renamed(error: OutputError, temporary: Path, path: Path) -> OutputError:
+    """Return the error with the name that was asked for, of which the temporary one says nothing to a user."""
+    result = type(error)(str(error).replace(str(temporary), str(path)))
+    result.errno = error.errno
+    return result
 
 
 def _check_target(path: Path, overwrite: bool, directory: bool) -> None:

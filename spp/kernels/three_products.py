@@ -216,7 +216,7 @@ def _backward(
     dtype = call.products
     dy_2d = dy.reshape(-1, m).to(dtype)  # (T, m)
     x_2d = x.reshape(dy_2d.shape[0], n).to(dtype)
-    mask = None if bits is None else unpack_bits(bits, x.shape).view(-1, n)
+    mask = None if bits is None else unpack_bits(bits, x_2d.shape)
     keep_scale = 1.0 / (1.0 - call.dropout)
     d_x: Tensor | None
     if call.whole:

@@ -130,6 +130,8 @@ class SPPRule(Rule):
                 d_beta[here] = d_beta[here] + part if accumulate else part
 
     def largest_factor(self, factors: Factors) -> float:
+        if not factors.alpha.numel():  # no inputs
+            return 0.0
         largest = (float(torch.linalg.vector_norm(t, math.inf)) for t in (factors.scaled_beta, factors.alpha))
         return math.prod(largest)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spp.errors import WrapError
+from spp.errors import SPPWarning, WrapError
 from spp.kernels.blocks import row_step, slices
 from spp.patterns import nonzero_mask, pack_bits
 from spp.pruning.swap import swap
@@ -106,8 +107,16 @@ class MaskUpdates(TrainerCallback):
         return self.fraction * DECAYS[self.decay](step / last)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Forget what a step that failed has left."""
+        """Forget what a step that failed has left, and warn where no update can come."""
         self._let_go()
+        last = math.floor(self.until * state.max_steps)
+        if self.every > last:
+            warnings.warn(
+                f"the masks stay as they are: the first update would be after step {self.every}, and the last may be "
+                f"after step {last} of {state.max_steps}; train for more steps, or lower mask_update_every=",
+                SPPWarning,
+                stacklevel=2,
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Have layers choose their new masks in the backward pass of a step that ends in an update."""

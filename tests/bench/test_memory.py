@@ -24,11 +24,12 @@ def test_saved_bytes_count_memory_once_and_no_parameters() -> None:
 
 
 def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "in_child", run_here)
-    out = tmp_path / "rows.json"
+    out, chart = tmp_path / "rows.json", tmp_path / "chart.png"
     threads = str(torch.get_num_threads())
     run = ["--shape", "tiny", "--batch", "2", "--tokens", "64", "--rank", "4", "--threads", threads]
-    memory.main([*run, "--contenders", "spp", "spp-low-memory", "--out", str(out)])
+    memory.main([*run, "--contenders", "spp", "spp-low-memory", "--out", str(out), "--plot", str(chart)])
     spp, low = json.loads(out.read_text())["rows"]
     assert spp["reference_to_this_peak"] == 1.0
     assert low["saved_bytes"] < 0.9 * spp["saved_bytes"]
@@ -37,6 +38,17 @@ def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
         assert row["step_bytes"] == row["peak_bytes"] - row["rest_bytes"]
         assert {"device", "dtype", "threads", "versions", "batch", "tokens", "model", "rank"} <= set(row)
     assert "spp-low-memory" in capsys.readouterr().out
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_that_needs_no_more_memory_has_a_ratio_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter(
+        [{"rest_bytes": 5, "peak_bytes": 5, "saved_bytes": 0}, {"rest_bytes": 5, "peak_bytes": 8, "saved_bytes": 2}]
+    )
+    monkeypatch.setattr(harness, "in_child", lambda module, arguments: next(found))
+    none, three = memory.measure(memory.parse(["--shape", "tiny", "--contenders", "spp", "spp-packed"], "memory"))
+    assert (none["step_bytes"], none["reference_to_this_step"]) == (0, 0.0)
+    assert (three["this_to_reference_step"], three["this_to_reference_peak"]) == (3.0, 1.6)
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

@@ -65,12 +65,15 @@ def test_every_turn_starts_from_the_dense_weights() -> None:
 def test_rows_and_memory_of_children(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "in_child", run_here)
-    path = tmp_path / "rows.json"
-    prune.main([*TINY, "--rounds", "2", "--warmup", "0", "--methods", "wanda", "sparsegpt", "--out", str(path)])
+    path, chart = tmp_path / "rows.json", tmp_path / "chart.png"
+    files = ["--out", str(path), "--plot", str(chart)]
+    prune.main([*TINY, "--rounds", "2", "--warmup", "0", "--methods", "wanda", "sparsegpt", *files])
     out = capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
     assert f"wrote {path}" in out and "sparsegpt" in out and "peak above the model" in out
+    assert chart.read_bytes().startswith(b"\x89PNG")
     assert [row["contender"] for row in rows] == ["floor", "wanda", "sparsegpt"]
     assert (
         rows[0]["this_to_reference_wall"] == rows[0]["this_to_reference_process"] == {"median": 1, "p20": 1, "p80": 1}

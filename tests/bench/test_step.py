@@ -93,14 +93,15 @@ def test_pst_is_what_autograd_makes_of_its_formula(pattern: str) -> None:
 def test_rows_and_memory_of_children(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "in_child", run_here)
-    path = tmp_path / "rows.json"
-    step.main(
-        [*TINY, "1", "--rounds", "2", "--warmup", "0", "--contenders", "spp", "spp-alpha-dropout", "--out", str(path)]
-    )
+    path, chart = tmp_path / "rows.json", tmp_path / "chart.png"
+    files = ["--out", str(path), "--plot", str(chart)]
+    step.main([*TINY, "1", "--rounds", "2", "--warmup", "0", "--contenders", "spp", "spp-alpha-dropout", *files])
     out = capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
     assert f"wrote {path}" in out and "spp-alpha-dropout" in out
+    assert chart.read_bytes().startswith(b"\x89PNG")
     assert rows[0]["reference_to_this_wall"]["median"] == 1.0
     assert all(row["peak_bytes"] >= row["rest_bytes"] > 0 for row in rows)
     assert {"device", "dtype", "threads", "versions", "batch", "tokens", "model", "rank"} <= set(rows[0])

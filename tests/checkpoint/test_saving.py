@@ -191,3 +191,11 @@ def test_only_checkpoints_are_certified(tmp_path: Path) -> None:
         certify(tmp_path)
     with pytest.raises(CheckpointError):
         certify(tmp_path / "nowhere")
+
+
+def test_what_is_no_path_or_no_tokenizer_is_said(tmp_path: Path) -> None:
+    for call in (spp.verify, spp.certify, lambda what: spp.merge_checkpoint(what, tmp_path, tmp_path / "out")):
+        with pytest.raises(ConfigError, match="expected the path of a model, found a int"):
+            call(5)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="tokenizer is 'pruned'; expected a tokenizer"):
+        spp.save_model(pruned_model(), tmp_path / "out", tokenizer="pruned")

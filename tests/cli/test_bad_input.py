@@ -66,7 +66,11 @@ def test_a_checkpoint_without_a_tokenizer(spp: Call, pruned: Path, text: Path, t
 def test_a_file_in_the_place_of_an_output(spp: Call, pruned: Path, tmp_path: Path, overwrite: tuple[str, ...]) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    for arguments in (("prune", pruned, file, "--method", "magnitude"), ("export", pruned, file, "--packed")):
+    for arguments in (
+        ("prune", pruned, file, "--method", "magnitude"),
+        ("export", pruned, file, "--packed"),
+        ("merge", pruned, "adapter", file),
+    ):
         refused(found := spp(*arguments, *overwrite), f"{file} is a file; choose the name of a directory")
         assert "pruning" not in found.err
     assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
@@ -80,6 +84,8 @@ def test_a_run_or_an_adapter_in_the_place_of_another(spp: Call, pruned: Path, te
     refused(spp("merge", pruned, run, run.parent / "out"), *told)
     refused(spp("eval", pruned, "--adapter", run, "--text", text), *told)
     refused(spp("eval", adapter, "--text", text), f"{adapter} holds an adapter, no model: pass its base, ")
+    refused(spp("verify", adapter), f"{adapter} holds an adapter, no model: pass the model that it was trained on")
+    refused(spp("certify", run), f"what spp merge BASE {run / 'adapter'} OUTPUT writes")
 
 
 def test_options_of_eval_are_checked_before_the_model_is_loaded(spp: Call, text: Path) -> None:

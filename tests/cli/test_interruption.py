@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during `spp tune`: how to go on is said, and the exit code is 130."""
+"""Ctrl-C and SIGTERM: what was interrupted and how to go on is said, and the exit code is 130."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spp.cli import console
 from spp.cli.main import main
 from spp.training.callbacks import ProgressBar, read_log
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
@@ -45,3 +46,9 @@ def test_tune_says_how_to_resume(
     assert "--resume" in " ".join(capsys.readouterr().err.split())
     assert run([*words, "--resume"]) == 0
     assert [entry["step"] for entry in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_step_says_that_it_was_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), console.step("merging a into b"):
+        raise KeyboardInterrupt
+    assert "merging a into b: interrupted after " in capsys.readouterr().err

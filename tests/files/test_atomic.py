@@ -202,6 +202,15 @@ def test_errors_of_the_block_that_mean_a_full_disk_are_told(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
 
 
+def test_the_output_is_named_and_not_its_temporary_folder(tmp_path: Path) -> None:
+    message = f"cannot write {tmp_path / 'out' / 'a'}: the disk is full: free some space or write elsewhere"
+    with pytest.raises(OutputError) as caught, atomic_directory(tmp_path / "out") as folder:
+        raise output_error(OSError(errno.ENOSPC, "No space left on device"), folder / "a")
+    assert str(caught.value) == message and caught.value.errno == errno.ENOSPC
+    with pytest.raises(OutputExistsError, match="elsewhere"), atomic_directory(tmp_path / "out"):
+        raise OutputExistsError("elsewhere exists")  # another output's
+
+
 def test_output_error_is_idempotent() -> None:
     error = output_error(OSError(errno.EROFS, "x"), "out")
     assert output_error(error, "elsewhere") is error

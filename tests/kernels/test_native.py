@@ -28,6 +28,7 @@ from tests.kernels.test_three_products import (  # noqa: F401  # what must hold 
     check,
     run,
     run_reference,
+    test_a_layer_without_inputs_gives_its_bias,
     test_a_second_derivative_is_refused_with_the_way_out,
     test_activation_checkpointing_gives_the_same_gradients,
     test_in_place_changes_between_forward_and_backward_are_detected,

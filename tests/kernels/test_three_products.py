@@ -424,6 +424,17 @@ def test_meta_tensors_give_shapes() -> None:
     assert y.is_meta and y.shape == (5, 12)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_without_inputs_gives_its_bias(dtype: torch.dtype, dropout: float) -> None:
+    case = make_case(12, 0, 4, (3, 40), dtype)
+    y, (d_x, d_bias, d_alpha, d_beta) = run(case, dropout=dropout)
+    assert case.bias is not None
+    assert_same_bits(y, case.bias.expand(3, 40, 12))
+    assert d_x.shape == (3, 40, 0) and d_alpha.shape == (4, 0) and not bool(d_beta.any())
+    assert_same_bits(d_bias, case.dy.reshape(-1, 12).sum(0))
+
+
 def test_mixed_dtypes_and_wrong_shapes_are_explained() -> None:
     case = make_case(12, 8, 4, (5,))
     with pytest.raises(TypeError, match="autocast"):

@@ -49,6 +49,12 @@ def updated(directory: Path, base: str = "2:4", dense: Any = None, wrap: Any = N
     return trainer(directory, model, mask_updates=updates, **options)
 
 
+def test_updates_that_never_come_are_warned_of(tmp_path: Path) -> None:
+    made = updated(tmp_path, max_steps=2, until=0.75, every=2)
+    with pytest.warns(SPPWarning, match=r"first update would be after step 2.*last may be after step 1 of 2"):
+        made.train()
+
+
 def weights_of(model: Any) -> dict[str, Tensor]:
     return {path: layer.weight.detach().clone() for path, layer in adapter_layers(model).items()}
 

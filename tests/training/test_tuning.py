@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -321,25 +320,27 @@ class TestInterruption:
     def test_a_killed_process_resumes_to_the_same_bytes(self, text: Path, tmp_path: Path) -> None:
         pruned().save_pretrained(tmp_path / "model")
         tiny_tokenizer().save_pretrained(tmp_path / "model")
-        options: dict[str, Any] = {"model": tmp_path / "model", "steps": 60, "save_every": 1, "dropout": 0.1}
+        options: dict[str, Any] = {"model": tmp_path / "model", "steps": 16, "save_every": 1, "dropout": 0.1}
         tune(config(text, tmp_path / "whole", **options))
         program = textwrap.dedent(
             """
-            import json, sys
+            import json, os, signal, sys, threading, time
+            from pathlib import Path
             from spp.training import TuneConfig, tune
+
+            def kill_when(folder):  # from inside: quicker than another process would be
+                while not folder.exists():
+                    time.sleep(0.001)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            threading.Thread(target=kill_when, args=(Path(sys.argv[2]),), daemon=True).start()
             tune(TuneConfig.from_dict(json.loads(sys.argv[1])))
             """
         )
         victim = config(text, tmp_path / "cut", **options)
-        process = subprocess.Popen([sys.executable, "-c", program, json.dumps(victim.to_dict())])
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "cut/checkpoints/checkpoint-5").exists() and time.monotonic() < deadline:
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.005)
-        finally:
-            process.kill()
-            process.wait()
+        arguments = [json.dumps(victim.to_dict()), str(tmp_path / "cut/checkpoints/checkpoint-5")]
+        process = subprocess.run([sys.executable, "-c", program, *arguments], timeout=600)
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
         assert not (tmp_path / "cut/adapter").exists()
 
         with warnings.catch_warnings():

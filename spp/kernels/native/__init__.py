@@ -9,6 +9,9 @@ the first pruned layer asks for it, into the user's cache, and used where the re
 (compiler.py); without a compiler, or on another processor than x86-64 with AVX2 and FMA, torch does the work
 (blockwise.py, which is the twin that the tests compare with).
 
+What is skipped is not looked at: an infinite input at a pruned weight gives no NaN here, as 0 · inf does in a dense
+product.
+
 elementwise.py has the other compiled file: merges, masks and checksums in one pass.
 """
 
