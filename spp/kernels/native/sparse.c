@@ -114,6 +114,22 @@ static inline i64 first_value(const block *b, i64 i, i64 from) {
     return place;
 }
 
+/* Asks the memory for what row i + AHEAD needs of these columns; of a weight without N:M where it is likely to lie.
+   Inline by force: a call that only prefetches has no effect that a compiler sees, and it is left out. */
+static inline __attribute__((always_inline)) void fetch_packed(const block *b, i64 i, i64 from, i64 count, i64 place) {
+    i64 ahead = AHEAD * b->row_values, values = count, size = element_size(b->dtype);
+    if (b->starts) {
+        i64 at = i * b->stretches + from / STRETCH, then = at + AHEAD * b->stretches;
+        ahead = b->wide_starts ? ((const int64_t *)b->starts)[then] - ((const int64_t *)b->starts)[at]
+                               : ((const int32_t *)b->starts)[then] - ((const int32_t *)b->starts)[at];
+    } else {
+        values = count / b->group * b->kept;
+    }
+    const char *w = (const char *)b->weight + (place + ahead) * size;
+    for (i64 k = 0; k < values * size + 64; k += 64) _mm_prefetch(w + k, _MM_HINT_T0); /* they begin within a line */
+    _mm_prefetch((const char *)b->codes + (i + AHEAD) * b->code_bytes + from / 8, _MM_HINT_T0);
+}
+
 /* Eight columns of a packed row: the values from `place` on, put where the mask has a bit. */
 static inline __m256 expand(const block *b, i64 place, int mask) {
     i64 size = element_size(b->dtype);
@@ -145,12 +161,15 @@ static inline void row_values(const block *b, i64 i, i64 from, i64 count, float 
     if (b->codes) {
         i64 place = first_value(b, i, from);
         const uint8_t *codes = b->codes + i * b->code_bytes + from / 8;
+        if (i + AHEAD < b->rows) fetch_packed(b, i, from, count, place);
         for (; j < count; j += 8) {
             __m256 value = expand(b, place, codes[j / 8]);
             place += __builtin_popcount(codes[j / 8]);
-            if (alpha) {
+            if (alpha && count - j >= 8) {
+                value = computed(value, _mm256_loadu_ps(alpha + j), scaled_beta, b);
+            } else if (alpha) {
                 float factors[8] = {0};
-                memcpy(factors, alpha + j, smaller(count - j, 8) * sizeof(float));
+                memcpy(factors, alpha + j, (count - j) * sizeof(float));
                 value = computed(value, _mm256_loadu_ps(factors), scaled_beta, b);
             }
             _mm256_storeu_ps(out + j, value);
