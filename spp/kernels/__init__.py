@@ -27,11 +27,11 @@ A 16-bit base on a CPU that does not multiply 16 bits faster (cpu.py) is rounded
 same blocks: two passes more in plain torch, none in native/. Of activations a layer keeps X alone for backward
 (keep.py: or its bfloat16 copy), with input dropout one bit an entry more. On a GPU see whole.py.
 
-Measured: `spp bench layer --layers 4096x4096 --tokens 512 2048 --threads 2 --contenders spp spp-packed full hira
-branches lora spp-alpha-dropout`, 2:4, float32, medians of interleaved rounds on two cores of an AMD EPYC with AVX2,
-torch 2.13, wall time of spp relative to full fine-tuning of the layer: 0.76 and 0.74 (512 and 2048 rows). In plain
-torch (SPP_KERNELS=torch) on two cores of an Intel Xeon with AVX-512 it was 1.08 and 1.02, with 11008 × 4096 1.09 and
-1.04.
+Measured: `spp bench layer --layers 4096x4096 11008x4096 --tokens 512 2048 --threads 2 --contenders spp spp-packed full
+hira branches lora spp-alpha-dropout`, 2:4, float32, medians of interleaved rounds on two cores, torch 2.13, wall time
+of spp relative to full fine-tuning of the layer, by shape and rows in that order: AMD EPYC with AVX-512 0.65, 0.70,
+0.67, 0.77 (on packed weights 1.03, 1.07, 1.11, 1.00 times as long as dense); AMD EPYC with AVX2 0.76, 0.74 (4096 ×
+4096 alone); Intel Xeon with AVX-512 in plain torch (SPP_KERNELS=torch) 1.08, 1.02, 1.09, 1.04.
 """
 
 from __future__ import annotations
