@@ -17,7 +17,7 @@ from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts import SPPExperts, check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_dense import warn_dense
-from spp.inject_guards import guard_saving
+from spp.inject_guards import config_of_rank, guard_saving
 from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
@@ -95,7 +95,7 @@ def wrap(
         "packed": packed,
         "seed": seed,
     }
-    config = _make_config(r, options)
+    config = _make_config(model, r, options)
     check_grad_precision(grad_precision)
     given, model = model, uncompiled(model)
     check_quantizer(model)
@@ -280,9 +280,9 @@ def layer_generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _make_config(r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
+def _make_config(model: nn.Module, r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
     if not isinstance(r, SPPConfig):
-        return SPPConfig(r=r, **options)
+        return config_of_rank(uncompiled(model), r, options)
     defaults = {f.name: f.default for f in fields(SPPConfig) if f.default is not MISSING}
     given = sorted(name for name, value in options.items() if value != defaults[name])
     if given:

@@ -1,16 +1,19 @@
-"""What stands in for save_pretrained where it would write a checkpoint that nothing could load."""
+"""What wrap refuses, and what save_pretrained does where it would write a checkpoint that nothing could load."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from torch import nn
 
-from spp.errors import WrapError
+from spp.config import SPPConfig
+from spp.errors import ConfigError, WrapError
 from spp.experts import SPPExperts
 from spp.experts_packed import PackedExperts
 from spp.layer import SPPLinear
 from spp.layer_packed import PackedLinear
+from spp.targets import resolve_projections
 
 
 def guard_saving(model: nn.Module) -> None:
@@ -40,3 +43,16 @@ def refuse_while_packed(*args: object, **kwargs: object) -> NoReturn:
         "the model is packed, and save_pretrained would write a checkpoint that transformers cannot load: call "
         "spp.unpack(model) first"
     )
+
+
+def config_of_rank(model: nn.Module, r: int, options: Mapping[str, Any]) -> SPPConfig:
+    """Return the config of a rank and options; the error for a rank below 1 names the first layer that was to have it.
+
+    Raises:
+        ConfigError, TargetError: as in `spp.inject.wrap`.
+    """
+    if type(r) is int and r < 1:
+        config = SPPConfig(r=1, **options)
+        path = next(iter(resolve_projections(model, config.target_modules, config.exclude_modules)))
+        raise ConfigError(f"{path}: r is {r}; it must be an int of at least 1")
+    return SPPConfig(r=r, **options)

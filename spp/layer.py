@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
-from spp.errors import NonFiniteError
+from spp.errors import ConfigError, NonFiniteError
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
 from spp.layer_checks import check_linear
@@ -87,9 +87,12 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         where: str = "SPPLinear",
     ) -> None:
         super().__init__()
-        config = SPPConfig(
-            r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
-        )
+        try:
+            config = SPPConfig(
+                r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
         check_linear(linear, config, where)
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init

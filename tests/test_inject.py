@@ -272,7 +272,9 @@ def test_unwrapped_models_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
-        ({"r": 0}, ConfigError, "r is 0"),
+        ({"r": 0}, ConfigError, "model.layers.0.self_attn.q_proj: r is 0"),
+        ({"r": -3, "target_modules": ["up_proj"]}, ConfigError, "model.layers.0.mlp.up_proj: r is -3"),
+        ({"r": 0, "scaling": -1.0}, ConfigError, "scaling"),
         ({"r": 33}, ConfigError, "model.layers.0.self_attn.k_proj: r = 33"),
         ({"scaling": -1.0}, ConfigError, "scaling"),
         ({"dropout": 1.5}, ConfigError, "dropout"),

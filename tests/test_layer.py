@@ -253,8 +253,8 @@ def test_compiled_numbers_are_those_of_eager(backend: str) -> None:
 
 def test_bad_input() -> None:
     for r in (0, 13):
-        with pytest.raises(ConfigError, match=rf"r.* {r}"):
-            SPPLinear(sparse_linear(), r=r)
+        with pytest.raises(ConfigError, match=rf"^up_proj: r.* {r}"):
+            SPPLinear(sparse_linear(), r=r, where="up_proj")
     with pytest.raises(ConfigError, match="scaling"):
         SPPLinear(sparse_linear(), scaling=-2.0)
     with pytest.raises(TargetError, match="Embedding"):
