@@ -6,7 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Benchmarks to run on your own machine.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Benchmarks to run on your own machine.\n\nExample: spp bench step --model DIR --rounds 10 --out step.json",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 PASSED_ON: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},

@@ -69,7 +69,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert all(command in run.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "bench"])
 def test_help_has_an_example(spp: Call, command: str) -> None:
     assert f"Example: spp {command} " in ok(spp(command, "--help")).out
 
