@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from spp.certificate import BaseRecord, Certificate, SparsityReport
+from spp.checkpoint.naming import same_names
 from spp.checkpoint.scanning import scan_reader, scan_source
 from spp.checkpoint.sources import checkpoint_directory, input_axes, open_source, projection_keys
 from spp.checkpoint.verifying import facts_of, pruned_matrices, require_same_masks
@@ -120,6 +121,7 @@ def certify(
         certificate = make_certificate(reader, deep=deep, also=also)
     if base is not None:
         with open_source(base) as before, open_source(directory) as after:
+            before, after = same_names(before, after)
             keys = {*before.axes, *also, *certificate.tensors}
             require_same_masks(before, after, keys)
         name = getattr(getattr(base, "config", None), "_name_or_path", None) or None

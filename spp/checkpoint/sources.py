@@ -37,6 +37,7 @@ class Source:
         matrices: the same of the other 2-D floating weights but embeddings: an output head, routers.
         get: returns the weight of a name; from a directory, mapped from its file.
         reader: of the directory, if it is one.
+        model: in memory, if it is one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     matrices: dict[str, int]
     get: Callable[[str], Tensor]
     reader: CheckpointReader | None = None
+    model: nn.Module | None = None
 
     def axis(self, key: str) -> int | None:
         """Return the input axis of a weight of either kind; None for a name that is not here."""
@@ -115,7 +117,7 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         def get(key: str) -> Tensor:
             return packed[key].weight if key in packed else weight_of(what, key)
 
-        yield Source(name, axes, dict.fromkeys(others, 1), get)
+        yield Source(name, axes, dict.fromkeys(others, 1), get, model=what)
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spp.certificate import Certificate, SparsityReport, TensorRecord, TensorSparsity, make_report
+from spp.checkpoint.naming import same_names
 from spp.checkpoint.scanning import Scanned, scan_reader, scan_source
 from spp.checkpoint.sources import ModelOrPath, Source, checkpoint_directory, open_source
 from spp.checkpoint.verdicts import CONTENTS, FINITE, MASK, Problem, Verification, raise_differences
@@ -74,7 +75,7 @@ def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool
         if deep:
             raise ConfigError("deep=True compares a directory with its certificate; it needs one argument, not two")
         with open_source(before) as one, open_source(after) as other:
-            return _examine_two(one, other)
+            return _examine_two(*same_names(one, other))
     if isinstance(before, nn.Module):
         raise ConfigError(
             "a model in memory has no certificate; pass what to compare it with: spp.verify(before, after)"

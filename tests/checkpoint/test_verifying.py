@@ -16,6 +16,7 @@ from spp.certificate import Certificate
 from spp.checkpoint import certify, sparsity, verify
 from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError
 from tests.checkpoint.helpers import Q0, UP1, grown, pruned_model, rewrite, shard, tensors_of, wrapped_model
+from tests.models import moe_model
 
 NORM = "model.norm.weight"
 
@@ -183,6 +184,27 @@ def test_models_of_other_shapes(base: Path) -> None:
         verify(base, pruned_model(num_hidden_layers=3))
     with pytest.raises(MaskError, match=r"layers\.1\..*: only in .*base"):
         verify(base, pruned_model(num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_experts_that_are_stored_otherwise_than_they_are_held(tmp_path: Path, wrapped: bool) -> None:
+    model = moe_model("mixtral")  # w1, w2, w3 of each expert on disk
+    spp.prune(model, "magnitude", "2:4")
+    folder = spp.save_model(model, tmp_path / "saved")
+    name = "model.layers.1.mlp.experts.down_proj"
+    zero = tuple((model.get_parameter(name)[1] == 0).nonzero()[0])
+    if wrapped:
+        spp.wrap(model, r=2)
+    saved = spp.sparsity(folder)
+    assert spp.verify(model, folder) == spp.verify(folder, model) == saved
+    assert spp.certify(folder, base=model) == saved
+    with torch.no_grad():
+        model.get_parameter(name)[1][zero] = 1.0
+    key = r"block_sparse_moe\.experts\.1\.w2\.weight: "
+    with pytest.raises(MaskError, match=rf"in 1 tensors:\n  model\.layers\.1\.{key}1 became non-zero, 0 became zero"):
+        spp.verify(folder, model)
+    with pytest.raises(MaskError, match=rf"{key}0 became non-zero, 1 became zero"):
+        spp.verify(model, folder)
 
 
 def test_what_is_neither_model_nor_checkpoint(base: Path, tmp_path: Path) -> None:
