@@ -281,7 +281,7 @@ def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: 
 
 
 def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert what a checkpoint would hold, parameters and persistent buffers; matrices but embeddings keep their zeros."""
+    """Convert what a checkpoint would hold, parameters and buffers; matrices but embeddings keep their zeros."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and parameter.dtype != dtype:

@@ -131,12 +131,13 @@ def test_everything_beside_the_weights_is_carried_along_and_nothing_else(
 ) -> None:
     carried = {
         "modeling_custom.py": "code",
-        "README.md": "card",
+        "sub/README.md": "notes",
         "sub/extra.json": "{}",
         "chat_templates/rag.jinja": "t",
     }
     left = {
         "pytorch_model.bin": "pickle",
+        "README.md": "the base's card",
         "model.gguf": "other weights",
         "optimizer.pt": "state",
         "unused.safetensors": "weights",
