@@ -44,6 +44,9 @@ def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: b
     for folder, subfolders, names in os.walk(base):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         here = Path(folder).relative_to(base)
+        for link in (Path(folder, name) for name in subfolders):
+            if link.is_symlink():
+                logger.warning("%s is a link to a folder and is not carried along", link)
         for name in sorted(names):
             source = Path(folder, name)
             if not card and source == base / CARD_NAME:
