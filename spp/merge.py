@@ -28,7 +28,7 @@ from spp.packed import NAMES as PACKED_NAMES
 from spp.packed import PackedHolder, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.patterns import all_finite
 from spp.rules import rescue_
-from spp.targets import is_projection_key, projection_weights, weight_of
+from spp.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
 
 logger = logging.getLogger(__name__)
 ROUNDINGS = ("nearest", "stochastic")
@@ -281,12 +281,12 @@ def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: 
 
 
 def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert what a checkpoint would hold, parameters and persistent buffers; projections keep their zeros."""
+    """Convert what a checkpoint would hold, parameters and buffers; matrices but embeddings keep their zeros."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and parameter.dtype != dtype:
                 converted = parameter.data.to(dtype)
-                if is_projection_key(name, parameter.ndim):
+                if is_projection_key(name, parameter.ndim) or is_other_matrix(name, parameter.ndim, parameter.dtype):
                     rescue_(converted, parameter.data)
                 parameter.data = converted
         for module in model.modules():

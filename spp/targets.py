@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
@@ -35,6 +36,7 @@ ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # themselves, or with their linear below them as "layer"
 _OTHER_MODALITIES = ("Vision", "Audio", "Image", "Speech")  # in the name of a config's class
 _NEVER = ("embed", "wte", "wpe", "lm_head", "embed_out", "score", "classifier")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|(?!embed_out\.)[^.]*embed[^.]*)\.[^.]*$")
 _NOT_PROJECTION = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
     r"(\.[^.]*)?$"
@@ -144,6 +146,12 @@ def is_projection_key(key: str, ndim: int) -> bool:
     if ndim == 3 and key.rpartition(".")[2] in EXPERT_WEIGHTS:
         return True
     return key.endswith(".weight") and not (ndim == 3 and "conv" in key)
+
+
+def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
+    """Whether a key names a 2-D floating weight that is neither a projection by its name nor an embedding."""
+    wanted = ndim == 2 and dtype.is_floating_point and key.endswith(".weight")
+    return wanted and not is_projection_key(key, ndim) and not _EMBEDDING.search(key)
 
 
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:

@@ -18,6 +18,8 @@ from spp.files.reader import INDEX, require_inside
 
 logger = logging.getLogger(__name__)
 
+CARD_NAME = "README.md"  # the hub's model card
+
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart
 _LARGEST_CARRIED = 256 * 2**20  # bytes of a file beside the weights; the largest tokenizers have a tenth
@@ -31,18 +33,24 @@ def refuse_overlap(out: Path, source: Path, what: str) -> None:
         raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
 
 
-def carry_files(base: Path, directory: Path | None, shards: set[str]) -> None:
+def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True) -> None:
     """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …
 
     Args:
         base: the checkpoint. directory: where copies go; None to look whether they could be made.
         shards: names of the files that hold weights.
+        card: the model card too.
     """
     for folder, subfolders, names in os.walk(base):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         here = Path(folder).relative_to(base)
+        for link in (Path(folder, name) for name in subfolders):
+            if link.is_symlink():
+                logger.warning("%s is a link to a folder and is not carried along", link)
         for name in sorted(names):
             source = Path(folder, name)
+            if not card and source == base / CARD_NAME:
+                continue
             if name.startswith(".") or name in shards or name in _NOT_CARRIED or name.endswith(_WEIGHT_ENDINGS):
                 continue
             require_inside(source, base)

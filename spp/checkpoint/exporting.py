@@ -64,8 +64,9 @@ def export_packed(
 ) -> ExportReport:
     """Write a pruned checkpoint with its pruned weights packed; the output appears whole and certified, or not at all.
 
-    Packed are the projections, and whatever else the certificate names or is a tenth zeros, where that saves space;
-    experts too, fused or apart. `spp.load_packed` loads the output, `spp.export_dense` is the way back.
+    Packed is what the certificate names, or without one the projections and every other matrix of which a tenth is zero
+    (not embeddings), where that saves space; experts too, fused or apart. `spp.load_packed` loads the output,
+    `spp.export_dense` is the way back.
 
     Args:
         dir: the pruned checkpoint (safetensors), or a hub id. Its certificate, if it has one, is checked on the way.

@@ -42,6 +42,8 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
 
+    What lies beside the weights goes along (config, tokenizer, remote code, …), but not README.md, the base's card.
+
     Args:
         base_dir: the pruned checkpoint (safetensors), or a hub id.
         adapter_dir: the adapter, ours or the SPP authors', or a hub id; or several with a weight each,
@@ -78,7 +80,7 @@ def merge_checkpoint(
     with CheckpointReader(base) as reader:
         merging = Merging(reader, Places(reader, parts), parts, dtype, rounding, draw_seed(rounding, seed))
         with output(merging, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
-            write_shards(merging, directory, "merging")
+            write_shards(merging, directory, "merging", card=False)  # another model: its card is not the base's
             _require_all_merged(merging)
             certificate = _certificate(merging, base_dir)
             if directory is not None:

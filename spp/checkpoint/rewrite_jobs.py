@@ -23,6 +23,7 @@ from spp.errors import MaskError
 from spp.kernels.native.elementwise import Found, Matrix
 from spp.patterns import all_finite, pack_bits
 from spp.rules import rescue_
+from spp.targets import is_other_matrix
 
 
 def job_of(rewriting: Rewriting, key: str, sink: Sink) -> Job:
@@ -37,12 +38,13 @@ def job_of(rewriting: Rewriting, key: str, sink: Sink) -> Job:
 
 
 class OtherJob(Job):
-    """A tensor whose zeros do not matter: copied byte for byte, or converted."""
+    """A tensor that the certificate does not describe: copied byte for byte, or converted; a matrix keeps its zeros."""
 
     def __init__(self, rewriting: Rewriting, key: str, sink: Sink) -> None:
         self.rewriting, self.key, self.sink = rewriting, key, sink
         self.before, self.after = rewriting.reader.dtype(key), rewriting.stored(key)
-        count = math.prod(rewriting.reader.shape(key))
+        shape = rewriting.reader.shape(key)
+        count, self.is_matrix = math.prod(shape), is_other_matrix(key, len(shape), self.before)
         if self.before == self.after:
             size = count * self.before.itemsize
             self.bounds = [(at, min(at + PIECE_BYTES, size)) for at in range(0, max(size, 1), PIECE_BYTES)]
@@ -64,6 +66,8 @@ class OtherJob(Job):
         data = read_piece(reader, self.key, begin * size, end * size, scratch)
         values = torch.frombuffer(data, dtype=self.before) if data.size else torch.empty(0, dtype=self.before)
         result = values.to(self.after)
+        if self.is_matrix:
+            rescue_(result, values)
         made: Bytes = result.view(torch.uint8).numpy() if result.numel() else np.empty(0, np.uint8)
         self.found[piece] = Found(
             finite_before=all_finite(values), finite_after=all_finite(result), crc=crc32(made), size=made.size

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spp.certificate import TensorRecord
+from spp.checkpoint.saving import certified_keys
 from spp.checkpoint.scanning import Bytes, describe
 from spp.checkpoint.sources import input_axes
 from spp.errors import NonFiniteError
@@ -35,7 +36,8 @@ class Rewriting(ABC):
         reader: of the checkpoint.
         dtype: of all floating tensors of the output; None keeps each one's own.
         changed: keys of the tensors that `make` makes anew.
-        certified: keys of tensors that are among the certificate's besides the projections.
+        certified: keys of tensors that are among the certificate's, besides the projections and the matrices that a
+            certificate of the checkpoint names.
 
     Attributes:
         tensors, other: of the certificate, of what has been made.
@@ -50,11 +52,15 @@ class Rewriting(ABC):
         certified: Collection[str],
     ) -> None:
         self.reader, self.dtype = reader, dtype
-        self.changed, self._certified = frozenset(changed), frozenset(certified)
+        before = {key for key in certified_keys(reader.directory) if self._is_matrix(key)}
+        self.changed, self._certified = frozenset(changed), before.union(certified)
         self.axes = input_axes(reader)
         self.tensors: dict[str, TensorRecord] = {}
         self.other: dict[str, int] = {}
         self.by_torch = threading.Lock()
+
+    def _is_matrix(self, key: str) -> bool:
+        return key in self.reader and len(self.reader.shape(key)) == 2 and self.reader.dtype(key).is_floating_point
 
     @abstractmethod
     def make(self, key: str, tensor: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def certify(
     """
     directory = checkpoint_directory(dir)
     record = None
-    also = _named_before(directory)
+    also = certified_keys(directory)
     if base is not None:
         with open_source(base) as before:
             also |= set(pruned_matrices(before))
@@ -160,7 +160,7 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
     )
 
 
-def _named_before(directory: Path) -> set[str]:
+def certified_keys(directory: Path) -> set[str]:
     """Return the keys of the tensors of a certificate that is there and can be read."""
     try:
         return set(Certificate.read(directory).tensors)

@@ -34,16 +34,17 @@ def output(
         yield directory
 
 
-def write_shards(rewriting: Rewriting, directory: Path | None, task: str) -> None:
+def write_shards(rewriting: Rewriting, directory: Path | None, task: str, *, card: bool = True) -> None:
     """Write all shards, what lies beside them, and the index into a directory.
 
     Args:
         directory: None to make and check everything, and write nothing.
         task: what a bar shows.
+        card: whether the model card goes along.
     """
     _write_tensors(rewriting, directory, task)
     reader = rewriting.reader
-    carry_files(reader.directory, directory, set(reader.shards()))
+    carry_files(reader.directory, directory, set(reader.shards()), card=card)
     if directory is not None:
         _write_index(rewriting, directory)
         if rewriting.dtype is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,18 @@ from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
 from spp.files.reader import INDEX, SINGLE
 from spp.packed.disk import DenseReader
-from spp.targets import dense_projections, has_values, is_projection_key, packed_modules, packed_ndim, weight_of
+from spp.targets import (
+    dense_projections,
+    has_values,
+    is_other_matrix,
+    is_projection_key,
+    packed_modules,
+    packed_ndim,
+    weight_of,
+)
 from spp.targets_layout import disk_input_axes
 
 ModelOrPath = nn.Module | str | os.PathLike[str]
-
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|(?!embed_out\.)[^.]*embed[^.]*)\.[^.]*$")
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,6 @@ def input_axes(reader: CheckpointReader) -> dict[str, int]:
     config = reader.directory / "config.json"
     model_type = read_json(config, "the model's config").get("model_type") if config.exists() else None
     return disk_input_axes({key: reader.shape(key) for key in reader}, model_type)
-
-
-def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
-    """Whether a key names a 2-D floating weight that is neither a projection by its name nor an embedding."""
-    wanted = ndim == 2 and dtype.is_floating_point and key.endswith(".weight")
-    return wanted and not is_projection_key(key, ndim) and not _EMBEDDING.search(key)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,8 @@ def run(
         )
     if dry_run and report.card is not None:
         console.say(report.card)
+    if report.card is None:
+        console.say("the card is the README.md that is there; --new-card makes one of the files")
     size = byte_text(sum(report.files.values()))
     if dry_run:
         console.say(f"would push {len(report.files)} files, {size}: {', '.join(report.files)}")

@@ -15,12 +15,12 @@ from typing import Any
 
 from spp.adapter_files import CONFIG_NAME, AdapterFiles, read_adapter
 from spp.certificate import Certificate
+from spp.checkpoint.carrying import CARD_NAME
 from spp.errors import CheckpointError, ConfigError
 from spp.files import read_json
 from spp.packed.disk import is_packed_directory
 from spp.report import Table, sparsity_table
 
-CARD_NAME = "README.md"
 _PAPER = "[SPP](https://arxiv.org/abs/2405.16057)"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _RECIPE = (  # options of a run that decide what comes out

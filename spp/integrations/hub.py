@@ -21,10 +21,11 @@ from typing import Any
 from spp.adapter_files import CONFIG_NAME, read_adapter
 from spp.certificate import CERTIFICATE_NAME
 from spp.checkpoint import verify
+from spp.checkpoint.carrying import CARD_NAME
 from spp.errors import CheckpointError, ConfigError, HubError, OutputExistsError
 from spp.files import recover
 from spp.files.reader import require_inside
-from spp.integrations.card import CARD_NAME, make_card
+from spp.integrations.card import make_card
 
 _KEPT = (".gitattributes", CARD_NAME)  # files of a repository that stay though the folder lacks them
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")

@@ -131,12 +131,13 @@ def test_everything_beside_the_weights_is_carried_along_and_nothing_else(
 ) -> None:
     carried = {
         "modeling_custom.py": "code",
-        "README.md": "card",
+        "sub/README.md": "notes",
         "sub/extra.json": "{}",
         "chat_templates/rag.jinja": "t",
     }
     left = {
         "pytorch_model.bin": "pickle",
+        "README.md": "the base's card",
         "model.gguf": "other weights",
         "optimizer.pt": "state",
         "unused.safetensors": "weights",
@@ -150,6 +151,7 @@ def test_everything_beside_the_weights_is_carried_along_and_nothing_else(
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(text)
     (base / "empty").mkdir()
+    (base / "linked").symlink_to(base / "sub")
     os.mkfifo(base / "pipe")
     with (base / "huge.txt").open("wb") as file:
         file.truncate(2**28 + 1)
@@ -160,7 +162,7 @@ def test_everything_beside_the_weights_is_carried_along_and_nothing_else(
     assert found == carried.keys() | same | {"model.safetensors", "sparsity.json"}
     for name in same:
         assert (tmp_path / "out" / name).read_bytes() == before[name]
-    assert "huge.txt" in caplog.text
+    assert "huge.txt" in caplog.text and "linked is a link to a folder" in caplog.text
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny_tokenizer().chat_template
 
 

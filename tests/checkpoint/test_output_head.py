@@ -115,6 +115,30 @@ def test_certify_keeps_what_the_certificate_names(base: Path, adapter: Path, tmp
     assert Certificate.read(out).tensors == tensors and EMBEDDING not in tensors
 
 
+@pytest.mark.parametrize("certified", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_pruned_head_that_is_left_alone_keeps_its_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, certified: bool, kernels: str
+) -> None:
+    monkeypatch.setenv("SPP_KERNELS", kernels)
+    model = with_pruned_head()
+    with torch.no_grad():
+        for weight in (model.lm_head.weight, model.model.layers[0].self_attn.q_proj.weight):
+            weight[:2] *= 1e-9  # nothing in float16
+    base = save_model(model, tmp_path / "base")
+    if certified:
+        certify(base, model)
+    model = spp.wrap(model, r=4, seed=1, target_modules=["k_proj"])
+    adapter, out = spp.save_adapter(model, tmp_path / "adapter"), tmp_path / "out"
+    merge_checkpoint(base, adapter, out, dtype=dtype)
+    spp.merge(model, dtype=dtype)
+    save_model(model, tmp_path / "expected")
+    assert same_tensors(out, tmp_path / "expected")
+    assert HEAD in verify(base, out).tensors
+    assert (HEAD in verify(out).tensors) == certified
+
+
 def test_a_merge_that_leaves_a_layer_out_writes_nothing(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,9 @@ def test_push(
     found = spp("push", model, "owner/name")
     assert found.code == 1 and "exists already" in found.err and "with --overwrite" in found.err
     assert spp("push", adapter, "owner/adapter").code == 0
+    (model / "README.md").write_text("mine")
+    found = spp("push", model, "owner/name", "--dry-run")
+    assert found.code == 0 and "the card is the README.md that is there; --new-card" in found.out
     hub.error = LocalTokenNotFoundError("none")
     found = spp("push", model, "owner/new")
     assert found.code == 1 and "hf auth login" in found.err and "Traceback" not in found.err

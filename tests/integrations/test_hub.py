@@ -334,7 +334,8 @@ def test_an_id_is_pulled_wherever_a_directory_is_taken(
     model = spp.load_adapter(spp.load_packed("me/base"), "me/adapter")
     assert len(spp.adapter_parameters(model)) == 28
     spp.merge_checkpoint("me/base", "me/adapter", tmp_path / "merged")
-    assert (tmp_path / "merged" / "README.md").exists()  # the base's card is carried along
+    merged = push(tmp_path / "merged", "me/merged", dry_run=True).card  # its own: the base's is not carried along
+    assert merged is not None and "Tuned from `me/base`" in merged and 'from_pretrained("me/merged")' in merged
 
 
 def test_a_dense_model_is_described_as_what_it_is(tmp_path: Path) -> None:

@@ -492,7 +492,7 @@ class TestRefused:
 
     def test_a_model_that_cannot_be_loaded(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "empty").mkdir()
-        with pytest.raises(CheckpointError, match=r"cannot load the tokenizer from .*empty"):
+        with pytest.raises(CheckpointError, match=r"empty has no tokenizer \(tokenizer.json, "):
             tune(config(text, tmp_path / "run", model=tmp_path / "empty"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(CheckpointError, match=r"no tokenizer directory someone/nothing, and fetching it as a hub"):
