@@ -41,15 +41,16 @@ class DiskKeys:
     Args:
         model: a transformers model; it may be on the meta device.
         shapes: {disk key: shape}.
+        packed: {memory key: what has the shape} of weights that the model holds packed, under other keys.
 
     Raises:
         StreamingError: a conversion cannot be taken back, or does not give what the model has.
     """
 
-    def __init__(self, model: Any, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, model: Any, shapes: Mapping[str, Shape], packed: Mapping[str, Tensor] | None = None) -> None:
         self._model = model
         self._shapes = dict(shapes)
-        self._state: dict[str, Tensor] = model.state_dict()
+        self._state: dict[str, Tensor] = {**model.state_dict(), **(packed or {})}
         self._conversions = _conversions(model)
         self._patterns: dict[str, str] = {}  # {disk key: the pattern of its converter}
         self._first: dict[str, str] = {}  # {disk key of a group: the memory key that names it}

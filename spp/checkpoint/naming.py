@@ -27,12 +27,13 @@ def _as_on_disk(source: Source, reader: CheckpointReader) -> Source:
     model = source.model
     if model is None or not hasattr(model, "base_model_prefix") or all(key in reader for key in source.axes):
         return source
+    held = {**source.axes, **source.matrices}
+    packed = {name: source.get(name).to("meta") for name in sorted(held.keys() - model.state_dict().keys())}
     try:
-        keys = DiskKeys(model, {key: reader.shape(key) for key in reader})
+        keys = DiskKeys(model, {key: reader.shape(key) for key in reader}, packed)
     except StreamingError:
         return source
     on_disk = input_axes(reader)
-    held = {**source.axes, **source.matrices}
     parts: dict[str, Group] = {}
     axes: dict[str, int] = {}
     matrices: dict[str, int] = {}

@@ -198,6 +198,10 @@ def test_experts_that_are_stored_otherwise_than_they_are_held(tmp_path: Path, wr
     saved = spp.sparsity(folder)
     assert spp.verify(model, folder) == spp.verify(folder, model) == saved
     assert spp.certify(folder, base=model) == saved
+    if not wrapped:
+        spp.pack(model)
+        assert spp.verify(model, folder) == spp.verify(folder, model) == saved
+        spp.unpack(model)
     with torch.no_grad():
         model.get_parameter(name)[1][zero] = 1.0
     key = r"block_sparse_moe\.experts\.1\.w2\.weight: "
