@@ -11,6 +11,10 @@ Imported by name: spp.training, spp.evaluation, spp.report, spp.bench, spp.integ
 
 from __future__ import annotations
 
+from spp.supported import require_supported
+
+require_supported()  # first: what follows may fail with other versions
+
 from spp import functional, pruning, pst
 from spp._version import __version__
 from spp.adapters import adapter_state_dict, load_adapter, save_adapter

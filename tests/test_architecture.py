@@ -20,6 +20,7 @@ LONGEST_FILE = 350
 LEVELS = {
     "errors": 0,
     "_version": 0,
+    "supported": 1,
     "config": 1,
     "patterns": 1,
     "files": 1,

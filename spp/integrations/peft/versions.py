@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Iterator
 
 from spp.errors import DependencyError
+from spp.supported import numbers
 
 OLDEST, NEWEST = "0.20.0", "0.21.2"  # both tested
 BEYOND = "0.22"  # the first that is refused: what the plug-in overrides may be built otherwise there
@@ -22,7 +23,7 @@ def require_peft() -> str:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         raise DependencyError("spp.integrations.peft needs PEFT: pip install 'spp[peft]'") from None
-    if not _numbers(OLDEST) <= _numbers(version) < _numbers(BEYOND):
+    if not numbers(OLDEST) <= numbers(version) < numbers(BEYOND):
         raise DependencyError(_refusal(version))
     return version
 
@@ -44,11 +45,3 @@ def _refusal(version: str) -> str:
         f"spp.integrations.peft does not work with peft {version}: it was tested with {OLDEST} to {NEWEST}. "
         f"Install one of these: pip install 'peft>={OLDEST},<{BEYOND}'"
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split(".")[:3]:
-        digits = "".join(c for c in part if c.isdigit())
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
