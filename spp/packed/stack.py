@@ -20,6 +20,7 @@ from torch import Tensor
 from spp.errors import ConfigError
 from spp.packed.layout import STRETCH, Layout
 from spp.packed.packing import layout_of_bits, pack_tensor, stretch_counts
+from spp.packed.tensors import PackedTensors
 from spp.packed.weight import PackedWeight, check_matrix
 from spp.patterns import count_kept, pack_bits
 
@@ -53,7 +54,7 @@ class StackLayout:
         return (self.experts, n, m) if self.transposed else (self.experts, m, n)
 
 
-class PackedStack:
+class PackedStack(PackedTensors):
     """The packed weight of E experts, with the methods of `PackedWeight` that whoever holds one needs.
 
     Args:
@@ -132,28 +133,9 @@ class PackedStack:
         return self.layout.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of W."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
-    @property
     def numel(self) -> int:
         """E · m · n."""
         return self.layout.experts * self.layout.matrix.rows * self.layout.matrix.cols
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors())
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return (values, codes), for any pattern (values, codes, starts)."""
-        return (self.values, self.codes) if self.starts is None else (self.values, self.codes, self.starts)
 
     def matrices(self) -> list[PackedWeight]:
         """Return each expert's packed matrix: views."""

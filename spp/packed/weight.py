@@ -13,12 +13,13 @@ from spp.packed.anywhere import decode_anywhere
 from spp.packed.decode import as_rows, decode_cpu
 from spp.packed.layout import Layout
 from spp.packed.packing import choose_layout, pack_tensor, stretch_counts
+from spp.packed.tensors import PackedTensors
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(PackedTensors):
     """A pruned matrix W (m, n) as kept values and codes; what they are, `spp.packed.layout` says.
 
     Args:
@@ -61,28 +62,9 @@ class PackedWeight:
         return self.layout.rows, self.layout.cols
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of W."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
-    @property
     def numel(self) -> int:
         """M · n, the entries of W."""
         return self.layout.rows * self.layout.cols
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors())
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return (values, codes), for any pattern (values, codes, starts)."""
-        return (self.values, self.codes) if self.starts is None else (self.values, self.codes, self.starts)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return it on a device."""
