@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
-from spp.experts_forward import ExpertsAdapter, Multiply
-from spp.experts_packed import PackedExperts, require_alone
+from spp.experts_forward import Multiply
+from spp.experts_packed import OverPackedExperts, PackedExperts, require_alone
 from spp.kernels import linear
 from spp.offload import home
 from spp.patterns import all_finite
@@ -29,7 +29,7 @@ from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import Projection
 
 
-class SPPExperts(ExpertsAdapter):
+class SPPExperts(OverPackedExperts):
     """The adapter of one fused expert weight; `adapt_experts` puts it in place.
 
     Args:
@@ -80,8 +80,6 @@ class SPPExperts(ExpertsAdapter):
         self.disabled = False
         self.grad_precision = "auto"
         self.saved_activations = "full"
-        before = projection.packed
-        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
         flags = [*(b.weight_requires_grad for b in self._before), projection.operand.requires_grad]
         self.weight_requires_grad = flags[0]
         if packed:
@@ -144,13 +142,7 @@ class SPPExperts(ExpertsAdapter):
         if self.packed_layout is None:
             self.projection.operand.requires_grad_(self.weight_requires_grad)
             return None
-        for before in self._before:
-            before.hold_packed(self.packed_weight())
-            self.drop_weight()
-            return before
-        self.unpack()
-        self.projection.operand.requires_grad_(self.weight_requires_grad)
-        return None
+        return self.release_packed()
 
     def multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""

@@ -64,6 +64,29 @@ class PackedExperts(ExpertsAdapter):
         )
 
 
+class OverPackedExperts(ExpertsAdapter):
+    """An adapter of fused experts, which may take the place of PackedExperts, and hand their weight back.
+
+    Args:
+        projection: the fused weight.
+    """
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__(projection)
+        before = projection.packed
+        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
+
+    def release_packed(self) -> PackedExperts | None:
+        """Let go of a packed weight: to the PackedExperts that had it, which come back, or dense to the module."""
+        for before in self._before:
+            before.hold_packed(self.packed_weight())
+            self.drop_weight()
+            return before
+        self.unpack()
+        self.projection.operand.requires_grad_(self.weight_requires_grad)
+        return None
+
+
 def require_alone(projection: Projection) -> None:
     """Raise a TargetError where an adapter, such as PEFT's, sits beside a fused weight already."""
     beside = adapters_of(projection.module).get(projection.name)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from spp.experts_forward import ExpertsAdapter
-from spp.experts_packed import PackedExperts
+from spp.experts_packed import OverPackedExperts, PackedExperts
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import linear
 from spp.layer_adapted import convert_parameter
@@ -28,7 +27,7 @@ from spp.rules import get_rule
 from spp.targets_layout import Projection, as_matrices
 
 
-class SPPPeftExperts(ExpertsAdapter, TermsLayer):
+class SPPPeftExperts(OverPackedExperts, TermsLayer):
     """The adapters of one fused weight, as PEFT's machinery handles them; `adapt_experts` puts it in place.
 
     Args:
@@ -40,14 +39,12 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
     """
 
     def __init__(self, projection: Projection, *, packed: bool = False) -> None:
-        ExpertsAdapter.__init__(self, projection)
+        OverPackedExperts.__init__(self, projection)
         self._init_terms(get_rule("spp"), projection.path)
         self.grad_precision = "auto"
         self.saved_activations = "full"
         self.training = projection.module.training
         self.weight_requires_grad = projection.operand.requires_grad
-        before = projection.packed
-        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
         self._packed_before_merge: tuple[PackedStack, ...] = ()
         if packed:
             self.hold_what_is_there()
@@ -55,15 +52,7 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     def restore(self) -> PackedExperts | None:
         """Let go of the weight as it is now, flags as PEFT leaves them; what was packed before stays packed."""
-        if self.packed_layout is None:
-            return None
-        for before in self._before:
-            before.hold_packed(self.packed_weight())
-            self.drop_weight()
-            return before
-        self.unpack()
-        self.projection.operand.requires_grad_(self.weight_requires_grad)
-        return None
+        return None if self.packed_layout is None else self.release_packed()
 
     @property
     def disabled(self) -> bool:  # type: ignore[override]
