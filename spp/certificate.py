@@ -28,8 +28,7 @@ from torch import Tensor
 
 from spp._version import __version__
 from spp.errors import CheckpointError
-from spp.files import atomic_file, content_crc32, dtype_name, read_json, write_json
-from spp.files.hashes import packed_sha256
+from spp.files import atomic_file, dtype_name, read_json, write_json
 from spp.patterns import DENSE, all_finite, count_kept, detect_packed, pack_bits
 
 CERTIFICATE_NAME = "sparsity.json"
@@ -206,20 +205,6 @@ class Certificate:
         return cls.from_dict(read_json(path, "the certificate"), str(path))
 
 
-def certify_tensor(t: Tensor, input_axis: int) -> TensorRecord:
-    """Return the record of a tensor as it is stored."""
-    facts, packed = _facts(t, input_axis)
-    return TensorRecord(
-        shape=facts.shape,
-        dtype=facts.dtype,
-        input_axis=input_axis,
-        pattern=facts.pattern,
-        zeros=facts.zeros,
-        mask_sha256=packed_sha256(facts.shape, packed),
-        content_crc32=content_crc32(t),
-    )
-
-
 def fingerprint(masks: Mapping[str, str]) -> str:
     """Return the hex fingerprint of a model from the mask_sha256 of each of its projections by key."""
     digest = hashlib.sha256(b"spp-base-1")
@@ -230,7 +215,7 @@ def fingerprint(masks: Mapping[str, str]) -> str:
 
 def report_from_tensors(tensors: Iterable[tuple[str, Tensor, int]]) -> SparsityReport:
     """Return the report on (name, tensor, input axis), one tensor at a time."""
-    return make_report({name: _facts(t, axis)[0] for name, t, axis in tensors})
+    return make_report({name: _facts(t, axis) for name, t, axis in tensors})
 
 
 def record_sparsity(record: TensorRecord) -> TensorSparsity:
@@ -260,12 +245,12 @@ def make_report(tensors: dict[str, TensorSparsity]) -> SparsityReport:
     return SparsityReport(sparsity=zeros / numel if numel else 0.0, pattern=pattern, tensors=tensors)
 
 
-def _facts(t: Tensor, input_axis: int) -> tuple[TensorSparsity, Any]:
+def _facts(t: Tensor, input_axis: int) -> TensorSparsity:
     packed = pack_bits(t)
     numel = t.numel()
     zeros = numel - count_kept(packed)
     along = packed if input_axis in (-1, t.dim() - 1) else pack_bits(t.movedim(input_axis, -1))
-    facts = TensorSparsity(
+    return TensorSparsity(
         shape=tuple(t.shape),
         dtype=dtype_name(t.dtype),
         zeros=zeros,
@@ -273,7 +258,6 @@ def _facts(t: Tensor, input_axis: int) -> tuple[TensorSparsity, Any]:
         pattern=detect_packed(along, numel, t.shape[input_axis]),
         valid=all_finite(t),
     )
-    return facts, packed
 
 
 def _record(value: Any) -> TensorRecord:

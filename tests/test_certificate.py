@@ -17,11 +17,12 @@ from spp.certificate import (
     BaseRecord,
     Certificate,
     SparsityReport,
-    certify_tensor,
+    TensorRecord,
     fingerprint,
     report_from_tensors,
 )
 from spp.errors import CheckpointError
+from spp.files import content_crc32, mask_sha256
 
 FIXTURE = Path(__file__).parent / "fixtures" / "certificate-v1" / "sparsity.json"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -35,8 +36,13 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
+def record(t: torch.Tensor) -> TensorRecord:
+    facts = report_from_tensors([("w", t, 1)]).tensors["w"]
+    return TensorRecord(facts.shape, facts.dtype, 1, facts.pattern, facts.zeros, mask_sha256(t), content_crc32(t))
+
+
 def example() -> Certificate:
-    tensors = {name: certify_tensor(t, 1) for name, t in weights().items()}
+    tensors = {name: record(t) for name, t in weights().items()}
     masks = {name: record.mask_sha256 for name, record in tensors.items()}
     return Certificate(
         tensors=tensors,
