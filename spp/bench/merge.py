@@ -181,7 +181,7 @@ def measure(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]
             "cache": "unknown" if share is None else "warm" if share >= WARM else "partly warm",
             "cached_share": share,
             "checkpoint_bytes": size,
-            "compiled_merge": elementwise.library() is not None,
+            "compiled_merge": elementwise.compiled() is not None,
             "bytes_per_s": size / times["wall_s"]["median"],
             **times,
             **harness.environment("cpu", getattr(torch, options.dtype)),

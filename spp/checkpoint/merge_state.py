@@ -15,7 +15,6 @@ from spp.errors import MaskError, some_of
 from spp.files import CheckpointReader, mask_sha256
 from spp.inject import layer_generator
 from spp.kernels.native import elementwise
-from spp.kernels.native.compiler import DTYPES as COMPILED
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
 from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts
 
@@ -58,7 +57,7 @@ class Merging(Rewriting):
             return super().matrices(key)
         before, after, shape = self.reader.dtype(key), self.stored(key), self.reader.shape(key)
         by_chance = self.rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
-        library = elementwise.library() if before in COMPILED and after in COMPILED else None
+        library = elementwise.compiled(before, after)
         if library is None or by_chance or place.group is not None or 0 in shape:
             return None
         rows, cols = shape[-2:]

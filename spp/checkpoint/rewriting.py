@@ -23,7 +23,6 @@ from spp.errors import NonFiniteError
 from spp.files import CheckpointReader
 from spp.files.header import size_of
 from spp.kernels.native import elementwise
-from spp.kernels.native.compiler import DTYPES as COMPILED
 from spp.kernels.native.elementwise import Found, Matrix
 from spp.merge import DTYPES
 from spp.targets import is_projection_key
@@ -93,7 +92,7 @@ class Rewriting(ABC):
         Here of those that are converted only: who changes some by a compiled pass says how.
         """
         before, after, shape = self.reader.dtype(key), self.stored(key), self.reader.shape(key)
-        library = elementwise.library() if before in COMPILED and after in COMPILED else None
+        library = elementwise.compiled(before, after)
         if library is None or key in self.changed or len(shape) not in (2, 3) or math.prod(shape) == 0:
             return None
         return [Matrix(library, math.prod(shape[:-1]), shape[-1], before, after)]

@@ -60,7 +60,7 @@ class Scanned:
 
 def crc32(data: Bytes) -> int:
     """Return zlib.crc32 of contiguous bytes."""
-    library = elementwise.library()
+    library = elementwise.compiled()
     return zlib.crc32(data.data) if library is None else elementwise.crc32(library, data)
 
 
@@ -69,7 +69,7 @@ def scan_piece(data: Bytes, dtype: torch.dtype, bits: Bytes) -> Found:
 
     Without the compiled pass `kept` and `most` are not counted: `describe` does that.
     """
-    library = elementwise.library() if dtype in DTYPES else None
+    library = elementwise.compiled(dtype)
     if library is not None:
         return elementwise.scan(library, data.ctypes.data, dtype, data.size // dtype.itemsize, bits)
     values = torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype)
@@ -111,7 +111,8 @@ class ScanJob(Job):
         self.result: Scanned | None = None
         count = math.prod(self.shape)
         in_turn = deep or not reader.lies_in_file(name)
-        self._library = elementwise.library() if not in_turn and (axis is None or self.dtype in DTYPES) else None
+        dtypes = () if axis is None else (self.dtype,)  # of bytes alone none need be known
+        self._library = None if in_turn else elementwise.compiled(*dtypes)
         self._bounds = entry_pieces(count, PIECE if self._library is None else 4 * PIECE)
         self._found: list[Found] = [Found()] * len(self._bounds)
         self._bits = np.empty((count + 7) // 8 if axis is not None else 0, np.uint8)

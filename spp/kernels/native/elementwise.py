@@ -264,6 +264,11 @@ def _require(failed: int) -> None:
         raise OSError(failed, os.strerror(failed))
 
 
+def compiled(*dtypes: torch.dtype) -> Any:
+    """Return the compiled library where there is one and it knows these dtypes, else None."""
+    return library() if all(dtype in DTYPES for dtype in dtypes) else None
+
+
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     with _loading:
         return _loaded()
