@@ -11,13 +11,12 @@ import torch
 from spp.adapter_files import CONFIG_NAME
 from spp.checkpoint import load_packed
 from spp.checkpoint_classes import auto_class
-from spp.errors import CheckpointError
+from spp.errors import CheckpointError, some_of
 from spp.files import read_json
 from spp.files.hub import local_directory
 from spp.packed.disk import is_packed_directory
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_SHOWN = 8  # names of missing weights
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
@@ -41,11 +40,10 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
         model, found = auto.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype), output_loading_info=True)
     except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
-    missing = sorted(found["missing_keys"])
+    missing = found["missing_keys"]
     if missing:
-        names = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         raise CheckpointError(
-            f"{os.fspath(name)} lacks {len(missing)} weights of its model: {names}; save or fetch it again"
+            f"{os.fspath(name)} lacks {len(missing)} weights of its model: {some_of(missing)}; save or fetch it again"
         )
     model.config._name_or_path = os.fspath(name)  # a hub id, not its folder in the cache: adapters name their base
     return model
