@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.config import is_suffix, name_matches
-from spp.errors import ConfigError, TargetError
+from spp.errors import ConfigError, TargetError, WrapError
 from spp.offload import is_offloaded, values
 from spp.packed import quantized_kind, read_quantized
 from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
@@ -66,6 +66,7 @@ def resolve_targets(
     Raises:
         TargetError: nothing matches (the message lists the linears that there are), or a matched module shares its
             weight with the embedding.
+        WrapError: nothing matches, because the model is wrapped for PST.
     """
     linears = {p.path: p for p in find_projections(model) if is_linear(p.module)}
     chosen = _choose(model, linears, target_modules, exclude_modules)
@@ -222,6 +223,7 @@ def _choose(
         excluded = _excluded(found, exclude_modules)
         chosen = {path: p for path, p in chosen.items() if path not in excluded}
     if not chosen:
+        _refuse_other_method(model)
         raise TargetError(_nothing_matched(found, target_modules, exclude_modules))
     _refuse_tied(model, chosen)
     return chosen
@@ -273,6 +275,13 @@ def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: 
         f"target_modules={wanted!r}{without} matches no linear module. The model has these:\n{listing}\n"
         f"{_suggestion(suffixes)}"
     )
+
+
+def _refuse_other_method(model: nn.Module) -> None:
+    """Raise where the linear modules are hidden in layers of another way of training, which say how to get them out."""
+    for path, module in model.named_modules():
+        if way_out := getattr(module, "way_out", None):
+            raise WrapError(f"the model is wrapped for another method ({path} is a {type(module).__name__}): {way_out}")
 
 
 def _suggestion(names: Mapping[str, Sequence[str]]) -> str:

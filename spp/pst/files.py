@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.adapter_files import CONFIG_NAME, PST_TYPE, WEIGHTS_NAME
-from spp.errors import AdapterError, CheckpointError, NonFiniteError
+from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import (
     CheckpointReader,
     atomic_directory,
@@ -187,7 +187,7 @@ def _check(model: nn.Module, state: PSTState) -> None:
     if changed:
         raise AdapterError(
             f"the frozen weights are not those that {state.source} was trained on, in {len(changed)} layers: "
-            f"{', '.join(changed[:8])}; the masks would be others. Load it onto {state.base_name or 'its own base'}, "
+            f"{some_of(changed)}; the masks would be others. Load it onto {state.base_name or 'its own base'}, "
             f"in {' and '.join(sorted(set(state.base_dtype.values())))}"
         )
     before = {path: layer.sparsity for path, layer in layers.items()}

@@ -62,6 +62,8 @@ class PSTLinear(nn.Module):
         16
     """
 
+    way_out = "make plain masked linears of them first (spp.pst.convert), or take them out (spp.pst.unwrap)"
+
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_U: nn.Parameter

@@ -203,3 +203,12 @@ def test_refusals() -> None:
     with pytest.raises(WrapError, match="already"):
         spp.pst.wrap(spp.wrap(prune_nm_(tiny_llama()), r=2))
     assert isinstance(model.model.layers[0].mlp.up_proj, PSTLinear)
+
+
+def test_the_other_method_is_told_the_way_out_of_this_one() -> None:
+    model = spp.pst.wrap(tiny_llama())
+    tries = (spp.wrap, spp.pack, lambda m: spp.prune(m, "magnitude", "2:4"), lambda m: spp.prune(m, "wanda", 0.5, IDS))
+    for attempt in tries:
+        with pytest.raises(WrapError, match=r"another method \(model\.layers\.0\..*PSTLinear\).*spp\.pst\.convert"):
+            attempt(model)
+    assert spp.wrap(prune_nm_(spp.pst.unwrap(model)), r=2) is model and not pst_layers(model)

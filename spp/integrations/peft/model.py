@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from spp.config import SPPConfig
-from spp.errors import ConfigError, MaskError, TargetError, WrapError
+from spp.errors import ConfigError, MaskError, TargetError, WrapError, some_of
 from spp.experts import check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.files import mask_sha256
@@ -343,7 +343,7 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
     if differing:
         raise MaskError(
             f"the zeros of the base differ from those that the adapter was trained on, in {len(differing)} layers: "
-            f"{', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. It belongs to "
+            f"{some_of(differing)}. It belongs to "
             f"{config.base_model_name_or_path or 'another base'}; load it there, or take its config with "
             f"PeftConfig.from_pretrained, set base_masks to None and pass it as config="
         )
