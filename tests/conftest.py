@@ -10,18 +10,40 @@ from pathlib import Path
 # Before anything imports huggingface_hub: an id that is no directory fails at once instead of being looked for.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes share the cores: one thread each, and for what they start.
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores: one thread each, and for what they start. The variable alone comes too late
+    # for torch here: pytest has imported it, with spp, for the warnings that pyproject.toml filters.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Before anything imports triton: without a GPU the kernels run in Triton's interpreter, on tensors of the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+GOLDEN = 0.6180339887  # its multiples, modulo 1, spread over [0, 1) without hitting one column of a table only
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow: what is stress, and of a test marked sampled(n) all cases but n that are spread among them."""
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("stress"):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("sampled"):
+            cases.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for some in cases.values():
+        marker = some[0].get_closest_marker("sampled")
+        assert marker is not None
+        quick = {int(i * GOLDEN % 1 * len(some)) for i in range(marker.args[0])}
+        for number, item in enumerate(some):
+            if number not in quick:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

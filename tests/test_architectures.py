@@ -182,6 +182,7 @@ def _train(model: nn.Module, inputs: dict[str, Any]) -> list[float]:
     return losses
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_whole_road(architecture: str, rows: dict[str, str], tmp_path: Path) -> None:
     model, ids = _model(architecture), _ids()

@@ -83,6 +83,7 @@ def _wanda(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return w * wanda_oracle(w, x.double().norm(dim=0), nm=(2, 4))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_wanda_equals_the_literal_procedure(architecture: str) -> None:
     model, ids = _model(architecture), _ids()
@@ -101,6 +102,7 @@ def test_wanda_equals_the_literal_procedure(architecture: str) -> None:
     model(ids, labels=ids).loss.backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["sparsegpt", "dsnot", "magnitude+dsnot", "sparsegpt+dsnot"])
 @pytest.mark.parametrize("pattern", ["2:4", 0.5])
 def test_other_methods_equal_the_literal_procedure(method: str, pattern: str | float) -> None:

@@ -81,6 +81,7 @@ def _pairs(architecture: str, model: nn.Module, dense: nn.Module, ids: torch.Ten
     return pairs
 
 
+@pytest.mark.sampled(2)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "architecture", [name for name in MOE_ARCHITECTURES if name not in ("jetmoe", *NAMED_OTHERWISE)]
@@ -110,6 +111,7 @@ def test_each_expert_is_pruned_by_the_tokens_routed_to_it(architecture: str) -> 
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
 
 
+@pytest.mark.sampled(2)
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("method", ["sparsegpt", "dsnot"])

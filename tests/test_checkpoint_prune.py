@@ -57,6 +57,7 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "2:4"), ("sparsegpt", 0.5), ("dsnot", {".*": "1:4"})])
 def test_equals_pruning_in_memory(tmp_path: Path, method: str, pattern: Any, tied: bool) -> None:
@@ -74,6 +75,7 @@ def test_equals_pruning_in_memory(tmp_path: Path, method: str, pattern: Any, tie
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_experts_stream_whatever_the_names_on_disk(tmp_path: Path, architecture: str) -> None:
     source = tmp_path / "model"

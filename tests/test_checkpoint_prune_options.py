@@ -52,6 +52,7 @@ def _assert_same(one: Path, other: Path) -> None:
     assert AutoConfig.from_pretrained(one).dtype == AutoConfig.from_pretrained(other).dtype
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot", "magnitude+dsnot", "sparsegpt+dsnot"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_files_equal_those_of_pruning_in_memory(tmp_path: Path, method: str, dtype: torch.dtype | None) -> None:

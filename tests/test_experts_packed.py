@@ -111,6 +111,7 @@ def attributes(module: nn.Module) -> list[str]:
     return sorted(name for name in module.__dict__ if name != "_spp_base")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ["gpt2", *MOE_ARCHITECTURES])
 def test_packed_is_the_dense_model_bit_for_bit(architecture: str) -> None:
     base = pruned(architecture)
@@ -140,6 +141,7 @@ def test_packed_is_the_dense_model_bit_for_bit(architecture: str) -> None:
     assert_same_model(spp.unwrap(twin), base)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("architecture", ["gpt2", *MOE_ARCHITECTURES])
 def test_pack_unpack_and_wrap_in_between(architecture: str) -> None:
     base = pruned(architecture)
@@ -168,6 +170,7 @@ def test_pack_unpack_and_wrap_in_between(architecture: str) -> None:
     assert_same_model(model, base)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", TRANSPOSED)
 @pytest.mark.parametrize(
     ("options", "how"),
@@ -255,6 +258,7 @@ def test_no_tokens_at_all() -> None:
         spp.unpack(base)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", TRANSPOSED)
 def test_files_state_dicts_and_generation(architecture: str, tmp_path: Path) -> None:
     base = pruned(architecture)

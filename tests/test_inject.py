@@ -232,6 +232,7 @@ def test_dtype_moves_and_generation() -> None:
     assert model.generate(IDS[:1], max_new_tokens=6, do_sample=False).shape == (1, 22)
 
 
+@pytest.mark.slow
 def test_compiled_model_matches_eager() -> None:
     torch._dynamo.reset()
     model = stir(spp.wrap(prune_nm_(tiny_llama(num_hidden_layers=1)), r=4)).train()  # tracing is what takes time

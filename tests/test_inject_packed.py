@@ -58,6 +58,7 @@ def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
     assert [type(m) for m in found.modules()] == [type(m) for m in expected.modules()]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"dropout": 0.2}, {"dropout": 0.2, "dropout_mode": "alpha"}],

@@ -101,6 +101,7 @@ def test_a_merge_that_quantizes_again(form: dict) -> None:
     assert bool(torch.isfinite(model(IDS).logits).all())
 
 
+@pytest.mark.sampled(2)
 @every_form
 def test_adapters_copies_checkpointing_and_generation(form: dict, tmp_path: Path) -> None:
     model = spp.wrap(quantized_llama(**form), r=4, seed=0)
@@ -185,6 +186,7 @@ def test_weights_that_cannot_be_adapted_name_their_layer() -> None:
         spp.wrap(model, r=4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_that_transformers_quantized(bits: int, tmp_path: Path) -> None:
     """Trainer refuses a quantized model without an adapter that it knows; SPPTrainer tells it, while it is made."""

@@ -73,6 +73,7 @@ def test_blocks_are_those_of_torchao(form: str, dtype: torch.dtype) -> None:
     assert 0 < quantized.values[quantized.values != 0].abs().min() <= kept * (1 + 1e-6), "a bound from below"
 
 
+@pytest.mark.sampled(2)
 @every_form
 def test_it_trains_as_the_dequantized_model_does(form: str, tmp_path: Path) -> None:
     model = torchao_llama(form, initializer_range=0.2)

@@ -66,6 +66,7 @@ def run(layer: nn.Module, dtype: torch.dtype, how: str = "plain", tokens: int = 
     return [y, *(p.grad for p in wanted)]  # type: ignore[list-item]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("how", ["plain", "autocast", "reentrant", "checkpoint"])
 @pytest.mark.parametrize("elements", [2**21, 700])
 @pytest.mark.parametrize("kind", KINDS)

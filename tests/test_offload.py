@@ -68,6 +68,7 @@ def assert_trains_alike(model: Any, reference: Any) -> None:
     assert_same_bits(logits(model), logits(reference))
 
 
+@pytest.mark.sampled(2)
 @both_orders
 @every_way
 def test_it_trains_as_the_model_in_memory_does(way: str, first: str, tmp_path: Path) -> None:
@@ -92,6 +93,7 @@ def test_it_trains_as_the_model_in_memory_does(way: str, first: str, tmp_path: P
     assert_same_bits(logits(model), logits(pruned()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dropout", [{}, {"dropout": 0.2}, {"dropout": 0.2, "dropout_mode": "alpha"}], ids=str)
 def test_dtypes_and_dropout(dtype: torch.dtype, dropout: dict[str, Any], tmp_path: Path) -> None:
@@ -123,6 +125,7 @@ def test_backward_loads_the_weights_again_instead_of_keeping_them(first: str, tm
     assert kept(model) <= kept(reference) + sum(p.nbytes for p in others)
 
 
+@pytest.mark.sampled(1)
 @both_orders
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_leaves_nothing_loaded(first: str, reentrant: bool, tmp_path: Path) -> None:
@@ -169,6 +172,7 @@ def test_a_merge_does_not_write_to_a_disk(way: str, first: str, tmp_path: Path) 
         spp.merge(model, requantize=True)
 
 
+@pytest.mark.slow
 def test_a_model_that_transformers_dispatched(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -192,6 +196,7 @@ def test_a_model_that_transformers_dispatched(tmp_path: Path) -> None:
     assert_same_bits(logits(merged), logits(plain))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("architecture", "first"), [("mixtral", "wrapped"), ("gpt_oss", "dispatched")])
 def test_fused_experts(architecture: str, first: str, tmp_path: Path) -> None:
     def make() -> Any:

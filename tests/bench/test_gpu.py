@@ -45,6 +45,7 @@ def test_a_failing_check_is_told_and_fails_the_run(
     assert "FAILED  W_eff, bits: 3 above 0  (dense 1 × 1, float32)" in out and "1 passed, 1 failed" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
@@ -90,6 +91,7 @@ def test_without_a_gpu_it_says_so() -> None:
         gpu.main([])
 
 
+@pytest.mark.slow
 @WITHOUT_GPU
 def test_the_tables_are_made_of_what_is_measured(
     triton_device: torch.device, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,7 @@ def test_memory_of_a_process_sees_what_a_call_allocates() -> None:
     assert size * 0.9 < memory.peak - memory.rest < size * 2
 
 
+@pytest.mark.slow
 def test_a_child_that_fails_is_an_error_with_its_last_words() -> None:
     with pytest.raises(SPPError, match=r"--tokens is 0; it must be at least 1"):
         harness.in_child("spp.bench.layer", ["--tokens", "0"])

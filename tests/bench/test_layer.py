@@ -86,6 +86,7 @@ def test_products_are_the_three_products() -> None:
     assert_matches(products.gradient, dy.t() @ x, torch.float64)
 
 
+@pytest.mark.slow
 def test_rows_table_and_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, chart = tmp_path / "rows.json", tmp_path / "chart.png"
@@ -105,6 +106,7 @@ def test_rows_table_and_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path
         layer.main([*run, "--out", str(tmp_path / "other.json")])
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_backward() -> None:
     spec, names = LayerSpec(24, 16, torch.float32, "cpu", "2:4", 4, 2), ("spp", "spp-input-dropout", "spp-bf16-saved")
     rows = {
@@ -122,6 +124,7 @@ def test_what_is_kept_for_backward() -> None:
     assert [rows[name]["saved_bytes"] for name in ("spp", "spp-bf16-saved", "full")] == [x, x // 2, x]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_child(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     run = ["--layers", "24x16", "--tokens", "32", "--rank", "4", "--rounds", "1", "--warmup", "0", "--memory"]

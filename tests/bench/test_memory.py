@@ -23,6 +23,7 @@ def test_saved_bytes_count_memory_once_and_no_parameters() -> None:
     assert saved_bytes(lambda: module(x), module, [x]) == 0
 
 
+@pytest.mark.slow
 def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "in_child", run_here)

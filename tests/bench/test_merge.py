@@ -13,6 +13,7 @@ from spp.bench.cached import cached_share
 from spp.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     run = ["--shape", "tiny", "--rank", "4", "--rounds", "2", "--warmup", "0", "--directory", str(tmp_path)]

@@ -62,6 +62,7 @@ def test_every_turn_starts_from_the_dense_weights() -> None:
         assert all(torch.equal(module.weight, dense[path]) for path, module in projections(model).items())
 
 
+@pytest.mark.slow
 def test_rows_and_memory_of_children(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_pst_is_what_autograd_makes_of_its_formula(pattern: str) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_and_memory_of_children(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=256, n_positions=64)).eval()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bfloat16", "sharded"])
 def test_the_same_bits_as_in_memory(kind: str, pattern: str | None, tmp_path: Path) -> None:

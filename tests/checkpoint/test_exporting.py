@@ -68,6 +68,7 @@ def test_there_and_back_every_file_is_the_same(base: Path, tmp_path: Path) -> No
     assert again == report and contents(tmp_path / "again") == contents(tmp_path / "packed")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kept", [(1, 4), (2, 8), None], ids=str)
 def test_every_dtype_and_pattern(tmp_path: Path, dtype: torch.dtype, kept: tuple[int, int] | None) -> None:
@@ -195,6 +196,7 @@ def test_what_is_not_pruned_stays_as_it_is(tmp_path: Path) -> None:
     assert same_tensors(tmp_path / "dense", tmp_path / "base")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama4_text", "qwen3_moe", "jetmoe"])
 def test_experts(tmp_path: Path, architecture: str) -> None:
     """Apart on disk and fused in memory, fused in both, inputs last or first."""

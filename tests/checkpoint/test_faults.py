@@ -224,6 +224,7 @@ def test_a_folder_that_may_not_be_written(base: Path, adapter: Path, tmp_path: P
             merge_checkpoint(base, adapter, folder / "out", dry_run=dry_run)
 
 
+@pytest.mark.slow
 def test_processes_that_write_the_same_output(base: Path, adapter: Path, tmp_path: Path) -> None:
     second, out = spp.save_adapter(wrapped_model(scale=0.2), tmp_path / "second"), tmp_path / "out"
 

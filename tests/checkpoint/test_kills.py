@@ -14,6 +14,7 @@ WORKS = ("merge", "save", "export packed", "export dense")
 OTHERS = ("convert", "adapter", "prune")
 
 
+@pytest.mark.slow
 def test_kills(tmp_path: Path) -> None:
     for at_random, at_events in run_kills(tmp_path, WORKS, count=5, step=16):
         assert at_random == 5 and at_events >= 2

@@ -23,7 +23,18 @@ from spp.files.writer import TensorFile
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
 from spp.pruning import magnitude_mask
-from tests.checkpoint.helpers import Q0, UP1, contents, grown, pruned_model, rewrite, shard, tensors_of, wrapped_model
+from tests.checkpoint.helpers import (
+    Q0,
+    UP1,
+    assert_no_threads_at_work,
+    contents,
+    grown,
+    pruned_model,
+    rewrite,
+    shard,
+    tensors_of,
+    wrapped_model,
+)
 
 compiled = pytest.mark.skipif(elementwise.why_not() is not None, reason=f"nothing compiled: {elementwise.why_not()}")
 
@@ -57,6 +68,7 @@ OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("stored", "options"), OPTIONS)
 def test_pieces_threads_and_who_computes_do_not_change_a_byte(
     tmp_path: Path, pieces: None, threads: int, stored: torch.dtype, options: dict[str, Any]
@@ -145,6 +157,7 @@ def test_the_compiled_pass_does_what_it_can(
     assert TorchJob in done
 
 
+@pytest.mark.slow
 def test_a_merge_takes_pieces_of_memory_and_not_tensors(tmp_path: Path) -> None:
     size = (8192, 8192)
     paths = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
@@ -173,7 +186,7 @@ def test_a_merge_takes_pieces_of_memory_and_not_tensors(tmp_path: Path) -> None:
 
 def nothing_left(folder: Path, expected: list[str]) -> None:
     assert sorted(os.listdir(folder)) == sorted(expected)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("spp-") and thread.is_alive()]
+    assert_no_threads_at_work()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

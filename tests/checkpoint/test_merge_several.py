@@ -57,6 +57,7 @@ def by_formula(weight: Tensor, changes: list[Tensor | None]) -> Tensor:
     return (weight.float() * (1 + total)).to(weight.dtype)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_the_weighted_sum_is_rounded_once(
     pair: tuple[Path, list[Path]], tmp_path: Path, stored: torch.dtype, kernels: str

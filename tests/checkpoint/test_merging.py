@@ -70,6 +70,7 @@ def test_the_comparison_can_fail(base: Path, tmp_path: Path) -> None:
     assert not same_tensors(base, other)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
     ("stored", "options"),

@@ -130,6 +130,7 @@ def test_at_most_one_dense_projection_is_alive(tmp_path: Path, monkeypatch: pyte
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "jetmoe", "deepseek_v3"])
 def test_fused_experts_are_read_one_by_one(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moe_model(architecture)

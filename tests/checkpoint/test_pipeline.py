@@ -13,6 +13,7 @@ import torch
 
 from spp.checkpoint.pipeline import Job, Scratch, run
 from spp.files.output import PAGE
+from tests.checkpoint.helpers import assert_no_threads_at_work
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
@@ -21,11 +22,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-    for _ in range(100):  # a thread whose work is over needs a moment to be gone
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("spp-")]
-        if left:
-            time.sleep(0.05)
-    assert not left
+    assert_no_threads_at_work()
 
 
 class Logged(Job):

@@ -28,6 +28,7 @@ def ok(outcome: Outcome) -> Outcome:
     return outcome
 
 
+@pytest.mark.slow
 def test_the_installed_program_runs() -> None:
     code = "import sys; from spp.cli.main import main; sys.argv = ['spp', '--version']; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -166,6 +167,7 @@ def test_tune(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     assert refused.code == 1 and "--resume" in refused.err and "--overwrite" in refused.err
 
 
+@pytest.mark.slow
 def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
     run, sparse = tmp_path / "run", tmp_path / "sparse"
     options = ("--data", text, "--method", "pst", "--recipe", "short", "--steps", 4, "--batch-size", 2)
@@ -196,6 +198,7 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path
     assert spp("eval", dense, "--adapter", run / "adapter", *measure, "--no-strict").code == 1
 
 
+@pytest.mark.slow
 def test_the_whole_road_with_mask_updates(spp: Call, dense: Path, pruned: Path, text: Path, tmp_path: Path) -> None:
     run, merged = tmp_path / "run", tmp_path / "merged"
     options = ("--data", text, "--steps", 4, "--lr", 0.02, "--batch-size", 2, "--block-length", 64, "--window", 64)

@@ -16,6 +16,7 @@ SMALL = ("--steps", 2, "--block-length", 16, "--window", 16, "--test-windows", 2
 QUICK = (*SMALL, "--cost-rounds", 0, "--lr", "2e-2", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_compare(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("compare", pruned, out, "--data", text, *QUICK, "--contenders", "spp:r=4 norms")

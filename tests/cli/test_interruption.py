@@ -24,6 +24,7 @@ class TerminatedAtStepTwo(ProgressBar):
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_tune_says_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_by_magnitude(spp: Call, dense: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pruned"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options", [(), ("--method", "sparsegpt"), ("--pattern", 0.6, "--owl"), ("--dtype", "bfloat16")]
 )

@@ -245,6 +245,7 @@ def test_a_read_only_disk(small_disk: Path) -> None:
 SCENARIOS = ("fresh", "exchange", "file", "aside")  # the last one changes its process
 
 
+@pytest.mark.slow
 def test_kills(tmp_path: Path) -> None:
     assert min(run_kills(tmp_path, step=4)) >= 2
 
@@ -348,6 +349,7 @@ def test_writers_side_by_side(tmp_path: Path, exchange: bool, monkeypatch: pytes
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_processes_side_by_side(tmp_path: Path) -> None:
     code = (
         "from spp.files import atomic_directory\n"

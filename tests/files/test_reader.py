@@ -390,6 +390,7 @@ def fuzz(folder: Path, count: int) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_fuzz(tmp_path: Path) -> None:
     fuzz(tmp_path, 300)
 

@@ -39,6 +39,7 @@ def experts(model: nn.Module) -> dict[str, SPPPeftExperts]:
     return {path: layer for path, layer in tuner_layers(model).items() if isinstance(layer, SPPPeftExperts)}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_files_and_merge_are_those_of_wrap(architecture: str, tmp_path: Path) -> None:
     model, wrapped = adapted(architecture), spp.wrap(sparse(architecture), 4, seed=0)
@@ -156,6 +157,7 @@ def test_sixteen_bits_copies_and_targets() -> None:
     assert_same_bits(logits(copy.deepcopy(model)), logits(model))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 def test_packed_experts_are_the_dense_ones(architecture: str, tmp_path: Path) -> None:
     dense, packed = adapted(architecture), adapted(architecture, packed=True)
@@ -206,6 +208,7 @@ def test_what_was_packed_before_stays_packed() -> None:
         get_peft_model(spp.pack(sparse("mixtral")), SPPPeftConfig(r=4))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "jetmoe"])
 def test_transformers_own_loader(architecture: str, tmp_path: Path) -> None:
     wrapped = train(spp.wrap(sparse(architecture), 4, seed=0))

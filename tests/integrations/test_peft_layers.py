@@ -31,6 +31,7 @@ def same_parameters(model: nn.Module, wrapped: nn.Module, adapter: str = "defaul
         assert_same_bits(layers[path].spp_beta[adapter], ours.spp_beta, path)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +134,7 @@ def test_autocast_and_gradient_checkpointing() -> None:
         assert_same_bits(again, plain)
 
 
+@pytest.mark.slow
 def test_compiled_numbers_are_those_of_eager_mode() -> None:
     model = scatter(get_peft_model(pruned(num_hidden_layers=1), SPPPeftConfig(r=4)))
     compiled = torch.compile(model, backend="eager")

@@ -43,6 +43,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name.removesuffix(".base_layer"): m.weight.detach().clone() for name, m in projections(model).items()}  # type: ignore[operator]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_and_unload_stores_what_spp_merge_stores(dtype: torch.dtype, safe: bool, tmp_path: Path) -> None:

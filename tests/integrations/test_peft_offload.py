@@ -44,6 +44,7 @@ def adapter(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if "spp_" in name}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("first", ["dispatched", "adapted"])
 @pytest.mark.parametrize("way", WAYS)
 def test_it_trains_as_the_model_in_memory_does(way: str, first: str, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_peft_loads_onto_a_model_that_transformers_dispatched(tmp_path: Path, mo
     assert_same_bits(logits(model), logits(reference))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("first", ["dispatched", "adapted"])
 def test_fused_experts(first: str, tmp_path: Path) -> None:
     def make() -> Any:

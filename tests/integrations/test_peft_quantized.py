@@ -38,6 +38,7 @@ def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {path: own_dense(linear) for path, linear in projections(model).items()}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("form", "options"),
     [
@@ -67,6 +68,7 @@ def test_training_is_that_of_wrap_bit_for_bit(form: dict[str, Any], options: dic
         assert_same_bits(logits(model), logits(wrapped))
 
 
+@pytest.mark.sampled(1)
 @every_form
 def test_adapters_go_between_the_two(form: dict[str, Any], tmp_path: Path) -> None:
     model, wrapped = train(peft_model(form)), train(spp.wrap(quantized_llama(**form), 4, seed=0))
@@ -81,6 +83,7 @@ def test_adapters_go_between_the_two(form: dict[str, Any], tmp_path: Path) -> No
         PeftModel.from_pretrained(quantized_llama(**form), tmp_path / "peft", config=config)
 
 
+@pytest.mark.sampled(1)
 @every_form
 def test_several_adapters_and_their_merges(form: dict[str, Any]) -> None:
     model = two_adapters(form)
@@ -107,6 +110,7 @@ def test_several_adapters_and_their_merges(form: dict[str, Any]) -> None:
     assert_same_bits(logits(model), both)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("form", "safe"), [*((form, True) for form in FORMS), (FORMS[1], False)], ids=str)
 def test_merge_and_unload_stores_what_spp_merge_stores(form: dict[str, Any], safe: bool) -> None:
     wrapped, model = train(spp.wrap(quantized_llama(**form), 4, seed=0)), train(peft_model(form))
@@ -120,6 +124,7 @@ def test_merge_and_unload_stores_what_spp_merge_stores(form: dict[str, Any], saf
     assert spp.sparsity(merged) == spp.sparsity(wrapped)
 
 
+@pytest.mark.sampled(1)
 @every_form
 def test_unloading_gives_the_quantized_layers_back(form: dict[str, Any]) -> None:
     before = quantized_llama(**form)
@@ -179,6 +184,7 @@ def test_refusals_leave_the_model_as_it_was() -> None:
         get_peft_model(model, SPPPeftConfig(r=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_trainer_on_what_transformers_quantized(bits: int, tmp_path: Path) -> None:
     """Trainer refuses a quantized model, and takes a PeftModel around one: that is the plug-in's way past the guard."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -47,6 +48,7 @@ def adapter(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "spp_" in name}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     stop = 4
     whole = make_trainer(tmp_path / "whole")

@@ -85,6 +85,7 @@ def test_sft_with_a_peft_config(tmp_path: Path) -> None:
         assert torch.equal(merged.get_submodule(path).weight == 0, module.weight == 0), path  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_sft_of_a_wrapped_model_is_that_through_peft(tmp_path: Path) -> None:
     ours = sft(spp.wrap(pruned(), 4, seed=0), tmp_path / "ours", SPPSFTTrainer)
     ours.train()
@@ -102,6 +103,7 @@ class StopAt(TrainerCallback):
         return control
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_has_whole_checkpoints_and_resumes(tmp_path: Path) -> None:
     def make(directory: Path, callbacks: Any = None) -> Any:
         return sft(spp.wrap(pruned(), 4, seed=0, dropout=0.1), directory, SPPSFTTrainer, callbacks)
@@ -156,6 +158,7 @@ def reference_losses(made: Any) -> list[float]:
     return [entry["rewards/margins"] for entry in made.state.log_history if "rewards/margins" in entry]
 
 
+@pytest.mark.slow
 def test_dpo_loads_no_second_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -177,6 +180,7 @@ def test_dpo_loads_no_second_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_same_bits(logits(loaded), logits(made.model))
 
 
+@pytest.mark.slow
 def test_dpo_of_a_tuned_peft_model_compares_with_what_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = scatter(get_peft_model(pruned(), SPPPeftConfig(r=4, seed=0, task_type="CAUSAL_LM")))
     start = logits(model)

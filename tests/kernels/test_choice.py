@@ -34,6 +34,7 @@ def test_a_choice_ends_with_its_block() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_and_a_wrong_value_is_explained() -> None:
     code = (
         "import torch; from spp.functional import spp_linear\n"

@@ -91,6 +91,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "cache_bytes", lambda device: 2**14)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_only_alpha_and_beta_notice_and_by_little(

@@ -162,6 +162,7 @@ def test_autocast_rounds_to_the_stored_then_to_the_autocast_dtype(
     assert_same_bits(y.detach().T + 0.0, stored.to(autocast_dtype) + 0.0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("elements", [2**22, 256])
 def test_blocks_do_not_change_a_bit(dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +182,7 @@ def test_blocks_do_not_change_a_bit(dtype: torch.dtype, elements: int, monkeypat
         assert len(log) >= 3 and (elements > m * n or len(log) > 3)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "2:8", "1:4", "1:2", 0.5, 0.8, 0.0])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -332,6 +334,7 @@ def _quick_compiler(folder: Path) -> str:
     return str(script)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_does_the_work(tmp_path: Path) -> None:
     wanted = ONE_LAYER + (
         "from spp.kernels import use_kernels\n"
@@ -343,6 +346,7 @@ def test_without_a_compiler_torch_does_the_work(tmp_path: Path) -> None:
     assert "ConfigError: SPP_KERNELS=native: there is no C compiler" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["fails", "writes nonsense"])
 def test_a_broken_compiler_is_explained(what: str, tmp_path: Path) -> None:
     script = tmp_path / "cc"
@@ -356,6 +360,7 @@ def test_a_broken_compiler_is_explained(what: str, tmp_path: Path) -> None:
     assert ("no such flag" if what == "fails" else "cannot be loaded") in done.stdout
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -370,6 +375,7 @@ def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path) -> None:
     assert not list(others.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     here = {"SPP_CC": _quick_compiler(tmp_path), "SPP_CACHE": str(tmp_path), "SPP_KERNELS": "native"}
     assert _in_child(ONE_LAYER, **here).returncode == 0

@@ -54,6 +54,7 @@ class Blocked(DenseWeight):
         return Blocked
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("elements", [2**21, 24])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -87,6 +87,7 @@ def test_sixteen_bit_products_in_float32_where_the_cpu_lacks_them(
         check(case, *run(case), dtype)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), [s for s in SHAPES if 0 not in s[3]])
 def test_gradcheck(m: int, n: int, r: int, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", SMALL_BLOCKS)
@@ -106,6 +107,7 @@ def test_groups_one_by_one_or_together(elements: int, group_rows: int, monkeypat
         check(case, *run(case), torch.float64)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("products", [FOUR, FIVE], ids=["four products", "five products"])
 @pytest.mark.parametrize("elements", [ONE_BLOCK, SMALL_BLOCKS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

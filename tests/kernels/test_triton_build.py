@@ -36,6 +36,7 @@ def built(weight: Tensor, factors: Factors, dtype: torch.dtype | None = None) ->
     return out
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), MATRICES)
 def test_every_bit_is_the_twins(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch.device) -> None:

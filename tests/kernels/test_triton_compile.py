@@ -17,6 +17,7 @@ FORMS = {"80": ["dense"], "90": ["dense", "2:4", "1:8", "any pattern"]}  # of W,
 ARITHMETIC = {"build": ROUNDED, "delta": {"mul.rn.f32"}, "reduce": ROUNDED, "decode": set(), "quantise": ROUNDED}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton's compiler for CUDA")
 def test_kernels_compile_without_contraction(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

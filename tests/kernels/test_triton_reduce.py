@@ -58,6 +58,7 @@ class Reduction:
         return [grad for grad in grads if grad is not None]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), MATRICES)
 def test_values(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch.device) -> None:

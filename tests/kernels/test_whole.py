@@ -44,6 +44,7 @@ def on(device: torch.device, case: Case) -> Case:
     return Case(*moved, case.scaling)  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), [*SHAPES, WIDE])
 def test_values_and_gradients(
@@ -94,6 +95,7 @@ def test_both_kinds_of_kernels_give_the_same_bits_in_forward(
         assert_same_bits(one, two)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_packed_weights_give_the_bits_of_dense_ones(

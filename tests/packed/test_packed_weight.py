@@ -84,6 +84,7 @@ def rectangles(m: int, n: int) -> list[tuple[slice, slice]]:
     return list(itertools.product(rows, [slice(None), *cols]))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["free", *PATTERNS])
 def test_any_rectangle_by_every_decoder(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +102,7 @@ def test_any_rectangle_by_every_decoder(kind: str, threads: int, monkeypatch: py
             assert_same_bits(out, expected, f"{kind} {rows} {cols} by torch")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["free", "2:4", "1:4"])
 def test_more_rows_than_are_decoded_together(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +134,7 @@ def test_round_trip_of_anything(m: int, n: int, density: float, group: int, dtyp
     check_round_trip(weight)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("dtype", "pattern", "bar"),
     [

@@ -25,6 +25,7 @@ def _expected_error(weight: torch.Tensor, mask: torch.Tensor, x: torch.Tensor) -
     return ((weight.double() * x.double().mean(0)) * ~mask).sum(1).abs()
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8", "4:8", "16:32", 0.5, 0.75, 0.3])
 @pytest.mark.parametrize(("m", "n"), [(9, 96), (1, 32)])
 @pytest.mark.parametrize(("max_cycles", "threshold"), [(50, 0.1), (3, 0.0), (1, 0.1), (200, 0.5)])

@@ -34,6 +34,7 @@ def naive(weight: torch.Tensor, pattern: str | float) -> torch.Tensor:
     return mask.view(weight.shape)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "1:2", "3:5", "7:8", "16:32", "20:40", 0.5, 0.25, 0.9, 0.001])
 @pytest.mark.parametrize("shape", [(7, 160), (1, 160), (40, 7 * 160), (3, 5, 160)])

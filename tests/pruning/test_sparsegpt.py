@@ -54,6 +54,7 @@ def test_the_comparison_can_fail(pattern: str | float) -> None:
     assert not torch.allclose(first, other)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("pattern", ["2:4", "2:8", 0.5, 0.75])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_error_is_never_above_the_literal_algorithms_in_float32(pattern: str | float, seed: int) -> None:

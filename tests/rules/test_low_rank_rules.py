@@ -67,6 +67,7 @@ def test_products_are_added_in_order_and_rounded_once(name: str, dtype: torch.dt
         assert_matches(actual, exact, dtype, plain=exact.to(dtype))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("elements", [2**22, 24])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -153,6 +154,7 @@ def trained(name: str, **options: object) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_goes_the_whole_road(name: str, packed: bool, tmp_path: Path) -> None:

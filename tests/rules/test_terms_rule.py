@@ -64,6 +64,7 @@ def test_one_term_has_the_bits_of_its_rule() -> None:
     assert not torch.equal(one, other)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("elements", [2**22, 24])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

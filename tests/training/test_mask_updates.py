@@ -69,6 +69,7 @@ class Watch(TrainerCallback):
         self.seen.append(weights_of(model))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_every_update_keeps_the_sparsity_and_takes_dense_values(tmp_path: Path, base: str, packed: bool) -> None:
@@ -98,6 +99,7 @@ def test_every_update_keeps_the_sparsity_and_takes_dense_values(tmp_path: Path, 
     assert {entry["sparsity"] for entry in made.state.log_history if "loss" in entry} == {0.5}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("grow", ["gradient", "saliency"])
 @pytest.mark.parametrize("drop", ["activation", "magnitude"])
 @pytest.mark.parametrize("base", BASES)
@@ -140,6 +142,7 @@ def test_the_choice_is_that_of_plain_torch(tmp_path: Path, base: str, drop: str,
         assert int((found != expected).sum()) <= 0.01 * int((expected != kept).sum()) + 2, path
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("base", "stop"), [("2:4", 1), ("2:4", 2), ("unstructured", 3), ("unstructured", 6)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, base: str, stop: int) -> None:
     options = {"max_steps": 7, "gradient_accumulation_steps": 2, "wrap": {"dropout": 0.3}}

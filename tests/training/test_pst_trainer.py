@@ -99,6 +99,7 @@ def test_only_what_pst_trains_changes(tmp_path: Path) -> None:
         assert torch.equal(parameter, before[name]) != (name in trained_parameters(model)), name
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stop", [2, 5])
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop: int, pattern: str | None) -> None:
@@ -141,6 +142,7 @@ def test_a_checkpoint_holds_what_is_trained_and_loads(tmp_path: Path) -> None:
     assert finished.sparsity == made.sparsity
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_classifiers_train_with_their_heads(kind: str, tmp_path: Path) -> None:
     def made(name: str, callbacks: Any = None) -> PSTTrainer:

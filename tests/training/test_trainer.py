@@ -75,6 +75,7 @@ def test_the_sparsity_is_measured_again_after_a_write(tmp_path: Path) -> None:
     assert made.sparsity == zeros / total
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dropout_mode", ["input", "alpha"])
 @pytest.mark.parametrize("stop", [2, 4, 5, 7])  # 5 steps an epoch: within one, at its end, in the second
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop: int, dropout_mode: str) -> None:

@@ -48,6 +48,7 @@ def updating(data: Path, run: Path, dense: Path, **options: Any) -> TuneConfig:
     return config(data, run, **{"dense_model": dense, "mask_update_every": 2, "mask_update_fraction": 0.3, **options})
 
 
+@pytest.mark.slow
 def test_pst_from_a_directory_to_a_verified_checkpoint(text: Path, dense: Path, tmp_path: Path) -> None:
     result = tune(by_pst(text, tmp_path / "run", model=dense, steps=30))
     assert result.base_dir is None and result.sparsity == 0.5
@@ -77,6 +78,7 @@ def test_pst_unstructured_on_instructions_with_a_chunked_loss(tmp_path: Path) ->
     assert {layer.sparsity for layer in pst_layers(model).values()} == {0.7}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["pst", "updates"])
 def test_interrupted_and_resumed_to_the_same_bytes(
     method: str, text: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -197,6 +197,7 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(text: Path, t
     assert bytes_of(tmp_path / "a/adapter") != bytes_of(tmp_path / "c/adapter")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}, {"dropout": 0.05}])
 def test_other_ways_to_compute(text: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     result = run_tune(config(text, tmp_path / "run", steps=20, **options))
@@ -228,6 +229,7 @@ def test_a_bar_when_asked(text: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 class TestInterruption:
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_saves_and_resumes_to_the_same_bytes(
         self, text: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch

@@ -126,6 +126,7 @@ def check(ours: list[float], theirs: list[float], steps: int) -> None:
     assert worst <= STEP_LOSS, f"a step's loss differs by {worst:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [LR, 2e-2])
 def test_small_model(tmp_path: Path, lr: float) -> None:
     steps = 40
@@ -135,6 +136,7 @@ def test_small_model(tmp_path: Path, lr: float) -> None:
     check(ours, theirs, steps)
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_tiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """repeat_interleave and tile have the same mean; the check must tell them apart."""
     steps = 40

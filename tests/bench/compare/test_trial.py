@@ -154,6 +154,7 @@ def test_too_little_data_is_an_error(pruned: Path, tmp_path: Path) -> None:
         load(config(pruned, tmp_path / "o", eval_text=tmp_path / "short.txt"), tokenizer)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
     given = {"contenders": ("spp", "norms"), "lr": ("spp=1e-2,2e-2", "norms=1e-2"), "extend": 0}
     first = compare(config(pruned, tmp_path / "out", contenders=("spp",), lr=("1e-2",)))
@@ -205,12 +206,14 @@ def test_what_cannot_be_is_found_before_anything_is_trained(
         compare(config(pruned, tmp_path / "file", contenders=("norms",)))
 
 
+@pytest.mark.slow
 def test_divergence_is_a_row(pruned: Path, tmp_path: Path) -> None:
     rows = compare(config(pruned, tmp_path / "out", contenders=("spp",), lr=("1e30",), extend=0)).read()["rows"]
     (row,) = rows.values()
     assert row["diverged"] and "test" not in row and "merged weight" in row["reason"]
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = {"spp": 1.0, "norms": 2.0}
     monkeypatch.setattr(
@@ -228,6 +231,7 @@ def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, m
     assert "time" in BUDGETS
 
 
+@pytest.mark.slow
 def test_cost_of_a_step(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {"model": pruned, "contender": "norms", "dtype": "float32", "device": "cpu", "batch-size": 1}
     arguments |= {"block-length": 8, "rounds": 2, "threads": torch.get_num_threads()}
