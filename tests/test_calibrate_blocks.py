@@ -112,6 +112,7 @@ def test_an_input_that_is_changed_in_place_is_another_one() -> None:
         assert torch.equal(model.layers[0].get_submodule(name).weight, expected), name
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_use_keys_and_values_of_earlier_ones(architecture: str) -> None:
     config = AutoConfig.for_model(

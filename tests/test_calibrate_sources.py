@@ -56,6 +56,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return path
 
 
+@pytest.mark.sampled(2)
 def test_a_folder_is_a_data_set(folder: Path) -> None:
     files = sorted(folder.rglob("*"))
     windows = _windows(folder)

@@ -40,6 +40,7 @@ def plain_perplexity(model: torch.nn.Module, ids: list[int], window: int) -> flo
     return math.exp(total / count)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("window", "batch_size"), [(2, 1), (16, 1), (16, 3), (37, 4), (128, 100)])
 def test_equals_the_formula(window: int, batch_size: int) -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer()

@@ -74,6 +74,7 @@ def _merged_twin(module: nn.Module, adapters: dict[str, SPPExperts]) -> tuple[nn
     return twin.double(), leaves
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("architecture", FUSED)
 def test_outputs_and_gradients_are_those_of_the_effective_weight(architecture: str, implementation: str) -> None:

@@ -320,6 +320,7 @@ def test_a_merge_into_another_dtype_converts_what_stays_packed() -> None:
         assert_same_model(spp.unpack(model), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])
 def test_training_decodes_one_expert_at_a_time(architecture: str) -> None:
     model = spp.wrap(pruned(architecture), r=4, seed=0, packed=True).train()

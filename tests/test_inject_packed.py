@@ -92,6 +92,7 @@ def test_unwrap_gives_the_pruned_model_back() -> None:
     assert_same_model(model, before)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options",
     [{}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 3}, {"check": False}],

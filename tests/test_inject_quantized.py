@@ -43,6 +43,7 @@ def step(model: Any, steps: int = 3) -> list[float]:
     return losses
 
 
+@pytest.mark.sampled(1)
 @every_form
 def test_it_trains_as_the_dequantized_model_does(form: dict) -> None:
     model = quantized_llama(**form)
@@ -68,6 +69,7 @@ def test_unwrap_gives_back_the_quantized_layers(form: dict) -> None:
     assert torch.equal(model(IDS).logits, logits)
 
 
+@pytest.mark.sampled(1)
 @every_form
 def test_a_merge_keeps_the_zeros_and_what_the_forward_computed(form: dict) -> None:
     model = spp.wrap(quantized_llama(**form), r=4, seed=0)
@@ -84,6 +86,7 @@ def test_a_merge_keeps_the_zeros_and_what_the_forward_computed(form: dict) -> No
     torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @every_form
 def test_a_merge_that_quantizes_again(form: dict) -> None:
     model = quantized_llama(**form)
@@ -186,6 +189,7 @@ def test_weights_that_cannot_be_adapted_name_their_layer() -> None:
         spp.wrap(model, r=4)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_that_transformers_quantized(bits: int, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_it_trains_as_the_dequantized_model_does(form: str, tmp_path: Path) -> N
         assert float((stored - effective[path]).norm() / effective[path].norm()) < worst
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("form", ["int8", "int4 asymmetric"])
 def test_the_peft_plugin(form: str) -> None:
     peft = pytest.importorskip("peft")
@@ -182,6 +183,7 @@ def test_conversion_follows_the_model() -> None:
     assert all(linear.weight.dtype == torch.bfloat16 for linear in unwrapped.values())
 
 
+@pytest.mark.slow
 def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer

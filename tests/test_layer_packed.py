@@ -92,6 +92,7 @@ def test_input_dropout_in_many_blocks(kind: str, monkeypatch: pytest.MonkeyPatch
         assert_matches(found, expected, torch.float64)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("elements", [2**21, 700])
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_an_adapter(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:

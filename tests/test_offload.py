@@ -138,6 +138,7 @@ def test_activation_checkpointing_leaves_nothing_loaded(first: str, reentrant: b
     assert held == {f"{path}.weight" for path in projections(models[0])}
 
 
+@pytest.mark.sampled(1)
 @both_orders
 def test_a_merge_writes_to_what_lies_in_memory(first: str, tmp_path: Path) -> None:
     model, reference = prepared(to_memory, first, tmp_path), in_memory()
@@ -156,6 +157,7 @@ def test_a_merge_writes_to_what_lies_in_memory(first: str, tmp_path: Path) -> No
     spp.verify(pruned(), model)
 
 
+@pytest.mark.sampled(2)
 @both_orders
 @pytest.mark.parametrize("way", ["disk", "map"])
 def test_a_merge_does_not_write_to_a_disk(way: str, first: str, tmp_path: Path) -> None:
@@ -196,6 +198,7 @@ def test_a_model_that_transformers_dispatched(tmp_path: Path) -> None:
     assert_same_bits(logits(merged), logits(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("architecture", "first"), [("mixtral", "wrapped"), ("gpt_oss", "dispatched")])
 def test_fused_experts(architecture: str, first: str, tmp_path: Path) -> None:
@@ -279,6 +282,7 @@ def test_hooks_that_are_removed_while_the_model_is_wrapped(first: str, tmp_path:
     assert not hasattr(model.get_submodule(U1), "_hf_hook")
 
 
+@pytest.mark.slow
 def test_packed_weights_stay_in_memory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"q_proj is offloaded by accelerate, and what is packed stays in memory"):
         spp.wrap(to_disk(pruned(), tmp_path), 4, packed=True)
@@ -352,6 +356,7 @@ def test_a_hook_that_takes_the_place_of_another(tmp_path: Path) -> None:
     assert len(train(model)[1]) == 28
 
 
+@pytest.mark.slow
 def test_a_model_that_was_wrapped_before_it_was_loaded(tmp_path: Path) -> None:
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
     from transformers import LlamaForCausalLM

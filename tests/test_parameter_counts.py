@@ -18,6 +18,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_papers_table(name: str) -> None:
     (hidden, intermediate, layers, heads, kv_heads), expected = MODELS[name]

@@ -95,6 +95,7 @@ def test_a_file_is_written(tmp_path: Path) -> None:
         check_plot(tmp_path / "zeros.gif")
 
 
+@pytest.mark.slow
 def test_large_models_and_single_weights(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     prefix = "model.layers.{}.mlp.experts.{}.up_proj.weight"

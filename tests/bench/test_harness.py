@@ -40,6 +40,7 @@ def test_spread_of_one_value() -> None:
     assert str(harness.spread([1.0, 2.0, 3.0])) == "2.000 (1.400 … 2.600)"
 
 
+@pytest.mark.slow
 def test_memory_of_a_process_sees_what_a_call_allocates() -> None:
     size = 64 << 20
 

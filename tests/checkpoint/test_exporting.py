@@ -390,6 +390,7 @@ def test_packing_that_went_wrong_is_not_written(base: Path, tmp_path: Path, monk
     assert not (tmp_path / "packed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_new_objects")
 def test_loading_copies_and_never_makes_a_weight_dense(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

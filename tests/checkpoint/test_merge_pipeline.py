@@ -227,6 +227,7 @@ def test_a_file_that_is_cut_while_it_is_merged_is_an_error(
     nothing_left(tmp_path, ["base", "adapter"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("piece", [0, 7])
 def test_ctrl_c_leaves_the_old_state(
     base: Path, adapter: Path, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch, piece: int

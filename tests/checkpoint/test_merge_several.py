@@ -81,6 +81,7 @@ def test_the_weighted_sum_is_rounded_once(
         assert_same_bits(after[key], before[key], key)
 
 
+@pytest.mark.sampled(2)
 def test_the_same_sum_in_the_peft_plug_in(pair: tuple[Path, list[Path]], tmp_path: Path, stored: torch.dtype) -> None:
     peft = pytest.importorskip("peft")
     import spp.integrations.peft  # noqa: F401  registers the method
@@ -117,6 +118,7 @@ def test_sums_of_other_rules(base: Path, adapter: Path, tmp_path: Path, rule: st
         merge_checkpoint(base, [adapter, adapters[0]], tmp_path / "mixed")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"rounding": "stochastic", "seed": 5}])
 def test_options_go_with_a_sum(
     pair: tuple[Path, list[Path]], tmp_path: Path, stored: torch.dtype, options: dict[str, Any]

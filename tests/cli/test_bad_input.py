@@ -24,6 +24,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         assert word in message, message
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "arguments",
     [

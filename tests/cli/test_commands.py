@@ -35,6 +35,7 @@ def test_the_installed_program_runs() -> None:
     assert (run.returncode, run.stdout) == (0, f"spp {__version__}\n")
 
 
+@pytest.mark.slow
 def test_warnings_are_one_line_and_no_deprecations_of_libraries() -> None:
     code = (
         "import warnings; from spp.cli import console; from spp.errors import SPPWarning\n"
@@ -57,6 +58,7 @@ def test_other_libraries_do_not_log_their_imports(spp: Call) -> None:
         logger.setLevel(before)
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_loads_no_torch() -> None:
     code = (
         "import sys; from spp.cli.main import main; sys.argv = ['spp', '--help']\n"
@@ -220,6 +222,7 @@ def test_inspect_a_model(spp: Call, pruned: Path) -> None:
     assert "model.layers.1.self_attn.q_proj.weight" in listed and "2:4" in listed
 
 
+@pytest.mark.slow
 def test_inspect_draws(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "zeros.png"
@@ -245,6 +248,7 @@ def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
     assert rows["self_attn.k_proj.spp_beta"] == ["2", "32×1", "64"]
 
 
+@pytest.mark.slow
 def test_bench_step(spp: Call, tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     options = ("--shape", "tiny", "--batch", 1, "--tokens", 8, "--rounds", 2, "--warmup", 1, "--rank", 4)

@@ -20,6 +20,7 @@ def packed(spp: Call, pruned: Path, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
+@pytest.mark.sampled(1)
 def test_there_and_back(spp: Call, pruned: Path, packed: Path, tmp_path: Path) -> None:
     refused = spp("export", pruned, packed, "--packed")
     assert refused.code == 1 and "--overwrite" in refused.err
@@ -52,6 +53,7 @@ def test_what_is_refused(spp: Call, pruned: Path, packed: Path, adapter: Path, t
     assert not out.exists()
 
 
+@pytest.mark.sampled(1)
 def test_eval_and_tune_take_a_packed_model(spp: Call, pruned: Path, packed: Path, text: Path, tmp_path: Path) -> None:
     measure = ("--text", text, "--window", 64, "--max-windows", 2, "--json", "--device", "cpu")
     found, expected = (json.loads(spp("eval", model, *measure).out) for model in (packed, pruned))

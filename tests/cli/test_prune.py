@@ -177,6 +177,7 @@ def test_an_interrupted_run_goes_on(spp: Call, dense: Path, tmp_path: Path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -212,6 +213,7 @@ def test_options_are_checked_before_the_model_is_looked_for(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -272,6 +274,7 @@ def test_a_quantized_checkpoint(spp: Call, dense: Path, tmp_path: Path, memory: 
     refused(spp("prune", bad, tmp_path / "out", "--method", "magnitude", *memory), "quantized")
 
 
+@pytest.mark.sampled(1)
 def test_dead_input_features_are_pruned_first(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
     dead = tmp_path / "dead"
     shutil.copytree(dense, dead)

@@ -133,6 +133,7 @@ def test_load_adapter_beside_another(
     assert_same_bits(logits(model), ours[1])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transformers_own_adapters(
     base: Path, ours: tuple[Path, torch.Tensor], dtype: torch.dtype, tmp_path: Path

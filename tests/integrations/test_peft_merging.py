@@ -191,6 +191,7 @@ def test_a_stack_cannot_be_saved(tmp_path: Path) -> None:
     assert (tmp_path / "members/b/adapter_model.safetensors").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("r", [None, 7, 64])
 def test_svd_is_the_best_adapter_of_its_rank(r: int | None, tmp_path: Path) -> None:
     model = two_adapters()

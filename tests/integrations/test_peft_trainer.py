@@ -66,6 +66,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert_same_bits(logits(loaded), logits(PeftModel.from_pretrained(pruned(), checkpoint)))
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     made = make_trainer(

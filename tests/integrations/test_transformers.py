@@ -35,6 +35,7 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options", [{}, {"dtype": torch.float32}, {"device_map": "cpu"}, {"dtype": torch.float16}], ids=str
 )

@@ -121,6 +121,7 @@ def test_a_wrapped_model_has_whole_checkpoints_and_resumes(tmp_path: Path) -> No
     assert all("sparsity" in entry for entry in whole.state.log_history if "loss" in entry)
 
 
+@pytest.mark.slow
 def test_trls_own_trainer_refuses_to_save_a_wrapped_model(tmp_path: Path) -> None:
     made = sft(spp.wrap(pruned(), 4, seed=0), tmp_path, save_strategy="steps", save_steps=1)
     with pytest.raises(WrapError, match=r"spp\.integrations\.trl\.SPPSFTTrainer"):

@@ -34,6 +34,7 @@ def bits(kind: type[Work], x: Tensor, inverse: float, shape: tuple[int, int]) ->
     return out.view(torch.uint8)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "cols"), [(5, 3), (70, 130), (1, 1), (16, 64), (3, 0)])
 def test_the_kernel_rounds_as_torch_does(

@@ -75,6 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), SHAPES + LARGER)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

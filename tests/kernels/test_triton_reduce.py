@@ -89,6 +89,7 @@ def test_only_what_is_wanted(m: int, n: int, r: int, needed: tuple[bool, bool], 
             assert_same_bits(one, of_both)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_bit_for_bit(triton_device: torch.device) -> None:
     reduction = Reduction(200, 129, 3, torch.float16, triton_device)
     for first, second in zip(reduction.run(), reduction.run(), strict=True):

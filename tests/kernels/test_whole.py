@@ -60,6 +60,7 @@ def test_float64_is_plain_torchs(small_chunks: None, triton_device: torch.device
         check(case, *run(case), torch.float64)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), [(13, 7, 5, (3,)), (8, 4, 2, (0,)), WIDE])
 def test_input_dropout(

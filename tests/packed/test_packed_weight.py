@@ -31,6 +31,7 @@ def check_round_trip(weight: Tensor, what: str = "") -> PackedWeight:
     return packed
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_usual_pattern(pattern: str, dtype: torch.dtype) -> None:

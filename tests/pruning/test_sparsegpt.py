@@ -32,6 +32,7 @@ def _options(pattern: str | float) -> dict[str, object]:
     return {"fraction": pattern}
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "2:8", "4:8", 0.5, 0.75, 0.3])
 @pytest.mark.parametrize(("m", "n"), [(5, 48), (1, 24), (11, 40)])
 def test_masks_and_weights_equal_the_literal_algorithm(pattern: str | float, m: int, n: int) -> None:

@@ -59,6 +59,7 @@ def train_a_little(model: Any, labels: Tensor, steps: int = 4) -> list[float]:
     return losses
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_classifiers(kind: str, tmp_path: Path) -> None:
     model = classifier(kind)
@@ -87,6 +88,7 @@ def test_classifiers(kind: str, tmp_path: Path) -> None:
     assert certificate["tensors"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt"])
 def test_causal_language_models_at_2_of_4(kind: str, tmp_path: Path) -> None:
     if kind == "llama":

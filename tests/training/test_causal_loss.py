@@ -56,6 +56,7 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradients_are_the_models_own(architecture: str) -> None:
     model, inputs = model_of(architecture), batch()
@@ -138,6 +139,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         causal_lm_loss(model_of("llama"), {"inputs_embeds": torch.zeros(1, 2, 32), "labels": batch()["labels"]})
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_trainer_takes_the_same_steps(tmp_path: Path, accumulate: int) -> None:
     found = {}

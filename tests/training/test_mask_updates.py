@@ -184,6 +184,7 @@ def test_a_layer_that_is_frozen_keeps_its_mask(tmp_path: Path) -> None:
     assert same[0] and same[-1] and not any(same[1:-1])
 
 
+@pytest.mark.slow
 def test_the_seed_of_the_data_decides(tmp_path: Path) -> None:
     runs = [updated(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
     for made in runs:
@@ -192,6 +193,7 @@ def test_the_seed_of_the_data_decides(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
 def test_other_ways_to_compute(tmp_path: Path, options: dict[str, Any]) -> None:
     plain, other = updated(tmp_path / "a"), updated(tmp_path / "b", **options)
@@ -302,6 +304,7 @@ class TestFiles:
         with pytest.raises(CheckpointError, match="with mask updates"):
             trainer(tmp_path / "b").train(resume_from_checkpoint=True)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("damage", ["version", "pruned", "dense", "masks", "cut"])
     def test_what_does_not_belong_is_refused(self, tmp_path: Path, damage: str) -> None:
         updated(tmp_path).save_model(str(tmp_path / "saved"))

@@ -63,6 +63,7 @@ class Seen(TrainerCallback):
         layer.register_forward_hook(lambda module, *_: self.values.append(module.sparsity))
 
 
+@pytest.mark.slow
 def test_every_pass_computes_with_the_sparsity_of_its_step(tmp_path: Path) -> None:
     model = dense()
     seen = Seen(model)
@@ -163,6 +164,7 @@ def test_classifiers_train_with_their_heads(kind: str, tmp_path: Path) -> None:
     assert spp.verify(tmp_path / "model").sparsity > 0.4
 
 
+@pytest.mark.slow
 def test_the_best_model_is_one_of_the_final_sparsity(tmp_path: Path) -> None:
     made = trainer(
         tmp_path,

@@ -226,6 +226,7 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, reentrant: bool) -> None:
     plain = trainer(tmp_path / "a", wrapped(dropout=0.2))
@@ -253,6 +254,7 @@ def test_bf16_autocast_trains(tmp_path: Path) -> None:
         assert a == pytest.approx(b, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_epochs_and_evaluation(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_steps=-1, num_train_epochs=2, eval_data=True, eval_strategy="epoch")
     made.train()
@@ -289,6 +291,7 @@ def test_rotation_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert made.args.save_total_limit == 2
 
 
+@pytest.mark.slow
 def test_model_init_builds_a_wrapped_model(tmp_path: Path) -> None:
     made = SPPTrainer(args=arguments(tmp_path), model_init=lambda: wrapped(), train_dataset=blocks())
     made.train()
@@ -301,6 +304,7 @@ class TestHalfWritten:
     def run(self, directory: Path) -> None:
         trainer(directory, save_strategy="steps", save_steps=2).train()
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("damage", ["marker", "file", "size"])
     def test_is_skipped_with_a_warning(self, tmp_path: Path, damage: str) -> None:
         self.run(tmp_path)

@@ -108,6 +108,7 @@ def test_interrupted_and_resumed_to_the_same_bytes(
     assert bytes_of(cut.base_dir)["model.safetensors"] == bytes_of(whole.base_dir)["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_mask_updates_from_a_directory_to_a_verified_checkpoint(text: Path, dense: Path, tmp_path: Path) -> None:
     spp.save_model(pruned(), tmp_path / "pruned", tokenizer=tiny_tokenizer())
     c = updating(text, tmp_path / "run", dense, model=tmp_path / "pruned", steps=8)

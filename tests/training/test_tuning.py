@@ -125,12 +125,14 @@ def test_the_learning_rate_is_the_recipes(text: Path, tmp_path: Path) -> None:
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 4e-3), ("cosine", 0.0)])
 def test_other_schedules(text: Path, tmp_path: Path, schedule: str, last: float) -> None:
     run_tune(config(text, tmp_path / "run", lr=4e-3, schedule=schedule, eval_fraction=0.0, steps=20))
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["lr"] == pytest.approx(last, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_epochs_are_counted_in_steps(text: Path, tmp_path: Path) -> None:
     result = run_tune(
         config(text, tmp_path / "run", steps=None, epochs=1.5, batch_size=3, gradient_accumulation=2, eval_fraction=0.0)
@@ -176,6 +178,7 @@ def test_nothing_held_out(text: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["after"] is None
 
 
+@pytest.mark.slow
 def test_a_model_from_a_directory(text: Path, tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -283,6 +286,7 @@ class TestInterruption:
     def test_resuming_nothing_starts(self, text: Path, tmp_path: Path) -> None:
         assert run_tune(config(text, tmp_path / "run", resume=True)).steps == 6
 
+    @pytest.mark.sampled(1)
     def test_a_run_killed_before_its_first_checkpoint_starts_anew(self, text: Path, tmp_path: Path) -> None:
         whole = run_tune(config(text, tmp_path / "whole"))
         run_tune(config(text, tmp_path / "run"))
@@ -386,6 +390,7 @@ class TestRefused:
             tune(config(text, text / "run"), model=model, tokenizer=tiny_tokenizer())
         assert not is_wrapped(model)
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize(
         ("name", "message"),
         [

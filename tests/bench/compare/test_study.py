@@ -175,6 +175,7 @@ def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
     assert "< 100" in main_table(found).rows[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spread", [1.0, 1.05, 3.0, 12.0, 1e4, 1e7])
 def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
     pytest.importorskip("matplotlib")

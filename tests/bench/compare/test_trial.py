@@ -41,6 +41,7 @@ def config(pruned: Path, out: Path, **options: object) -> CompareConfig:
     return CompareConfig(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_step_trains_and_the_merge_keeps_what_it_should(name: str, pruned: Path) -> None:
     if name in ("hira", "lora", "lora-remasked", "ia3"):
