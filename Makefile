@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     prune, tune, merge and verify a real model (examples/quickstart.py)
-#   make test     the whole suite in two processes; `make test ARGS="-k merge"` passes options to pytest
+#   make test     the whole suite in two processes; `make test ARGS="-m 'not slow'"` passes options to pytest
 #   make lint     ruff and mypy
 #   make bench    one training step against PEFT's LoRA and HiRA, on the demo's model
 #   make clean    remove what the other targets made
