@@ -95,7 +95,8 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
 def verdict(contents: Mapping[str, Any]) -> str:
     """Return in words how the reference does against the peers that keep every zero; empty where there is nothing yet.
 
-    Which of two is ahead is told by the mean test loss at the best learning rate of each, however small the difference.
+    Which of two is ahead is told by the mean test loss at the best learning rate of each, however small the difference;
+    peers whose seeds' range overlaps with the reference's are named.
     """
     found = {one.contender: one for one in summaries(contents) if one.perplexities}
     ours = found.get(REFERENCE)
@@ -111,6 +112,9 @@ def verdict(contents: Mapping[str, Any]) -> str:
     if ahead:
         parts.append(f"{own if not behind else 'it'} is ahead of {_joined(ahead)}")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
+    near = [one.contender for one in peers if _overlap(ours, one)]
+    if near:
+        text += f" The seeds' ranges overlap with {REFERENCE}'s: {', '.join(near)}."
     open_ones = [one.contender for one in (ours, *peers) if one.at_an_end]
     if open_ones:
         text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
@@ -139,6 +143,12 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
     if missing:
         parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _overlap(one: Summary, other: Summary) -> bool:
+    """Whether two ranges of test losses, of several seeds each, have a point in common."""
+    several = len(one.losses) > 1 and len(other.losses) > 1
+    return several and max(one.losses) >= min(other.losses) and max(other.losses) >= min(one.losses)
 
 
 def _named(one: Summary) -> str:
