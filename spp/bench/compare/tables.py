@@ -96,7 +96,7 @@ def verdict(contents: Mapping[str, Any]) -> str:
     """Return in words how the reference does against the peers that keep every zero; empty where there is nothing yet.
 
     Which of two is ahead is told by the mean test loss at the best learning rate of each, however small the difference;
-    peers whose seeds' range overlaps with the reference's are named.
+    where both have several seeds, it says in how many of them.
     """
     found = {one.contender: one for one in summaries(contents) if one.perplexities}
     ours = found.get(REFERENCE)
@@ -112,9 +112,8 @@ def verdict(contents: Mapping[str, Any]) -> str:
     if ahead:
         parts.append(f"{own if not behind else 'it'} is ahead of {_joined(ahead)}")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
-    near = [one.contender for one in peers if _overlap(ours, one)]
-    if near:
-        text += f" The seeds' ranges overlap with {REFERENCE}'s: {', '.join(near)}."
+    if several := [f"{one.contender} in {_wins(ours, one)}" for one in peers if len(_pairs(ours, one)) > 1]:
+        text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
     open_ones = [one.contender for one in (ours, *peers) if one.at_an_end]
     if open_ones:
         text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
@@ -145,10 +144,15 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _overlap(one: Summary, other: Summary) -> bool:
-    """Whether two ranges of test losses, of several seeds each, have a point in common."""
-    several = len(one.losses) > 1 and len(other.losses) > 1
-    return several and max(one.losses) >= min(other.losses) and max(other.losses) >= min(one.losses)
+def _pairs(one: Summary, other: Summary) -> list[tuple[float, float]]:
+    """Return the test losses of both for each seed that both have."""
+    losses = [{row["seed"]: row["test"]["loss"] for row in some.rows if "test" in row} for some in (one, other)]
+    return [(losses[0][seed], losses[1][seed]) for seed in losses[0].keys() & losses[1].keys()]
+
+
+def _wins(one: Summary, other: Summary) -> str:
+    pairs = _pairs(one, other)
+    return f"{sum(a < b for a, b in pairs)} of {len(pairs)}"
 
 
 def _named(one: Summary) -> str:

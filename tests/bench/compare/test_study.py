@@ -170,10 +170,11 @@ def test_the_verdict_is_on_peers_that_keep_every_zero() -> None:
     assert verdict(contents(*searched("spp", 3.0), *searched("hira", 4.0))).count("is ahead of hira") == 1
 
 
-def test_the_verdict_names_whose_seeds_overlap() -> None:
-    losses = {"spp": (3.0, 3.2), "hira": (2.8, 3.1), "masked-lora": (3.2, 3.3), "ia3": (3.3, 3.4), "norms": (3.1,)}
+def test_the_verdict_counts_the_seeds_that_both_have() -> None:
+    losses = {"spp": (3.0, 3.2, 3.1), "hira": (2.8, 3.3), "masked-lora": (3.1, 3.3, 3.1), "norms": (3.1,)}
     found = contents(*(row(name, 1e-2, i, loss) for name, some in losses.items() for i, loss in enumerate(some)))
-    assert " The seeds' ranges overlap with spp's: hira, masked-lora. " in verdict(found)
+    expected = "with the same batches, spp is ahead of hira in 1 of 2, masked-lora in 2 of 3. "
+    assert f" Seed by seed, which is {expected}" in verdict(found)
 
 
 def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
