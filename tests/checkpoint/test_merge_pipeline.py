@@ -229,6 +229,7 @@ def test_a_file_that_is_cut_while_it_is_merged_is_an_error(
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("piece", [0, 7])
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_the_old_state(
     base: Path, adapter: Path, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:

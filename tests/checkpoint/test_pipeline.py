@@ -99,6 +99,7 @@ def test_an_error_while_jobs_are_made_or_reported_is_raised() -> None:
         run([Logged("0", 1, [])], refuse)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interruption_stops_all_threads_before_it_is_raised() -> None:
     log: list[object] = []
 
@@ -112,6 +113,7 @@ def test_an_interruption_stops_all_threads_before_it_is_raised() -> None:
     assert 4 <= len(log) < 500
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interruption_does_not_leave_a_thread_behind() -> None:
     main = threading.main_thread().ident
     assert main is not None
