@@ -34,13 +34,6 @@ HERE = Path(__file__).parent
 PATTERNS = {"2of4": "2:4", "0.5": 0.5, "0.75": 0.75}
 NEAREST = ("spp", "masked-lora", "hira")  # too near to each other for one seed
 PEERS = (*NEAREST, "lora-remasked")
-OTHERS = ("full", "norms", "ia3", "pst-pruned", "pst", "spp-mask-updates", "lora")
-RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
-ABLATIONS = ("spp-no-beta", "spp-random-beta")
-DROPOUT = ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha")
-FIRST = ("spp=2e-2", "masked-lora=4e-3", "hira=1e-2", "lora-remasked=4e-3")  # one each, so that a table is there early
-BEST = ("spp=2e-2", "masked-lora=4e-3", "hira=2e-2", "lora-remasked=4e-3")  # what the search at 2:4 came to
-AROUND = ("spp=1e-2,2e-2,4e-2", "masked-lora=2e-3,4e-3,8e-3", "hira=1e-2,2e-2,4e-2", "lora-remasked=2e-3,4e-3,8e-3")
 OTHERS_FIRST = (
     "full=2e-4",
     "norms=1e-2",
@@ -50,6 +43,13 @@ OTHERS_FIRST = (
     "spp-mask-updates=2e-2",
     "lora=4e-3",
 )
+OTHERS = tuple(text.partition("=")[0] for text in OTHERS_FIRST)
+RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
+ABLATIONS = ("spp-no-beta", "spp-random-beta")
+DROPOUT = ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha")
+FIRST = ("spp=2e-2", "masked-lora=4e-3", "hira=1e-2", "lora-remasked=4e-3")  # one each, so that a table is there early
+BEST = ("spp=2e-2", "masked-lora=4e-3", "hira=2e-2", "lora-remasked=4e-3")  # what the search at 2:4 came to
+AROUND = ("spp=1e-2,2e-2,4e-2", "masked-lora=2e-3,4e-3,8e-3", "hira=1e-2,2e-2,4e-2", "lora-remasked=2e-3,4e-3,8e-3")
 
 
 @dataclass(frozen=True)
@@ -136,26 +136,24 @@ def prune(options: argparse.Namespace, pattern: str) -> None:
     spp.save_model(model, target, tokenizer=tokenizer)
 
 
-def done(config: CompareConfig) -> bool:
-    """Whether the results have all that a comparison asks for: nothing is loaded then."""
+def lacking(config: CompareConfig) -> list[str] | None:
+    """Return what a comparison asks for and its results do not have, without loading anything; None: not begun."""
     path = Path(config.output_dir) / NAME
-    return path.exists() and not missing(config, plan_of(config), read_json(path, "the results"))
+    return missing(config, plan_of(config), read_json(path, "the results")) if path.exists() else None
 
 
 def report(options: argparse.Namespace) -> Path:
     """Write RESULTS.md: the table of every results.json, and what is missing in it."""
     asked: dict[Path, dict[str, None]] = {}
     for config in configs(options):
-        path = Path(config.output_dir) / NAME
-        lacking = asked.setdefault(path, {})
-        if path.exists():
-            lacking.update(dict.fromkeys(missing(config, plan_of(config), read_json(path, "the results"))))
+        asked.setdefault(Path(config.output_dir), {}).update(dict.fromkeys(lacking(config) or ()))
     parts = ["# Results\n\nWritten by `study.py` from the results.json beside it; nothing here is typed by hand.\n"]
-    for path, lacking in asked.items():
+    for directory, names in asked.items():
+        path = directory / NAME
         if path.exists():
-            parts.append(markdown(read_json(path, "the results"), list(lacking), "##"))
+            parts.append(markdown(read_json(path, "the results"), list(names), "##"))
         else:
-            parts.append(f"## {path.parent.name}\n\nNot begun.\n")
+            parts.append(f"## {directory.name}\n\nNot begun.\n")
     target: Path = options.out / "RESULTS.md"
     target.write_text("\n".join(parts), encoding="utf-8")
     return target
@@ -192,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("spp.bench").setLevel(logging.INFO)
     for config in () if options.report else configs(options):
-        if done(config):
+        if lacking(config) == []:
             continue
         prune(options, Path(config.model).name.removeprefix("wanda-"))
         compare(config)

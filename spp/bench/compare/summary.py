@@ -33,9 +33,14 @@ class Summary:
         return self.best in (min(self.lrs), max(self.lrs))
 
     @property
+    def by_seed(self) -> dict[int, float]:
+        """Test losses, {seed: loss}."""
+        return {row["seed"]: row["test"]["loss"] for row in self.rows if "test" in row}
+
+    @property
     def losses(self) -> list[float]:
         """Test losses over the seeds."""
-        return [row["test"]["loss"] for row in self.rows if "test" in row]
+        return list(self.by_seed.values())
 
     @property
     def loss(self) -> float:

@@ -112,7 +112,7 @@ def verdict(contents: Mapping[str, Any]) -> str:
     if ahead:
         parts.append(f"{own if not behind else 'it'} is ahead of {_joined(ahead)}")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
-    if several := [f"{one.contender} in {_wins(ours, one)}" for one in peers if len(_pairs(ours, one)) > 1]:
+    if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
     open_ones = [one.contender for one in (ours, *peers) if one.at_an_end]
     if open_ones:
@@ -144,15 +144,11 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _pairs(one: Summary, other: Summary) -> list[tuple[float, float]]:
-    """Return the test losses of both for each seed that both have."""
-    losses = [{row["seed"]: row["test"]["loss"] for row in some.rows if "test" in row} for some in (one, other)]
-    return [(losses[0][seed], losses[1][seed]) for seed in losses[0].keys() & losses[1].keys()]
-
-
 def _wins(one: Summary, other: Summary) -> str:
-    pairs = _pairs(one, other)
-    return f"{sum(a < b for a, b in pairs)} of {len(pairs)}"
+    """Return in how many of the seeds that both have the first is ahead; empty where there are not several."""
+    mine, theirs = one.by_seed, other.by_seed
+    seeds = mine.keys() & theirs.keys()
+    return f"{sum(mine[seed] < theirs[seed] for seed in seeds)} of {len(seeds)}" if len(seeds) > 1 else ""
 
 
 def _named(one: Summary) -> str:
