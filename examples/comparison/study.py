@@ -47,6 +47,7 @@ OTHERS = tuple(text.partition("=")[0] for text in OTHERS_FIRST)
 RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
 ABLATIONS = ("spp-no-beta", "spp-random-beta")
 DROPOUT = ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha")
+ROWS = (*PEERS, *OTHERS, *RANKS, *ABLATIONS, *DROPOUT)
 FIRST = ("spp=2e-2", "masked-lora=4e-3", "hira=1e-2", "lora-remasked=4e-3")  # one each, so that a table is there early
 BEST = ("spp=2e-2", "masked-lora=4e-3", "hira=2e-2", "lora-remasked=4e-3")  # what the search at 2:4 came to
 AROUND = ("spp=1e-2,2e-2,4e-2", "masked-lora=2e-3,4e-3,8e-3", "hira=1e-2,2e-2,4e-2", "lora-remasked=2e-3,4e-3,8e-3")
@@ -80,16 +81,17 @@ STAGES = (
     Stage("instruct", "2of4", PEERS, BEST, NARROW),
     Stage("wikitext", "2of4", NEAREST, options=SEEDS),
     Stage("wikitext", "2of4", ABLATIONS, ("2e-2",), NARROW),
+    Stage("wikitext", "0.75", PEERS, AROUND),
+    Stage("instruct", "2of4", PEERS, AROUND),
     Stage("wikitext", "2of4", OTHERS, OTHERS_FIRST, NARROW),
     Stage("wikitext", "2of4", DROPOUT, ("2e-2",), NARROW),
-    Stage("wikitext", "2of4", PEERS, options=SEEDS),
-    Stage("wikitext", "0.75", PEERS, AROUND),
     Stage("wikitext", "0.5", PEERS, AROUND),
-    Stage("instruct", "2of4", PEERS, AROUND),
+    Stage("wikitext", "2of4", ROWS, (*BEST, *OTHERS_FIRST, "2e-2"), {**NARROW, "cost_rounds": 5}),
+    Stage("wikitext", "2of4", PEERS, options=SEEDS),
     Stage("wikitext", "2of4", ABLATIONS),
     Stage("wikitext", "2of4", OTHERS),
     Stage("wikitext", "2of4", RANKS + DROPOUT),
-    Stage("wikitext", "2of4", (*PEERS, "hira-rule", *OTHERS, *RANKS, *ABLATIONS, *DROPOUT), (), {"cost_rounds": 5}),
+    Stage("wikitext", "2of4", ("hira-rule",), options={"cost_rounds": 5}),
     Stage("wikitext", "0.75", PEERS, AROUND, SEEDS),
     Stage("wikitext", "0.5", PEERS, AROUND, SEEDS),
     Stage("instruct", "2of4", PEERS, AROUND, SEEDS),
