@@ -72,6 +72,7 @@ class Stage:
 
 NARROW = {"extend": 0}
 SEEDS = {"seeds": (0, 1, 2)}
+COSTS = {"cost_rounds": 5}
 STAGES = (
     Stage("wikitext", "2of4", PEERS, FIRST, NARROW),
     Stage("wikitext", "2of4", PEERS),
@@ -82,16 +83,19 @@ STAGES = (
     Stage("wikitext", "2of4", NEAREST, options=SEEDS),
     Stage("wikitext", "2of4", ABLATIONS, ("2e-2",), NARROW),
     Stage("wikitext", "0.75", PEERS, AROUND),
-    Stage("instruct", "2of4", PEERS, AROUND),
     Stage("wikitext", "2of4", OTHERS, OTHERS_FIRST, NARROW),
     Stage("wikitext", "2of4", DROPOUT, ("2e-2",), NARROW),
+    Stage("wikitext", "2of4", ROWS, (*BEST, *OTHERS_FIRST, "2e-2"), {**NARROW, **COSTS}),
+    Stage("wikitext", "0.75", PEERS, BEST, {**NARROW, **COSTS}),
+    Stage("instruct", "2of4", PEERS, BEST, {**NARROW, **COSTS}),
+    Stage("wikitext", "0.5", PEERS, BEST, {**NARROW, **COSTS}),
+    Stage("instruct", "2of4", PEERS, AROUND),
     Stage("wikitext", "0.5", PEERS, AROUND),
-    Stage("wikitext", "2of4", ROWS, (*BEST, *OTHERS_FIRST, "2e-2"), {**NARROW, "cost_rounds": 5}),
     Stage("wikitext", "2of4", PEERS, options=SEEDS),
     Stage("wikitext", "2of4", ABLATIONS),
     Stage("wikitext", "2of4", OTHERS),
     Stage("wikitext", "2of4", RANKS + DROPOUT),
-    Stage("wikitext", "2of4", ("hira-rule",), options={"cost_rounds": 5}),
+    Stage("wikitext", "2of4", ("hira-rule",), options=COSTS),
     Stage("wikitext", "0.75", PEERS, AROUND, SEEDS),
     Stage("wikitext", "0.5", PEERS, AROUND, SEEDS),
     Stage("instruct", "2of4", PEERS, AROUND, SEEDS),
