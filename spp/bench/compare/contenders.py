@@ -49,7 +49,9 @@ KINDS: Mapping[str, Kind] = {
         rank="r",
     ),
     "spp-no-beta": Kind("SPP without β: W ⊙ (1 + s·A), A from zero", (4e-3, 1e-2, 2e-2), _SPP, rank="r"),
-    "spp-random-beta": Kind("SPP, β drawn as α is: it starts away from the pruned model", (1e-2, 2e-2, 4e-2), _SPP),
+    "spp-random-beta": Kind(
+        "SPP, β drawn as α is: it starts away from the pruned model", (1e-2, 2e-2, 4e-2), _SPP, rank="r"
+    ),
     "hira": Kind("PEFT's HiRA: W ⊙ (1 + BA)", (4e-3, 1e-2, 2e-2), {"r": 8}, rank="r"),
     "hira-rule": Kind("the same formula as a rule of spp", (4e-3, 1e-2, 2e-2), {"r": 8, "scaling": 1.0}, rank="r"),
     "masked-lora": Kind("SparsePEFT: W + s·BA on the mask, a rule of spp", (2e-3, 4e-3, 8e-3), _LOW_RANK, rank="r"),

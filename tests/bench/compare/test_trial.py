@@ -95,6 +95,7 @@ def test_zeros_are_counted_one_by_one() -> None:
 
 def test_parameters_are_counted_as_they_are(pruned: Path) -> None:
     shapes = _shapes(load_model(pruned))
+    assert all((one.rank == "r") == ("r" in one.options) for one in KINDS.values())
     for kind, one in KINDS.items():
         if one.rank is None or (kind in ("hira", "lora", "lora-remasked") and find_spec("peft") is None):
             continue
