@@ -188,7 +188,7 @@ def _run_one(config: CompareConfig, plan: Plan, data: Any, results: Results) -> 
 
 def _timed(config: CompareConfig, contender: Contender, one: Trial, data: Any, results: Results) -> dict[str, Any]:
     logger.info("%s …", one.key)
-    row = trial.run_trial(config, contender, one, data, partial(_is_best, one, results))
+    row = trial.run_trial(config, contender, one, data, partial(_worth_testing, one, config.seeds[0], results))
     found = [f"{part} perplexity {row[part]['perplexity']:.3f}" for part in ("validation", "test") if part in row]
     outcome = "diverged" if row["diverged"] else ", ".join(found)
     took = f", {time_text(row['step_wall_s'])} a step" if "step_wall_s" in row else ""
@@ -196,8 +196,15 @@ def _timed(config: CompareConfig, contender: Contender, one: Trial, data: Any, r
     return row
 
 
-def _is_best(one: Trial, results: Results, loss: float) -> bool:
-    """Whether a validation loss is the best yet of a contender and seed: no other learning rate is ever tested."""
+def _worth_testing(one: Trial, searched: int, results: Results, loss: float) -> bool:
+    """Whether a trial is to be tested: of a search only the best yet; other seeds run at a chosen learning rate alone.
+
+    Args:
+        searched: the seed of the search.
+        loss: on the validation part.
+    """
+    if one.seed != searched:
+        return True
     peers = (row for row in results.read()["rows"].values() if not row["diverged"])
     same = ("contender", "steps", "seed")
     return all(

@@ -12,9 +12,10 @@ import pytest
 from spp.bench.compare.chart import make_figure
 from spp.bench.compare.contenders import parse_contenders
 from spp.bench.compare.results import Results
-from spp.bench.compare.study import Plan
+from spp.bench.compare.study import Plan, _worth_testing
 from spp.bench.compare.summary import summaries
 from spp.bench.compare.tables import main_table, markdown, notes, search_table, verdict
+from spp.bench.compare.trial import Trial
 from spp.errors import CheckpointError, ConfigError, OutputExistsError
 
 CONDITIONS = {
@@ -125,6 +126,15 @@ def test_a_trial_that_someone_runs_is_left_to_him(tmp_path: Path) -> None:
     assert results.once("rows", "a", lambda: {"x": 2})  # let go without a row, as a killed process does
     assert not results.once("rows", "a", lambda: pytest.fail("it is there"))
     assert json.loads(results.path.read_text())["rows"] == {"a": {"x": 2}, "b": {"x": 1}}
+
+
+def test_other_seeds_are_tested_though_another_rate_was_better_with_them(tmp_path: Path) -> None:
+    results = Results(tmp_path, CONDITIONS)
+    for seed in (0, 1):  # the best of a search that went on later
+        results.add("rows", f"{seed}", row("spp", 1e-2, seed, 2.8))
+    assert _worth_testing(Trial("spp", 2e-2, 0, 100), 0, results, 2.7)
+    assert not _worth_testing(Trial("spp", 4e-2, 0, 100), 0, results, 2.9)
+    assert _worth_testing(Trial("spp", 2e-2, 1, 100), 0, results, 2.9)
 
 
 def contents(*rows: dict[str, Any], **parts: Any) -> dict[str, Any]:
