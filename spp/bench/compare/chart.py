@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
         overwrite: replace the file.
 
     Raises:
-        DataError: no contender has a perplexity yet.
+        DataError: no contender has a finite perplexity yet.
         ConfigError, DependencyError: the format is not known, or matplotlib is missing.
     """
     check_plot(path)
@@ -40,13 +41,13 @@ def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
 
 
 def make_figure(contents: Mapping[str, Any]) -> Any:
-    """Return the chart as matplotlib's Figure; a DataError where no contender has a perplexity yet."""
+    """Return the chart as matplotlib's Figure; a DataError where no contender has a finite perplexity."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = [one for one in summaries(contents) if one.perplexities]
+    found = [one for one in summaries(contents) if one.perplexities and all(map(math.isfinite, one.perplexities))]
     if not found:
-        raise DataError("there is nothing to draw: no contender has a perplexity yet")
+        raise DataError("there is nothing to draw: no contender has a finite perplexity yet")
     timed = any(one.cost is not None for one in found)
     panels: list[tuple[str, Callable[[Summary], float | None], bool]] = [("parameters that train", _parameters, True)]
     if timed:

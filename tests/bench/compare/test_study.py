@@ -16,7 +16,7 @@ from spp.bench.compare.study import Plan, _worth_testing
 from spp.bench.compare.summary import summaries
 from spp.bench.compare.tables import main_table, markdown, notes, search_table, verdict
 from spp.bench.compare.trial import Trial
-from spp.errors import CheckpointError, ConfigError, OutputExistsError
+from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsError
 
 CONDITIONS = {
     "budget": "steps",
@@ -212,6 +212,17 @@ def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
     ]
     boxes = sorted((b.x0, b.x1) for b in (one.get_window_extent() for one in shown if one.get_text()))
     assert boxes and all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
+
+
+def test_a_perplexity_too_large_for_a_number_is_not_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    wild = row("lora", 1e-2, 0, 800.0)
+    wild["test"] = {"loss": 800.0, "perplexity": float("inf")}
+    figure = make_figure(contents(row("spp", 1e-2, 0, 3.0), wild))
+    figure.canvas.draw()
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["1"]
+    with pytest.raises(DataError, match="nothing to draw"):
+        make_figure(contents(wild))
 
 
 def test_costs_are_relative_to_the_reference() -> None:
