@@ -109,7 +109,7 @@ class MaskUpdates(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Forget what a step that failed has left, and warn where no update can come."""
         self._let_go()
-        last = math.floor(self.until * state.max_steps)
+        last = math.ceil(self.until * state.max_steps) - 1  # at the end itself the fraction is 0
         if self.every > last:
             warnings.warn(
                 f"the masks stay as they are: the first update would be after step {self.every}, and the last may be "

@@ -49,9 +49,11 @@ def updated(directory: Path, base: str = "2:4", dense: Any = None, wrap: Any = N
     return trainer(directory, model, mask_updates=updates, **options)
 
 
-def test_updates_that_never_come_are_warned_of(tmp_path: Path) -> None:
-    made = updated(tmp_path, max_steps=2, until=0.75, every=2)
-    with pytest.warns(SPPWarning, match=r"first update would be after step 2.*last may be after step 1 of 2"):
+@pytest.mark.parametrize(("steps", "every", "last"), [(2, 2, 1), (4, 3, 2)])  # at step 3 of 4 the fraction is 0
+def test_updates_that_never_come_are_warned_of(tmp_path: Path, steps: int, every: int, last: int) -> None:
+    made = updated(tmp_path, max_steps=steps, until=0.75, every=every)
+    words = rf"first update would be after step {every}.*last may be after step {last} of {steps}"
+    with pytest.warns(SPPWarning, match=words):
         made.train()
 
 
