@@ -133,12 +133,20 @@ class MaskState:
         now = adapter_layers(model)
         return now.keys() == self.layers.keys() and all(now[p] is mask.layer for p, mask in self.layers.items())
 
+    def follow(self, model: nn.Module) -> None:
+        """Go on with the layers of a model that has been wrapped anew, with the masks that it has."""
+        layers = adapter_layers(model)
+        for path, mask in self.layers.items():
+            layer = layers[path]
+            assert isinstance(layer, SPPLinear)
+            mask.layer = layer
+
     def write(self, masks: dict[str, npt.NDArray[np.uint8]]) -> None:
         """Give layers other masks, packed by `pack_bits`."""
+        self.changed = self.changed or bool(masks)  # first: what stops half-way can be taken back
         for path, bits in masks.items():
             self.layers[path].write(bits)
             self._hashes[path] = mask_sha256(self.layers[path].layer.weight)
-        self.changed = self.changed or bool(masks)
 
     def hashes(self) -> dict[str, str]:
         """Return {path: hash} of the masks as they were written last."""

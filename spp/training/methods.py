@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from spp.adapters import load_adapter, save_adapter
 from spp.checkpoint import save_model
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
-from spp.inject_packed import packed_layers
+from spp.inject_packed import pack, packed_layers, unpack
 from spp.packed import Layout
 from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
@@ -76,13 +78,20 @@ class SPPMethod(Method):
         return SPPTrainer(model, arguments, mask_updates=self._updates, **options)
 
     def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
-        """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names."""
+        """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names.
+
+        Of a packed model too that is a plain checkpoint, for which it is dense for a while.
+        """
         save_adapter(model, run.adapter, overwrite=True)
         if self._updates is None:
             return None
         unwrap(model)
-        save_model(model, run.base, tokenizer=tokenizer, overwrite=True)
-        self._wrap_options(load_adapter(model, run.adapter))
+        try:
+            with _unpacked(model):
+                save_model(model, run.base, tokenizer=tokenizer, overwrite=True)
+        finally:
+            self._wrap_options(load_adapter(model, run.adapter))
+            self._updates.state.follow(model)
         save_adapter(model, run.adapter, overwrite=True)
         return run.base
 
@@ -134,6 +143,19 @@ class PSTMethod(Method):
         """Write what PST trained."""
         save_pst(model, run.adapter, overwrite=True)
         return None
+
+
+@contextlib.contextmanager
+def _unpacked(model: Any) -> Iterator[None]:
+    """Make what is packed dense for a while."""
+    paths = list(packed_layers(model))
+    if paths:
+        unpack(model)
+    try:
+        yield
+    finally:
+        if paths:
+            pack(model, target_modules=paths)
 
 
 def method_of(config: TuneConfig) -> Method:

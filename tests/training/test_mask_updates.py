@@ -17,7 +17,7 @@ from spp.errors import CheckpointError, ConfigError, SPPWarning, WrapError
 from spp.inject import adapter_layers, adapter_parameters
 from spp.patterns import is_nm
 from spp.training import MaskUpdates, SPPTrainer
-from spp.training.mask_state import MASKS_NAME, STATE_NAME, MaskState
+from spp.training.mask_state import MASKS_NAME, STATE_NAME, LayerMask, MaskState
 from tests.models import moe_model, projections, prune_nm_, tiny_llama
 from tests.pruning.test_swap import plain_swap
 from tests.tolerances import assert_same_bits, assert_same_zeros
@@ -269,6 +269,25 @@ def test_values_that_pruning_changed_come_back_and_restore_takes_all_back(tmp_pa
     made.mask_updates.state.restore()
     for path, weight in weights_of(model).items():
         assert_same_bits(weight, before[path], path)
+
+
+def test_a_write_that_stops_half_way_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = updated(tmp_path, max_steps=2, every=1)
+    before, write, written = weights_of(made.model), LayerMask.write, []
+
+    def stops(self: LayerMask, bits: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(self.path)
+        write(self, bits)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LayerMask, "write", stops)
+        made.train()
+    assert not torch.equal(weights_of(made.model)[written[0]], before[written[0]])
+    made.mask_updates.restore()
+    for path, weight in weights_of(made.model).items():
+        assert torch.equal(weight, before[path]), path
 
 
 def test_conv1d(tmp_path: Path) -> None:

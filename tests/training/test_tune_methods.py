@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import spp
-from spp.errors import ConfigError, MaskError
+from spp.errors import ConfigError, MaskError, OutputError
 from spp.evaluation import perplexity
-from spp.inject import is_wrapped
+from spp.inject import adapter_layers, is_wrapped
 from spp.pst import pst_layers, sparsity_schedule
 from spp.training import TrainingInterrupted, TuneConfig, tune
 from spp.training.callbacks import read_log
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import projections, tiny_llama, tiny_tokenizer
 from tests.tolerances import assert_same_bits
 from tests.training.helpers import bytes_of, pruned
 from tests.training.test_tuning import ROWS, TEXT, SignalAt, config
@@ -136,6 +136,36 @@ def test_mask_updates_from_a_directory_to_a_verified_checkpoint(text: Path, dens
     assert again.perplexity_after == result.perplexity_after
     tune(config(text, tmp_path / "run", model=tmp_path / "pruned", steps=2, overwrite=True))
     assert not base.exists()
+
+
+def test_mask_updates_of_a_packed_model(text: Path, dense: Path, tmp_path: Path) -> None:
+    model = spp.pack(pruned())
+    result = tune(updating(text, tmp_path / "run", dense, steps=4), model=model, tokenizer=tiny_tokenizer())
+    assert result.base_dir is not None and spp.verify(result.base_dir).pattern == "2:4"
+    layers = adapter_layers(model)
+    assert all(layer.packed_layout is not None for layer in layers.values())
+    base, start = projections(type(model).from_pretrained(result.base_dir)), projections(pruned())
+    for path, layer in layers.items():
+        assert torch.equal(layer.weight, base[path].weight) and not torch.equal(layer.weight, start[path].weight)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("where", ["spp.training.methods.save_model", "spp.training.tuning._Measure.__call__"])
+def test_mask_updates_are_taken_back_where_the_end_fails(
+    where: str, packed: bool, text: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        if (tmp_path / "run" / "adapter").exists():
+            raise OutputError("no room")
+
+    model = spp.pack(pruned()) if packed else pruned()
+    monkeypatch.setattr(where, fails)
+    with pytest.raises(OutputError):
+        tune(updating(text, tmp_path / "run", dense, steps=4), model=model, tokenizer=tiny_tokenizer())
+    assert not is_wrapped(model)
+    model = spp.unpack(model) if packed else model
+    for path, module in projections(pruned()).items():
+        assert torch.equal(projections(model)[path].weight, module.weight), path
 
 
 def test_a_run_that_fails_leaves_the_model_and_the_directory(text: Path, tmp_path: Path) -> None:
