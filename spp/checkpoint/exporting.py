@@ -190,7 +190,9 @@ class _Packing:
             if stored + _HEADER < size_of(dtype, record.shape):
                 self._plan[key] = descriptor
         if not self._plan:
-            raise ConfigError(f"{reader.directory}: no weight has zeros enough to be smaller packed; prune it first")
+            pruned = any(record.pattern != DENSE for record in self._certificate.tensors.values())
+            remedy = "what is pruned is too small or has too few; leave it dense" if pruned else "prune it first"
+            raise ConfigError(f"{reader.directory}: no weight has zeros enough to be smaller packed; {remedy}")
         taken = sorted(key + suffix for key in self._plan for suffix in SUFFIXES if key + suffix in reader)
         if taken:
             raise ConfigError(f"{reader.directory} has a tensor {taken[0]}, a name that its packed form needs")

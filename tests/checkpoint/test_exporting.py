@@ -327,12 +327,16 @@ def test_what_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=Q0):
         spp.export_packed(base, tmp_path / "x")
     spp.save_model(tiny_llama(), tmp_path / "dense")
-    with pytest.raises(ConfigError, match="no weight has zeros enough"):
+    with pytest.raises(ConfigError, match="smaller packed; prune it first"):
         spp.export_packed(tmp_path / "dense", tmp_path / "x")
+    smallest = tiny_llama(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
+    spp.save_model(prune_nm_(smallest.bfloat16()), tmp_path / "smallest")
+    with pytest.raises(ConfigError, match="smaller packed; what is pruned is too small"):
+        spp.export_packed(tmp_path / "smallest", tmp_path / "x")
     (packed / "sparsity.json").unlink()
     with pytest.raises(CheckpointError, match=r"no sparsity\.json"):
         spp.export_dense(packed, tmp_path / "x")
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "dense", "packed"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "dense", "packed", "smallest"]
 
 
 def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
