@@ -59,8 +59,9 @@ def naive_pattern(mask: torch.Tensor) -> str:
     for group in (2, 4, 8, 16, 32):
         if kept and mask.shape[1] % group == 0:
             most = max(naive_groups(mask, group))
-            found += [(n / group, group, n) for n in (1, 2, 4, 8, 16) if n <= group // 2 and most <= n]
-    return f"{min(found)[2]}:{min(found)[1]}" if found else "unstructured"
+            found += [(group, n) for n in (1, 2, 4, 8, 16) if n <= group // 2 and most <= n]
+    full = [(group, n) for group, n in found if 2 * kept * group > n * mask.numel()]  # more than half full
+    return f"{min(full)[1]}:{min(full)[0]}" if full else "unstructured"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +265,18 @@ def test_edges_of_detection() -> None:
     assert detect_pattern(experts) == "2:4"
     assert detect_pattern(experts.transpose(1, 2), input_axis=1) == "2:4"
     assert detect_pattern(experts, input_axis=1) == "unstructured"
+
+
+def test_few_weights_anywhere_are_no_pattern() -> None:
+    scores = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+    for pruned in (0.75, 0.9):
+        mask = scores.argsort(-1).argsort(-1) >= int(pruned * 64)
+        assert is_nm(mask, 16, 32) and detect_pattern(mask) == "unstructured"
+    some = torch.tensor([True, True, False, False]).repeat(8, 16)
+    some[:3] = False  # rows that are wholly zero
+    assert detect_pattern(some) == "2:4"
+    some[:4] = False
+    assert detect_pattern(some) == "unstructured"
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *SMALL_FLOATS, torch.complex64])

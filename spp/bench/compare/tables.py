@@ -16,7 +16,7 @@ OURS = ("spp", "spp-no-beta", "spp-random-beta", "spp-mask-updates")  # kinds th
 
 
 def main_table(contents: Mapping[str, Any]) -> Table:
-    """Return one line a contender, the best first."""
+    """Return one line a contender, the best first; N:M is told where all of the pruned model has one such pattern."""
     timed = contents["conditions"]["budget"] == "time"
     columns = (
         *("contender", "trainable", "lr", "seeds", "before", "after", "zeros kept", "N:M"),
@@ -24,10 +24,11 @@ def main_table(contents: Mapping[str, Any]) -> Table:
         *(f"step / {REFERENCE}", f"memory / {REFERENCE}"),
     )
     before = contents["baselines"].get("pruned")
+    grouped = before is None or ":" in before["pattern"]
     reference = contents["costs"].get(REFERENCE)
     lines = []
     for one in summaries(contents):
-        valid = one.row.get("pattern_valid")
+        valid = one.row.get("pattern_valid") if grouped else None
         lines.append(
             (
                 one.contender,

@@ -156,6 +156,8 @@ def test_the_table_takes_the_rate_that_validation_chose() -> None:
     assert cells["spp"]["after"] == "27.90 (27.00 … 28.80)" and cells["spp"]["lr"] == "0.02"
     assert cells["spp"]["zeros kept"] == "100" and cells["spp"]["N:M"] == "yes"
     assert cells["lora"]["zeros kept"] == "25.00" and cells["lora"]["N:M"] == "no" and cells["lora"]["lr"] == "0.001 †"
+    pruned = {"test": {"perplexity": 40.0}, "pattern": "unstructured"}
+    assert {line[7] for line in main_table(found | {"baselines": {"pruned": pruned}}).rows} == {"–"}
     assert any("lowest or highest" in line for line in notes(found))
     assert "**30.00**" in search_table(found).markdown()
     text = markdown(found, ["hira, lr 0.01, seed 0, 100 steps"])
