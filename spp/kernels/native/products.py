@@ -47,12 +47,12 @@ class Products:
     """The compiled functions with torch's number of threads.
 
     Args:
-        library: from `spp.kernels.native.compiler.library`.
+        compiled: the C functions, as spp.kernels.native.compiler loads them.
     """
 
-    def __init__(self, library: Any) -> None:
-        self.library = library
-        self.lanes: int = library.spp_lanes()
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.lanes: int = compiled.spp_lanes()
         self.threads = torch.get_num_threads()
 
     def tiles(self, tag: str, x: Tensor) -> Tiles:
@@ -63,7 +63,7 @@ class Products:
         width = self.lanes * math.ceil(vectors / math.ceil(vectors / MAX_VECTORS))
         shape = (math.ceil(tokens / width), n, width)
         data = _aligned(f"{tag} tiles", math.prod(shape), torch.float32).view(shape)
-        self.library.spp_pack(x.data_ptr(), tokens, n, x.stride(0), width, data.data_ptr(), self.threads)
+        self.compiled.spp_pack(x.data_ptr(), tokens, n, x.stride(0), width, data.data_ptr(), self.threads)
         return Tiles(data, tokens, n, width)
 
     def product(self, tiles: Tiles, block: Block, out: Tensor, *, transposed: bool, add: bool) -> None:
@@ -77,8 +77,8 @@ class Products:
         outs, inner = (block.cols, block.rows) if transposed else (block.rows, block.cols)
         share = min(MOST_ROWS, max(FEWEST_ROWS, _eights(SHARE_ELEMENTS // max(inner, 1))))
         share = max(FEWEST_ROWS, min(share, _eights(math.ceil(outs / (TASKS * self.threads)) + 7)))
-        scratch = _scratch(self.threads * self.library.spp_product_scratch(share, inner, tiles.width))
-        self.library.spp_product(
+        scratch = _scratch(self.threads * self.compiled.spp_product_scratch(share, inner, tiles.width))
+        self.compiled.spp_product(
             tiles.data.data_ptr(), ctypes.byref(block), transposed, tiles.tokens, tiles.width, tiles.cols,
             out.data_ptr(), out.stride(0), add, share, scratch, self.threads,
         )  # fmt: skip
@@ -92,8 +92,8 @@ class Products:
             beta_parts: (groups of KEYS columns, m).
         """
         across = max(1, min(MOST_GROUPS, len(beta_parts) // (2 * self.threads)))
-        scratch = _scratch(self.threads * self.library.spp_reduce_scratch(MOST_ROWS))
-        self.library.spp_reduce(
+        scratch = _scratch(self.threads * self.compiled.spp_reduce_scratch(MOST_ROWS))
+        self.compiled.spp_reduce(
             x.data.data_ptr(), dy.data.data_ptr(), ctypes.byref(block), x.tokens, x.width, d_alpha.data_ptr(),
             beta_parts.data_ptr(), MOST_ROWS, across, scratch, self.threads,
         )  # fmt: skip
