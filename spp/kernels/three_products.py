@@ -189,9 +189,9 @@ def _forward(x: Tensor, weight: WeightSource, bias: Tensor | None, call: Call, p
     operand, bias = rows_2d.to(dtype), bias if bias is None else bias.to(dtype)
     call.native = native.suits(rule, weight, operand, x.dtype)
     if call.native and dropped is not None:
-        y = native.forward_dropout(operand, dropped.to(dtype), weight, bias, factors)
+        y = native.forward_dropout(operand, dropped.to(dtype), weight, bias, rule, factors)
     elif call.native:
-        y = native.forward(operand, weight, bias, factors, x.dtype)
+        y = native.forward(operand, weight, bias, rule, factors, x.dtype)
     elif dropped is None:
         call.vanish = may_vanish(weight.kept(), largest)
         y = blockwise.forward(operand, weight, bias, rule, factors, x.dtype, call.vanish)
@@ -225,10 +225,10 @@ def _backward(
         totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params, call.grad_precision)
     elif call.native and mask is not None:
         d_x, totals = native.backward_dropout(
-            dy_2d, x_2d, mask.to(dtype), keep_scale, weight, factors, call.needs_x, needs_params
+            dy_2d, x_2d, mask.to(dtype), keep_scale, weight, rule, factors, call.needs_x, needs_params
         )
     elif call.native:
-        d_x, totals = native.backward(dy_2d, x_2d, weight, factors, call.dtype, call.needs_x, needs_params)
+        d_x, totals = native.backward(dy_2d, x_2d, weight, rule, factors, call.dtype, call.needs_x, needs_params)
     elif mask is None:
         d_x, totals = blockwise.backward(
             dy_2d, x_2d, weight, rule, factors, call.dtype, call.vanish, call.needs_x, needs_params

@@ -17,7 +17,7 @@ from spp.errors import ConfigError
 from spp.functional import effective_weight, spp_linear
 from spp.kernels import blocks, linear, native, use_kernels
 from spp.kernels.native import compiler
-from spp.kernels.native.products import EFFECTIVE, Products, block_of
+from spp.kernels.native.products import EFFECTIVE, Products, Update, block_of
 from spp.kernels.packed import PackedSource
 from spp.packed import PackedWeight
 from spp.patterns import Pattern
@@ -137,9 +137,9 @@ def test_the_multiplied_weight_is_the_effective_weight_bit_for_bit(dtype: torch.
     expected = effective_weight(weight, case.alpha, case.beta, 2.0).float()
     library, identity = compiler.library(), torch.eye(n)
     products = Products(library)
-    scaled = (2.0 * case.beta).detach()
+    update = Update((2.0 * case.beta).detach(), case.alpha.detach())
     found = torch.empty(n, m)
-    block = block_of(weight, 0, m, case.alpha.detach(), scaled, EFFECTIVE, dtype)
+    block = block_of(weight, 0, m, update, EFFECTIVE, dtype)
     products.product(products.tiles("x", identity), block, found, transposed=False, add=False)
     assert_same_bits(found.T + 0.0, expected + 0.0)  # + 0.0: a sum that starts at 0.0 has no −0.0
     assert torch.equal(found.T != 0, weight != 0)

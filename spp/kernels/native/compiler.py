@@ -25,7 +25,7 @@ import torch
 
 _log = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 SECONDS = 120  # a compiler that takes longer is given up; the usual time is two seconds
@@ -63,8 +63,8 @@ class Block(ctypes.Structure):
 
     _fields_ = [
         ("weight", ctypes.c_void_p),
-        ("alpha", ctypes.c_void_p),
-        ("scaled_beta", ctypes.c_void_p),
+        ("left", ctypes.c_void_p),
+        ("right", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
         ("stride", i64),
@@ -72,12 +72,14 @@ class Block(ctypes.Structure):
         ("cols", i64),
         ("first", i64),
         ("all_rows", i64),
-        ("r", i64),
+        ("parts", i64),
+        ("terms", i64),
         *((name, i64) for name in ("code_bytes", "stretches", "values", "row_values", "kept", "group")),
         ("dtype", ctypes.c_int32),
         ("rounded_to", ctypes.c_int32),
         ("form", ctypes.c_int32),
         ("wide_starts", ctypes.c_int32),
+        ("adds", ctypes.c_int32),
     ]
 
 
@@ -214,7 +216,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     block = ctypes.POINTER(Block)
     loaded.spp_pack.argtypes = [f32p, i64, i64, i64, i64, f32p, i32]
     loaded.spp_product.argtypes = [f32p, block, i32, i64, i64, i64, f32p, i64, i32, i64, ctypes.c_void_p, i32]
-    loaded.spp_reduce.argtypes = [f32p, f32p, block, i64, i64, f32p, f32p, i64, i64, ctypes.c_void_p, i32]
+    loaded.spp_reduce.argtypes = [f32p, f32p, block, i64, i64, f32p, f32p, i64, i64, i64, ctypes.c_void_p, i32]
     for name in ("spp_pack", "spp_product", "spp_reduce"):
         getattr(loaded, name).restype = None
     loaded.spp_product_scratch.argtypes, loaded.spp_product_scratch.restype = [i64, i64, i64], i64

@@ -1,4 +1,4 @@
-"""The adapted layer with SPP's rule by the compiled products: what blockwise.py computes, without the zeros of W."""
+"""The adapted layer by the compiled products: what blockwise.py computes, without the zeros of W."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from spp.kernels.blocks import row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.density import density
 from spp.kernels.native.compiler import DTYPES, Block, library, why_not
-from spp.kernels.native.products import DELTA, EFFECTIVE, FROZEN, KEYS, Products, Tiles, block_of, packed_block
+from spp.kernels.native.products import (
+    DELTA,
+    EFFECTIVE,
+    FROZEN,
+    Products,
+    Update,
+    block_of,
+    empty_sums,
+    packed_block,
+)
 from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
 from spp.packed import PackedWeight
 from spp.rules.base import Rule
+from spp.rules.low_rank import LowRankFactors
+from spp.rules.spp import Factors
 
 WHOLE = slice(None)
+RULES = ("spp", "hira", "masked_lora")
 FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and evaluation keeps W_eff (layer_adapted.py)
 MOST_KEPT = 0.6  # of the weights; measured: at 50 % the products take 0.7 of the dense ones' time, at 60 % about 0.85
 
@@ -39,7 +51,7 @@ def suits(rule: Rule, weight: WeightSource, x: Tensor, stored_as: torch.dtype) -
         return False
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *weight.tensors()))  # no stand-in, no shard
     possible = (
-        rule.name == "spp"
+        rule.name in RULES
         and plain
         and x.dtype == torch.float32
         and weight.dtype in DTYPES
@@ -54,29 +66,31 @@ def suits(rule: Rule, weight: WeightSource, x: Tensor, stored_as: torch.dtype) -
     return worth_it and library() is not None
 
 
-def forward(x: Tensor, weight: WeightSource, bias: Tensor | None, factors: Any, stored_as: torch.dtype) -> Tensor:
+def forward(
+    x: Tensor, weight: WeightSource, bias: Tensor | None, rule: Rule, factors: Any, stored_as: torch.dtype
+) -> Tensor:
     """Return Y (T, m) from X (T, n), both float32; arguments as in blockwise.forward."""
-    m = weight.shape[0]
-    y = torch.empty(len(x), m)
+    y = torch.empty(len(x), weight.shape[0])
     if not len(x):
         return y
-    products = Products(library())
+    products, update = Products(library()), _update(rule, factors)
     tiles = products.tiles("x", x)
-    for first, block in _blocks(weight, factors, EFFECTIVE, stored_as):
+    for first, block in _blocks(weight, update, EFFECTIVE, stored_as):
         products.product(tiles, block, y[:, first:], transposed=False, add=False)
     return y if bias is None else y.add_(bias)
 
 
-def forward_dropout(x: Tensor, dropped: Tensor, weight: WeightSource, bias: Tensor | None, factors: Any) -> Tensor:
+def forward_dropout(
+    x: Tensor, dropped: Tensor, weight: WeightSource, bias: Tensor | None, rule: Rule, factors: Any
+) -> Tensor:
     """Return Y (T, m) = X Wᵀ + b + X̃ W′ᵀ, W′ = W_eff − W, from X and X̃ (T, n), all float32: two products."""
-    m = weight.shape[0]
-    y = torch.empty(len(x), m)
+    y = torch.empty(len(x), weight.shape[0])
     if not len(x):
         return y
-    products = Products(library())
+    products, update = Products(library()), _update(rule, factors)
     for form, operand in ((FROZEN, x), (DELTA, dropped)):
         tiles = products.tiles("x", operand)
-        for first, block in _blocks(weight, factors, form, weight.dtype):
+        for first, block in _blocks(weight, update, form, weight.dtype):
             products.product(tiles, block, y[:, first:], transposed=False, add=form == DELTA)
     return y if bias is None else y.add_(bias)
 
@@ -87,11 +101,12 @@ def backward_dropout(
     kept: Tensor,
     scale: float,
     weight: WeightSource,
+    rule: Rule,
     factors: Any,
     needs_x: bool,
     needs_params: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return dX (T, n) = dY W + mask ⊙ (dY W′), where it is needed, and [dα, dβ], of which H has X̃ for X.
+    """Return dX (T, n) = dY W + mask ⊙ (dY W′), where it is needed, and dθ, of which H has X̃ for X.
 
     Args:
         kept (T, n): 0 or 1. scale: 1 / (1 − p); mask is their product. The rest as in `backward`.
@@ -100,55 +115,58 @@ def backward_dropout(
     if needs_x:
         d_x = torch.zeros(x.shape)
         if len(x):
-            products = Products(library())
+            products, update = Products(library()), _update(rule, factors)
             tiles, spread = products.tiles("dy", dy), torch.zeros(x.shape)
             for form, out in ((FROZEN, d_x), (DELTA, spread)):
-                for first, block in _blocks(weight, factors, form, weight.dtype):
+                for first, block in _blocks(weight, update, form, weight.dtype):
                     products.product(tiles, block, out, transposed=True, add=first > 0)
             d_x.addcmul_(spread, kept, value=scale)
     dropped = (x * kept).mul_(scale) if any(needs_params) else x
-    return d_x, backward(dy, dropped, weight, factors, weight.dtype, False, needs_params)[1]
+    return d_x, backward(dy, dropped, weight, rule, factors, weight.dtype, False, needs_params)[1]
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: WeightSource,
+    rule: Rule,
     factors: Any,
     stored_as: torch.dtype,
     needs_x: bool,
     needs_params: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return dX (T, n), where it is needed, and [dα, dβ]; arguments as in blockwise.backward, all float32."""
-    m, n = weight.shape
-    d_alpha = torch.zeros_like(factors.alpha)
-    beta_parts = torch.zeros(-(-n // KEYS), m)
-    d_x = torch.zeros(len(x), n) if needs_x else None
+    """Return dX (T, n), where it is needed, and dθ; arguments as in blockwise.backward, all float32."""
+    update = _update(rule, factors)
+    d_right, d_left = torch.zeros_like(update.right), empty_sums(update)
+    d_x = torch.zeros(x.shape) if needs_x else None
     if len(x):
         products = Products(library())
         dy_tiles = products.tiles("dy", dy)
         if d_x is not None:
-            for first, block in _blocks(weight, factors, EFFECTIVE, stored_as):
+            for first, block in _blocks(weight, update, EFFECTIVE, stored_as):
                 products.product(dy_tiles, block, d_x, transposed=True, add=first > 0)
         if any(needs_params):
-            _reduce(products, products.tiles("x", x), dy_tiles, weight, factors, d_alpha, beta_parts)
-    d_beta = beta_parts.sum(0).mul_(factors.scaling).view(m, 1)
-    return d_x, [grad if needed else None for grad, needed in zip((d_alpha, d_beta), needs_params, strict=True)]
+            x_tiles = products.tiles("x", x)
+            for _, block in _blocks(weight, update, FROZEN, weight.dtype):
+                products.reduce(x_tiles, dy_tiles, block, d_right, d_left)
+    grads = (d_right, d_left.sum(0).mul_(factors.scaling))
+    return d_x, [grad if needed else None for grad, needed in zip(grads, needs_params, strict=True)]
 
 
-def _reduce(
-    products: Products, x: Tiles, dy: Tiles, weight: WeightSource, factors: Any, d_alpha: Tensor, beta_parts: Tensor
-) -> None:
-    for _, block in _blocks(weight, factors, FROZEN, weight.dtype):
-        products.reduce(x, dy, block, d_alpha, beta_parts)
+def _update(rule: Rule, factors: Factors | LowRankFactors) -> Update:
+    """Return U of a rule of RULES, whose parameters are its right and its left factor, the latter without s."""
+    if isinstance(factors, Factors):
+        left, right = factors.scaled_beta, factors.alpha
+    else:
+        left, right = factors.scaled_b, factors.a
+    return Update(left.contiguous(), right.contiguous(), adds=not rule.multiplies)
 
 
-def _blocks(weight: WeightSource, factors: Any, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
+def _blocks(weight: WeightSource, update: Update, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
     """Yield (first row, block): all of what is stored by rows, else rows decoded or copied, a block each."""
     m, n = weight.shape
-    alpha, scaled_beta = factors.alpha.contiguous(), factors.scaled_beta.contiguous()
     if isinstance(weight, PackedSource) and isinstance(weight.packed, PackedWeight):
-        whole = packed_block(weight.packed, alpha, scaled_beta, form, rounded_to)
+        whole = packed_block(weight.packed, update, form, rounded_to)
         if whole is not None:
             yield 0, whole
             return
@@ -159,4 +177,4 @@ def _blocks(weight: WeightSource, factors: Any, form: int, rounded_to: torch.dty
         values = weight.block(rows, WHOLE)
         if values.stride(1) != 1:
             values = workspace("native weight", tuple(values.shape), values.dtype, values.device).copy_(values)
-        yield rows.start, block_of(values, rows.start, m, alpha, scaled_beta, form, rounded_to)
+        yield rows.start, block_of(values, rows.start, m, update, form, rounded_to)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spp.kernels.native.compiler import Refused
-from spp.kernels.native.products import FROZEN, KEYS, Products, block_of
+from spp.kernels.native.products import FROZEN, Products, Update, block_of, empty_sums
 from spp.patterns import pack_bits
 from spp.rules import effective_weight, get_rule
 
@@ -23,19 +23,19 @@ def probe(library: Any) -> None:
     x, dy, weight = (
         torch.randint(-3, 4, size, generator=generator).float() for size in ((tokens, n), (tokens, m), (m, n))
     )
-    alpha, scaled_beta = torch.ones(1, n), torch.ones(m, 1)
     y, d_x = torch.empty(tokens, m), torch.empty(tokens, n)
-    d_alpha, parts = torch.zeros(1, n), torch.zeros(-(-n // KEYS), m)
     products = Products(library)
     x_tiles, dy_tiles = products.tiles("x", x), products.tiles("dy", dy)
-    block = block_of(weight, 0, m, alpha, scaled_beta, FROZEN, torch.float32)
+    update = Update(torch.ones(m, 2), torch.tensor([[1.0], [2.0]]).expand(2, n).contiguous())
+    block = block_of(weight, 0, m, update, FROZEN, torch.float32)
     products.product(x_tiles, block, y, transposed=False, add=False)
     products.product(dy_tiles, block, d_x, transposed=True, add=False)
-    products.reduce(x_tiles, dy_tiles, block, d_alpha, parts)
+    d_right, d_left = torch.zeros_like(update.right), empty_sums(update)
+    products.reduce(x_tiles, dy_tiles, block, d_right, d_left)
     h = weight * (dy.T @ x)
-    expected = (x @ weight.T, dy @ weight, h.sum(0), h.sum(1))  # whole numbers: every order of summation gives the same
+    expected = (x @ weight.T, dy @ weight, update.left.T @ h, h @ update.right.T)  # whole numbers, in any order
     for name, found, wanted in zip(
-        ("X Wᵀ", "dY W", "dα", "dβ"), (y, d_x, d_alpha[0], parts.sum(0)), expected, strict=True
+        ("X Wᵀ", "dY W", "dα", "dβ"), (y, d_x, d_right, d_left.sum(0)), expected, strict=True
     ):
         if not torch.equal(found, wanted):
             raise Refused(f"the compiled {name} is not torch's on a small layer")

@@ -1,6 +1,7 @@
 """The functions of sparse.c on tensors: tiles of tokens, products with a block of W, the reduction of its gradient.
 
 tiles     X (T, n) as [tile][n][width], `width` tokens a tile
+update    U (m, n), what a rule changes W by, as the factors that it is a product of
 block     rows [first, first + rows) of W, and as what it multiplies: W, W_eff or W_eff − W
 """
 
@@ -27,6 +28,7 @@ SHARE_ELEMENTS = 2**20  # of W that a thread compresses at a time: non-zeros and
 MOST_ROWS, FEWEST_ROWS = 256, 32  # of them, so that a part of a tile is used often before the next one replaces it
 TASKS = 4  # a thread, at least, where the layer is large enough: threads finish together
 MOST_GROUPS = 8  # of KEYS columns that the reduction takes at a time
+MOST_SUMS = 64  # of the left factor's gradient, each over a part of the columns
 
 
 @dataclass
@@ -41,6 +43,31 @@ class Tiles:
     tokens: int
     cols: int
     width: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """U (m, n): row i of the g-th part of the rows (spp.rules.spp.row_groups) is Σ_k left[i, k] · right[g · terms + k].
+
+    Attributes:
+        left: (m, terms); right: (parts · terms, n); contiguous float32.
+        adds: W_eff is W + U ⊙ [W ≠ 0]; else W ⊙ (1 + U).
+    """
+
+    left: Tensor
+    right: Tensor
+    adds: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields of a block that say what U is."""
+        terms = self.left.shape[1]
+        return {
+            "left": self.left.data_ptr(),
+            "right": self.right.data_ptr(),
+            "parts": len(self.right) // terms,
+            "terms": terms,
+            "adds": self.adds,
+        }
 
 
 class Products:
@@ -83,43 +110,45 @@ class Products:
             out.data_ptr(), out.stride(0), add, share, scratch, self.threads,
         )  # fmt: skip
 
-    def reduce(self, x: Tiles, dy: Tiles, block: Block, d_alpha: Tensor, beta_parts: Tensor) -> None:
-        """Add the block's part to `d_alpha` (r, n), and write its rows of `beta_parts`, whose sum over groups is H α.
+    def reduce(self, x: Tiles, dy: Tiles, block: Block, d_right: Tensor, d_left: Tensor) -> None:
+        """Add the block's part to `d_right`, leftᵀ H in each part of the rows, and to `d_left`, which sums to H rightᵀ.
 
         Args:
             x, dy: of X (T, n) and dY (T, m).
-            block: of form FROZEN, with the factors.
-            beta_parts: (groups of KEYS columns, m).
+            block: of form FROZEN, with the update.
+            d_left: from `empty_sums`.
         """
-        across = max(1, min(MOST_GROUPS, len(beta_parts) // (2 * self.threads)))
+        groups, span = math.ceil(block.cols / KEYS), _span(block.cols)
+        across = max(1, min(MOST_GROUPS, groups // (2 * self.threads)))
         scratch = _scratch(self.threads * self.compiled.spp_reduce_scratch(MOST_ROWS))
         self.compiled.spp_reduce(
-            x.data.data_ptr(), dy.data.data_ptr(), ctypes.byref(block), x.tokens, x.width, d_alpha.data_ptr(),
-            beta_parts.data_ptr(), MOST_ROWS, across, scratch, self.threads,
+            x.data.data_ptr(), dy.data.data_ptr(), ctypes.byref(block), x.tokens, x.width, d_right.data_ptr(),
+            d_left.data_ptr(), span, MOST_ROWS, math.ceil(across / span) * span, scratch, self.threads,
         )  # fmt: skip
 
 
-def block_of(
-    weight: Tensor, first: int, all_rows: int, alpha: Tensor, scaled_beta: Tensor, form: int, rounded_to: torch.dtype
-) -> Block:
+def empty_sums(update: Update) -> Tensor:
+    """Return zeros (sums, m, terms) for `Products.reduce`: as many sums as the shape of U says, whoever adds them."""
+    cols = update.right.shape[1]
+    return torch.zeros(math.ceil(math.ceil(cols / KEYS) / _span(cols)), *update.left.shape)
+
+
+def block_of(weight: Tensor, first: int, all_rows: int, update: Update, form: int, rounded_to: torch.dtype) -> Block:
     """Return rows of a weight as sparse.c takes them; the tensors must outlive it.
 
     Args:
         weight: W[first : first + rows] with unit stride along its rows.
-        alpha (r, n), scaled_beta (m, 1): contiguous float32, of the whole layer.
+        update: of the whole layer.
         rounded_to: what W_eff is rounded to, after W's own dtype.
     """
     rows, cols = weight.shape
     return Block(
-        weight=weight.data_ptr(), alpha=alpha.data_ptr(), scaled_beta=scaled_beta.data_ptr(), stride=weight.stride(0),
-        rows=rows, cols=cols, first=first, all_rows=all_rows, r=len(alpha), dtype=DTYPES[weight.dtype],
-        rounded_to=DTYPES[rounded_to], form=form,
+        weight=weight.data_ptr(), stride=weight.stride(0), rows=rows, cols=cols, first=first, all_rows=all_rows,
+        dtype=DTYPES[weight.dtype], rounded_to=DTYPES[rounded_to], form=form, **update.facts(),
     )  # fmt: skip
 
 
-def packed_block(
-    packed: PackedWeight, alpha: Tensor, scaled_beta: Tensor, form: int, rounded_to: torch.dtype
-) -> Block | None:
+def packed_block(packed: PackedWeight, update: Update, form: int, rounded_to: torch.dtype) -> Block | None:
     """Return all rows of a packed weight, to be decoded while they are compressed; None for a layout with indices.
 
     Args:
@@ -129,13 +158,18 @@ def packed_block(
     if layout.index_bits or (layout.is_nm and 8 % layout.group) or not packed.codes.is_contiguous():
         return None
     return Block(
-        weight=packed.values.data_ptr(), alpha=alpha.data_ptr(), scaled_beta=scaled_beta.data_ptr(),
-        codes=packed.codes.data_ptr(), starts=None if starts is None else starts.data_ptr(), rows=layout.rows,
-        cols=layout.cols, all_rows=layout.rows, r=len(alpha), code_bytes=layout.row_bytes, stretches=layout.stretches,
-        values=packed.values.numel(), row_values=layout.row_values if layout.is_nm else 0, kept=layout.kept,
-        group=layout.group, dtype=DTYPES[packed.dtype], rounded_to=DTYPES[rounded_to], form=form,
-        wide_starts=starts is not None and starts.dtype == torch.int64,
+        weight=packed.values.data_ptr(), codes=packed.codes.data_ptr(),
+        starts=None if starts is None else starts.data_ptr(), rows=layout.rows, cols=layout.cols,
+        all_rows=layout.rows, code_bytes=layout.row_bytes, stretches=layout.stretches, values=packed.values.numel(),
+        row_values=layout.row_values if layout.is_nm else 0, kept=layout.kept, group=layout.group,
+        dtype=DTYPES[packed.dtype], rounded_to=DTYPES[rounded_to], form=form,
+        wide_starts=starts is not None and starts.dtype == torch.int64, **update.facts(),
     )  # fmt: skip
+
+
+def _span(cols: int) -> int:
+    """Return how many groups of KEYS columns one sum of the left factor's gradient is over."""
+    return math.ceil(math.ceil(cols / KEYS) / MOST_SUMS)
 
 
 def _eights(count: int) -> int:

@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ABI 4
+#define ABI 5
 #define KEYS 64 /* columns a key of one byte tells apart; 64 columns x 12 registers are 24 KB of tile */
 #define MAX_VECTORS 12
 #define AHEAD 16 /* rows of W that are asked of the memory before they are read */
@@ -46,16 +46,19 @@ static inline __m256 half_sums(vec a) { return a; }
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* dtypes of W, and what W_eff is rounded to */
 enum { FROZEN, EFFECTIVE, DELTA };   /* W; W_eff in the canonical order; W_eff - W, not rounded */
 
-/* Rows [first, first + rows) of a weight (all_rows, cols), and the factors of the rule for the whole of it. */
+/* Rows [first, first + rows) of a weight (all_rows, cols), and the update U of the rule for the whole of it. The rows
+   are cut into `parts`, in each of which U has rank `terms`: row i of part g is the sum over k of
+   left[i][k] * right[g * terms + k], in order, each product and each sum rounded. */
 typedef struct {
     const void *weight; /* W[first, 0]; rows lie `stride` elements apart; or, with codes, the kept values of all rows */
-    const float *alpha; /* (r, cols) contiguous */
-    const float *scaled_beta; /* s * beta, (all_rows,) */
+    const float *left;  /* (all_rows, terms) contiguous */
+    const float *right; /* (parts * terms, cols) contiguous */
     const uint8_t *codes; /* a mask of all rows (spp.packed.layout), or 0; then first is 0 and rows is all_rows */
     const void *starts;   /* for any pattern: int32, or int64 where wide_starts; 0 for N:M */
-    i64 stride, rows, cols, first, all_rows, r;
+    i64 stride, rows, cols, first, all_rows, parts, terms;
     i64 code_bytes, stretches, values, row_values, kept, group; /* of the packed form: `values` in all */
     int32_t dtype, rounded_to, form, wide_starts;
+    int32_t adds; /* W_eff is W + U where W is not zero; else W * (1 + U) */
 } block;
 
 static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
@@ -89,10 +92,28 @@ static inline __m256i is_zero(__m256 value) {
     return _mm256_cmpeq_epi32(magnitude, _mm256_setzero_si256());
 }
 
-static inline __m256 computed(__m256 w, __m256 alpha, __m256 scaled_beta, const block *b) {
-    __m256 update = _mm256_mul_ps(scaled_beta, alpha);
-    if (b->form == DELTA) return _mm256_mul_ps(w, update);
-    __m256 result = round_to(_mm256_mul_ps(w, _mm256_add_ps(_mm256_set1_ps(1.0f), update)), b->dtype);
+/* Where in `right` the rows begin that row i of the weight takes. */
+static inline i64 right_of(const block *b, i64 i) {
+    return ((i + 1) * b->parts - 1) / b->all_rows * b->terms * b->cols;
+}
+
+/* Up to eight numbers, and zeros behind the last: nothing is read there. */
+static inline __m256 some(const float *from, i64 count) {
+    if (count >= 8) return _mm256_loadu_ps(from);
+    __m256i places = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), places));
+}
+
+/* Eight columns of a row of W, of which `count` are there -> of W_eff or W_eff - W. */
+static inline __m256 computed(__m256 w, const float *left, const float *right, i64 count, const block *b) {
+    __m256 u = _mm256_mul_ps(_mm256_broadcast_ss(left), some(right, count));
+    for (i64 k = 1; k < b->terms; k++)
+        u = _mm256_add_ps(u, _mm256_mul_ps(_mm256_broadcast_ss(left + k), some(right + k * b->cols, count)));
+    const __m256 one = _mm256_set1_ps(1.0f);
+    if (b->adds) u = _mm256_mul_ps(u, _mm256_andnot_ps(_mm256_castsi256_ps(is_zero(w)), one));
+    if (b->form == DELTA) return b->adds ? u : _mm256_mul_ps(w, u);
+    __m256 result = b->adds ? _mm256_add_ps(u, w) : _mm256_mul_ps(w, _mm256_add_ps(one, u));
+    result = round_to(result, b->dtype);
     __m256i lost = _mm256_andnot_si256(is_zero(w), is_zero(result));
     if (__builtin_expect(!_mm256_testz_si256(lost, lost), 0)) { /* the rescue: W's sign, the smallest kept magnitude */
         __m256 smallest = _mm256_castsi256_ps(_mm256_set1_epi32(b->dtype == FLOAT16 ? 0x33800000 : 0x00800000));
@@ -150,12 +171,10 @@ static inline __m256 expand(const block *b, i64 place, int mask) {
 static inline void row_values(const block *b, i64 i, i64 from, i64 count, float *out) {
     i64 size = element_size(b->dtype);
     const char *w = (const char *)b->weight + (i * b->stride + from) * size;
-    const float *alpha = 0;
-    __m256 scaled_beta = _mm256_setzero_ps();
+    const float *left = 0, *right = 0;
     if (b->form != FROZEN) {
-        i64 row = b->first + i;
-        alpha = b->alpha + ((row + 1) * b->r - 1) / b->all_rows * b->cols + from;
-        scaled_beta = _mm256_set1_ps(b->scaled_beta[row]);
+        left = b->left + (b->first + i) * b->terms;
+        right = b->right + right_of(b, b->first + i) + from;
     }
     i64 j = 0;
     if (b->codes) {
@@ -165,13 +184,7 @@ static inline void row_values(const block *b, i64 i, i64 from, i64 count, float 
         for (; j < count; j += 8) {
             __m256 value = expand(b, place, codes[j / 8]);
             place += __builtin_popcount(codes[j / 8]);
-            if (alpha && count - j >= 8) {
-                value = computed(value, _mm256_loadu_ps(alpha + j), scaled_beta, b);
-            } else if (alpha) {
-                float factors[8] = {0};
-                memcpy(factors, alpha + j, (count - j) * sizeof(float));
-                value = computed(value, _mm256_loadu_ps(factors), scaled_beta, b);
-            }
+            if (left) value = computed(value, left, right + j, count - j, b);
             _mm256_storeu_ps(out + j, value);
         }
         return;
@@ -180,18 +193,14 @@ static inline void row_values(const block *b, i64 i, i64 from, i64 count, float 
         for (i64 k = 0; k < count * size; k += 64) _mm_prefetch(w + AHEAD * b->stride * size + k, _MM_HINT_T0);
     for (; j + 8 <= count; j += 8) {
         __m256 value = load(w + j * size, b->dtype);
-        if (alpha) value = computed(value, _mm256_loadu_ps(alpha + j), scaled_beta, b);
+        if (left) value = computed(value, left, right + j, 8, b);
         _mm256_storeu_ps(out + j, value);
     }
     if (j < count) {
         char rest[32] = {0};
-        float factors[8] = {0};
         memcpy(rest, w + j * size, (count - j) * size);
         __m256 value = load(rest, b->dtype);
-        if (alpha) {
-            memcpy(factors, alpha + j, (count - j) * sizeof(float));
-            value = computed(value, _mm256_loadu_ps(factors), scaled_beta, b);
-        }
+        if (left) value = computed(value, left, right + j, count - j, b);
         _mm256_storeu_ps(out + j, value);
     }
 }
@@ -412,20 +421,23 @@ void spp_product(const float *tiles, const block *b, int transposed, i64 tokens,
     }
 }
 
-/* ---- The reduction of H = W * (dY^T X) into the gradients of alpha and beta ------------------------------------- */
+/* ---- The reduction of H into the gradients of left and right ------------------------------------------------------ */
+
+/* H is dY^T X where W is not zero, times W unless the update is added to it. */
 
 i64 spp_reduce_scratch(i64 share) {
     i64 entries = share * KEYS + 64; /* lists are padded to multiples of 8, which KEYS is */
     return 2 * padded(entries * sizeof(float)) + padded(entries) + 2 * padded((share + 1) * sizeof(int32_t));
 }
 
-/* d_alpha (r, cols) += sum over the block's rows of scaled_beta * H; beta_parts[group of KEYS columns][row] = H alpha.
+/* d_right += left^T H, part by part; d_left[groups / span] += H right^T, over `span` groups of KEYS columns each.
 
-   tiles, dy_tiles: of X (tokens, cols) and of dY (tokens, all_rows); b: form FROZEN, with the factors set.
-   across: groups of KEYS columns a thread takes at a time; share: rows it takes at a time.
-   beta_parts: (groups, all_rows); scratch: for each thread spp_reduce_scratch bytes, 64-aligned. */
-void spp_reduce(const float *tiles, const float *dy_tiles, const block *b, i64 tokens, i64 width, float *d_alpha,
-                float *beta_parts, i64 share, i64 across, char *scratch, int threads) {
+   tiles, dy_tiles: of X (tokens, cols) and of dY (tokens, all_rows); b: form FROZEN, with the update set.
+   across: groups of KEYS columns a thread takes at a time, a multiple of `span`; share: rows it takes at a time.
+   d_right: as right; d_left: (ceil(groups / span), all_rows, terms); scratch: for each thread spp_reduce_scratch
+   bytes, 64-aligned. */
+void spp_reduce(const float *tiles, const float *dy_tiles, const block *b, i64 tokens, i64 width, float *d_right,
+                float *d_left, i64 span, i64 share, i64 across, char *scratch, int threads) {
     i64 tile_count = pieces(tokens, width), groups = pieces(b->cols, KEYS);
     dots_function dots_of_rows = dots_by[width / LANES];
 #pragma omp parallel num_threads(threads)
@@ -457,21 +469,25 @@ void spp_reduce(const float *tiles, const float *dy_tiles, const block *b, i64 t
                         dots_of_rows(tiles + (t * b->cols + from) * width,
                                      dy_tiles + (t * b->all_rows + b->first + o) * width, keys, start, rows, h);
                     for (i64 i = 0; i < rows; i++) {
-                        i64 row = b->first + o + i, offset = ((row + 1) * b->r - 1) / b->all_rows * b->cols + from;
-                        const float *alpha = b->alpha + offset;
-                        float *target = d_alpha + offset, scaled = b->scaled_beta[row];
+                        i64 row = b->first + o + i, offset = right_of(b, row) + from;
+                        float *sums = d_left + (g / span * b->all_rows + row) * b->terms;
                         memset(values, 0, sizeof values);
-                        for (i64 p = start[i]; p < start[i] + length[i]; p++) values[keys[p]] = h[p] * found[p];
-                        for (i64 j = 0; j < count; j++) target[j] += scaled * values[j];
-                        __m256 total = _mm256_setzero_ps();
-                        i64 j = 0;
-                        for (; j + 8 <= count; j += 8)
-                            total = _mm256_fmadd_ps(_mm256_loadu_ps(values + j), _mm256_loadu_ps(alpha + j), total);
-                        float lanes[8], sum = 0;
-                        _mm256_storeu_ps(lanes, total);
-                        for (int k = 0; k < 8; k++) sum += lanes[k];
-                        for (; j < count; j++) sum += values[j] * alpha[j];
-                        beta_parts[g * b->all_rows + row] = sum;
+                        for (i64 p = start[i]; p < start[i] + length[i]; p++)
+                            values[keys[p]] = b->adds ? h[p] : h[p] * found[p];
+                        for (i64 k = 0; k < b->terms; k++, offset += b->cols) {
+                            const float *right = b->right + offset;
+                            float *target = d_right + offset, scaled = b->left[row * b->terms + k];
+                            for (i64 j = 0; j < count; j++) target[j] += scaled * values[j];
+                            __m256 total = _mm256_setzero_ps();
+                            i64 j = 0;
+                            for (; j + 8 <= count; j += 8)
+                                total = _mm256_fmadd_ps(_mm256_loadu_ps(values + j), _mm256_loadu_ps(right + j), total);
+                            float lanes[8], sum = 0;
+                            _mm256_storeu_ps(lanes, total);
+                            for (int l = 0; l < 8; l++) sum += lanes[l];
+                            for (; j < count; j++) sum += values[j] * right[j];
+                            sums[k] += sum;
+                        }
                     }
                 }
     }
