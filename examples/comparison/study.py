@@ -88,6 +88,7 @@ STAGES = (
     Stage("wikitext", "2of4", ROWS, (*BEST, *OTHERS_FIRST, "2e-2"), {**NARROW, **COSTS}),
     Stage("wikitext", "0.5", PEERS, AROUND),
     Stage("instruct", "2of4", PEERS, AROUND),
+    Stage("wikitext", "0.75", NEAREST, AROUND, SEEDS),
     Stage("wikitext", "0.75", PEERS, BEST, {**NARROW, **COSTS}),
     Stage("instruct", "2of4", PEERS, BEST, {**NARROW, **COSTS}),
     Stage("wikitext", "0.5", PEERS, BEST, {**NARROW, **COSTS}),
