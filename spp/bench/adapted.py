@@ -7,6 +7,8 @@
     branches-dropout, blocks-dropout
                     the two published forms of SPP with input dropout: the formula above on Dropout(X), and the one
                     that, for each row k of W_α, multiplies Dropout(X) ⊙ α_k by the rows of W that α_k scales
+    hira-rule, masked-lora
+                    the peers that are rules of spp, of --peft-rank, computed as SPP is
 
 Every adapter is away from its start, so that no contender can skip what is still zero.
 """
@@ -57,6 +59,7 @@ class LayerSpec:
 
 
 Build = Callable[[LayerSpec], nn.Module]
+OF_PEFT_RANK = ("lora", "hira", "hira-rule", "masked-lora")
 
 
 class Published(nn.Module):
@@ -113,6 +116,8 @@ def contenders() -> dict[str, Build]:
         "spp-alpha-dropout": _spp(DROPOUT, "alpha"),
         "spp-packed": _spp(0.0, "input", packed=True),
         "spp-bf16-saved": _spp(0.0, "input", saved="bfloat16"),
+        "hira-rule": _rule("hira"),
+        "masked-lora": _rule("masked_lora"),
         "lora": _peft("lora"),
         "hira": _peft("hira"),
         "branches": _published("branches", 0.0),
@@ -172,6 +177,15 @@ def _spp(dropout: float, mode: str, *, packed: bool = False, saved: str = "full"
         layer = SPPLinear(spec.linear(), spec.rank, SCALING, dropout, mode, packed=packed)
         layer.saved_activations = saved
         nn.init.normal_(layer.spp_beta, 0, BETA)
+        return layer
+
+    return build
+
+
+def _rule(rule: str) -> Build:
+    def build(spec: LayerSpec) -> nn.Module:
+        layer = SPPLinear(spec.linear(), spec.peft_rank, rule=rule)
+        nn.init.normal_(layer.adapter_parameters()[1], 0, BETA)
         return layer
 
     return build

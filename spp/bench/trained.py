@@ -8,6 +8,8 @@ tokens.
     spp-low-memory      both
     pst                 PST at the final sparsity, with --peft-rank for its ranks
     pst-autograd        the same by its plain formula, left to autograd (spp.bench.plain_pst)
+    hira-rule, masked-lora
+                        the peers that are rules of spp, of --peft-rank
     spp-nf4, spp-int8   on weights that bitsandbytes has quantized to 4 or 8 bits
 """
 
@@ -82,6 +84,8 @@ def contenders(rank: int, peft_rank: int, pattern: str = "2:4") -> dict[str, Cal
         "pst-autograd": lambda model: use_plain_formula(pst(model)),
         "spp-nf4": lambda model: wrap(quantize(model, "nf4"), rank, target_modules=names),
         "spp-int8": lambda model: wrap(quantize(model, "int8"), rank, target_modules=names),
+        "hira-rule": lambda model: wrap(model, peft_rank, target_modules=names, rule="hira"),
+        "masked-lora": lambda model: wrap(model, peft_rank, target_modules=names, rule="masked_lora"),
         "lora": lora,
         "hira": hira,
     }

@@ -24,6 +24,8 @@ TRAINED = {
     "spp-packed": R * N + M,
     "lora": P * (M + N),
     "hira": P * (M + N),
+    "hira-rule": P * (M + N),
+    "masked-lora": P * (M + N),
     "branches": R * N + M,
     "branches-dropout": R * N + M,
     "blocks-dropout": R * N + M,

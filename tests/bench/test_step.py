@@ -40,7 +40,8 @@ def test_every_contender_trains_what_it_says_on_the_same_targets() -> None:
     ours = [name for name in sizes if name.startswith("spp")]
     assert len(ours) == 9
     pst = 2 * sum(2 * 2 * (m + n) + m + n for m, n in SHAPES.values())
-    assert sizes == {**dict.fromkeys(ours, spp), "lora": peft, "hira": peft, "pst": pst, "pst-autograd": pst}
+    low_rank = dict.fromkeys(("lora", "hira", "hira-rule", "masked-lora"), peft)
+    assert sizes == {**dict.fromkeys(ours, spp), **low_rank, "pst": pst, "pst-autograd": pst}
 
 
 def test_the_model_is_pruned_to_the_pattern() -> None:
