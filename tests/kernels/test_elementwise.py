@@ -16,7 +16,7 @@ from spp.errors import ConfigError, NonFiniteError
 from spp.files.hashes import combine_crc32
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
-from spp.kernels.native.elementwise import PIECE, Found, Matrix, merge_matrix, scan, terms_of
+from spp.kernels.native.elementwise import PIECE, Found, Matrix, library, merge_matrix, scan, terms_of
 from spp.merge_weight import LayerMerge, merge_tensor
 from spp.patterns import USUAL_GROUPS, all_finite, nonzero_mask, pack_bits
 from spp.rules import Rule, get_rule
@@ -139,7 +139,7 @@ def test_pieces_do_not_change_a_bit() -> None:
     assert m * n > PIECE
     assert_same_merge(compiled, plain)
     factors = rule.prepare(params, 2.0, m, torch.float32)
-    matrix = Matrix(elementwise.library(), m, n, torch.bfloat16, torch.bfloat16, [factors])
+    matrix = Matrix(library(), m, n, torch.bfloat16, torch.bfloat16, [factors])
     found, bits = [], np.empty((m * n + 7) // 8, np.uint8)
     out = torch.empty_like(weight)
     for begin in reversed(range(0, m * n, PIECE)):
@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_found_and_torch_says_where(bad: float) -> None:
 def test_conversion_alone_keeps_every_weight(dtype: torch.dtype) -> None:
     weight = weight_of(7, 33, torch.float32).clamp(-1000, 1000)
     out, bits = torch.empty(7, 33, dtype=dtype), np.empty(29, np.uint8)
-    found = Matrix(elementwise.library(), 7, 33, torch.float32, dtype).merge(
+    found = Matrix(library(), 7, 33, torch.float32, dtype).merge(
         weight.data_ptr(), out.data_ptr(), bits, 0, weight.numel()
     )
     nearest = weight.to(dtype)
@@ -193,7 +193,7 @@ def test_a_scan_counts_what_is_there(dtype: torch.dtype, kept: float) -> None:
     for count in (0, 1, 7, 8, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097, 9001):
         t = weight_of(1, count, dtype, seed=count, kept=kept)[0]
         bits = np.full((count + 7) // 8, 255, np.uint8)
-        found = scan(elementwise.library(), t.data_ptr(), dtype, count, bits)
+        found = scan(library(), t.data_ptr(), dtype, count, bits)
         assert np.array_equal(bits, pack_bits(t))
         assert found.kept == int(torch.count_nonzero(nonzero_mask(t))) and found.most == most_one_by_one(t)
         data = t.view(torch.uint8).numpy().tobytes()
@@ -206,16 +206,16 @@ def test_a_scan_finds_what_is_not_finite(dtype: torch.dtype, bad: float) -> None
     for place in (0, 15, 4096, 4999):
         t = torch.full((5000,), torch.finfo(dtype).max, dtype=dtype)
         bits = np.empty(625, np.uint8)
-        assert scan(elementwise.library(), t.data_ptr(), dtype, 5000, bits).finite_before
+        assert scan(library(), t.data_ptr(), dtype, 5000, bits).finite_before
         t[place] = bad
-        assert not scan(elementwise.library(), t.data_ptr(), dtype, 5000, bits).finite_before
+        assert not scan(library(), t.data_ptr(), dtype, 5000, bits).finite_before
 
 
 def test_checksums_are_zlibs_and_can_be_put_together() -> None:
     generator = np.random.default_rng(0)
     for count in [*range(200), 4096, 12345]:
         data = generator.integers(0, 256, count, dtype=np.uint8)
-        assert elementwise.crc32(elementwise.library(), data) == zlib.crc32(data.data)
+        assert elementwise.crc32(library(), data) == zlib.crc32(data.data)
         for cut in {0, 1, count // 3, count}:
             first, second = data[:cut].tobytes(), data[cut:].tobytes()
             whole = combine_crc32(zlib.crc32(first), zlib.crc32(second), len(second))
@@ -228,12 +228,12 @@ def test_torch_and_what_the_pass_does_not_know_are_left_to_torch() -> None:
     assert merge_matrix(rule, weight, factors, torch.float64) is None
     assert merge_matrix(rule, weight, object(), torch.float32) is None
     with use_kernels("torch"):
-        assert elementwise.library() is None and merge_matrix(rule, weight, factors, torch.float32) is None
+        assert library() is None and merge_matrix(rule, weight, factors, torch.float32) is None
 
 
 def test_a_choice_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "_load", lambda: (None, "there is no C compiler"))
     with pytest.raises(ConfigError, match="SPP_KERNELS=native: there is no C compiler"):
-        elementwise.library()
+        library()
     with use_kernels("auto"):
-        assert elementwise.library() is None
+        assert library() is None

@@ -17,6 +17,7 @@ from spp.errors import ConfigError
 from spp.functional import effective_weight, spp_linear
 from spp.kernels import blocks, linear, native, use_kernels
 from spp.kernels.native import compiler
+from spp.kernels.native.compiler import library
 from spp.kernels.native.products import EFFECTIVE, Products, Update, block_of
 from spp.kernels.packed import PackedSource
 from spp.packed import PackedWeight
@@ -135,8 +136,7 @@ def test_the_multiplied_weight_is_the_effective_weight_bit_for_bit(dtype: torch.
         weight[1, :4] = torch.tensor([tiny, -tiny, -0.0, 0.0], dtype=dtype)
         case.beta[1] = 0.25 - 0.5  # halves them: subnormal, or the rescue's
     expected = effective_weight(weight, case.alpha, case.beta, 2.0).float()
-    library, identity = compiler.library(), torch.eye(n)
-    products = Products(library)
+    identity, products = torch.eye(n), Products(library())
     update = Update((2.0 * case.beta).detach(), case.alpha.detach())
     found = torch.empty(n, m)
     block = block_of(weight, 0, m, update, EFFECTIVE, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spp.kernels import blocks, linear, native, use_kernels
-from spp.kernels.native import compiler
+from spp.kernels.native.compiler import library
 from spp.kernels.native.products import EFFECTIVE, FROZEN, Products, Update, block_of, empty_sums
 from spp.kernels.packed import PackedSource
 from spp.packed import PackedWeight
@@ -86,8 +86,7 @@ def test_the_multiplied_weight_is_the_effective_weight_bit_for_bit(name: str, dt
     weight[1, :2], b[1, 0] = 1.0, -1.0 / SCALING  # masked LoRA: W + U = 0
     weight[2, :4] = torch.tensor([torch.finfo(dtype).smallest_normal, -1.0, -0.0, 0.0], dtype=dtype)
     expected = effective_weight(rule, weight, (a, b), SCALING).float()
-    library = compiler.library()
-    products, found = Products(library), torch.empty(n, m)
+    products, found = Products(library()), torch.empty(n, m)
     update = Update(b * SCALING, a, name == "masked_lora")
     block = block_of(weight, 0, m, update, EFFECTIVE, dtype)
     products.product(products.tiles("x", torch.eye(n)), block, found, transposed=False, add=False)
@@ -147,7 +146,7 @@ def test_nothing_comes_from_where_the_mask_is_zero(name: str) -> None:
     a, b = (p.detach() for p in make_params(m, n, 3, torch.float32))
     x, dy = torch.randn(33, n), torch.randn(33, m)
     x[:, 5], weight[:, 5] = 1e30, 0.0  # a pruned column of large inputs
-    products, update = Products(compiler.library()), Update(b * SCALING, a, name == "masked_lora")
+    products, update = Products(library()), Update(b * SCALING, a, name == "masked_lora")
     d_right, d_left = torch.zeros_like(a), empty_sums(update)
     block = block_of(weight, 0, m, update, FROZEN, torch.float32)
     products.reduce(products.tiles("x", x), products.tiles("dy", dy), block, d_right, d_left)
