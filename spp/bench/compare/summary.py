@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -53,6 +53,11 @@ class Summary:
         return [row["test"]["perplexity"] for row in self.rows if "test" in row]
 
     @property
+    def perplexity(self) -> float:
+        """Their mean; NaN where there is none."""
+        return fmean(self.perplexities or [float("nan")])
+
+    @property
     def row(self) -> Mapping[str, Any]:
         """A row for what all seeds share."""
         return self.rows[0] if self.rows else next(iter(self.lrs.values()))
@@ -71,6 +76,15 @@ def summaries(contents: Mapping[str, Any]) -> list[Summary]:
         groups.setdefault((row["contender"], row["steps"]), []).append(row)
     found = [_summary(name, steps, rows, contents["costs"].get(name)) for (name, steps), rows in groups.items()]
     return sorted(found, key=lambda one: (one.loss, one.contender, one.steps))
+
+
+def over_equal_seeds(one: Summary, other: Summary) -> tuple[Summary, Summary]:
+    """Return both with the rows of the seeds that both have; unchanged where there is no such seed."""
+    seeds = one.by_seed.keys() & other.by_seed.keys()
+    if not seeds:
+        return one, other
+    first, second = (replace(s, rows=tuple(row for row in s.rows if row["seed"] in seeds)) for s in (one, other))
+    return first, second
 
 
 def _summary(contender: str, steps: int, rows: list[Mapping[str, Any]], cost: Mapping[str, Any] | None) -> Summary:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spp.bench.compare.contenders import REFERENCE, parse_contender
-from spp.bench.compare.summary import Summary, summaries
+from spp.bench.compare.summary import Summary, over_equal_seeds, summaries
 from spp.bench.harness import environment_line
 from spp.report import Table, byte_text
 
@@ -96,22 +96,23 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
 def verdict(contents: Mapping[str, Any]) -> str:
     """Return in words how the reference does against the peers that keep every zero; empty where there is nothing yet.
 
-    Which of two is ahead is told by the mean test loss at the best learning rate of each, however small the difference;
-    where both have several seeds, it says in how many of them.
+    Which of two is ahead is told by the mean test loss at the best learning rate of each over the seeds that both have,
+    however small the difference; where these are several, it says in how many of them.
     """
     found = {one.contender: one for one in summaries(contents) if one.perplexities}
     ours = found.get(REFERENCE)
     peers = [o for o in found.values() if o.zeros_kept == 1 and parse_contender(o.contender).kind not in OURS]
     if ours is None or not peers:
         return ""
-    ahead = [one for one in peers if ours.loss < one.loss]
-    behind = [one for one in peers if not ours.loss < one.loss]
-    own = _named(ours)
+    pairs = [(one, *over_equal_seeds(one, ours)) for one in peers]
+    ahead = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if own.loss < theirs.loss]
+    behind = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if not own.loss < theirs.loss]
+    name = f"{ours.contender} ({ours.perplexity:.2f})"
     parts = []
     if behind:
-        parts.append(f"{own} does not hold against {_joined(behind)}")
+        parts.append(f"{name} does not hold against {_joined(behind)}")
     if ahead:
-        parts.append(f"{own if not behind else 'it'} is ahead of {_joined(ahead)}")
+        parts.append(f"{name if not behind else 'it'} is ahead of {_joined(ahead)}")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
     if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
@@ -152,12 +153,14 @@ def _wins(one: Summary, other: Summary) -> str:
     return f"{sum(mine[seed] < theirs[seed] for seed in seeds)} of {len(seeds)}" if len(seeds) > 1 else ""
 
 
-def _named(one: Summary) -> str:
-    return f"{one.contender} ({sum(one.perplexities) / len(one.perplexities):.2f})"
+def _beside(ours: Summary, one: Summary, theirs: Summary, own: Summary) -> str:
+    """Return a peer's name and perplexity, and beside it the reference's, where that is not of all its seeds."""
+    same = "" if own.by_seed == ours.by_seed else f" against {own.perplexity:.2f} with the same seeds"
+    return f"{one.contender} ({theirs.perplexity:.2f}{same})"
 
 
-def _joined(some: Sequence[Summary]) -> str:
-    *first, last = map(_named, some)
+def _joined(some: Sequence[str]) -> str:
+    *first, last = some
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -189,6 +189,21 @@ def test_the_verdict_counts_the_seeds_that_both_have() -> None:
     assert f" Seed by seed, which is {expected}" in verdict(found)
 
 
+def test_the_verdict_is_over_the_seeds_that_both_have() -> None:
+    """spp has the worse mean of all its seeds, and the better one of each that the others have."""
+    losses = {"spp": (3.0, 4.0, 5.0), "hira": (3.1, 4.1), "norms": (3.2,), "ia3": (2.9, 4.2, 5.0), "full": (2.9,)}
+    rows = [row(name, 1e-2, i, loss) for name, some in losses.items() for i, loss in enumerate(some)]
+    for one in rows:
+        one["test"]["perplexity"] = 10 * one["test"]["loss"]
+    assert verdict(contents(*rows)).startswith(
+        "Of those that keep every zero: spp (40.00) does not hold against full (29.00 against 30.00 with the same "
+        "seeds); it is ahead of norms (32.00 against 30.00 with the same seeds), hira (36.00 against 35.00 with the "
+        "same seeds) and ia3 (40.33). "
+    )
+    apart = contents(row("spp", 1e-2, 0, 3.0), row("hira", 1e-2, 1, 4.0))
+    assert "spp (27.00) is ahead of hira (36.00). " in verdict(apart)
+
+
 def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
     found = contents(row("spp", 1e-2, 0, 3.0, zeros_kept=0.9999999))
     assert "< 100" in main_table(found).rows[0]
