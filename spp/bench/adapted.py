@@ -57,6 +57,10 @@ class LayerSpec:
         linear.weight = nn.Parameter(weight.to(self.device, self.dtype))
         return linear
 
+    def rank_of(self, contender: str) -> int:
+        """Return the r of a contender, by its name."""
+        return self.peft_rank if contender.removesuffix("-16bit") in OF_PEFT_RANK else self.rank
+
 
 Build = Callable[[LayerSpec], nn.Module]
 OF_PEFT_RANK = ("lora", "hira", "hira-rule", "masked-lora")

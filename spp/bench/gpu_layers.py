@@ -115,7 +115,7 @@ def measure(names: Sequence[str], spec: SharedSpec, tokens: int, rounds: int, st
             "in_features": spec.in_features,
             "tokens": tokens,
             "pattern": ANY_PATTERN if name == "spp-packed-any" else spec.pattern,
-            "rank": spec.peft_rank if name.startswith(("lora", "hira")) else spec.rank,
+            "rank": spec.rank_of(name),
             "rounds": rounds,
             "wall_s": asdict(harness.spread([sample.wall / steps for sample in samples[name]])),
         }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from spp.bench import harness
-from spp.bench.adapted import OF_PEFT_RANK, LayerSpec, LayerStep, Products, contenders
+from spp.bench.adapted import LayerSpec, LayerStep, Products, contenders
 from spp.bench.plot import plot_ratios
 from spp.bench.saved import saved_bytes
 from spp.errors import ConfigError, SPPError
@@ -73,7 +73,7 @@ def layer_conditions(spec: LayerSpec, tokens: int, name: str) -> dict[str, Any]:
         "in_features": spec.in_features,
         "tokens": tokens,
         "pattern": spec.pattern,
-        "rank": spec.peft_rank if name in OF_PEFT_RANK else spec.rank,
+        "rank": spec.rank_of(name),
     }
 
 

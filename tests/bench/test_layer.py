@@ -49,6 +49,12 @@ def test_every_contender_trains_what_it_says_on_the_same_weight() -> None:
         assert torch.equal(weight_of(module), weight_of(made["spp"])), name
 
 
+def test_the_rank_that_a_row_tells_is_the_one_that_was_trained() -> None:
+    assert {SPEC.rank_of(name) for name, size in TRAINED.items() if size == P * (M + N)} == {P}
+    assert {SPEC.rank_of(name) for name, size in TRAINED.items() if size == R * N + M} == {R}
+    assert SPEC.rank_of("lora-16bit") == SPEC.rank_of("hira-16bit") == P
+
+
 def test_no_adapter_is_at_its_start() -> None:
     pytest.importorskip("peft")
     x = torch.randn(3, N, dtype=torch.float64)
