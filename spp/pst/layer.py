@@ -41,7 +41,7 @@ class PSTLinear(nn.Module):
         weight_rank: k of U and V. weight_scale: b, the factor of U V.
         mask_rank: k of A and B. low_rank_scale: a₁, the factor of A B.
         structured_scale: a₂, the factor of R ⊕ C.
-        pattern: "N:M" for masks that prune ⌊M·sparsity⌋ of every M inputs; None prunes over the whole matrix.
+        pattern: "N:M" for masks that prune no more than M − N of every M inputs; None prunes wherever scores are low.
         generator: where U and A are drawn from; None is torch's global generator. Drawn on the CPU.
         where: the layer's name in error messages.
 
@@ -50,7 +50,7 @@ class PSTLinear(nn.Module):
         weight_U (m, k): normal. weight_V (k, n): zeros.
         score_A (m, k): normal. score_B (k, n), score_R (m,), score_C (n,): zeros.
         sparsity: the share of weights that the mask prunes, in [0, 1), 0 at the start: the schedule sets it.
-        pruned: their number: ⌊m·n·sparsity⌋, or ⌊M·sparsity⌋ of each group.
+        pruned: their number: ⌊m·n·sparsity⌋, with a pattern too.
 
     Raises:
         ConfigError, TargetError, NonFiniteError: an option makes no sense, or the linear cannot be used.

@@ -10,10 +10,17 @@ from torch import Tensor
 
 class StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, pruned: int, group: int | None) -> Tensor:
-        rows = scores.reshape(1, -1) if group is None else scores.reshape(-1, group)
-        order = torch.argsort(rows.flip(1), dim=1, stable=True)[:, :pruned]  # of equals the later index goes first
-        mask = torch.ones_like(rows).flip(1).scatter(1, order, 0.0).flip(1)
+    def forward(ctx: Any, scores: Tensor, pruned: int, pattern: tuple[int, int] | None) -> Tensor:
+        """Take the lowest one after the other, leaving out those of a group that has lost all it may."""
+        flat = scores.flatten().tolist()
+        kept, group = pattern or (0, len(flat))
+        lost = [0] * (len(flat) // group if flat else 0)
+        mask = torch.ones(len(flat), dtype=scores.dtype)
+        for index in sorted(range(len(flat)), key=lambda i: (flat[i], -i)):  # of equals the later index goes first
+            if pruned and lost[index // group] < group - kept:
+                lost[index // group] += 1
+                mask[index] = 0.0
+                pruned -= 1
         return mask.view_as(scores)
 
     @staticmethod
@@ -22,10 +29,14 @@ class StraightThrough(torch.autograd.Function):
 
 
 def plain_weight(
-    w: Tensor, factors: list[Tensor], scales: tuple[float, float, float], pruned: int, group: int | None = None
+    w: Tensor,
+    factors: list[Tensor],
+    scales: tuple[float, float, float],
+    pruned: int,
+    pattern: tuple[int, int] | None = None,
 ) -> Tensor:
     u, v, a, b, r, c = factors
     updated = w + scales[0] * u @ v
     scores = updated.abs() + scales[1] * a @ b + scales[2] * (r.unsqueeze(1) + c.unsqueeze(0))
-    mask: Any = StraightThrough.apply(scores, pruned, group)
+    mask: Any = StraightThrough.apply(scores, pruned, pattern)
     return mask * updated

@@ -38,11 +38,11 @@ def layer(
 
 
 def oracle(
-    made: PSTLinear, x: Tensor, dy: Tensor, pruned: int, group: int | None = None
+    made: PSTLinear, x: Tensor, dy: Tensor, pruned: int, pattern: tuple[int, int] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Y and the gradients of X and the six factors, in float64."""
     inputs = [t.detach().double().requires_grad_() for t in (x, *made.factors())]
-    weight = plain_weight(made.weight.detach().double(), inputs[1:], SCALES, pruned, group)
+    weight = plain_weight(made.weight.detach().double(), inputs[1:], SCALES, pruned, pattern)
     assert made.bias is not None
     y = torch.nn.functional.linear(inputs[0], weight, made.bias.detach().double())
     return y.detach(), list(torch.autograd.grad(y, inputs, dy.double()))
@@ -103,18 +103,38 @@ def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "group", "sparsity", "pruned"),
-    [("2:4", 4, 0.5, 2), ("2:4", 4, 0.3, 1), ("1:4", 4, 0.75, 3), ("5:6", 6, 1 - 5 / 6, 1), ("2:4", 4, 0.0, 0)],
+    ("pattern", "sparsity", "pruned"),
+    [
+        ("2:4", 0.5, 120),
+        ("2:4", 0.3, 72),
+        ("1:4", 0.75, 180),
+        ("5:6", 1 - 5 / 6, 40),
+        ("2:4", 0.0, 0),
+        ("1:4", 0.7, 168),
+    ]
+    + [("2:4", 0.499, 119)],
 )
-def test_groups(pattern: str, group: int, sparsity: float, pruned: int) -> None:
+def test_a_pattern_is_filled_by_the_lowest_scores(pattern: str, sparsity: float, pruned: int) -> None:
+    kept, group = map(int, pattern.split(":"))
     made = layer(10, 24, sparsity=sparsity, pattern=pattern)
-    assert (made.mask().view(10, -1, group).sum(-1) == group - pruned).all()
+    lost = group - made.mask().view(10, -1, group).sum(-1)
+    assert lost.sum() == pruned == made.pruned and lost.max() <= group - kept
+    if pruned == 240 * (group - kept) // group:
+        assert (lost == group - kept).all()
     x, dy = torch.randn(3, 24).double(), torch.randn(3, 10).double()
     y = made(x)
-    expected, gradients = oracle(made, x, dy, pruned, group)
+    expected, gradients = oracle(made, x, dy, pruned, (kept, group))
     assert_matches(y, expected, torch.float64)
     for found, wanted in zip(torch.autograd.grad(y, made.factors(), dy), gradients[1:], strict=True):
         assert_matches(found, wanted, torch.float64)
+
+
+def test_of_equal_scores_a_pattern_prunes_the_later_ones() -> None:
+    made = PSTLinear(nn.Linear(8, 2), 1, mask_rank=1, pattern="2:4")
+    with torch.no_grad():
+        made.weight.fill_(1.0)
+    made.sparsity = 0.25  # four of sixteen: the last two of the last two groups
+    assert made.mask().int().tolist() == [[1] * 8, [1, 1, 0, 0, 1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
