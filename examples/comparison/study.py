@@ -8,8 +8,8 @@ here was made with the 999 rows of `alpaca_en_demo.json` in the repository hiyou
 examples/smollm2.py where it is not given.
 
 The study is a list of stages, the most important first. Every trial is written to <out>/<data>-<pattern>/results.json
-when it is over, and RESULTS.md is written anew; the same command goes on where it stopped, and two at once share the
-work. Trials take minutes each on a processor.
+when it is over, and RESULTS.md anew after each stage; the same command goes on where it stopped, and two at once share
+the work. Trials take minutes each on a processor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 import spp
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.results import NAME
-from spp.bench.compare.study import compare, missing, plan_of
+from spp.bench.compare.study import REPORT, compare, missing, plan_of
 from spp.bench.compare.tables import markdown
 from spp.errors import SPPError
 from spp.files import read_json
@@ -151,7 +151,7 @@ def lacking(config: CompareConfig) -> list[str] | None:
 
 
 def report(options: argparse.Namespace) -> Path:
-    """Write RESULTS.md: the table of every results.json, and what is missing in it."""
+    """Write RESULTS.md, and results.md beside each results.json: its table, and what is missing in it."""
     asked: dict[Path, dict[str, None]] = {}
     for config in configs(options):
         asked.setdefault(Path(config.output_dir), {}).update(dict.fromkeys(lacking(config) or ()))
@@ -159,7 +159,9 @@ def report(options: argparse.Namespace) -> Path:
     for directory, names in asked.items():
         path = directory / NAME
         if path.exists():
-            parts.append(markdown(read_json(path, "the results"), list(names), "##"))
+            contents = read_json(path, "the results")
+            parts.append(markdown(contents, list(names), "##"))
+            (directory / REPORT).write_text(markdown(contents, list(names)), encoding="utf-8")
         else:
             parts.append(f"## {directory.name}\n\nNot begun.\n")
     target: Path = options.out / "RESULTS.md"

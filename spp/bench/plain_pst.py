@@ -21,7 +21,7 @@ class PlainPST(nn.Module):
     """A PST layer by the plain formula.
 
     Args:
-        layer: whose parameters are used, and whose sparsity and pattern hold.
+        layer: whose parameters are used, and whose sparsity holds; with a pattern, at the pattern's own sparsity.
     """
 
     def __init__(self, layer: PSTLinear) -> None:

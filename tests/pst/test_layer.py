@@ -111,8 +111,8 @@ def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ("5:6", 1 - 5 / 6, 40),
         ("2:4", 0.0, 0),
         ("1:4", 0.7, 168),
-    ]
-    + [("2:4", 0.499, 119)],
+        ("2:4", 0.499, 119),
+    ],
 )
 def test_a_pattern_is_filled_by_the_lowest_scores(pattern: str, sparsity: float, pruned: int) -> None:
     kept, group = map(int, pattern.split(":"))

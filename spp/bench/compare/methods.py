@@ -19,8 +19,9 @@ from spp.certificate import report_from_tensors
 from spp.errors import ConfigError, TargetError
 from spp.inject import adapter_layers, wrap
 from spp.merge import merge
-from spp.patterns import nonzero_mask
+from spp.patterns import nonzero_mask, pack_bits
 from spp.targets import name_targets, projection_weights, resolve_projections
+from spp.training.mask_state import unpack
 from spp.training.mask_updates import MaskUpdates
 from spp.training.sparsity_schedule import SparsitySchedule
 
@@ -53,19 +54,27 @@ class Goal:
     Attributes:
         pattern: "N:M", or None.
         sparsity: the share of zeros in the pruned weights.
+        targets: paths of the pruned layers, the only ones to get zeros; None where they are all of the projections.
     """
 
     pattern: str | None
     sparsity: float
+    targets: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Goal:
         """Return that of a pruned, plain model."""
-        pruned = [t for t in report_from_tensors(projection_weights(model)).tensors.values() if t.zeros]
-        patterns = {t.pattern for t in pruned}
+        tensors = report_from_tensors(projection_weights(model)).tensors
+        pruned = {name: t for name, t in tensors.items() if t.zeros}
+        patterns = {t.pattern for t in pruned.values()}
         pattern = patterns.pop() if len(patterns) == 1 else ""
-        size = sum(math.prod(t.shape) for t in pruned)
-        return cls(pattern if ":" in pattern else None, sum(t.zeros for t in pruned) / size if size else 0.0)
+        size = sum(math.prod(t.shape) for t in pruned.values())
+        some = 0 < len(pruned) < len(tensors)
+        return cls(
+            pattern if ":" in pattern else None,
+            sum(t.zeros for t in pruned.values()) / size if size else 0.0,
+            tuple(name.removesuffix(".weight") for name in pruned) if some else None,
+        )
 
 
 def adapt(
@@ -162,7 +171,7 @@ def _lora(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
 
 
 def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
-    masks = masks_of(model)
+    masks = {name: pack_bits(weight) for name, weight, _ in projection_weights(model)}
     adapted = _lora(model, seed, options)
     merged = adapted.finish
 
@@ -170,7 +179,7 @@ def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adap
         plain = merged()
         with torch.no_grad():
             for name, weight, _ in projection_weights(plain):
-                weight.mul_(masks[name].to(weight.device))
+                weight.mul_(unpack(masks[name], weight))
         return plain
 
     return Adapted(adapted.model, finish)
@@ -212,7 +221,8 @@ def _full(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
 def _pst(model: nn.Module, seed: int, options: dict[str, Any], goal: Goal) -> Adapted:
     """PST with its authors' schedule; the classifier heads that it would train as a whole are not causal models'."""
     final = None if goal.pattern else goal.sparsity
-    pst.wrap(model, options["r"], mask_rank=options["r"], pattern=goal.pattern, seed=seed)
+    ranks = {"weight_rank": options["r"], "mask_rank": options["r"]}
+    pst.wrap(model, **ranks, pattern=goal.pattern, target_modules=goal.targets, seed=seed)
     schedule = SparsitySchedule(final)
     schedule.fit(model)
     return Adapted(model, lambda: pst.convert(model), [schedule], lambda: pst.set_sparsity(model, schedule.at(1, 1)))

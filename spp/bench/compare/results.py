@@ -1,7 +1,7 @@
 """results.json: what a comparison has found so far.
 
     format_version   1
-    conditions       what all rows share (CompareConfig.conditions), and hashes of the masks and the held-out data
+    conditions       what all rows share (CompareConfig.conditions), and hashes of the models, their masks and the data
     baselines        {"pruned", "dense": validation and test perplexity, sparsity}
     rows             {key: one trial}, key = "<contender>, lr …, seed …, … steps"
     costs            {contender: time and memory of a step against the reference's}
@@ -27,7 +27,8 @@ from spp.files.leftovers import lock
 
 NAME = "results.json"
 FORMAT_VERSION = 1
-_NEWER = {"data_sha256"}  # conditions that the first results.json files did not have
+_NEWER = {"data_sha256", "weights", "dense_weights"}  # conditions that the first results.json files did not have
+_NAMED = {"data": "data_sha256", "eval_text": "test_sha256"}  # file names, which tell nothing where these agree
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
 
@@ -141,6 +142,7 @@ def _open(path: Path) -> int:
 
 def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     names = {*found, *wanted} - (_NEWER - found.keys())
+    names -= {name for name, content in _NAMED.items() if content in found and content in wanted}
     differing = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
         for name in sorted(names)

@@ -16,13 +16,13 @@ from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
-from spp.bench.compare.methods import PST_KINDS, RULES_OF, require_methods
+from spp.bench.compare.methods import PST_KINDS, RULES_OF, Goal, require_methods
 from spp.bench.compare.results import NAME, Results, refuse_existing
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
 from spp.errors import ConfigError
-from spp.files import atomic_file, mask_sha256
+from spp.files import atomic_file, content_crc32, mask_sha256
 from spp.report import time_text
 from spp.rules import get_rule
 from spp.targets import projection_weights, resolve_projections
@@ -113,24 +113,34 @@ def compare(config: CompareConfig) -> Results:
         >>> config = CompareConfig(model="pruned", output_dir="out", data="train.txt")  # doctest: +SKIP
         >>> results = compare(config)  # doctest: +SKIP
     """
-    contenders = config.parsed()
-    if not config.resume:  # all rows may be there
+    contenders, path = config.parsed(), Path(str(config.output_dir)) / NAME
+    if not (config.resume and path.exists()):  # where they do, the rows that need PEFT may be there
         require_methods(contenders)
-    refuse_existing(Path(str(config.output_dir)) / NAME, resume=config.resume, overwrite=config.overwrite)
+    refuse_existing(path, resume=config.resume, overwrite=config.overwrite)
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     model = load_model(config.model, config.dtype)
-    masks = fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
+    facts = {**data.facts(), "masks": _masks(model), "weights": _weights(model)}
     if config.budget == "parameters":
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
-    shapes = _shapes(model)
+    shapes, is_pruned = _shapes(model), Goal.of(model).sparsity > 0
     del model
-    needed = config.dense if any(contender.needs_dense for contender in contenders) else None
-    if needed is not None and _shapes(load_model(needed, config.dtype)) != shapes:
-        raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
-    conditions = {**config.conditions(), **data.facts(), "masks": masks}
-    results = Results(Path(str(config.output_dir)), conditions, resume=config.resume, overwrite=config.overwrite)
+    if config.dense is not None:
+        dense = load_model(config.dense, config.dtype)
+        if _shapes(dense) != shapes:
+            raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
+        if is_pruned and _masks(dense) == facts["masks"]:
+            raise ConfigError(
+                f"dense is {config.dense}, which has the zeros of {config.model}; it must be the model before pruning"
+            )
+        facts["dense_weights"] = _weights(dense)
+        del dense
+    conditions = {**config.conditions(), **facts}
+    results = Results(path.parent, conditions, resume=config.resume, overwrite=config.overwrite)
+    if config.cost_rounds:
+        costs = results.read()["costs"]
+        require_methods([contender for contender in contenders if contender.name not in costs])
     baselines = {"pruned": config.model, "dense": config.dense}
     for name, source in baselines.items():
         if source is not None:
@@ -139,6 +149,7 @@ def compare(config: CompareConfig) -> Results:
         while not _cost(config, contender, results):
             time.sleep(_WAIT)  # another process is at it
     plan = plan_of(config, contenders, _steps(config, contenders, results))
+    require_methods([contender for contender, _ in plan.pending(results.read()["rows"])])
     write_report(results, missing(config, plan, results.read()))
     while _run_one(config, plan, data, results):
         write_report(results, missing(config, plan, results.read()))
@@ -252,8 +263,23 @@ def _check_ranks(contenders: Sequence[Contender], model: Any) -> None:
                 rule.check_rank(projection.out_features, projection.in_features, r, where)
 
 
+def _masks(model: Any) -> str:
+    """Return a hash of where the projections are zero."""
+    return fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
+
+
+def _weights(model: Any) -> str:
+    """Return a hash of all values of a model."""
+    return fingerprint({name: f"{content_crc32(value):08x}" for name, value in model.state_dict().items()})
+
+
 def _shapes(model: Any) -> list[tuple[int, int]]:
-    return [(p.out_features, p.in_features) for p in resolve_projections(model).values()]
+    """Return (m, n) of every matrix that is adapted, those of fused experts one by one."""
+    return [
+        (projection.out_features, projection.in_features)
+        for projection in resolve_projections(model).values()
+        for _ in range(projection.shape[0] if projection.fused else 1)
+    ]
 
 
 def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:

@@ -68,6 +68,12 @@ class Summary:
         found = [row["zeros_kept"] for row in self.rows if row.get("zeros_kept") is not None]
         return min(found) if found else None
 
+    @property
+    def pattern_valid(self) -> bool | None:
+        """Whether N:M groups are whole with every seed; None where there are none."""
+        found = [row["pattern_valid"] for row in self.rows if row.get("pattern_valid") is not None]
+        return all(found) if found else None
+
 
 def summaries(contents: Mapping[str, Any]) -> list[Summary]:
     """Return a summary of every contender in results.json, the best first."""

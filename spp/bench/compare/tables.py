@@ -12,6 +12,7 @@ from spp.report import Table, byte_text
 
 UNKNOWN = "–"
 AT_AN_END = "†"
+OWN_WEIGHTS = ("full", "norms")  # kinds that train parameters of the model, in its dtype
 OURS = ("spp", "spp-no-beta", "spp-random-beta", "spp-mask-updates")  # kinds that are no peers of SPP
 
 
@@ -28,7 +29,7 @@ def main_table(contents: Mapping[str, Any]) -> Table:
     reference = contents["costs"].get(REFERENCE)
     lines = []
     for one in summaries(contents):
-        valid = one.row.get("pattern_valid") if grouped else None
+        valid = one.pattern_valid if grouped else None
         lines.append(
             (
                 one.contender,
@@ -89,7 +90,14 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
             f"Time and peak memory of a step relative to {REFERENCE}'s: medians of interleaved rounds, fresh processes."
         )
     rows = list(contents["rows"].values())
-    lines += sorted({f"Measured on {environment_line(row['environment'])}." for row in rows})
+    dtypes = {row["environment"]["dtype"] for row in rows if parse_contender(row["contender"]).kind in OWN_WEIGHTS}
+    if few := sorted(dtypes - {"float32", "float64"}):
+        lines.append(
+            f"{' and '.join(OWN_WEIGHTS)} train the weights themselves, in {', '.join(few)} without a float32 copy, "
+            "where small changes are rounded away; the others train float32 parameters."
+        )
+    measured = [*rows, *contents["costs"].values()]
+    lines += sorted({f"Measured on {environment_line(one['environment'])}." for one in measured})
     return lines
 
 

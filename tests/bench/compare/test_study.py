@@ -204,6 +204,21 @@ def test_the_verdict_is_over_the_seeds_that_both_have() -> None:
     assert "spp (27.00) is ahead of hira (36.00). " in verdict(apart)
 
 
+def test_groups_are_whole_only_if_they_are_with_every_seed() -> None:
+    found = contents(row("spp", 1e-2, 0, 3.0), row("spp", 1e-2, 1, 3.0, pattern_valid=False))
+    assert main_table(found).rows[0][7] == "no"
+
+
+def test_the_notes_tell_every_machine_and_who_trains_rounded_weights() -> None:
+    half = {"environment": ENVIRONMENT | {"dtype": "bfloat16"}}
+    cost = {"environment": ENVIRONMENT | {"device": "another"}, "peak_bytes": 1}
+    text = " ".join(notes(contents(row("spp", 1e-2, 0, 3.0, **half), costs={"spp": cost})))
+    assert "Measured on a processor, 1 thread" in text and "Measured on another, 1 thread" in text
+    assert "without a float32 copy" not in text
+    text = " ".join(notes(contents(row("full", 1e-2, 0, 3.0, **half))))
+    assert "full and norms train the weights themselves, in bfloat16 without a float32 copy" in text
+
+
 def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
     found = contents(row("spp", 1e-2, 0, 3.0, zeros_kept=0.9999999))
     assert "< 100" in main_table(found).rows[0]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import spp
+from spp.bench import harness
 from spp.bench.compare import cost
 from spp.bench.compare.chart import draw
 from spp.bench.compare.config import BUDGETS, CompareConfig
@@ -18,10 +23,11 @@ from spp.bench.compare.contenders import KINDS, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes, compare
-from spp.bench.compare.trial import zeros
+from spp.bench.compare.trial import Trial, run_trial, zeros
 from spp.errors import ConfigError, DataError, DependencyError, OutputError
+from spp.targets import resolve_projections
 from spp.training.loading import load_model, load_tokenizer
-from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
+from tests.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
 
 LINES = "".join(f"Line {i}: {i} and {i + 1} are {2 * i + 1}.\n" for i in range(150))
 
@@ -108,6 +114,79 @@ def test_parameters_are_counted_as_they_are(pruned: Path) -> None:
     assert abs(_count(nearest, shapes) - wanted) <= min(worse)
 
 
+@pytest.mark.filterwarnings("ignore:all 12 target layers are dense")
+def test_the_matrices_of_fused_experts_are_counted_one_by_one() -> None:
+    model = moe_model("mixtral")
+    shapes = _shapes(model)
+    assert len(shapes) > len(resolve_projections(model))
+    for kind in ("spp", "hira-rule", "spp-no-beta"):
+        contender = parse_contender(kind).with_rank(2)
+        counted = _count(contender, shapes)
+        assert counted == adapt(contender, moe_model("mixtral"), 0).trainable(), kind
+
+
+@pytest.fixture(scope="module", params=["2:4", "0.5"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dense model and what pruning left of it, o_proj as it was."""
+    parent = tmp_path_factory.mktemp("both")
+    model = tiny_llama(initializer_range=0.2, num_hidden_layers=1)
+    model.save_pretrained(parent / "dense")
+    spp.prune(model, "magnitude", request.param if ":" in request.param else 0.5, exclude_modules="o_proj")
+    model.save_pretrained(parent / "pruned")
+    for name in ("dense", "pruned"):
+        tiny_tokenizer().save_pretrained(parent / name)
+    (parent / "text.txt").write_text(LINES)
+    return parent / "dense", parent / "pruned"
+
+
+def row_of(name: str, both: tuple[Path, Path], out: Path, **options: object) -> dict[str, Any]:
+    given = config(both[1], out, dense=both[0], contenders=(name,), steps=10, **options)
+    (contender,) = given.parsed()
+    data = load(given, load_tokenizer(both[1]))
+    return run_trial(given, contender, Trial(contender.name, 1e-2, 0, 10), data)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:1 of 7 target layers are dense")
+def test_what_moves_the_mask_moves_it_while_it_trains(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """By the callbacks that a trial trains with: each ends with as many zeros, in the pruned layers alone."""
+    dense, pruned = map(load_model, both)
+    goal, report = Goal.of(pruned), spp.sparsity(pruned)
+    assert goal.pattern == ("2:4" if ":" in report.tensors["model.layers.0.mlp.up_proj.weight"].pattern else None)
+    assert goal.sparsity == 0.5 and len(goal.targets or ()) == 6 and Goal.of(dense) == Goal(None, 0.0)
+    names = ("pst", "pst-pruned", "spp-mask-updates:every=2,fraction=0.5", "spp")
+    rows = {name: row_of(name, both, tmp_path) for name in names}
+    for name, row in rows.items():
+        assert row["sparsity"] == report.sparsity, name
+        assert row["pattern_valid"] is (True if goal.pattern else None), name
+        assert (row["zeros_kept"] == 1) == (name == "spp"), name
+    losses = {row["validation"]["loss"] for row in rows.values()}
+    assert len(losses) == 4
+    assert rows["pst"]["zeros_kept"] < 0.99 and rows["pst"]["test"] != rows["pst-pruned"]["test"]
+
+
+@pytest.mark.slow
+def test_contenders_get_the_same_batches_whatever_they_draw(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[list[int]]] = {}
+    for name in ("spp", "spp-random-beta", "norms"):
+        given = config(pruned, tmp_path, contenders=(name,), steps=4)
+        data = load(given, load_tokenizer(pruned))
+        collate, batches = data.collate, seen.setdefault(name, [])
+
+        def record(items: Any, collate: Any = collate, batches: Any = batches) -> Any:
+            batch = collate(items)
+            batches.append(batch["input_ids"].flatten().tolist())
+            return batch
+
+        (contender,) = given.parsed()
+        trial = Trial(name, 1e-2, 3, 4)
+        run_trial(given, contender, trial, dataclasses.replace(data, collate=record))  # type: ignore[arg-type]
+    first, second, third = seen.values()
+    assert len(first) >= 4 and first == second == third
+
+
 @pytest.mark.parametrize("kind", ["text", "own text", "instruction"])
 def test_validation_and_test_share_nothing_with_training(kind: str, pruned: Path, tmp_path: Path) -> None:
     options: dict[str, object] = {}
@@ -135,6 +214,8 @@ def test_validation_and_test_share_nothing_with_training(kind: str, pruned: Path
     else:
         whole = load_tokenizer(pruned)(LINES)["input_ids"]
         assert len(data.train) == (len(whole) // 16) - 5
+        found = torch.cat([data.train.blocks.flatten(), text])
+        assert found.tolist() == whole[: len(found)]
 
 
 def test_training_data_are_told_apart_by_what_is_in_them(pruned: Path, tmp_path: Path) -> None:
@@ -202,10 +283,35 @@ def test_what_cannot_be_is_found_before_anything_is_trained(
         patch.setitem(sys.modules, "peft", ModuleType("peft"))
         with pytest.raises(ConfigError, match="has no HiraConfig; leave hira out"):
             compare(config(pruned, tmp_path / "out", contenders=("spp", "hira")))
+        with pytest.raises(ConfigError, match="has no HiraConfig"):  # nothing is there to go on with
+            compare(config(pruned, tmp_path / "out", contenders=("spp", "hira"), resume=True))
+    with pytest.raises(ConfigError, match=r"has the zeros of .*pruned; it must be the model before pruning"):
+        compare(config(pruned, tmp_path / "out", contenders=("spp", "pst"), dense=pruned))
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         compare(config(pruned, tmp_path / "file", contenders=("norms",)))
+
+
+@pytest.mark.slow
+def test_only_the_same_models_go_on_and_only_what_is_missing_needs_peft(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"contenders": ("norms",), "lr": ("1e-2",), "extend": 0, "steps": 1}
+    compare(config(pruned, tmp_path / "out", **given))
+    moved = tmp_path / "pruned"
+    shutil.copytree(pruned, moved)
+    (tmp_path / "another.txt").write_text(LINES)
+    compare(config(moved, tmp_path / "out", **given, data=tmp_path / "another.txt", resume=True))  # only names differ
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DependencyError, match="contender ia3 needs peft"):
+        compare(config(pruned, tmp_path / "out", **given | {"contenders": ("spp", "ia3")}, resume=True))
+    model = load_model(moved)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(moved)
+    with pytest.raises(ConfigError, match=r"found under other conditions.* weights: "):
+        compare(config(moved, tmp_path / "out", **given, data=tmp_path / "another.txt", resume=True))
 
 
 @pytest.mark.slow
@@ -225,6 +331,7 @@ def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, m
             "reference_to_this_wall": {"median": ratios[c.name]},
             "peak_bytes": 1,
             "this_to_reference_wall": {"median": 1 / ratios[c.name]},
+            "environment": harness.environment("cpu", torch.float32),
         },
     )
     given = {"contenders": ("spp", "norms"), "lr": ("1e-2",), "cost_rounds": 1, "steps": 2}
