@@ -38,10 +38,10 @@ OTHERS_FIRST = (
     "full=2e-4",
     "norms=1e-2",
     "ia3=3e-2",
-    "pst-pruned=2e-3",
-    "pst=2e-3",
     "spp-mask-updates=2e-2",
     "lora=4e-3",
+    "pst-pruned=2e-3",
+    "pst=2e-3",
 )
 OTHERS = tuple(text.partition("=")[0] for text in OTHERS_FIRST)
 RANKS = ("spp:r=4", "spp:r=8", "spp:r=32")
