@@ -16,7 +16,7 @@ rate of 2e-2, one seed; perplexity on the first 20 windows of 1024 tokens of its
     every 10 steps, fraction 0.1, activation, gradient        38.52      17.9 % of the kept weights others in the end
     every 5 steps, fraction 0.0005, activation, saliency      23.69      0.24 %
 
-With the rate searched (examples/comparison, windows of 512 tokens) the first of these has 36.79 at 4e-2, no updates 25.03.
+With the rate searched (examples/comparison, windows of 512 tokens) the first of these has 36.79, no updates 25.03.
 """
 
 from __future__ import annotations
