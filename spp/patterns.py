@@ -201,6 +201,12 @@ def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
     return packed
 
 
+def unpack_bits(bits: npt.NDArray[np.uint8], like: Tensor) -> Tensor:
+    """Return what `pack_bits` packed as a bool mask of the shape and on the device of a tensor."""
+    flat = np.unpackbits(bits, count=like.numel()).view(np.bool_)
+    return torch.from_numpy(flat).view(like.shape).to(like.device)
+
+
 def count_kept(packed: npt.NDArray[np.uint8]) -> int:
     """Return how many bits of `pack_bits`'s answer are set."""
     return sum(int(_COUNT[packed[i : i + _CHUNK]].sum(dtype=np.int64)) for i in range(0, len(packed), _CHUNK))

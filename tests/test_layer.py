@@ -14,6 +14,7 @@ from torch import nn
 from spp import SPPConfig, SPPLinear
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.functional import effective_weight, spp_linear_reference
+from spp.kernels.native import digest
 from tests.tolerances import assert_matches, assert_same_bits
 
 
@@ -299,7 +300,7 @@ def test_outputs_may_be_written_to(shape: tuple[int, ...], bias: bool, trained: 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_write_to_the_adapter_shows_in_evaluation(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr("spp.kernels.native.digest.library", lambda: None)
+        monkeypatch.setattr(digest, "library", lambda: None)
     torch.manual_seed(0)
     layer = SPPLinear(torch.nn.Linear(35, 13), r=3).eval()
     layer.spp_beta.data.normal_()

@@ -24,7 +24,7 @@ from pathlib import Path
 import spp
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.results import NAME
-from spp.bench.compare.study import REPORT, compare, missing, plan_of
+from spp.bench.compare.study import compare, missing, plan_of, write_report
 from spp.bench.compare.tables import markdown
 from spp.errors import SPPError
 from spp.files import read_json
@@ -161,7 +161,7 @@ def report(options: argparse.Namespace) -> Path:
         if path.exists():
             contents = read_json(path, "the results")
             parts.append(markdown(contents, list(names), "##"))
-            (directory / REPORT).write_text(markdown(contents, list(names)), encoding="utf-8")
+            write_report(directory, contents, list(names))
         else:
             parts.append(f"## {directory.name}\n\nNot begun.\n")
     target: Path = options.out / "RESULTS.md"

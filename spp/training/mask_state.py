@@ -23,7 +23,7 @@ from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, s
 from spp.inject import adapter_layers, require_layers
 from spp.layer import SPPLinear
 from spp.packed import PackedWeight, QuantizedLayout
-from spp.patterns import all_finite, nonzero_mask, pack_bits
+from spp.patterns import all_finite, nonzero_mask, pack_bits, unpack_bits
 from spp.pruning.swap import group_of
 from spp.training.dense_weights import DenseSource, DenseWeights
 
@@ -77,7 +77,7 @@ class LayerMask:
     def write(self, bits: npt.NDArray[np.uint8]) -> None:
         """Make W what it is for a mask, as `pack_bits` packs it; W stays as it is where the mask keeps what V lacks."""
         values = self.values()
-        mask = unpack(bits, values)
+        mask = unpack_bits(bits, values)
         if bool((mask & ~nonzero_mask(values)).any()):
             raise CheckpointError(f"the mask of {self.path} keeps weights that are zero in {self._dense.name}")
         weight = values.masked_fill(~mask, 0)
@@ -202,12 +202,6 @@ class MaskState:
                 raise CheckpointError(f"{directory / MASKS_NAME}: the mask of {path} has another shape or dtype")
         self.write({path: bits.numpy() for path, bits in masks.items()})
         self.changed = True
-
-
-def unpack(bits: npt.NDArray[np.uint8], like: Tensor) -> Tensor:
-    """Return packed bits as a bool mask of the shape and on the device of a tensor."""
-    flat = np.unpackbits(bits, count=like.numel()).view(np.bool_)
-    return torch.from_numpy(flat).view(like.shape).to(like.device)
 
 
 def _cosine(weight: Tensor, values: Tensor, kept: Tensor) -> float:

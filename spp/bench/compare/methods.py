@@ -19,9 +19,8 @@ from spp.certificate import report_from_tensors
 from spp.errors import ConfigError, TargetError
 from spp.inject import adapter_layers, wrap
 from spp.merge import merge
-from spp.patterns import nonzero_mask, pack_bits
+from spp.patterns import nonzero_mask, pack_bits, unpack_bits
 from spp.targets import name_targets, projection_weights, resolve_projections
-from spp.training.mask_state import unpack
 from spp.training.mask_updates import MaskUpdates
 from spp.training.sparsity_schedule import SparsitySchedule
 
@@ -179,7 +178,7 @@ def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adap
         plain = merged()
         with torch.no_grad():
             for name, weight, _ in projection_weights(plain):
-                weight.mul_(unpack(masks[name], weight))
+                weight.mul_(unpack_bits(masks[name], weight))
         return plain
 
     return Adapted(adapted.model, finish)
@@ -220,9 +219,8 @@ def _full(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
 
 def _pst(model: nn.Module, seed: int, options: dict[str, Any], goal: Goal) -> Adapted:
     """PST with its authors' schedule; the classifier heads that it would train as a whole are not causal models'."""
-    final = None if goal.pattern else goal.sparsity
-    ranks = {"weight_rank": options["r"], "mask_rank": options["r"]}
-    pst.wrap(model, **ranks, pattern=goal.pattern, target_modules=goal.targets, seed=seed)
+    final, r = None if goal.pattern else goal.sparsity, options["r"]
+    pst.wrap(model, r, mask_rank=r, pattern=goal.pattern, target_modules=goal.targets, seed=seed)
     schedule = SparsitySchedule(final)
     schedule.fit(model)
     return Adapted(model, lambda: pst.convert(model), [schedule], lambda: pst.set_sparsity(model, schedule.at(1, 1)))

@@ -124,13 +124,13 @@ def compare(config: CompareConfig) -> Results:
     if config.budget == "parameters":
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
-    shapes, is_pruned = _shapes(model), Goal.of(model).sparsity > 0
+    shapes = _shapes(model)
     del model
     if config.dense is not None:
         dense = load_model(config.dense, config.dtype)
         if _shapes(dense) != shapes:
             raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
-        if is_pruned and _masks(dense) == facts["masks"]:
+        if _masks(dense) == facts["masks"] and Goal.of(dense).sparsity:
             raise ConfigError(
                 f"dense is {config.dense}, which has the zeros of {config.model}; it must be the model before pruning"
             )
@@ -150,12 +150,12 @@ def compare(config: CompareConfig) -> Results:
             time.sleep(_WAIT)  # another process is at it
     plan = plan_of(config, contenders, _steps(config, contenders, results))
     require_methods([contender for contender, _ in plan.pending(results.read()["rows"])])
-    write_report(results, missing(config, plan, results.read()))
+    _report(config, plan, results)
     while _run_one(config, plan, data, results):
-        write_report(results, missing(config, plan, results.read()))
+        _report(config, plan, results)
     for contender in contenders if config.cost_rounds else ():
         _cost(config, contender, results)
-    write_report(results, missing(config, plan, results.read()))
+    _report(config, plan, results)
     return results
 
 
@@ -182,10 +182,15 @@ def missing(config: CompareConfig, plan: Plan, contents: Mapping[str, Any]) -> l
     return found
 
 
-def write_report(results: Results, missing: Sequence[str]) -> None:
-    """Write results.md beside results.json."""
-    with atomic_file(results.directory / REPORT, overwrite=True) as temporary:
-        temporary.write_text(markdown(results.read(), missing), encoding="utf-8")
+def write_report(directory: Path, contents: Mapping[str, Any], missing: Sequence[str]) -> None:
+    """Write results.md beside a results.json of these contents."""
+    with atomic_file(directory / REPORT, overwrite=True) as temporary:
+        temporary.write_text(markdown(contents, missing), encoding="utf-8")
+
+
+def _report(config: CompareConfig, plan: Plan, results: Results) -> None:
+    contents = results.read()
+    write_report(results.directory, contents, missing(config, plan, contents))
 
 
 def _run_one(config: CompareConfig, plan: Plan, data: Any, results: Results) -> bool:

@@ -125,13 +125,13 @@ def test_the_matrices_of_fused_experts_are_counted_one_by_one() -> None:
         assert counted == adapt(contender, moe_model("mixtral"), 0).trainable(), kind
 
 
-@pytest.fixture(scope="module", params=["2:4", "0.5"])
+@pytest.fixture(scope="module", params=["2:4", 0.5])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A dense model and what pruning left of it, o_proj as it was."""
     parent = tmp_path_factory.mktemp("both")
     model = tiny_llama(initializer_range=0.2, num_hidden_layers=1)
     model.save_pretrained(parent / "dense")
-    spp.prune(model, "magnitude", request.param if ":" in request.param else 0.5, exclude_modules="o_proj")
+    spp.prune(model, "magnitude", request.param, exclude_modules="o_proj")
     model.save_pretrained(parent / "pruned")
     for name in ("dense", "pruned"):
         tiny_tokenizer().save_pretrained(parent / name)
@@ -139,8 +139,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return parent / "dense", parent / "pruned"
 
 
-def row_of(name: str, both: tuple[Path, Path], out: Path, **options: object) -> dict[str, Any]:
-    given = config(both[1], out, dense=both[0], contenders=(name,), steps=10, **options)
+def row_of(name: str, both: tuple[Path, Path], out: Path) -> dict[str, Any]:
+    given = config(both[1], out, dense=both[0], contenders=(name,), steps=10)
     (contender,) = given.parsed()
     data = load(given, load_tokenizer(both[1]))
     return run_trial(given, contender, Trial(contender.name, 1e-2, 0, 10), data)
@@ -166,9 +166,7 @@ def test_what_moves_the_mask_moves_it_while_it_trains(both: tuple[Path, Path], t
 
 
 @pytest.mark.slow
-def test_contenders_get_the_same_batches_whatever_they_draw(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contenders_get_the_same_batches_whatever_they_draw(pruned: Path, tmp_path: Path) -> None:
     seen: dict[str, list[list[int]]] = {}
     for name in ("spp", "spp-random-beta", "norms"):
         given = config(pruned, tmp_path, contenders=(name,), steps=4)
