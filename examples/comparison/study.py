@@ -98,7 +98,7 @@ STAGES = (
     Stage("wikitext", "2of4", ABLATIONS),
     Stage("wikitext", "2of4", OTHERS),
     Stage("wikitext", "0.75", PEERS, AROUND, SEEDS),
-    Stage("wikitext", "0.5", NEAREST, AROUND_NEAREST, SEEDS),
+    Stage("wikitext", "0.5", NEAREST, AROUND_NEAREST, SEEDS),  # masked after training: farther off than seeds differ
     Stage("instruct", "2of4", NEAREST, AROUND_NEAREST, SEEDS),
     Stage("wikitext", "2of4", RANKS),
     Stage("instruct", "2of4", PEERS, AROUND, SEEDS),
