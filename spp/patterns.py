@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,10 +201,9 @@ def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
     return packed
 
 
-def unpack_bits(bits: npt.NDArray[np.uint8], like: Tensor) -> Tensor:
-    """Return what `pack_bits` packed as a bool mask of the shape and on the device of a tensor."""
-    flat = np.unpackbits(bits, count=like.numel()).view(np.bool_)
-    return torch.from_numpy(flat).view(like.shape).to(like.device)
+def unpack_bits(bits: npt.NDArray[np.uint8], shape: Sequence[int]) -> Tensor:
+    """Return what `pack_bits` packed as a bool mask of `shape`, on the CPU."""
+    return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_)).view(*shape)
 
 
 def count_kept(packed: npt.NDArray[np.uint8]) -> int:

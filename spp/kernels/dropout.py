@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)  # big bit order, as numpy.packbits
+from spp import patterns
+
+_SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)  # the first entry in the highest bit
 
 
 def draw_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -22,24 +24,18 @@ def draw_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Return a bool tensor of any shape as uint8 (⌈numel / 8⌉,), row-major, big bit order, padded with zeros."""
-    flat = mask.reshape(-1)
+    """Return a bool tensor of any shape as the bits of `patterns.pack_bits`, uint8 (⌈numel / 8⌉,), on its device."""
     if mask.device.type == "cpu":
-        import numpy
-
-        return torch.from_numpy(numpy.packbits(flat.numpy()))
-    padding = -flat.numel() % 8
-    bytes_ = torch.nn.functional.pad(flat.to(torch.uint8), (0, padding)).view(-1, 8)
+        return torch.from_numpy(patterns.pack_bits(mask))
+    flat = mask.reshape(-1)
+    bytes_ = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
     shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=mask.device)
     return (bytes_ << shifts).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the bool tensor of `shape` that `pack_bits` packed."""
-    count = math.prod(shape)
     if bits.device.type == "cpu":
-        import numpy
-
-        return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=count)).view(torch.bool).view(*shape)
+        return patterns.unpack_bits(bits.numpy(), shape)
     shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=bits.device)
-    return (bits.unsqueeze(1) >> shifts & 1).view(-1)[:count].to(torch.bool).view(*shape)
+    return (bits.unsqueeze(1) >> shifts & 1).view(-1)[: math.prod(shape)].to(torch.bool).view(*shape)

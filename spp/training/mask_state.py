@@ -77,7 +77,7 @@ class LayerMask:
     def write(self, bits: npt.NDArray[np.uint8]) -> None:
         """Make W what it is for a mask, as `pack_bits` packs it; W stays as it is where the mask keeps what V lacks."""
         values = self.values()
-        mask = unpack_bits(bits, values)
+        mask = unpack_bits(bits, values.shape).to(values.device)
         if bool((mask & ~nonzero_mask(values)).any()):
             raise CheckpointError(f"the mask of {self.path} keeps weights that are zero in {self._dense.name}")
         weight = values.masked_fill(~mask, 0)

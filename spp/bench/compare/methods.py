@@ -178,7 +178,7 @@ def _lora_remasked(model: nn.Module, seed: int, options: dict[str, Any]) -> Adap
         plain = merged()
         with torch.no_grad():
             for name, weight, _ in projection_weights(plain):
-                weight.mul_(unpack_bits(masks[name], weight))
+                weight.mul_(unpack_bits(masks[name], weight.shape).to(weight.device))
         return plain
 
     return Adapted(adapted.model, finish)
