@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spp import patterns
+import spp.patterns as patterns
 
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)  # the first entry in the highest bit
 
