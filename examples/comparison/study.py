@@ -98,11 +98,12 @@ STAGES = (
     Stage("wikitext", "2of4", ABLATIONS),
     Stage("wikitext", "2of4", OTHERS),
     Stage("wikitext", "0.75", PEERS, AROUND, SEEDS),
-    Stage("wikitext", "0.5", NEAREST, AROUND_NEAREST, SEEDS),  # masked after training: farther off than seeds differ
+    Stage("wikitext", "0.5", NEAREST, AROUND_NEAREST, SEEDS),
     Stage("instruct", "2of4", NEAREST, AROUND_NEAREST, SEEDS),
     Stage("wikitext", "2of4", RANKS),
     Stage("instruct", "2of4", PEERS, AROUND, SEEDS),
     Stage("wikitext", "2of4", DROPOUT),
+    Stage("wikitext", "0.5", PEERS, AROUND, SEEDS),
 )
 
 
