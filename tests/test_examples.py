@@ -145,7 +145,9 @@ def test_comparison_study(tmp_path: Path, run: Run) -> None:
     assert "RESULTS.md" in run(*arguments)
     report = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "| masked-lora |" in report and "Missing" not in report and str(tmp_path) not in report
-    run(*arguments[:-1], "2", "--report")
+    pytest.importorskip("matplotlib")
+    run(*arguments[:-1], "2", "--report", "--plot")
+    assert (tmp_path / "out" / "wikitext-2of4" / "results.png").stat().st_size > 1000
     assert "- spp, lr 0.01, seed 0, 1 steps" in (tmp_path / "out" / "RESULTS.md").read_text()
 
 

@@ -22,15 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import spp
+from spp.bench.compare.chart import draw
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.results import NAME
 from spp.bench.compare.study import compare, missing, plan_of, write_report
 from spp.bench.compare.tables import markdown
 from spp.errors import SPPError
 from spp.files import read_json
+from spp.report_plot import check_plot
 from spp.training.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).parent
+CHART = Path("results.png")
 PATTERNS = {"2of4": "2:4", "0.5": 0.5, "0.75": 0.75}
 NEAREST = ("spp", "masked-lora", "hira")  # too near to each other for one seed
 PEERS = (*NEAREST, "lora-remasked")
@@ -140,9 +143,8 @@ def prune(options: argparse.Namespace, pattern: str) -> None:
     if target.exists():
         return
     model, tokenizer = load_model(options.model, "float32"), load_tokenizer(options.model)
-    calibration = options.train or options.valid
     spp.prune(
-        model, "wanda", PATTERNS[pattern], str(calibration), tokenizer=tokenizer, nsamples=32, seqlen=options.seqlen
+        model, "wanda", PATTERNS[pattern], str(options.train), tokenizer=tokenizer, nsamples=32, seqlen=options.seqlen
     )
     spp.save_model(model, target, tokenizer=tokenizer)
 
@@ -154,7 +156,7 @@ def lacking(config: CompareConfig) -> list[str] | None:
 
 
 def report(options: argparse.Namespace) -> Path:
-    """Write RESULTS.md, and results.md beside each results.json: its table, and what is missing in it."""
+    """Write RESULTS.md, and beside each results.json results.md, its table and what is missing, and its chart."""
     asked: dict[Path, dict[str, None]] = {}
     for config in configs(options):
         asked.setdefault(Path(config.output_dir), {}).update(dict.fromkeys(lacking(config) or ()))
@@ -165,6 +167,8 @@ def report(options: argparse.Namespace) -> Path:
             contents = read_json(path, "the results")
             parts.append(markdown(contents, list(names), "##"))
             write_report(directory, contents, list(names))
+            if options.plot:
+                draw(contents, directory / CHART, overwrite=True)
         else:
             parts.append(f"## {directory.name}\n\nNot begun.\n")
     target: Path = options.out / "RESULTS.md"
@@ -184,6 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", type=int, help="run the first stages only (default: all)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a calibration window (default: 512)")
     parser.add_argument("--report", action="store_true", help="write RESULTS.md and run nothing")
+    parser.add_argument("--plot", action="store_true", help="draw results.png beside each results.json: extra plot")
     parser.add_argument("--tiny", action="store_true", help="one step of 16 tokens a row: to see that it runs")
     options = parser.parse_args(arguments)
     if options.train is None or options.valid is None:
@@ -202,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("spp.bench").setLevel(logging.INFO)
+    if options.plot:
+        check_plot(CHART)
     for config in () if options.report else list(configs(options)):  # all of them: a mistake shows before the first
         if lacking(config) == []:
             continue

@@ -54,7 +54,9 @@ def run(
     ] = None,
     extend: Annotated[int, typer.Option(help="Learning rates tried beyond these where the best is at an end.")] = 1,
     seeds: Annotated[str, typer.Option(help="Seeds; the learning rate is chosen with the first.")] = "0",
-    budget: Annotated[str, typer.Option(help="What is equal: steps, time or parameters.")] = "steps",
+    budget: Annotated[
+        str, typer.Option(help="What is equal: steps, time, or parameters (where there is a rank).")
+    ] = "steps",
     steps: Annotated[int, typer.Option(help="Optimizer steps; with --budget time, those of spp.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 2,
     block_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from spp.kernels import blockwise, input_dropout, native, whole
 from spp.kernels.autocast import no_autocast
+from spp.kernels.bits import unpack_bits
 from spp.kernels.blocks import product_dtype
-from spp.kernels.dropout import draw_dropout, unpack_bits
+from spp.kernels.dropout import draw_dropout
 from spp.kernels.fp8 import check_fp8, check_grad_precision
 from spp.kernels.frozen import frozen_linear, operands, shaped_like_inputs
 from spp.kernels.keep import check_saved_activations, kept_for_backward

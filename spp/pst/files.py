@@ -99,14 +99,14 @@ def load(model: Model, path: str | Path) -> Model:
         The same object.
 
     Raises:
-        AdapterError: it is another method's, or missing, unexpected or misshapen keys, other frozen weights, another
-            config than the model is wrapped with.
+        AdapterError: it is another method's, or missing, unexpected or misshapen keys, other frozen weights, other
+            layers, ranks, scales or pattern than the model is wrapped with.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
     """
     state = read(path)
     wrapped = is_wrapped(model)
-    if wrapped and config_of(model) != state.config:
+    if wrapped and _computes_otherwise(config_of(model), state.config):
         raise AdapterError(
             f"the model is wrapped as {config_of(model)}, but {state.source} holds {state.config}: unwrap it first"
         )
@@ -197,6 +197,12 @@ def _check(model: nn.Module, state: PSTState) -> None:
     finally:
         for path, layer in layers.items():
             layer.sparsity = before[path]
+
+
+def _computes_otherwise(one: PSTConfig, other: PSTConfig) -> bool:
+    """Whether two configs make other layers of the same linears; which linears these are, `_check` sees."""
+    names = ("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale", "pattern")
+    return any(getattr(one, name) != getattr(other, name) for name in names)
 
 
 def _is_sparsity(value: object) -> bool:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from spp.kernels.autocast import autocast_dtype, no_autocast
+from spp.kernels.bits import pack_bits, unpack_bits
 from spp.kernels.once import Once
 from spp.patterns import Pattern
 from spp.pruning.select import keep_groups, keep_of_all, pruned_count
@@ -104,9 +105,10 @@ def _most(pattern: Pattern, count: int) -> int:
 
 @torch.no_grad()
 def masked_weight(weight: Tensor, factors: Factors, scales: Scales) -> tuple[Tensor, Tensor]:
-    """Return (M ⊙ W' in the arithmetic's dtype, M)."""
-    updated = updated_weight(weight, factors, scales)
-    mask = keep_mask(importance(updated, factors, scales), scales)
+    """Return (M ⊙ W' in the arithmetic's dtype, M), the same under autocast."""
+    with no_autocast(weight.device.type):
+        updated = updated_weight(weight, factors, scales)
+        mask = keep_mask(importance(updated, factors, scales), scales)
     return updated.masked_fill_(~mask, 0.0), mask
 
 
@@ -129,7 +131,7 @@ class _PST(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales, *factors: Any) -> Tensor:
         effective, mask = masked_weight(weight, factors, scales)
         ctx.scales = scales
-        ctx.save_for_backward(x, weight, bias, _pack(mask), *factors)
+        ctx.save_for_backward(x, weight, bias, pack_bits(mask), *factors)
         return torch.nn.functional.linear(x, effective.to(weight.dtype).to(x.dtype), bias)
 
     @staticmethod
@@ -152,7 +154,7 @@ def _gradients(
     """Return dX, dbias, dU, dV, dA, dB, dR, dC, None where it is not needed."""
     u, v, a, b, r, c = factors
     m, n = weight.shape
-    mask = _unpack(bits, m, n)
+    mask = unpack_bits(bits, (m, n))
     tokens, dy = x.reshape(-1, n), dy.reshape(-1, m)  # (T, n), (T, m)
     dx = dbias = None
     if needed[0]:
@@ -184,20 +186,3 @@ def _gradients(
         *(scales.structured * g for g in (dr, dc)),
     ]
     return [dx, dbias, *(g if need else None for g, need in zip(found, needed[4:], strict=True))]
-
-
-def _pack(mask: Tensor) -> Tensor:
-    """Return the mask's bits, eight in a byte, the last byte padded."""
-    flat = mask.reshape(-1)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).view(torch.uint8)
-    packed = flat[:, 0].clone()
-    for bit in range(1, 8):
-        packed |= flat[:, bit] << bit
-    return packed
-
-
-def _unpack(packed: Tensor, m: int, n: int) -> Tensor:
-    bits = torch.empty(len(packed), 8, dtype=torch.bool, device=packed.device)
-    for bit in range(8):
-        bits[:, bit] = (packed >> bit) & 1
-    return bits.view(-1)[: m * n].view(m, n)

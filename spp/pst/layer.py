@@ -16,16 +16,7 @@ from spp.layer_checks import check_linear
 from spp.layer_packed import HOOKS, PackedLinear
 from spp.packed import quantized_kind
 from spp.patterns import Pattern
-from spp.pst.function import (
-    Factors,
-    Scales,
-    importance,
-    keep_mask,
-    masked_weight,
-    pruned_by,
-    pst_linear,
-    updated_weight,
-)
+from spp.pst.function import Factors, Scales, masked_weight, pruned_by, pst_linear
 from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import features, input_axis_of
 
@@ -160,8 +151,7 @@ class PSTLinear(nn.Module):
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Return the mask as bool (m, n), computed now: True is kept."""
-        factors, scales = self.factors(), self._scales()
-        return keep_mask(importance(updated_weight(self.matrix, factors, scales), factors, scales), scales)
+        return masked_weight(self.matrix, self.factors(), self._scales())[1]
 
     def effective_weight(self) -> Tensor:
         """Return the masked weight in the dtype and layout of `weight`: what the forward multiplies by."""

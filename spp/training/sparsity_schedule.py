@@ -42,12 +42,12 @@ class SparsitySchedule(TrainerCallback):
     ) -> None:
         final = initial_sparsity if final_sparsity is None else final_sparsity
         check_schedule(initial_warmup, final_warmup, initial_sparsity, final)
-        self.final_sparsity = final_sparsity
+        self._given = self.final_sparsity = final_sparsity
         self.initial_sparsity = initial_sparsity
         self.initial_warmup, self.final_warmup = initial_warmup, final_warmup
 
     def fit(self, model: nn.Module) -> None:
-        """Take the final sparsity from a model's pattern where none is given.
+        """Take the final sparsity from a model's pattern where none is given; anew for every model.
 
         Raises:
             ConfigError: none is given and there is no pattern, or it is above the pattern's.
@@ -55,17 +55,19 @@ class SparsitySchedule(TrainerCallback):
         layers = require_layers(model)
         patterns = {layer.pattern for layer in layers.values()}
         (pattern,) = patterns if len(patterns) == 1 else (None,)
-        if self.final_sparsity is None:
+        final = self._given
+        if final is None:
             if pattern is None:
                 raise ConfigError("final_sparsity is None, and the layers have no N:M pattern that would say it")
-            self.final_sparsity = pattern.sparsity
-        check_schedule(self.initial_warmup, self.final_warmup, self.initial_sparsity, self.final_sparsity)
+            final = pattern.sparsity
+        check_schedule(self.initial_warmup, self.final_warmup, self.initial_sparsity, final)
         for path, layer in layers.items():
-            if layer.pattern is not None and self.final_sparsity > layer.pattern.sparsity:
+            if layer.pattern is not None and final > layer.pattern.sparsity:
                 raise ConfigError(
-                    f"final_sparsity is {self.final_sparsity}, above the {layer.pattern.sparsity} of pattern "
+                    f"final_sparsity is {final}, above the {layer.pattern.sparsity} of pattern "
                     f"{layer.pattern} in {path}"
                 )
+        self.final_sparsity = final
 
     def at(self, step: int, total_steps: int) -> float:
         """Return the sparsity after so many optimizer steps."""

@@ -163,6 +163,11 @@ def test_autocast() -> None:
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert all(f.grad is not None and f.grad.dtype == torch.float32 for f in made.factors())
+    mask, effective = made.mask(), made.effective_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made.mask(), mask)
+        assert_same_bits(made.effective_weight(), effective)
+        assert_same_bits(made.convert().get_parameter("weight").detach(), effective)
 
 
 def test_nothing_of_the_scores_is_kept() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,11 @@ def test_classifiers(kind: str, tmp_path: Path) -> None:
     spp.save_model(model, tmp_path / "model")
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     assert_same_bits(reloaded(input_ids=IDS).logits, wrapped)
-    certificate = json.loads((tmp_path / "model" / "sparsity.json").read_text())
-    assert certificate["tensors"]
+    weights = [f"{path}.weight" for path in masks]
+    report = spp.verify(tmp_path / "model")
+    assert set(weights) <= report.tensors.keys()
+    for name in weights:
+        assert report.tensors[name].zeros == reloaded.get_parameter(name).numel() // 2
 
 
 @pytest.mark.sampled(2)
@@ -166,6 +168,28 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         spp.pst.load(tiny_llama(), tmp_path / "state")
 
 
+def test_options_reach_the_layers() -> None:
+    given = {"weight_rank": 2, "weight_scale": 0.5, "mask_rank": 3, "low_rank_scale": 0.25, "structured_scale": 4.0}
+    for config in (given, {"weight_rank": PSTConfig(**given)}):
+        for layer in pst_layers(spp.pst.wrap(tiny_llama(), **config)).values():
+            assert {name: getattr(layer, name) for name in given} == given
+            assert layer.weight_U.shape[1] == 2 and layer.score_A.shape[1] == 3
+
+
+def test_a_state_goes_onto_any_model_whose_layers_compute_alike(tmp_path: Path) -> None:
+    model = spp.pst.wrap(tiny_llama(), 2, seed=0)
+    spp.pst.set_sparsity(model, 0.3)
+    spp.pst.save(model, tmp_path / "state")
+    names = sorted({path.rpartition(".")[2] for path in pst_layers(model)})
+    other = spp.pst.wrap(tiny_llama(), 2, seed=1, target_modules=names)
+    spp.pst.load(other, tmp_path / "state")
+    assert_same_bits(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(AdapterError, match="unwrap it first"):
+        spp.pst.load(spp.pst.wrap(tiny_llama(), 2, structured_scale=2.0), tmp_path / "state")
+    with pytest.raises(AdapterError, match="unexpected"):
+        spp.pst.load(spp.pst.wrap(tiny_llama(), 2, target_modules=names[1:]), tmp_path / "state")
+
+
 def test_seeds_are_keyed_by_path() -> None:
     first, second = spp.pst.wrap(tiny_llama(), seed=1), spp.pst.wrap(tiny_llama(), seed=1, target_modules=["up_proj"])
     path = "model.layers.1.mlp.up_proj"
@@ -183,7 +207,10 @@ def test_copies_and_checkpointing() -> None:
         assert (parameter.grad is None) == (other.grad is None), name
         if parameter.grad is not None:
             assert_same_bits(parameter.grad, other.grad, name)
-    assert spp.pst.convert(twin).model.layers[0].mlp.up_proj.weight.data_ptr()
+    before = {path: layer.weight.clone() for path, layer in pst_layers(model).items()}
+    spp.pst.convert(twin)
+    for path, layer in pst_layers(model).items():
+        assert_same_bits(layer.weight, before[path])
 
 
 def test_refusals() -> None:

@@ -80,6 +80,16 @@ def test_every_pass_computes_with_the_sparsity_of_its_step(tmp_path: Path) -> No
     assert made.sparsity == logged[-1] == sum(int((~m.mask()).sum()) for m in pst_layers(model).values()) / total
 
 
+def test_a_schedule_takes_the_pattern_of_each_model_that_it_is_given() -> None:
+    schedule = SparsitySchedule()
+    for pattern, final in (("2:4", 0.5), ("1:4", 0.75), ("2:4", 0.5)):
+        schedule.fit(dense(pattern=pattern))
+        assert schedule.final_sparsity == final == schedule.at(10, 10)
+    given = SparsitySchedule(0.25)
+    given.fit(dense(pattern="2:4"))
+    assert given.final_sparsity == 0.25
+
+
 def test_of_an_n_m_pattern_the_final_sparsity_is_its_own(tmp_path: Path) -> None:
     made = trainer(tmp_path, dense(pattern="1:4"), final_sparsity=None, final_warmup=0.5, initial_sparsity=0.25)
     made.train()

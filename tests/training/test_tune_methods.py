@@ -14,11 +14,12 @@ from spp.errors import ConfigError, MaskError, OutputError
 from spp.evaluation import perplexity
 from spp.inject import adapter_layers, is_wrapped
 from spp.pst import pst_layers, sparsity_schedule
-from spp.training import TrainingInterrupted, TuneConfig, tune
+from spp.training import PSTTrainer, SPPTrainer, TrainingInterrupted, TuneConfig, tune
 from spp.training.callbacks import read_log
+from spp.training.methods import method_of
 from tests.models import projections, tiny_llama, tiny_tokenizer
 from tests.tolerances import assert_same_bits
-from tests.training.helpers import bytes_of, pruned
+from tests.training.helpers import arguments, bytes_of, pruned
 from tests.training.test_tuning import ROWS, TEXT, SignalAt, config
 
 PST: dict[str, Any] = {"method": "pst", "lr": 1e-2, "pattern": "2:4"}
@@ -211,6 +212,32 @@ def test_options_that_contradict_each_other(options: dict[str, Any], complaint: 
     with pytest.raises(ConfigError) as caught:
         TuneConfig(**{**COMMON, **options})
     assert complaint in str(caught.value)
+
+
+def test_every_option_reaches_what_trains(text: Path, dense: Path, tmp_path: Path) -> None:
+    factors = {"weight_rank": 2, "weight_scale": 0.5, "mask_rank": 3, "low_rank_scale": 0.25, "structured_scale": 4.0}
+    schedule = {"initial_sparsity": 0.1, "initial_warmup": 0.2, "final_warmup": 0.4}
+    method = method_of(by_pst(text, tmp_path / "run", pattern=0.3, exclude_modules="q_proj", **factors, **schedule))
+    model = tiny_llama()
+    method.prepare(model)
+    assert not any(path.endswith("q_proj") for path in pst_layers(model))
+    for layer in pst_layers(model).values():
+        assert {name: getattr(layer, name) for name in factors} == factors
+    made = method.trainer(model, arguments(tmp_path / "trainer"))
+    assert isinstance(made, PSTTrainer) and made.schedule.final_sparsity == 0.3
+    assert {name: getattr(made.schedule, name) for name in schedule} == schedule
+
+    given = {"every": 3, "fraction": 0.2, "until": 0.6, "decay": "cubic", "drop": "magnitude", "grow": "saliency"}
+    options = {f"mask_update_{name}": value for name, value in given.items()}
+    method = method_of(updating(text, tmp_path / "run", dense, **options))
+    model = pruned()
+    method.prepare(model)
+    made = method.trainer(model, arguments(tmp_path / "trainer"))
+    assert isinstance(made, SPPTrainer)
+    assert {name: getattr(made.mask_updates, name) for name in given} == given
+    assert made.mask_updates is not None
+    assert made.mask_updates.fraction_at(3, 10) == pytest.approx(0.2 * 0.5**3)  # half of until · steps
+    method.undo(model)
 
 
 def test_the_learning_rate_and_the_recipes_are_the_methods() -> None:

@@ -13,12 +13,15 @@ from spp.bench.compare.summary import Summary, summaries
 from spp.bench.compare.tables import AT_AN_END, notes, title
 from spp.errors import DataError
 from spp.files import atomic_file
-from spp.report_plot import OURS, check_plot
+from spp.report_plot import OURS, check_plot, new_figure
 
 FILLS = "#c2543d"  # of contenders that do not keep the zeros
 _PEERS = "#77848e"
 _DECADE = 10.0  # a logarithmic axis that spans less has labels at round numbers, not at powers
 _ROOM = 0.1  # beside the points, as a part of what they span
+Point = tuple[float, float, str]  # where on the axes, and its colour
+_DOT, _TYPE = 6.0, 7.0  # of a point and of its number, in points of type
+_FROM_DOT = (8.0, 13.0, 19.0, 26.0, 34.0, 43.0)  # distances of a number from its point, likewise
 _WIDTH, _NAMES, _HEIGHT = 5.0, 2.4, 5.2  # of a panel, of the list of names, of the chart, in inches
 
 
@@ -42,9 +45,6 @@ def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
 
 def make_figure(contents: Mapping[str, Any]) -> Any:
     """Return the chart as matplotlib's Figure; a DataError where no contender has a finite perplexity."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = [one for one in summaries(contents) if one.perplexities and all(map(math.isfinite, one.perplexities))]
     if not found:
         raise DataError("there is nothing to draw: no contender has a finite perplexity yet")
@@ -53,22 +53,28 @@ def make_figure(contents: Mapping[str, Any]) -> Any:
     if timed:
         panels.insert(0, (f"time of a step, relative to {REFERENCE}", _time, False))
     width = _WIDTH * len(panels) + _NAMES
-    figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, _HEIGHT)
     figure.suptitle(textwrap.fill(title(contents), round(9 * width)), fontsize=11)
     ratios = [_WIDTH] * len(panels) + [_NAMES]
     *axes, names = figure.subplots(1, len(panels) + 1, squeeze=False, width_ratios=ratios)[0]
+    drawn = []
     for one, (label, position, logarithmic) in zip(axes, panels, strict=True):
-        _panel(one, found, position, logarithmic)
+        drawn.append((one, _panel(one, found, position, logarithmic)))
         one.set_xlabel(label, fontsize=9)
     axes[0].set_ylabel("perplexity", fontsize=9)
     _list(names, found)
     text = " ".join(line for line in notes(contents) if not line.startswith(AT_AN_END))
     figure.supxlabel(textwrap.fill(text, round(17 * width)), fontsize=6.5, color="#555555")
+    figure.draw_without_rendering()  # lays it out
+    for one, points in drawn:
+        _number(one, points)
     return figure
 
 
-def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], float | None], logarithmic: bool) -> None:
+def _panel(
+    axes: Any, found: Sequence[Summary], position: Callable[[Summary], float | None], logarithmic: bool
+) -> dict[int, Point]:
+    """Draw the points, and return those by number."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     axes.set_yscale("log")
@@ -77,14 +83,12 @@ def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], fl
         axes.set_xscale("log")
         low, high = _limits([x for one in found if (x := position(one)) is not None])
         axes.set_xlim(low, high)
-    for number, one in reversed(list(enumerate(found, start=1))):  # the best lies on top
-        x, mean = position(one), _mean(one)
-        if x is None:
-            continue
+    points = {number: (x, one) for number, one in enumerate(found, start=1) if (x := position(one)) is not None}
+    for x, one in reversed(points.values()):  # the best lies on top
+        mean = _mean(one)
         spread = [[mean - min(one.perplexities)], [max(one.perplexities) - mean]]
         axes.errorbar(x, mean, yerr=spread, fmt="none", ecolor=_colour(one), capsize=2, elinewidth=1)
-        axes.plot(x, mean, "o", color=_colour(one), markersize=12, markeredgecolor="white", markeredgewidth=0.8)
-        axes.annotate(str(number), (x, mean), ha="center", va="center", fontsize=7, color="white")
+        axes.plot(x, mean, "o", color=_colour(one), markersize=_DOT, markeredgecolor="white", markeredgewidth=0.5)
     axes.margins(x=_ROOM)
     if logarithmic:
         axes.xaxis.set_major_locator(MaxNLocator(5) if high < _DECADE * low else LogLocator(numticks=7))
@@ -97,6 +101,40 @@ def _panel(axes: Any, found: Sequence[Summary], position: Callable[[Summary], fl
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    return {number: (x, _mean(one), _colour(one)) for number, (x, one) in points.items()}
+
+
+def _number(axes: Any, points: Mapping[int, Point]) -> None:
+    """Write the number of each point beside it, clear of points and other numbers, with a line to one that is far off.
+
+    Call it when the place of the axes is fixed.
+    """
+    scale = axes.figure.dpi / 72  # pixels of a point of type
+    dots = {number: axes.transData.transform((x, y)) / scale for number, (x, y, _) in points.items()}
+    taken = [(x, y, _DOT / 2, _DOT / 2) for x, y in dots.values()]  # centre, half of the width and of the height
+    turns = [math.radians(degrees) for degrees in (0, 180, 90, 270, 45, 135, 225, 315)]
+    for number, (x, y, colour) in points.items():
+        width, height = (_TYPE * part / 2 for part in (0.65 * len(str(number)) + 0.3, 1.1))
+        at = dots[number]
+        places = ((at[0] + r * math.cos(turn), at[1] + r * math.sin(turn)) for r in _FROM_DOT for turn in turns)
+        free = (
+            (u, v) for u, v in places if all(abs(u - a) > width + w or abs(v - b) > height + h for a, b, w, h in taken)
+        )
+        place = next(free, tuple(at))
+        taken.append((*place, width, height))
+        offset = (place[0] - at[0], place[1] - at[1])
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate(
+            str(number),
+            (x, y),
+            offset,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=_TYPE,
+            color=colour,
+            arrowprops=arrow if math.hypot(*offset) > _FROM_DOT[0] else None,
+        )
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ class CompareConfig:
 
     Args:
         model: directory or hub id of the pruned model.
-        output_dir: where results.json, results.md and results.png go.
+        output_dir: where results.json and results.md go.
         data: training files, as in TuneConfig: text, or instruction rows, of which the answers are learned.
         contenders: names (spp.bench.compare.contenders) and groups: main, ranks, dropout, ablations.
         dense: the model before it was pruned: for a row of its own, for PST to start from, for mask updates; None
@@ -33,7 +33,8 @@ class CompareConfig:
         extend: how many learning rates beyond the given ones may be tried where the best is the lowest or highest.
         seeds: of initial values and order of data; learning rates are searched with the first.
         budget: "steps": each contender gets `steps`; "time": as many as fit into the time of the reference's;
-            "parameters": contenders with a rank get the one whose parameters are nearest to the reference's.
+            "parameters": contenders with a rank get the one whose parameters are nearest to the reference's; others
+            have as many as they have.
         steps: optimizer steps, of the reference where the budget is time.
         batch_size, block_length: rows and tokens of a step.
         window: tokens of a window of text.

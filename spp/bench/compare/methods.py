@@ -198,7 +198,7 @@ def _norms(model: nn.Module, seed: int, options: dict[str, Any]) -> Adapted:
         parameter
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if name == "bias" or "norm" in type(module).__name__.lower()
+        if name == "bias" or name.endswith("proj_bias") or "norm" in type(module).__name__.lower()
     ]
     if not trained:
         raise TargetError(f"{type(model).__name__} has neither norm weights nor biases to train")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spp.bench.compare.contenders import REFERENCE, parse_contender
+from spp.bench.compare.contenders import KINDS, REFERENCE, parse_contender
 from spp.bench.compare.summary import Summary, over_equal_seeds, summaries
 from spp.bench.harness import environment_line
 from spp.report import Table, byte_text
@@ -13,7 +13,8 @@ from spp.report import Table, byte_text
 UNKNOWN = "–"
 AT_AN_END = "†"
 OWN_WEIGHTS = ("full", "norms")  # kinds that train parameters of the model, in its dtype
-OURS = ("spp", "spp-no-beta", "spp-random-beta", "spp-mask-updates")  # kinds that are no peers of SPP
+MASK_UPDATES = "spp-mask-updates"
+OURS = (REFERENCE, "spp-no-beta", "spp-random-beta", MASK_UPDATES)  # kinds that are no peers of SPP
 
 
 def main_table(contents: Mapping[str, Any]) -> Table:
@@ -24,12 +25,13 @@ def main_table(contents: Mapping[str, Any]) -> Table:
         *(("steps",) if timed else ()),
         *(f"step / {REFERENCE}", f"memory / {REFERENCE}"),
     )
-    before = contents["baselines"].get("pruned")
-    grouped = before is None or ":" in before["pattern"]
+    pruned, dense = (contents["baselines"].get(name) for name in ("pruned", "dense"))
+    grouped = pruned is None or ":" in pruned["pattern"]
     reference = contents["costs"].get(REFERENCE)
     lines = []
     for one in summaries(contents):
         valid = one.pattern_valid if grouped else None
+        before = dense if parse_contender(one.contender).from_dense else pruned
         lines.append(
             (
                 one.contender,
@@ -82,13 +84,18 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
         lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
     if several := [one for one in summaries(contents) if len(one.losses) > 1]:
         seeds = max(len(one.losses) for one in several)
-        lines.append(f"With several seeds (up to {seeds}): mean, and in brackets the lowest and highest.")
+        lines.append(f"With several seeds (up to {seeds}): the mean, with the lowest and the highest.")
     if any(one.best is not None and one.at_an_end for one in summaries(contents)):
         lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
     if contents["costs"]:
         lines.append(
             f"Time and peak memory of a step relative to {REFERENCE}'s: medians of interleaved rounds, fresh processes."
         )
+    kinds = {parse_contender(one.contender).kind for one in summaries(contents)}
+    if MASK_UPDATES in kinds and (contents["costs"] or given["budget"] == "time"):
+        lines.append(f"A step of {MASK_UPDATES} is one without an update, which comes in one of many.")
+    if given["budget"] == "parameters" and (fixed := sorted(kind for kind in kinds if KINDS[kind].rank is None)):
+        lines.append(f"The number of parameters is not equal where there is no rank to choose: {', '.join(fixed)}.")
     rows = list(contents["rows"].values())
     dtypes = {row["environment"]["dtype"] for row in rows if parse_contender(row["contender"]).kind in OWN_WEIGHTS}
     if few := sorted(dtypes - {"float32", "float64"}):
@@ -102,25 +109,29 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(contents: Mapping[str, Any]) -> str:
-    """Return in words how the reference does against the peers that keep every zero; empty where there is nothing yet.
+    """Return in words how the reference does against those that keep every zero; empty where there is nothing yet.
+
+    Of its own forms, which are no peers, those are named that are ahead of it.
 
     Which of two is ahead is told by the mean test loss at the best learning rate of each over the seeds that both have,
     however small the difference; where these are several, it says in how many of them.
     """
     found = {one.contender: one for one in summaries(contents) if one.perplexities}
     ours = found.get(REFERENCE)
-    peers = [o for o in found.values() if o.zeros_kept == 1 and parse_contender(o.contender).kind not in OURS]
+    others = [one for one in found.values() if one.zeros_kept == 1 and one is not ours]
+    peers = [one for one in others if parse_contender(one.contender).kind not in OURS]
     if ours is None or not peers:
         return ""
-    pairs = [(one, *over_equal_seeds(one, ours)) for one in peers]
-    ahead = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if own.loss < theirs.loss]
-    behind = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if not own.loss < theirs.loss]
+    ahead, behind = _sides(ours, peers)
+    _, better = _sides(ours, [one for one in others if one not in peers])
     name = f"{ours.contender} ({ours.perplexity:.2f})"
     parts = []
     if behind:
         parts.append(f"{name} does not hold against {_joined(behind)}")
     if ahead:
         parts.append(f"{name if not behind else 'it'} is ahead of {_joined(ahead)}")
+    if better:
+        parts.append(f"of its own forms, {_joined(better)} {'is' if len(better) == 1 else 'are'} ahead of it")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
     if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
@@ -152,6 +163,14 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
     if missing:
         parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _sides(ours: Summary, others: Sequence[Summary]) -> tuple[list[str], list[str]]:
+    """Return those that ours is ahead of, and those that it is not, each with its perplexity."""
+    pairs = [(one, *over_equal_seeds(one, ours)) for one in others]
+    ahead = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if own.loss < theirs.loss]
+    behind = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if not own.loss < theirs.loss]
+    return ahead, behind
 
 
 def _wins(one: Summary, other: Summary) -> str:

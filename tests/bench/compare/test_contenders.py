@@ -85,6 +85,17 @@ def test_options_that_make_no_sense(options: dict[str, object], words: str) -> N
         make(**options)
 
 
+def test_options_of_training_reach_it() -> None:
+    given = {"weight_decay": 0.5, "warmup_ratio": 0.25, "schedule": "cosine", "max_grad_norm": 2.0, "window": 64}
+    given |= {"completions_only": False, "batch_size": 3, "block_length": 32, "dtype": "bfloat16", "device": "cpu"}
+    given |= {"data_format": "text", "eval_text": "v.txt", "data": ("a.txt", "b.txt"), "model": "pruned", "steps": 7}
+    config = make(**given)
+    recipe = config.recipe(2e-3, 5)
+    for name, value in given.items():
+        assert getattr(recipe, {"window": "eval_window"}.get(name, name)) == value, name
+    assert (recipe.lr, recipe.seed, config.recipe(1.0, 0, 9).steps) == (2e-3, 5, 9)
+
+
 def test_conditions_hold_no_folder() -> None:
     config = make(model="/some/where/pruned", data="/a/t.txt", eval_text="/a/v.txt", dense="/b/dense")
     assert "/" not in "".join(str(value) for value in config.conditions().values())

@@ -175,7 +175,7 @@ def test_the_verdict_is_on_peers_that_keep_every_zero() -> None:
         one["test"]["perplexity"] = 10.0
     assert verdict(found) == (
         "Of those that keep every zero: spp (10.00) does not hold against masked-lora (10.00); "
-        "it is ahead of hira (10.00) and ia3 (10.00). "
+        "it is ahead of hira (10.00) and ia3 (10.00); of its own forms, spp:r=4 (10.00) is ahead of it. "
         "Not settled, for want of learning rates on both sides of the best: ia3."
     )
     assert verdict(contents(row("hira", 1e-2, 0, 3.0))) == ""
@@ -219,6 +219,26 @@ def test_the_notes_tell_every_machine_and_who_trains_rounded_weights() -> None:
     assert "full and norms train the weights themselves, in bfloat16 without a float32 copy" in text
 
 
+def test_what_a_column_does_not_tell_the_notes_do() -> None:
+    baselines = {name: {"test": {"perplexity": p}, "pattern": "2:4"} for name, p in (("pruned", 90.0), ("dense", 9.0))}
+    rows = [row(name, 1e-2, 0, 3.0) for name in ("spp-mask-updates:every=5", "pst", "pst-pruned", "ia3")]
+    found = contents(*rows, baselines=baselines)
+    assert {line[0]: line[4] for line in main_table(found).rows} == {
+        "spp-mask-updates:every=5": "90.00",
+        "pst": "9.00",  # it starts there
+        "pst-pruned": "90.00",
+        "ia3": "90.00",
+    }
+    assert "–" in main_table(contents(row("pst", 1e-2, 0, 3.0), baselines={"pruned": baselines["pruned"]})).rows[0][4]
+    note = "A step of spp-mask-updates is one without an update"
+    assert note not in " ".join(notes(found))
+    cost = {"environment": ENVIRONMENT, "peak_bytes": 1}
+    assert note in " ".join(notes(found | {"costs": {"ia3": cost}}))
+    fixed = "The number of parameters is not equal where there is no rank to choose: ia3."
+    assert fixed not in " ".join(notes(found))
+    assert fixed in notes(found | {"conditions": CONDITIONS | {"budget": "parameters"}})
+
+
 def test_a_zero_that_was_lost_never_rounds_to_all_kept() -> None:
     found = contents(row("spp", 1e-2, 0, 3.0, zeros_kept=0.9999999))
     assert "< 100" in main_table(found).rows[0]
@@ -244,6 +264,20 @@ def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
     ]
     boxes = sorted((b.x0, b.x1) for b in (one.get_window_extent() for one in shown if one.get_text()))
     assert boxes and all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
+
+
+def test_numbers_of_a_crowd_lie_on_nothing() -> None:
+    text_of = pytest.importorskip("matplotlib.text").Text
+    names = [f"spp:r={r}" for r in range(1, 16)]
+    cost = {"this_to_reference_wall": {"median": 1.0}, "peak_bytes": 1, "environment": ENVIRONMENT}
+    rows = [row(name, 1e-2, 0, 3.0 + i / 1000) for i, name in enumerate(names)]
+    found = contents(*rows, row("ia3", 1e-2, 0, 9.0), costs=dict.fromkeys(names, cost))
+    figure = make_figure(found)
+    figure.canvas.draw()
+    for axes, count in zip(figure.axes[:2], (15, 16), strict=True):
+        boxes = [text_of.get_window_extent(text) for text in axes.texts]  # without the lines
+        assert [text.get_text() for text in axes.texts] == [str(i + 1) for i in range(count)]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_a_perplexity_too_large_for_a_number_is_not_drawn() -> None:

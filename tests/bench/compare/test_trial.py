@@ -18,7 +18,7 @@ import spp
 from spp.bench import harness
 from spp.bench.compare import cost
 from spp.bench.compare.chart import draw
-from spp.bench.compare.config import BUDGETS, CompareConfig
+from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import KINDS, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
@@ -335,7 +335,42 @@ def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, m
     given = {"contenders": ("spp", "norms"), "lr": ("1e-2",), "cost_rounds": 1, "steps": 2}
     rows = compare(config(pruned, tmp_path / "out", budget="time", **given)).read()["rows"]
     assert {row["contender"]: row["steps"] for row in rows.values()} == {"spp": 2, "norms": 4}
-    assert "time" in BUDGETS
+
+
+@pytest.mark.slow
+def test_a_budget_of_parameters_chooses_the_rank(pruned: Path, tmp_path: Path) -> None:
+    shapes = _shapes(load_model(pruned))
+    names = ("spp:r=4", "masked-lora:r=2", "norms")
+    given = {"contenders": names, "lr": ("spp:r=4=1e-2", "2e-2"), "extend": 0, "steps": 1}
+    found = compare(config(pruned, tmp_path / "out", budget="parameters", **given)).read()["rows"]
+    rows = {row["contender"]: row for row in found.values()}
+    nearest = _nearest(parse_contender("masked-lora"), load_model(pruned))
+    assert nearest.options["r"] != 2 and rows.keys() == {"spp", nearest.name, "norms"}
+    assert rows["spp"]["lr"] == 1e-2  # of the name that was asked for
+    wanted = _count(parse_contender("spp"), shapes)
+    assert rows["spp"]["trainable"] == wanted and abs(rows[nearest.name]["trainable"] / wanted - 1) < 0.1
+    assert "where there is no rank to choose: norms." in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_the_scaling_of_lora_is_that_of_the_rules(pruned: Path) -> None:
+    pytest.importorskip("peft")
+    for name, expected in (("lora", 2.0), ("lora:r=4,scaling=3", 3.0), ("lora-remasked:scaling=0.5", 0.5)):
+        adapted = adapt(parse_contender(name), load_model(pruned), 0)
+        layers = [module for module in adapted.model.modules() if hasattr(module, "lora_A")]
+        found = {value for layer in layers for value in layer.scaling.values()}
+        assert found == {expected}
+
+
+@pytest.mark.filterwarnings("ignore:all 12 target layers are dense")
+def test_norms_train_biases_of_every_name() -> None:
+    model = tiny_llama(num_hidden_layers=1, attention_bias=True)
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj_bias = torch.nn.Parameter(torch.zeros(2, 8))  # as fused experts call theirs
+    adapted = adapt(parse_contender("norms"), model, 0, Goal(None, 0.0))
+    trained = {name for name, p in adapted.model.named_parameters() if p.requires_grad}
+    attention = {f"model.layers.0.self_attn.{name}_proj.bias" for name in "qkvo"}
+    norms = {name for name, _ in model.named_parameters() if "norm" in name}
+    assert trained == attention | norms | {"model.layers.0.mlp.down_proj_bias"} and len(norms) == 3
 
 
 @pytest.mark.slow
