@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spp.errors import ConfigError, GradientError, NonFiniteError, PatternError, TargetError
@@ -179,6 +180,28 @@ def test_nothing_of_the_scores_is_kept() -> None:
     others = [t for t in kept if t.data_ptr() not in own]
     assert sum(t.numel() * t.element_size() for t in others) == 40 * 24 // 8  # the bits of the mask
     assert not made._buffers
+
+
+class Sorted(TorchDispatchMode):
+    """The sizes of what is sorted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in func.name() for word in ("sort", "topk", "unique")):
+            self.sizes.append(args[0].numel())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_the_scores_are_never_sorted_whole(pattern: str | None) -> None:
+    made = layer(512, 256, torch.float32, 0.3, pattern)
+    with Sorted() as seen:
+        made(torch.randn(2, 256)).sum().backward()
+    assert made.pruned == int(512 * 256 * 0.3) == int((~made.mask()).sum())
+    assert sum(seen.sizes) <= 512 * 256 // 16
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
