@@ -31,7 +31,8 @@ class SPPConfig:
         rank_pattern: {name suffix or regular expression: r} for modules whose rank differs from `r`.
         init: "paper": W_α Kaiming-uniform with a = √5, W_β zero.
         rule: "spp"; or a peer's, which keeps the mask too, in place of W_α and W_β: "hira" (W scaled by 1 + s·B A) or
-            "masked_lora" (W plus s·B A on the mask), of rank r.
+            "masked_lora" (W plus s·B A on the mask), of rank r. r and scaling default to SPP's; PEFT's HiRA has no
+            factor, scaling=1.0, and about as many parameters as SPP's r=16 at r=8.
         packed: keep the frozen weights packed (kept values and a mask) instead of dense.
         seed: draw each layer from a generator keyed by (seed, module path); None uses torch's global generator.
         format_version: version of this format; a newer one than this library knows is refused.

@@ -103,7 +103,11 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     local_directory(given["model"], "model")
     console.quiet_libraries()
     with console.log():
-        results = compare(config)
+        try:
+            results = compare(config)
+        except KeyboardInterrupt:  # typer turns it into exit code 130 and says nothing
+            console.note(f"interrupted; {config.output_dir} has all trials that were over: --resume goes on with them")
+            raise
     contents = results.read()
     console.show(main_table(contents))
     for line in filter(None, (verdict(contents), *notes(contents))):

@@ -40,7 +40,13 @@ def run(
     scaling: Annotated[float | None, typer.Option(help="SPP: factor s of the adapter (default: 2.0).")] = None,
     dropout: Annotated[float | None, typer.Option(help="SPP: dropout probability (default: 0.0).")] = None,
     dropout_mode: Annotated[str | None, typer.Option(help="SPP: input or alpha (default: input).")] = None,
-    rule: Annotated[str | None, typer.Option(help="SPP: spp, hira or masked_lora (default: spp).")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="SPP: spp, hira or masked_lora (default: spp). HiRA as spp compare has it is --r 8 --scaling 1, "
+            "masked LoRA --r 8."
+        ),
+    ] = None,
     mask_update_every: Annotated[
         int | None, typer.Option(help="SPP: steps between two updates of the masks (default: the masks stay).")
     ] = None,

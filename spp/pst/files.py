@@ -31,6 +31,7 @@ from spp.pst.config import PSTConfig
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
+_LISTED = 12  # problems that a message lists
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,10 @@ def _check(model: nn.Module, state: PSTState) -> None:
         if getattr(state, name).keys() != layers.keys():
             problems.append(f"{name} of {CONFIG_NAME} does not list the layers of this model")
     if problems:
-        listing = "\n  ".join(sorted(problems))
+        problems.sort()
+        listing = "\n  ".join(
+            [*problems[:_LISTED], *([f"and {more} more"] if (more := len(problems) - _LISTED) > 0 else [])]
+        )
         raise AdapterError(f"the PST state in {state.source} does not fit this model:\n  {listing}")
     changed = sorted(path for path, crc in base_checksums(model).items() if state.base_crc32[path] != crc)
     if changed:

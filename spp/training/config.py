@@ -25,6 +25,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 DEVICES = ("auto", "cpu")
 
 LR = {"spp": 4e-3, "pst": 1e-4}  # the papers'
+LARGEST_LR = 1e30  # far beyond any sense, and what AdamW makes of it still is a float32
 # Options that one method alone has.
 _OWN = {
     "spp": ("r", "scaling", "dropout", "dropout_mode", "rule", "saved_activations"),
@@ -192,8 +193,8 @@ class TuneConfig:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least=1)
         check_int("seed", self.seed, least=0)
-        for name in ("lr", "epochs"):
-            check_number(name, getattr(self, name), above=0.0)
+        check_number("lr", self.lr, above=0.0, most=LARGEST_LR)
+        check_number("epochs", self.epochs, above=0.0)
         for name in ("weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), least=0.0)
         for name in ("eval_fraction", "warmup_ratio"):

@@ -38,6 +38,7 @@ class LayerMask:
 
     Attributes:
         group: M of its N:M pattern, None for an unstructured mask.
+        regrowable: how many weights are pruned now that have a value to come back with.
         start: hash of the mask at the start. checksum: crc32 of V.
     """
 
@@ -60,6 +61,7 @@ class LayerMask:
         if not torch.equal(weight, values.masked_fill(~kept, 0)):
             values = torch.where(kept, weight, values)
             self._held = values.cpu()
+        self.regrowable = int(torch.count_nonzero(nonzero_mask(values) & ~kept))
         self.group = group_of(kept)
         self.start_bits = pack_bits(kept)
         self.start = mask_sha256(layer.weight)
@@ -100,7 +102,8 @@ class MaskState:
         changed: whether a mask may differ from that at the start.
 
     Raises:
-        ConfigError: fused experts or quantized weights among the layers, or a dense model of another shape.
+        ConfigError: fused experts or quantized weights among the layers, or a dense model of another shape or with
+            the same zeros.
     """
 
     def __init__(self, model: nn.Module, dense: DenseSource) -> None:
@@ -117,6 +120,11 @@ class MaskState:
         source = DenseWeights(dense, list(linears))
         self.name = source.name
         self.layers = {path: LayerMask(path, layer, source) for path, layer in linears.items()}
+        if not any(layer.regrowable for layer in self.layers.values()):
+            raise ConfigError(
+                f"no weight could ever come back: {self.name} has the zeros of the model that trains, or that one has "
+                "none; mask updates need a pruned model, and the dense one that it was made of"
+            )
         self.changed = False
         self._hashes = {path: layer.start for path, layer in self.layers.items()}
         unlike = min(self.layers.values(), key=lambda layer: layer.cosine)

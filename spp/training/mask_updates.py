@@ -77,6 +77,7 @@ class MaskUpdates(TrainerCallback):
         self.decay, self.drop, self.grow = decay, drop, grow
         self._state: MaskState | None = None
         self._chosen: dict[str, npt.NDArray[np.uint8]] = {}
+        self._moved: dict[str, int] = {}
 
     @property
     def state(self) -> MaskState:
@@ -126,14 +127,16 @@ class MaskUpdates(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Exchange what was chosen."""
-        chosen = self._chosen
+        chosen, moved = self._chosen, self._moved
         self._let_go()
         self.state.write(chosen)
         if chosen:
-            logger.info("step %d: updated the masks of %d layers", state.global_step, len(chosen))
+            logger.info(
+                "step %d: exchanged %d weights in %d layers", state.global_step, sum(moved.values()), len(chosen)
+            )
 
     def _let_go(self) -> None:
-        self._chosen = {}
+        self._chosen, self._moved = {}, {}
         for layer in self.state.layers.values():
             layer.layer.tap = None
 
@@ -141,6 +144,7 @@ class MaskUpdates(TrainerCallback):
     def _choose(self, mask: LayerMask, fraction: float, dy: Tensor, x: Tensor) -> None:
         """Choose a layer's new mask from dY (T, m) and X (T, n)."""
         self._chosen.pop(mask.path, None)  # of an earlier pass of this step
+        self._moved.pop(mask.path, None)
         weight, values = mask.layer.matrix, mask.values()
         kept = nonzero_mask(weight)
         count = int(fraction * int(torch.count_nonzero(kept)))
@@ -167,4 +171,6 @@ class MaskUpdates(TrainerCallback):
         if self.grow == "saliency":
             never |= grow <= 0
         grow.masked_fill_(never, -math.inf)
-        self._chosen[mask.path] = pack_bits(swap(kept, drop, grow, count, mask.group))
+        new = swap(kept, drop, grow, count, mask.group)
+        self._chosen[mask.path] = pack_bits(new)
+        self._moved[mask.path] = int(torch.count_nonzero(new & ~kept))

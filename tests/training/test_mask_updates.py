@@ -74,7 +74,10 @@ class Watch(TrainerCallback):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("base", BASES)
-def test_every_update_keeps_the_sparsity_and_takes_dense_values(tmp_path: Path, base: str, packed: bool) -> None:
+def test_every_update_keeps_the_sparsity_and_takes_dense_values(
+    tmp_path: Path, base: str, packed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="spp.training.mask_updates")
     made = updated(tmp_path, base, wrap={"packed": packed}, max_steps=8, until=0.75)
     watch = Watch()
     before = weights_of(made.model)
@@ -97,6 +100,7 @@ def test_every_update_keeps_the_sparsity_and_takes_dense_values(tmp_path: Path, 
             assert torch.equal(weight[kept], dense[path].weight[kept]), path
             changed += moved
         assert (changed > 0) == (fraction > 0.0), step
+        assert (f"step {step}: exchanged {changed} weights in 14 layers" in caplog.text) == (fraction > 0.0)
         before = now
     assert {entry["sparsity"] for entry in made.state.log_history if "loss" in entry} == {0.5}
 
@@ -384,3 +388,10 @@ class TestRefused:
             spp.wrap(prune_nm_(model), r=2)
         with pytest.raises(ConfigError, match="fused experts"):
             MaskState(model, moe_model("qwen3_moe"))
+
+
+@pytest.mark.filterwarnings("ignore:all 14 target layers are dense")
+def test_a_dense_model_that_has_nothing_to_bring_back_is_refused(tmp_path: Path) -> None:
+    for model, dense in ((pruned(), pruned()), (tiny_llama(), tiny_llama())):
+        with pytest.raises(ConfigError, match=r"no weight could ever come back: .* has the zeros of the model"):
+            MaskUpdates(dense, every=2).attach(spp.wrap(model, r=4))

@@ -152,7 +152,8 @@ def _list(axes: Any, found: Sequence[Summary]) -> None:
         text = f"{i + 1:>2}  {one.contender}  {_mean(one):.2f}"
         axes.text(0, 1 - i * step, text, transform=axes.transAxes, fontsize=8, va="top", color=_colour(one))
     meaning = [("spp", OURS), ("peers that keep the zeros", _PEERS), ("zeros filled or moved", FILLS)]
-    for i, (text, colour) in enumerate(reversed(meaning)):
+    present = {_colour(one) for one in found}
+    for i, (text, colour) in enumerate(reversed([pair for pair in meaning if pair[1] in present])):
         axes.text(0, 0.05 * i, f"● {text}", transform=axes.transAxes, fontsize=8, color=colour)
 
 

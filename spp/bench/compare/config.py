@@ -10,7 +10,7 @@ from typing import Any
 
 from spp.bench.compare.contenders import Contender, parse_contender, parse_contenders
 from spp.errors import ConfigError
-from spp.training.config import TuneConfig
+from spp.training.config import LARGEST_LR, TuneConfig
 from spp.training.mask_updates import MaskUpdates
 
 BUDGETS = ("steps", "time", "parameters")
@@ -173,6 +173,6 @@ def _numbers(text: str, numbers: str) -> list[float]:
         found = [float(number) for number in numbers.split(",")]
     except ValueError:
         raise ConfigError(f"lr is {text!r}; it must be a number, or CONTENDER=number,number") from None
-    if not all(0 < number < float("inf") for number in found):
-        raise ConfigError(f"lr is {text!r}; a learning rate must be a finite number above 0")
+    if not all(0 < number <= LARGEST_LR for number in found):
+        raise ConfigError(f"lr is {text!r}; a learning rate must be a number above 0 and at most {LARGEST_LR:g}")
     return found

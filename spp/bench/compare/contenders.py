@@ -154,9 +154,13 @@ def parse_contender(text: str) -> Contender:
     known, given = KINDS[kind].options, {}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
-        if name not in known or not equals:
-            has = f"has the options {', '.join(known)}" if known else "has no options"
+        has = f"has the options {', '.join(known)}" if known else "has no options"
+        if not equals:
             raise ConfigError(f"contender {text!r}: {part!r} is no option=value; {kind} {has}")
+        if name not in known:
+            raise ConfigError(f"contender {text!r}: there is no option {name!r}; {kind} {has}")
+        if name in given:
+            raise ConfigError(f"contender {text!r}: {name} is given twice; several contenders have blanks between them")
         given[name] = _value(text, name, value, known[name])
     return make_contender(kind, {**known, **given})
 

@@ -29,13 +29,25 @@ NAME = "results.json"
 FORMAT_VERSION = 1
 _NEWER = {"data_sha256", "weights", "dense_weights"}  # conditions that the first results.json files did not have
 _NAMED = {"data": "data_sha256", "eval_text": "test_sha256"}  # file names, which tell nothing where these agree
+_PARTS = ("conditions", "baselines", "rows", "costs")
+_REMEDY = "put back a copy of it, begin anew (overwrite=True), or choose another directory"
+_ANY = {"loss": 0.0, "perplexity": 1.0}  # stands for a part that is not there
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
 
 
+def require_directory(path: Path) -> None:
+    """Raise an OutputExistsError for a file where the directory of the results is to be."""
+    if path.exists() and not path.is_dir():
+        raise OutputExistsError(f"{path} is a file; the results need a directory: choose another output_dir")
+
+
 def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise an OutputExistsError for results that are there, unless it was said what becomes of them."""
-    if path.exists() and not (resume or overwrite):
+    """Raise an OutputExistsError for results that are there, unless it was said what becomes of them.
+
+    A file that holds nothing yet, as a run leaves that failed before its first measurement, counts as none.
+    """
+    if path.exists() and not (resume or overwrite) and not _holds_nothing(_read(path)):
         raise OutputExistsError(
             f"{path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another directory"
         )
@@ -62,9 +74,10 @@ class Results:
         self.path = directory / NAME
         with self._locked():
             refuse_existing(self.path, resume=resume, overwrite=overwrite)
-            if self.path.exists() and not overwrite:
-                _check_conditions(self.path, self._read()["conditions"], conditions)
-            else:
+            found = _read(self.path) if self.path.exists() and not overwrite else None
+            if found is not None and not _holds_nothing(found):
+                _check_conditions(self.path, found["conditions"], conditions)
+            elif found is None or found["conditions"] != dict(conditions):
                 self._write(
                     {
                         "format_version": FORMAT_VERSION,
@@ -78,12 +91,12 @@ class Results:
     def read(self) -> dict[str, Any]:
         """Return the contents of the file."""
         with self._locked():
-            return self._read()
+            return _read(self.path)
 
     def add(self, part: str, key: str, value: Mapping[str, Any]) -> None:
         """Add an entry to "rows", "costs" or "baselines"."""
         with self._locked():
-            contents = self._read()
+            contents = _read(self.path)
             contents[part][key] = dict(value)
             self._write(contents)
 
@@ -107,15 +120,6 @@ class Results:
             self.add(part, key, find())
         return True
 
-    def _read(self) -> dict[str, Any]:
-        contents = read_json(self.path, "the results")
-        version = contents.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{self.path} has format_version {version!r}; this spp reads {FORMAT_VERSION}")
-        if not all(isinstance(contents.get(part), dict) for part in ("conditions", "baselines", "rows", "costs")):
-            raise CheckpointError(f"{self.path} is malformed: it lacks conditions, baselines, rows or costs")
-        return contents
-
     def _write(self, contents: Mapping[str, Any]) -> None:
         with atomic_file(self.path, overwrite=True) as temporary:
             write_json(temporary, contents)
@@ -129,6 +133,50 @@ class Results:
             yield
         finally:
             os.close(handle)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        contents = read_json(path, "the results")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_REMEDY}") from error
+    version = contents.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format_version {version!r}; this spp reads {FORMAT_VERSION}")
+    if not all(isinstance(contents.get(part), dict) for part in _PARTS):
+        raise CheckpointError(f"{path} is malformed: it lacks {', '.join(_PARTS)}; {_REMEDY}")
+    for part, is_whole in (("baselines", _is_baseline), ("rows", _is_row), ("costs", _is_cost)):
+        bad = [key for key, value in contents[part].items() if not (isinstance(value, dict) and is_whole(value))]
+        if bad:
+            raise CheckpointError(f"{path} is malformed: {part} {bad[0]!r} lacks what it must say; {_REMEDY}")
+    return contents
+
+
+def _holds_nothing(contents: Mapping[str, Any]) -> bool:
+    return not any(contents[part] for part in _PARTS if part != "conditions")
+
+
+def _is_row(row: Mapping[str, Any]) -> bool:
+    known = all(name in row for name in ("contender", "lr", "seed", "steps", "trainable", "diverged", "environment"))
+    return (
+        known and (bool(row["diverged"]) or _is_measured(row.get("validation"))) and _is_measured(row.get("test", _ANY))
+    )
+
+
+def _is_baseline(one: Mapping[str, Any]) -> bool:
+    return "pattern" in one and _is_measured(one.get("test"))
+
+
+def _is_cost(one: Mapping[str, Any]) -> bool:
+    return _is_number(one.get("peak_bytes")) and "environment" in one
+
+
+def _is_measured(part: object) -> bool:
+    return isinstance(part, Mapping) and all(_is_number(part.get(name)) for name in ("loss", "perplexity"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _open(path: Path) -> int:

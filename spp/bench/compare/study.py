@@ -12,17 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import PST_KINDS, RULES_OF, Goal, require_methods
-from spp.bench.compare.results import NAME, Results, refuse_existing
+from spp.bench.compare.results import NAME, Results, refuse_existing, require_directory
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
-from spp.errors import ConfigError
+from spp.errors import ConfigError, NonFiniteError, some_of
 from spp.files import atomic_file, content_crc32, mask_sha256
+from spp.patterns import all_finite
 from spp.report import time_text
 from spp.rules import get_rule
 from spp.targets import projection_weights, resolve_projections
@@ -105,7 +108,8 @@ def compare(config: CompareConfig) -> Results:
         config: all options.
 
     Raises:
-        ConfigError, DataError, CheckpointError: the options, data or model are bad; nothing has been trained then.
+        ConfigError, DataError, CheckpointError, NonFiniteError: the options, data or model are bad; nothing has been
+            trained then.
         DependencyError: a contender needs PEFT, which is missing; likewise.
         OutputExistsError: the directory holds results, and neither resume nor overwrite was asked for.
 
@@ -116,10 +120,16 @@ def compare(config: CompareConfig) -> Results:
     contenders, path = config.parsed(), Path(str(config.output_dir)) / NAME
     if not (config.resume and path.exists()):  # where they do, the rows that need PEFT may be there
         require_methods(contenders)
+    require_directory(path.parent)
     refuse_existing(path, resume=config.resume, overwrite=config.overwrite)
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     model = load_model(config.model, config.dtype)
+    _require_finite(model, config.model)
+    if not Goal.of(model).sparsity:
+        raise ConfigError(
+            f"model is {config.model}, whose projections have no zeros; a comparison needs a pruned one: prune it first"
+        )
     facts = {**data.facts(), "masks": _masks(model), "weights": _weights(model)}
     if config.budget == "parameters":
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
@@ -128,6 +138,7 @@ def compare(config: CompareConfig) -> Results:
     del model
     if config.dense is not None:
         dense = load_model(config.dense, config.dtype)
+        _require_finite(dense, config.dense)
         if _shapes(dense) != shapes:
             raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
         if _masks(dense) == facts["masks"] and Goal.of(dense).sparsity:
@@ -155,7 +166,8 @@ def compare(config: CompareConfig) -> Results:
         _report(config, plan, results)
     for contender in contenders if config.cost_rounds else ():
         _cost(config, contender, results)
-    _report(config, plan, results)
+    for name in _report(config, plan, results):
+        logger.warning("%s: another process is at it; %s will have it", name, REPORT)
     return results
 
 
@@ -188,9 +200,12 @@ def write_report(directory: Path, contents: Mapping[str, Any], missing: Sequence
         temporary.write_text(markdown(contents, missing), encoding="utf-8")
 
 
-def _report(config: CompareConfig, plan: Plan, results: Results) -> None:
+def _report(config: CompareConfig, plan: Plan, results: Results) -> list[str]:
+    """Write results.md, and return what is missing in it."""
     contents = results.read()
-    write_report(results.directory, contents, missing(config, plan, contents))
+    names = missing(config, plan, contents)
+    write_report(results.directory, contents, names)
+    return names
 
 
 def _run_one(config: CompareConfig, plan: Plan, data: Any, results: Results) -> bool:
@@ -266,6 +281,13 @@ def _check_ranks(contenders: Sequence[Contender], model: Any) -> None:
             for path, projection in projections.items():
                 where = f"contender {contender.name!r}: {path}"
                 rule.check_rank(projection.out_features, projection.in_features, r, where)
+
+
+def _require_finite(model: Any, name: object) -> None:
+    """Raise a NonFiniteError that names the model and its first bad weight, before anything is measured."""
+    bad = [key for key, value in model.state_dict().items() if isinstance(value, Tensor) and not all_finite(value)]
+    if bad:
+        raise NonFiniteError(f"{name}: NaN or infinity in {some_of(bad)}; mend it, or save or fetch it again")
 
 
 def _masks(model: Any) -> str:

@@ -20,14 +20,14 @@ OURS = (REFERENCE, "spp-no-beta", "spp-random-beta", MASK_UPDATES)  # kinds that
 def main_table(contents: Mapping[str, Any]) -> Table:
     """Return one line a contender, the best first; N:M is told where all of the pruned model has one such pattern."""
     timed = contents["conditions"]["budget"] == "time"
+    reference = contents["costs"].get(REFERENCE)
     columns = (
         *("contender", "trainable", "lr", "seeds", "before", "after", "zeros kept", "N:M"),
         *(("steps",) if timed else ()),
-        *(f"step / {REFERENCE}", f"memory / {REFERENCE}"),
+        *(f"step / {REFERENCE}", f"memory / {REFERENCE}" if reference else "peak memory"),
     )
     pruned, dense = (contents["baselines"].get(name) for name in ("pruned", "dense"))
     grouped = pruned is None or ":" in pruned["pattern"]
-    reference = contents["costs"].get(REFERENCE)
     lines = []
     for one in summaries(contents):
         valid = one.pattern_valid if grouped else None
@@ -89,7 +89,8 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
         lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
     if contents["costs"]:
         lines.append(
-            f"Time and peak memory of a step relative to {REFERENCE}'s: medians of interleaved rounds, fresh processes."
+            f"Time {'and peak memory ' if REFERENCE in contents['costs'] else ''}of a step relative to {REFERENCE}'s: "
+            "medians of interleaved rounds, fresh processes."
         )
     kinds = {parse_contender(one.contender).kind for one in summaries(contents)}
     if MASK_UPDATES in kinds and (contents["costs"] or given["budget"] == "time"):

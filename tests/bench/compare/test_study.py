@@ -105,7 +105,9 @@ def test_results_go_on_only_where_they_were_found_alike(tmp_path: Path) -> None:
         Results(tmp_path / "out", {**CONDITIONS, "steps": 99}, resume=True)
     data = {**CONDITIONS, "data_sha256": "aa"}
     assert "a" in Results(tmp_path / "out", data, resume=True).read()["rows"]  # written before this was a condition
-    assert Results(tmp_path / "out", data, overwrite=True).read()["rows"] == {}
+    anew = Results(tmp_path / "out", data, overwrite=True)
+    assert anew.read()["rows"] == {}
+    anew.add("rows", "a", row("spp", 1e-2, 0, 3.0))
     with pytest.raises(ConfigError, match="data_sha256: 'aa' there, 'bb' now"):
         Results(tmp_path / "out", {**data, "data_sha256": "bb"}, resume=True)
 
@@ -115,17 +117,56 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(CheckpointError):
         Results(tmp_path, CONDITIONS, resume=True)
+    assert (tmp_path / "results.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("rows", "lr", None),
+        ("rows", "validation", {"loss": 3.0}),
+        ("rows", "validation", {"loss": 3.0, "perplexity": "30"}),
+        ("rows", "test", None),
+        ("costs", "peak_bytes", "many"),
+        ("baselines", "pattern", None),
+    ],
+)
+def test_an_entry_that_lacks_something_is_named(tmp_path: Path, part: str, key: str, value: Any) -> None:
+    measured = {"loss": 3.0, "perplexity": 20.0}
+    whole: dict[str, dict[str, Any]] = {
+        "rows": row("spp", 1e-2, 0, 3.0),
+        "costs": {"peak_bytes": 1, "environment": ENVIRONMENT},
+        "baselines": {"pattern": "2:4", "test": measured, "validation": measured},
+    }
+    for name, entry in whole.items():
+        Results(tmp_path, CONDITIONS, resume=True).add(name, "x", entry)
+    contents = json.loads((tmp_path / "results.json").read_text())
+    if value is None and key != "test":
+        del contents[part]["x"][key]
+    else:
+        contents[part]["x"][key] = value
+    (tmp_path / "results.json").write_text(json.dumps(contents))
+    with pytest.raises(CheckpointError, match=f"{part} 'x' lacks what it must say; put back a copy"):
+        Results(tmp_path, CONDITIONS, resume=True)
+
+
+def test_results_that_hold_nothing_are_in_nobodys_way(tmp_path: Path) -> None:
+    Results(tmp_path, CONDITIONS)
+    other = CONDITIONS | {"model": "another"}
+    assert Results(tmp_path, other).read()["conditions"] == other
+    assert Results(tmp_path, CONDITIONS, resume=True).read()["conditions"] == CONDITIONS
 
 
 def test_a_trial_that_someone_runs_is_left_to_him(tmp_path: Path) -> None:
     results, others = (Results(tmp_path, CONDITIONS, resume=bool(i)) for i in range(2))  # a lock each, as two processes
+    one, two = row("spp", 1e-2, 0, 3.0), row("spp", 2e-2, 0, None)
     with others.claim("rows a") as mine:
         assert mine
         assert not results.once("rows", "a", lambda: pytest.fail("it is claimed"))
-        assert results.once("rows", "b", lambda: {"x": 1})
-    assert results.once("rows", "a", lambda: {"x": 2})  # let go without a row, as a killed process does
+        assert results.once("rows", "b", lambda: one)
+    assert results.once("rows", "a", lambda: two)  # let go without a row, as a killed process does
     assert not results.once("rows", "a", lambda: pytest.fail("it is there"))
-    assert json.loads(results.path.read_text())["rows"] == {"a": {"x": 2}, "b": {"x": 1}}
+    assert json.loads(results.path.read_text())["rows"] == {"a": two, "b": one}
 
 
 def test_other_seeds_are_tested_though_another_rate_was_better_with_them(tmp_path: Path) -> None:
@@ -295,5 +336,10 @@ def test_costs_are_relative_to_the_reference() -> None:
     cost = {"this_to_reference_wall": {"median": 1.5}, "peak_bytes": 300}
     reference = {"this_to_reference_wall": {"median": 1.0}, "peak_bytes": 200}
     found = contents(row("hira", 1e-2, 0, 3.0), costs={"hira": cost, "spp": reference})
-    assert main_table(found).rows[0][-2:] == ("1.50", "1.50")
+    whole = {name: {**entry, "environment": ENVIRONMENT} for name, entry in found["costs"].items()}
+    assert main_table(found).rows[0][-2:] == ("1.50", "1.50") and "memory / spp" in main_table(found).columns
+    assert "Time and peak memory of a step relative" in " ".join(notes(found | {"costs": whole}))
+    del found["costs"]["spp"]
+    assert main_table(found).rows[0][-1] == "0.0 MiB" and main_table(found).columns[-1] == "peak memory"
+    assert "Time of a step relative" in " ".join(notes(found | {"costs": {"hira": whole["hira"]}}))
     assert main_table(contents(row("hira", 1e-2, 0, None))).rows[0][2] == "diverged"

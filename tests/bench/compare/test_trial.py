@@ -24,7 +24,7 @@ from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes, compare
 from spp.bench.compare.trial import Trial, run_trial, zeros
-from spp.errors import ConfigError, DataError, DependencyError, OutputError
+from spp.errors import ConfigError, DataError, DependencyError, NonFiniteError, OutputError
 from spp.targets import resolve_projections
 from spp.training.loading import load_model, load_tokenizer
 from tests.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
@@ -35,7 +35,9 @@ LINES = "".join(f"Line {i}: {i} and {i + 1} are {2 * i + 1}.\n" for i in range(1
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("compare") / "pruned"
-    prune_nm_(tiny_llama(initializer_range=0.2, num_hidden_layers=1)).save_pretrained(directory)
+    model = tiny_llama(initializer_range=0.2, num_hidden_layers=1)
+    model.save_pretrained(directory.parent / "dense")
+    prune_nm_(model).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     (directory.parent / "text.txt").write_text(LINES)
     return directory
@@ -58,7 +60,7 @@ def test_a_step_trains_and_the_merge_keeps_what_it_should(name: str, pruned: Pat
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         untouched = model(ids).logits
-    adapted = adapt(contender, model, seed=0, goal=Goal("2:4", 0.5), dense=pruned)
+    adapted = adapt(contender, model, seed=0, goal=Goal("2:4", 0.5), dense=pruned.parent / "dense")
     parameters = [p for p in adapted.model.parameters() if p.requires_grad]
     assert adapted.trainable() == sum(p.numel() for p in parameters) > 0
     if name != "spp-random-beta":
@@ -106,7 +108,7 @@ def test_parameters_are_counted_as_they_are(pruned: Path) -> None:
         if one.rank is None or (kind in ("hira", "lora", "lora-remasked") and find_spec("peft") is None):
             continue
         contender = parse_contender(kind).with_rank(3)
-        adapted = adapt(contender, load_model(pruned), 0, dense=pruned)
+        adapted = adapt(contender, load_model(pruned), 0, dense=pruned.parent / "dense")
         assert _count(contender, shapes) == adapted.trainable(), kind
     wanted = _count(parse_contender("spp"), shapes)
     nearest = _nearest(parse_contender("masked-lora"), load_model(pruned))
@@ -285,9 +287,24 @@ def test_what_cannot_be_is_found_before_anything_is_trained(
             compare(config(pruned, tmp_path / "out", contenders=("spp", "hira"), resume=True))
     with pytest.raises(ConfigError, match=r"has the zeros of .*pruned; it must be the model before pruning"):
         compare(config(pruned, tmp_path / "out", contenders=("spp", "pst"), dense=pruned))
+    model = tiny_llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=r"dense, whose projections have no zeros; .* prune it first"):
+        compare(config(tmp_path / "dense", tmp_path / "out", data=pruned.parent / "text.txt", contenders=("spp",)))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    for bad in (
+        config(tmp_path / "nan", tmp_path / "out", data=pruned.parent / "text.txt", contenders=("norms",)),
+        config(pruned, tmp_path / "out", contenders=("spp", "pst"), dense=tmp_path / "nan"),
+    ):
+        with pytest.raises(NonFiniteError, match=r"nan: NaN or infinity in model\.norm\.weight; mend it"):
+            compare(bad)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="is a file; the results need a directory"):
         compare(config(pruned, tmp_path / "file", contenders=("norms",)))
 
 
