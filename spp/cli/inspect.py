@@ -55,8 +55,10 @@ def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     from spp.adapter_files import PST_TYPE, AdapterFiles, method_of, read_adapter
     from spp.pst.files import read
 
-    adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
-    options = [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
+    method = method_of(directory)
+    adapter = read(directory) if method == PST_TYPE else read_adapter(directory)
+    options = [("method", method or "unknown")]
+    options += [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     tensors = adapter.tensors.values()
     options.append(("base", adapter.base_name or "unknown"))
     if isinstance(adapter, AdapterFiles):

@@ -42,8 +42,12 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
         raise _error("model", name, error) from error
     missing = found["missing_keys"]
     if missing:
+        kinds = model.config.architectures or []
+        mend = "save or fetch it again"
+        if kinds and type(model).__name__ not in kinds:
+            mend = f"it was saved as {', '.join(kinds)}, and a {type(model).__name__} is needed"
         raise CheckpointError(
-            f"{os.fspath(name)} lacks {len(missing)} weights of its model: {some_of(missing)}; save or fetch it again"
+            f"{os.fspath(name)} lacks {len(missing)} weights of its model: {some_of(missing)}; {mend}"
         )
     model.config._name_or_path = os.fspath(name)  # a hub id, not its folder in the cache: adapters name their base
     return model

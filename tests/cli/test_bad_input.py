@@ -217,3 +217,11 @@ def test_debug_shows_the_traceback(spp: Call, dense: Path, tmp_path: Path) -> No
     with pytest.raises(OutputExistsError):
         spp("--debug", "prune", dense, tmp_path, "--method", "magnitude")
     refused(spp("prune", dense, tmp_path, "--method", "magnitude"), str(tmp_path))
+
+
+def test_a_model_of_another_task_is_told_what_is_needed(spp: Call, text: Path, tmp_path: Path) -> None:
+    from tests.pst.test_model import classifier
+
+    classifier("bert").save_pretrained(tmp_path / "classifier")
+    told = "it was saved as BertForSequenceClassification, and a BertLMHeadModel is needed"
+    refused(spp("eval", tmp_path / "classifier", "--text", text, "--window", 64), told)

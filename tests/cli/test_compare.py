@@ -42,6 +42,7 @@ def test_mistakes(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
         (("--seeds", "a"), "--seeds: 'a'"),
         (("--budget", "money"), "--budget is 'money'"),
         (("--lr", "x"), "--lr is 'x'"),
+        (("--lr", "1e99"), "--lr is '1e99'"),
         (("--plot", "chart.bmp"), "--plot is chart.bmp"),
         (("--overwrite", "--resume"), "overwrite and resume"),
     ):
@@ -63,3 +64,16 @@ def test_a_missing_library_is_said_before_anything_is_trained(
 def test_the_list(spp: Call) -> None:
     out = spp("compare", "--list").out
     assert "masked-lora" in out and "ablations: spp-no-beta spp-random-beta" in out
+
+
+def test_an_interruption_says_what_is_kept(
+    spp: Call, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spp.bench.compare.trial.run_trial", interrupted)
+    out = tmp_path / "out"
+    found = spp("compare", pruned, out, "--data", text, *QUICK, "--contenders", "norms")
+    assert found.code == 130 and f"interrupted; {out} has all trials that were over: --resume goes on" in found.err
+    assert json.loads((out / "results.json").read_text())["baselines"].keys() == {"pruned"}

@@ -74,6 +74,7 @@ def test_the_adapter_config_has_the_options() -> None:
         ("lr", 0.0),
         ("lr", math.nan),
         ("lr", math.inf),
+        ("lr", 1e99),
         ("lr", "4e-3"),
         ("lr", True),
         ("weight_decay", -1.0),

@@ -82,7 +82,8 @@ class CompareConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.budget not in BUDGETS:
             raise ConfigError(f"budget is {self.budget!r}; known: {', '.join(BUDGETS)}")
-        for name, least in (("extend", 0), ("test_windows", 1), ("validation_windows", 1), ("cost_rounds", 0)):
+        leasts = {"extend": 0, "window": 2, "test_windows": 1, "validation_windows": 1, "cost_rounds": 0}
+        for name, least in leasts.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")

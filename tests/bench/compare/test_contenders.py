@@ -79,7 +79,7 @@ def test_learning_rates_of_a_name_before_its_kind_before_all() -> None:
         ({"contenders": ("spp-mask-updates:fraction=2",), "dense": "d"}, "mask_update_fraction is 2"),
         ({"steps": 0}, "steps is 0"),
         ({"contenders": ("pst",)}, "dense is None, but pst"),
-        ({"window": 1}, "eval_window is 1"),
+        ({"window": 1}, "^window is 1; it must be an int of at least 2"),
         ({"overwrite": True, "resume": True}, "overwrite and resume"),
     ],
 )

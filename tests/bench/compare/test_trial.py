@@ -267,6 +267,18 @@ def test_a_study_goes_on_where_it_stopped(pruned: Path, tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_what_another_process_is_at_is_told(pruned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"contenders": ("norms",), "lr": ("1e-2",), "extend": 0, "steps": 1}
+    first = compare(config(pruned, tmp_path / "out", **given))
+    key = "norms, lr 0.02, seed 0, 1 steps"
+    with first.claim(f"rows {key}") as mine:
+        assert mine
+        found = compare(config(pruned, tmp_path / "out", **given | {"lr": ("1e-2,2e-2",)}, resume=True)).read()
+    assert key not in found["rows"] and f"{key}: another process is at it; results.md will have it" in caplog.text
+    assert f"- {key}" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_what_cannot_be_is_found_before_anything_is_trained(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
