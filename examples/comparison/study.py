@@ -56,12 +56,8 @@ BEST = ("spp=2e-2", "masked-lora=4e-3", "hira=2e-2", "lora-remasked=4e-3")  # wh
 AROUND_NEAREST = ("spp=1e-2,2e-2,4e-2", "masked-lora=2e-3,4e-3,8e-3", "hira=1e-2,2e-2,4e-2")
 AROUND = (*AROUND_NEAREST, "lora-remasked=2e-3,4e-3,8e-3")
 
-# Between those, where the two beside the best say that a better one may lie: beside masked LoRA's they are level.
-BETWEEN = (
-    "spp=1e-2,1.4e-2,2e-2,2.8e-2,4e-2",
-    "hira=1e-2,1.4e-2,2e-2,4e-2",
-    "hira-rule=1e-2,1.4e-2,2e-2,4e-2",
-)
+# Between those for the two that lead there; the rates beside masked LoRA's best are level, which leaves it little.
+BETWEEN = tuple(f"{name}=1e-2,1.4e-2,2e-2,2.8e-2,4e-2" for name in ("spp", "hira", "hira-rule"))
 
 
 @dataclass(frozen=True)
