@@ -194,6 +194,8 @@ def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
     for start, part in _chunks(t.detach()):
         if t.device.type == "cpu" and t.dtype in _BITS:  # numpy: no bool outlives the cache, no pool of threads to wake
             mask = _nonzero(part.view(_BITS[t.dtype]).numpy())
+        elif t.device.type == "cpu" and t.dtype == torch.bool:
+            mask = part.numpy()
         else:
             mask = nonzero_mask(part).cpu().numpy()
         bits = np.packbits(mask)

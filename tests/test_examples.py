@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -145,9 +146,9 @@ def test_comparison_study(tmp_path: Path, run: Run) -> None:
     assert "RESULTS.md" in run(*arguments)
     report = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "| masked-lora |" in report and "Missing" not in report and str(tmp_path) not in report
-    pytest.importorskip("matplotlib")
-    run(*arguments[:-1], "2", "--report", "--plot")
-    assert (tmp_path / "out" / "wikitext-2of4" / "results.png").stat().st_size > 1000
+    plot = ("--plot",) if find_spec("matplotlib") else ()
+    run(*arguments[:-1], "2", "--report", *plot)
+    assert (tmp_path / "out" / "wikitext-2of4" / "results.png").exists() == bool(plot)
     assert "- spp, lr 0.01, seed 0, 1 steps" in (tmp_path / "out" / "RESULTS.md").read_text()
 
 

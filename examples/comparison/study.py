@@ -15,6 +15,7 @@ the work. Trials take minutes each on a processor.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.results import NAME
 from spp.bench.compare.study import compare, missing, plan_of, write_report
 from spp.bench.compare.tables import markdown
-from spp.errors import SPPError
+from spp.errors import DataError, SPPError
 from spp.files import read_json
 from spp.report_plot import check_plot
 from spp.training.loading import load_model, load_tokenizer
@@ -173,7 +174,8 @@ def report(options: argparse.Namespace) -> Path:
             parts.append(markdown(contents, list(names), "##"))
             write_report(directory, contents, list(names))
             if options.plot:
-                draw(contents, directory / CHART, overwrite=True)
+                with contextlib.suppress(DataError):  # there is no perplexity yet
+                    draw(contents, directory / CHART, overwrite=True)
         else:
             parts.append(f"## {directory.name}\n\nNot begun.\n")
     target: Path = options.out / "RESULTS.md"

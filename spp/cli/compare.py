@@ -91,6 +91,7 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     """Run the comparison and print its table."""
     from spp.bench.compare.chart import draw
     from spp.bench.compare.config import CompareConfig
+    from spp.bench.compare.results import NAME
     from spp.bench.compare.study import REPORT, compare
     from spp.bench.compare.tables import main_table, notes, verdict
     from spp.files.hub import local_directory
@@ -106,7 +107,8 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
         try:
             results = compare(config)
         except KeyboardInterrupt:  # typer turns it into exit code 130 and says nothing
-            console.note(f"interrupted; {config.output_dir} has all trials that were over: --resume goes on with them")
+            path = Path(str(config.output_dir)) / NAME
+            console.note(f"interrupted{f'; --resume goes on with what {path} holds' if path.exists() else ''}")
             raise
     contents = results.read()
     console.show(main_table(contents))

@@ -52,12 +52,11 @@ def run(
 
 def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
-    from spp.adapter_files import PST_TYPE, AdapterFiles, method_of, read_adapter
+    from spp.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles, method_of, read_adapter
     from spp.pst.files import read
 
-    method = method_of(directory)
-    adapter = read(directory) if method == PST_TYPE else read_adapter(directory)
-    options = [("method", method or "unknown")]
+    adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
+    options = [("method", PEFT_TYPE if isinstance(adapter, AdapterFiles) else PST_TYPE)]
     options += [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     tensors = adapter.tensors.values()
     options.append(("base", adapter.base_name or "unknown"))

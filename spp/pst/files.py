@@ -6,7 +6,7 @@ mask depends on every bit of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,8 +205,8 @@ def _check(model: nn.Module, state: PSTState) -> None:
 
 def _computes_otherwise(one: PSTConfig, other: PSTConfig) -> bool:
     """Whether two configs make other layers of the same linears; which linears these are, `_check` sees."""
-    names = ("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale", "pattern")
-    return any(getattr(one, name) != getattr(other, name) for name in names)
+    elsewhere: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "modules_to_save": None, "seed": None}
+    return replace(one, **elsewhere) != replace(other, **elsewhere)
 
 
 def _is_sparsity(value: object) -> bool:

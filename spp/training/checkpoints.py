@@ -137,16 +137,12 @@ def last_complete(run: str | Path, *, warn: bool = True) -> Path | None:
         run: holds folders checkpoint-N.
         warn: warn of each later one that is skipped because it is not whole.
     """
-    skipped = False
     for _, directory in sorted(_folders(run), reverse=True):
         problem = why_incomplete(directory)
         if problem is None:
             return directory
         if warn:
             warnings.warn(f"skipping {directory}: {problem}", SPPWarning, stacklevel=3)
-            skipped = True
-    if skipped:
-        warnings.warn(f"there is no whole checkpoint in {run}", SPPWarning, stacklevel=3)
     return None
 
 

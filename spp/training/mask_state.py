@@ -38,7 +38,7 @@ class LayerMask:
 
     Attributes:
         group: M of its N:M pattern, None for an unstructured mask.
-        regrowable: how many weights are pruned now that have a value to come back with.
+        regrowable: how many weights are pruned at the start that have a value to come back with.
         start: hash of the mask at the start. checksum: crc32 of V.
     """
 

@@ -42,9 +42,18 @@ class SparsitySchedule(TrainerCallback):
     ) -> None:
         final = initial_sparsity if final_sparsity is None else final_sparsity
         check_schedule(initial_warmup, final_warmup, initial_sparsity, final)
-        self._given = self.final_sparsity = final_sparsity
+        self.final_sparsity = final_sparsity
         self.initial_sparsity = initial_sparsity
         self.initial_warmup, self.final_warmup = initial_warmup, final_warmup
+
+    @property
+    def final_sparsity(self) -> float | None:
+        """s_f: what was given, or what the last model's pattern says; None before there is one."""
+        return self._final
+
+    @final_sparsity.setter
+    def final_sparsity(self, value: float | None) -> None:
+        self._given = self._final = value
 
     def fit(self, model: nn.Module) -> None:
         """Take the final sparsity from a model's pattern where none is given; anew for every model.
@@ -67,7 +76,7 @@ class SparsitySchedule(TrainerCallback):
                     f"final_sparsity is {final}, above the {layer.pattern.sparsity} of pattern "
                     f"{layer.pattern} in {path}"
                 )
-        self.final_sparsity = final
+        self._final = final
 
     def at(self, step: int, total_steps: int) -> float:
         """Return the sparsity after so many optimizer steps."""

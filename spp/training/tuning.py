@@ -137,6 +137,8 @@ def _run(
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     checkpoint = last_complete(run.checkpoints) if config.resume else None
+    if config.resume and checkpoint is None:
+        logger.info("there is no whole checkpoint in %s: training starts anew", run.checkpoints)
     perplexities = run.read_eval() if checkpoint is not None else {}
     if "before" not in perplexities:
         perplexities = {"text": measure.text, "before": measure(model), "after": None}

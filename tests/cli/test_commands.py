@@ -183,7 +183,13 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path
     assert json.loads((run / "config.json").read_text())["tune"]["lr"] == 1e-3
 
     inspected = ok(spp("inspect", run / "adapter")).out
-    assert "weight_rank" in inspected and "0.75" in inspected and "self_attn.q_proj.score_R" in inspected
+    assert (
+        "method" in inspected
+        and "PST" in inspected
+        and "weight_rank" in inspected
+        and "0.75" in inspected
+        and "self_attn.q_proj.score_R" in inspected
+    )
     refused = spp("merge", dense, run / "adapter", sparse, "--rounding", "stochastic")
     assert refused.code == 1 and "--rounding" in refused.err
     for adapters in ((f"{run / 'adapter'}:0.5",), (run / "adapter", adapter)):

@@ -75,5 +75,5 @@ def test_an_interruption_says_what_is_kept(
     monkeypatch.setattr("spp.bench.compare.trial.run_trial", interrupted)
     out = tmp_path / "out"
     found = spp("compare", pruned, out, "--data", text, *QUICK, "--contenders", "norms")
-    assert found.code == 130 and f"interrupted; {out} has all trials that were over: --resume goes on" in found.err
+    assert found.code == 130 and f"interrupted; --resume goes on with what {out / 'results.json'} holds" in found.err
     assert json.loads((out / "results.json").read_text())["baselines"].keys() == {"pruned"}

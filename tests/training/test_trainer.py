@@ -388,11 +388,6 @@ class TestRotate:
         assert rotate(tmp_path, 1) == []
         assert kept.exists()
         assert half.exists()
-        mended = kept.rename(tmp_path / "aside")
-        with pytest.warns(SPPWarning) as caught:
-            assert last_complete(tmp_path) is None
-        assert ["skipping" in str(one.message) for one in caught] == [True, False]
-        assert str(caught[1].message) == f"there is no whole checkpoint in {tmp_path}" and mended.exists()
 
     def test_by_steps_not_by_name_or_time(self, tmp_path: Path) -> None:
         made = [self.make(tmp_path, step) for step in (100, 20, 3)]

@@ -12,8 +12,7 @@ from spp.bench.compare.contenders import REFERENCE, parse_contender
 from spp.bench.compare.summary import Summary, summaries
 from spp.bench.compare.tables import AT_AN_END, notes, title
 from spp.errors import DataError
-from spp.files import atomic_file
-from spp.report_plot import OURS, check_plot, new_figure
+from spp.report_plot import OURS, check_plot, new_figure, save_figure
 
 FILLS = "#c2543d"  # of contenders that do not keep the zeros
 _PEERS = "#77848e"
@@ -21,7 +20,7 @@ _DECADE = 10.0  # a logarithmic axis that spans less has labels at round numbers
 _ROOM = 0.1  # beside the points, as a part of what they span
 Point = tuple[float, float, str]  # where on the axes, and its colour
 _DOT, _TYPE = 6.0, 7.0  # of a point and of its number, in points of type
-_FROM_DOT = (8.0, 13.0, 19.0, 26.0, 34.0, 43.0)  # distances of a number from its point, likewise
+_FROM_DOT = tuple(8.0 + 5.5 * i for i in range(24))  # distances of a number from its point, likewise
 _WIDTH, _NAMES, _HEIGHT = 5.0, 2.4, 5.2  # of a panel, of the list of names, of the chart, in inches
 
 
@@ -38,9 +37,7 @@ def draw(contents: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
         ConfigError, DependencyError: the format is not known, or matplotlib is missing.
     """
     check_plot(path)
-    figure = make_figure(contents)
-    with atomic_file(path, overwrite=overwrite) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
+    save_figure(make_figure(contents), path, overwrite=overwrite)
 
 
 def make_figure(contents: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -77,16 +78,11 @@ class Results:
             found = _read(self.path) if self.path.exists() and not overwrite else None
             if found is not None and not _holds_nothing(found):
                 _check_conditions(self.path, found["conditions"], conditions)
-            elif found is None or found["conditions"] != dict(conditions):
-                self._write(
-                    {
-                        "format_version": FORMAT_VERSION,
-                        "conditions": dict(conditions),
-                        "baselines": {},
-                        "rows": {},
-                        "costs": {},
-                    }
-                )
+            else:
+                found = {"format_version": FORMAT_VERSION, "conditions": dict(conditions)}
+                found |= {part: {} for part in _PARTS if part != "conditions"}
+                self._write(found)
+            self._conditions = json.loads(json.dumps(found["conditions"]))  # as they are read
 
     def read(self) -> dict[str, Any]:
         """Return the contents of the file."""
@@ -94,9 +90,15 @@ class Results:
             return _read(self.path)
 
     def add(self, part: str, key: str, value: Mapping[str, Any]) -> None:
-        """Add an entry to "rows", "costs" or "baselines"."""
+        """Add an entry to "rows", "costs" or "baselines".
+
+        Raises:
+            ConfigError: another process has begun anew here, under other conditions.
+        """
         with self._locked():
             contents = _read(self.path)
+            if contents["conditions"] != self._conditions:
+                raise ConfigError(f"{self.path} was begun anew under other conditions; choose another output directory")
             contents[part][key] = dict(value)
             self._write(contents)
 
@@ -157,18 +159,20 @@ def _holds_nothing(contents: Mapping[str, Any]) -> bool:
 
 
 def _is_row(row: Mapping[str, Any]) -> bool:
-    known = all(name in row for name in ("contender", "lr", "seed", "steps", "trainable", "diverged", "environment"))
-    return (
-        known and (bool(row["diverged"]) or _is_measured(row.get("validation"))) and _is_measured(row.get("test", _ANY))
-    )
+    whole = isinstance(row.get("contender"), str) and isinstance(row.get("diverged"), bool)
+    whole &= all(_is_number(row.get(name)) for name in ("lr", "seed", "steps", "trainable"))
+    whole &= isinstance(row.get("environment"), Mapping) and _is_measured(row.get("test", _ANY))
+    return whole and (row["diverged"] or _is_measured(row.get("validation")))
 
 
 def _is_baseline(one: Mapping[str, Any]) -> bool:
-    return "pattern" in one and _is_measured(one.get("test"))
+    return isinstance(one.get("pattern"), str) and all(_is_measured(one.get(part)) for part in ("validation", "test"))
 
 
 def _is_cost(one: Mapping[str, Any]) -> bool:
-    return _is_number(one.get("peak_bytes")) and "environment" in one
+    ratios = (one.get("this_to_reference_wall"), one.get("reference_to_this_wall"))
+    whole = all(isinstance(ratio, Mapping) and _is_number(ratio.get("median")) for ratio in ratios)
+    return whole and _is_number(one.get("peak_bytes")) and isinstance(one.get("environment"), Mapping)
 
 
 def _is_measured(part: object) -> bool:

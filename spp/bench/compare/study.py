@@ -25,7 +25,7 @@ from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
 from spp.errors import ConfigError, NonFiniteError, some_of
 from spp.files import atomic_file, content_crc32, mask_sha256
-from spp.patterns import all_finite
+from spp.patterns import all_finite, pack_bits
 from spp.report import time_text
 from spp.rules import get_rule
 from spp.targets import projection_weights, resolve_projections
@@ -135,13 +135,14 @@ def compare(config: CompareConfig) -> Results:
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
     shapes = _shapes(model)
+    kept = {name: pack_bits(weight) for name, weight, _ in projection_weights(model)}
     del model
     if config.dense is not None:
         dense = load_model(config.dense, config.dtype)
         _require_finite(dense, config.dense)
         if _shapes(dense) != shapes:
             raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
-        if _masks(dense) == facts["masks"] and Goal.of(dense).sparsity:
+        if not any((pack_bits(weight) & ~kept[name]).any() for name, weight, _ in projection_weights(dense)):
             raise ConfigError(
                 f"dense is {config.dense}, which has the zeros of {config.model}; it must be the model before pruning"
             )
@@ -162,12 +163,14 @@ def compare(config: CompareConfig) -> Results:
     plan = plan_of(config, contenders, _steps(config, contenders, results))
     require_methods([contender for contender, _ in plan.pending(results.read()["rows"])])
     _report(config, plan, results)
-    while _run_one(config, plan, data, results):
-        _report(config, plan, results)
+    _run_all(config, plan, data, results)
     for contender in contenders if config.cost_rounds else ():
         _cost(config, contender, results)
+    _run_all(config, plan, data, results)  # what another process has left, or made possible, in the meantime
     for name in _report(config, plan, results):
-        logger.warning("%s: another process is at it; %s will have it", name, REPORT)
+        logger.warning(
+            "%s is not there yet: another process was at it; should that have ended, go on with resume=True", name
+        )
     return results
 
 
@@ -206,6 +209,12 @@ def _report(config: CompareConfig, plan: Plan, results: Results) -> list[str]:
     names = missing(config, plan, contents)
     write_report(results.directory, contents, names)
     return names
+
+
+def _run_all(config: CompareConfig, plan: Plan, data: Any, results: Results) -> None:
+    """Run every trial that no other process has."""
+    while _run_one(config, plan, data, results):
+        _report(config, plan, results)
 
 
 def _run_one(config: CompareConfig, plan: Plan, data: Any, results: Results) -> bool:

@@ -123,8 +123,12 @@ def verdict(contents: Mapping[str, Any]) -> str:
     peers = [one for one in others if parse_contender(one.contender).kind not in OURS]
     if ours is None or not peers:
         return ""
-    ahead, behind = _sides(ours, peers)
-    _, better = _sides(ours, [one for one in others if one not in peers])
+    pairs = [(one, *over_equal_seeds(one, ours)) for one in peers]
+    ahead = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if own.loss < theirs.loss]
+    behind = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if not own.loss < theirs.loss]
+    forms = [(one, *over_equal_seeds(one, ours)) for one in others if one not in peers]
+    forms = [(one, theirs, own) for one, theirs, own in forms if theirs.loss < own.loss]
+    better = [_beside(ours, *form) for form in forms]
     name = f"{ours.contender} ({ours.perplexity:.2f})"
     parts = []
     if behind:
@@ -136,7 +140,7 @@ def verdict(contents: Mapping[str, Any]) -> str:
     text = f"Of those that keep every zero: {'; '.join(parts)}."
     if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
-    open_ones = [one.contender for one in (ours, *peers) if one.at_an_end]
+    open_ones = [one.contender for one in (ours, *peers, *(one for one, _, _ in forms)) if one.at_an_end]
     if open_ones:
         text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
     return text
@@ -164,14 +168,6 @@ def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: 
     if missing:
         parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _sides(ours: Summary, others: Sequence[Summary]) -> tuple[list[str], list[str]]:
-    """Return those that ours is ahead of, and those that it is not, each with its perplexity."""
-    pairs = [(one, *over_equal_seeds(one, ours)) for one in others]
-    ahead = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if own.loss < theirs.loss]
-    behind = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if not own.loss < theirs.loss]
-    return ahead, behind
 
 
 def _wins(one: Summary, other: Summary) -> str:

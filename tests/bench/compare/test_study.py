@@ -124,6 +124,10 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
     ("part", "key", "value"),
     [
         ("rows", "lr", None),
+        ("rows", "lr", "fast"),
+        ("rows", "environment", "here"),
+        ("costs", "this_to_reference_wall", {}),
+        ("costs", "reference_to_this_wall", None),
         ("rows", "validation", {"loss": 3.0}),
         ("rows", "validation", {"loss": 3.0, "perplexity": "30"}),
         ("rows", "test", None),
@@ -135,12 +139,18 @@ def test_an_entry_that_lacks_something_is_named(tmp_path: Path, part: str, key: 
     measured = {"loss": 3.0, "perplexity": 20.0}
     whole: dict[str, dict[str, Any]] = {
         "rows": row("spp", 1e-2, 0, 3.0),
-        "costs": {"peak_bytes": 1, "environment": ENVIRONMENT},
+        "costs": {
+            "peak_bytes": 1,
+            "environment": ENVIRONMENT,
+            "this_to_reference_wall": {"median": 1.0},
+            "reference_to_this_wall": {"median": 1.0},
+        },
         "baselines": {"pattern": "2:4", "test": measured, "validation": measured},
     }
     for name, entry in whole.items():
         Results(tmp_path, CONDITIONS, resume=True).add(name, "x", entry)
     contents = json.loads((tmp_path / "results.json").read_text())
+    assert "| spp |" in markdown(contents)
     if value is None and key != "test":
         del contents[part]["x"][key]
     else:
@@ -154,7 +164,14 @@ def test_results_that_hold_nothing_are_in_nobodys_way(tmp_path: Path) -> None:
     Results(tmp_path, CONDITIONS)
     other = CONDITIONS | {"model": "another"}
     assert Results(tmp_path, other).read()["conditions"] == other
-    assert Results(tmp_path, CONDITIONS, resume=True).read()["conditions"] == CONDITIONS
+    mine = Results(tmp_path, CONDITIONS, resume=True)
+    assert mine.read()["conditions"] == CONDITIONS
+    theirs = Results(tmp_path, other)  # takes it over, before there is anything in it
+    with pytest.raises(ConfigError, match="was begun anew under other conditions"):
+        mine.add("rows", "x", row("spp", 1e-2, 0, 3.0))
+    theirs.add("rows", "x", row("spp", 1e-2, 0, 3.0))
+    with pytest.raises(OutputExistsError):
+        Results(tmp_path, CONDITIONS)
 
 
 def test_a_trial_that_someone_runs_is_left_to_him(tmp_path: Path) -> None:
@@ -220,6 +237,11 @@ def test_the_verdict_is_on_peers_that_keep_every_zero() -> None:
         "Not settled, for want of learning rates on both sides of the best: ia3."
     )
     assert verdict(contents(row("hira", 1e-2, 0, 3.0))) == ""
+    level = contents(
+        *searched("spp", 3.0), *searched("hira", 3.0), *searched("spp:r=4", 3.0), row("spp:r=8", 1e-2, 0, 1.0)
+    )
+    assert "own forms, spp:r=8 (9.00) is ahead of it." in (text := verdict(level)) and "spp:r=4" not in text
+    assert "does not hold against hira" in text and text.endswith("best: spp:r=8.")
     assert verdict(contents(*searched("spp", 3.0), *searched("hira", 4.0))).count("is ahead of hira") == 1
 
 
@@ -309,16 +331,19 @@ def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
 
 def test_numbers_of_a_crowd_lie_on_nothing() -> None:
     text_of = pytest.importorskip("matplotlib.text").Text
-    names = [f"spp:r={r}" for r in range(1, 16)]
+    names = [f"spp:r={r}" for r in range(1, 33)]
     cost = {"this_to_reference_wall": {"median": 1.0}, "peak_bytes": 1, "environment": ENVIRONMENT}
     rows = [row(name, 1e-2, 0, 3.0 + i / 1000) for i, name in enumerate(names)]
     found = contents(*rows, row("ia3", 1e-2, 0, 9.0), costs=dict.fromkeys(names, cost))
     figure = make_figure(found)
     figure.canvas.draw()
-    for axes, count in zip(figure.axes[:2], (15, 16), strict=True):
+    for axes, count in zip(figure.axes[:2], (32, 33), strict=True):
         boxes = [text_of.get_window_extent(text) for text in axes.texts]  # without the lines
         assert [text.get_text() for text in axes.texts] == [str(i + 1) for i in range(count)]
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        dots = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert len(dots) == count
+        assert not any(box.contains(*axes.transData.transform(dot)) for box in boxes for dot in dots)
 
 
 def test_a_perplexity_too_large_for_a_number_is_not_drawn() -> None:
