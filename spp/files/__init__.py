@@ -1,6 +1,6 @@
 """Files: atomic directories, the checked safetensors reader, a streaming writer, JSON and hashes."""
 
-from spp.files.atomic import atomic_directory, atomic_file, output_error, require_replaceable
+from spp.files.atomic import atomic_directory, atomic_file, output_error, require_directory, require_replaceable
 from spp.files.hashes import content_crc32, content_sha256, dtype_name, mask_sha256
 from spp.files.jsonio import read_json, write_json
 from spp.files.leftovers import recover
@@ -18,6 +18,7 @@ __all__ = [
     "output_error",
     "read_json",
     "recover",
+    "require_directory",
     "require_replaceable",
     "save_tensors",
     "write_json",

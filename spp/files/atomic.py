@@ -188,6 +188,20 @@ def require_replaceable(target: str | os.PathLike[str]) -> None:
         )
 
 
+def require_directory(path: Path, who: str) -> None:
+    """Refuse a file where a directory is to be.
+
+    Args:
+        path: of the directory, which need not exist.
+        who: needs it, such as "the run needs", for the message.
+
+    Raises:
+        OutputExistsError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputExistsError(f"{path} is a file; {who} a directory: choose another output_dir")
+
+
 def _make_parents(parent: Path) -> list[Path]:
     """Make what is missing of `parent`; return what was made, innermost first."""
     made: list[Path] = []

@@ -182,10 +182,8 @@ def _check(model: nn.Module, state: PSTState) -> None:
         if getattr(state, name).keys() != layers.keys():
             problems.append(f"{name} of {CONFIG_NAME} does not list the layers of this model")
     if problems:
-        problems.sort()
-        listing = "\n  ".join(
-            [*problems[:_LISTED], *([f"and {more} more"] if (more := len(problems) - _LISTED) > 0 else [])]
-        )
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        listing = "\n  ".join([*sorted(problems)[:_LISTED], *more])
         raise AdapterError(f"the PST state in {state.source} does not fit this model:\n  {listing}")
     changed = sorted(path for path, crc in base_checksums(model).items() if state.base_crc32[path] != crc)
     if changed:

@@ -76,8 +76,7 @@ class MaskUpdates(TrainerCallback):
         self.dense, self.every, self.fraction, self.until = dense, every, fraction, until
         self.decay, self.drop, self.grow = decay, drop, grow
         self._state: MaskState | None = None
-        self._chosen: dict[str, npt.NDArray[np.uint8]] = {}
-        self._moved: dict[str, int] = {}
+        self._chosen: dict[str, tuple[npt.NDArray[np.uint8], int]] = {}  # the new mask, and how many weights come back
 
     @property
     def state(self) -> MaskState:
@@ -127,16 +126,15 @@ class MaskUpdates(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Exchange what was chosen."""
-        chosen, moved = self._chosen, self._moved
+        chosen = self._chosen
         self._let_go()
-        self.state.write(chosen)
+        self.state.write({path: bits for path, (bits, _) in chosen.items()})
         if chosen:
-            logger.info(
-                "step %d: exchanged %d weights in %d layers", state.global_step, sum(moved.values()), len(chosen)
-            )
+            moved = sum(count for _, count in chosen.values())
+            logger.info("step %d: exchanged %d weights in %d layers", state.global_step, moved, len(chosen))
 
     def _let_go(self) -> None:
-        self._chosen, self._moved = {}, {}
+        self._chosen = {}
         for layer in self.state.layers.values():
             layer.layer.tap = None
 
@@ -144,7 +142,6 @@ class MaskUpdates(TrainerCallback):
     def _choose(self, mask: LayerMask, fraction: float, dy: Tensor, x: Tensor) -> None:
         """Choose a layer's new mask from dY (T, m) and X (T, n)."""
         self._chosen.pop(mask.path, None)  # of an earlier pass of this step
-        self._moved.pop(mask.path, None)
         weight, values = mask.layer.matrix, mask.values()
         kept = nonzero_mask(weight)
         count = int(fraction * int(torch.count_nonzero(kept)))
@@ -172,5 +169,4 @@ class MaskUpdates(TrainerCallback):
             never |= grow <= 0
         grow.masked_fill_(never, -math.inf)
         new = swap(kept, drop, grow, count, mask.group)
-        self._chosen[mask.path] = pack_bits(new)
-        self._moved[mask.path] = int(torch.count_nonzero(new & ~kept))
+        self._chosen[mask.path] = pack_bits(new), int(torch.count_nonzero(new & ~kept))

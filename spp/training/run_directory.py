@@ -17,7 +17,7 @@ from typing import Any
 
 from spp._version import __version__
 from spp.errors import CheckpointError, ConfigError, OutputExistsError
-from spp.files import atomic_file, output_error, read_json, write_json
+from spp.files import atomic_file, output_error, read_json, require_directory, write_json
 from spp.training.config import TuneConfig
 
 FORMAT = "spp-tune-1"
@@ -89,8 +89,7 @@ class RunDirectory:
         """Return config.json of the run that is here already, or None."""
         if not self.path.exists():
             return None
-        if not self.path.is_dir():
-            raise OutputExistsError(f"{self.path} is a file; the run needs a directory: choose another output_dir")
+        require_directory(self.path, "the run needs")
         if not any(self.path.iterdir()):
             return None
         try:

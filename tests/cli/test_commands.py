@@ -183,13 +183,7 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path
     assert json.loads((run / "config.json").read_text())["tune"]["lr"] == 1e-3
 
     inspected = ok(spp("inspect", run / "adapter")).out
-    assert (
-        "method" in inspected
-        and "PST" in inspected
-        and "weight_rank" in inspected
-        and "0.75" in inspected
-        and "self_attn.q_proj.score_R" in inspected
-    )
+    assert all(word in inspected for word in ("method", "PST", "weight_rank", "0.75", "self_attn.q_proj.score_R"))
     refused = spp("merge", dense, run / "adapter", sparse, "--rounding", "stochastic")
     assert refused.code == 1 and "--rounding" in refused.err
     for adapters in ((f"{run / 'adapter'}:0.5",), (run / "adapter", adapter)):

@@ -18,7 +18,7 @@ FILLS = "#c2543d"  # of contenders that do not keep the zeros
 _PEERS = "#77848e"
 _DECADE = 10.0  # a logarithmic axis that spans less has labels at round numbers, not at powers
 _ROOM = 0.1  # beside the points, as a part of what they span
-Point = tuple[float, float, str]  # where on the axes, and its colour
+Points = Mapping[int, tuple[float, Summary]]  # by number, each with its place on the lower axis
 _DOT, _TYPE = 6.0, 7.0  # of a point and of its number, in points of type
 _FROM_DOT = tuple(8.0 + 5.5 * i for i in range(24))  # distances of a number from its point, likewise
 _WIDTH, _NAMES, _HEIGHT = 5.0, 2.4, 5.2  # of a panel, of the list of names, of the chart, in inches
@@ -70,8 +70,8 @@ def make_figure(contents: Mapping[str, Any]) -> Any:
 
 def _panel(
     axes: Any, found: Sequence[Summary], position: Callable[[Summary], float | None], logarithmic: bool
-) -> dict[int, Point]:
-    """Draw the points, and return those by number."""
+) -> Points:
+    """Draw the points, and return them."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     axes.set_yscale("log")
@@ -98,19 +98,19 @@ def _panel(
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    return {number: (x, _mean(one), _colour(one)) for number, (x, one) in points.items()}
+    return points
 
 
-def _number(axes: Any, points: Mapping[int, Point]) -> None:
+def _number(axes: Any, points: Points) -> None:
     """Write the number of each point beside it, clear of points and other numbers, with a line to one that is far off.
 
     Call it when the place of the axes is fixed.
     """
     scale = axes.figure.dpi / 72  # pixels of a point of type
-    dots = {number: axes.transData.transform((x, y)) / scale for number, (x, y, _) in points.items()}
+    dots = {number: axes.transData.transform((x, _mean(one))) / scale for number, (x, one) in points.items()}
     taken = [(x, y, _DOT / 2, _DOT / 2) for x, y in dots.values()]  # centre, half of the width and of the height
     turns = [math.radians(degrees) for degrees in (0, 180, 90, 270, 45, 135, 225, 315)]
-    for number, (x, y, colour) in points.items():
+    for number, (x, one) in points.items():
         width, height = (_TYPE * part / 2 for part in (0.65 * len(str(number)) + 0.3, 1.1))
         at = dots[number]
         places = ((at[0] + r * math.cos(turn), at[1] + r * math.sin(turn)) for r in _FROM_DOT for turn in turns)
@@ -120,10 +120,11 @@ def _number(axes: Any, points: Mapping[int, Point]) -> None:
         place = next(free, tuple(at))
         taken.append((*place, width, height))
         offset = (place[0] - at[0], place[1] - at[1])
+        colour = _colour(one)
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
         axes.annotate(
             str(number),
-            (x, y),
+            (x, _mean(one)),
             offset,
             textcoords="offset points",
             ha="center",

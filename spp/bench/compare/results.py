@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,12 +34,6 @@ _REMEDY = "put back a copy of it, begin anew (overwrite=True), or choose another
 _ANY = {"loss": 0.0, "perplexity": 1.0}  # stands for a part that is not there
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
-
-
-def require_directory(path: Path) -> None:
-    """Raise an OutputExistsError for a file where the directory of the results is to be."""
-    if path.exists() and not path.is_dir():
-        raise OutputExistsError(f"{path} is a file; the results need a directory: choose another output_dir")
 
 
 def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -79,10 +72,16 @@ class Results:
             if found is not None and not _holds_nothing(found):
                 _check_conditions(self.path, found["conditions"], conditions)
             else:
-                found = {"format_version": FORMAT_VERSION, "conditions": dict(conditions)}
-                found |= {part: {} for part in _PARTS if part != "conditions"}
-                self._write(found)
-            self._conditions = json.loads(json.dumps(found["conditions"]))  # as they are read
+                self._write(
+                    {
+                        "format_version": FORMAT_VERSION,
+                        "conditions": dict(conditions),
+                        "baselines": {},
+                        "rows": {},
+                        "costs": {},
+                    }
+                )
+            self._conditions = _read(self.path)["conditions"]
 
     def read(self) -> dict[str, Any]:
         """Return the contents of the file."""

@@ -5,6 +5,7 @@ then the other seeds at the best; every trial that results.json has is left alon
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from spp.bench.compare import cost, trial
 from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
-from spp.bench.compare.methods import PST_KINDS, RULES_OF, Goal, require_methods
-from spp.bench.compare.results import NAME, Results, refuse_existing, require_directory
+from spp.bench.compare.methods import PST_KINDS, RULES_OF, require_methods
+from spp.bench.compare.results import NAME, Results, refuse_existing
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
 from spp.errors import ConfigError, NonFiniteError, some_of
-from spp.files import atomic_file, content_crc32, mask_sha256
-from spp.patterns import all_finite, pack_bits
+from spp.files import atomic_file, content_crc32, require_directory
+from spp.files.hashes import packed_sha256
+from spp.patterns import all_finite, count_kept, pack_bits
 from spp.report import time_text
 from spp.rules import get_rule
 from spp.targets import projection_weights, resolve_projections
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 REPORT = "results.md"
 _WAIT = 1.0  # seconds
 Rows = Mapping[str, Mapping[str, Any]]
+Masks = Mapping[str, tuple[tuple[int, ...], npt.NDArray[np.uint8]]]  # shape and bits, by the weight's name
 
 
 @dataclass(frozen=True)
@@ -120,29 +124,29 @@ def compare(config: CompareConfig) -> Results:
     contenders, path = config.parsed(), Path(str(config.output_dir)) / NAME
     if not (config.resume and path.exists()):  # where they do, the rows that need PEFT may be there
         require_methods(contenders)
-    require_directory(path.parent)
+    require_directory(path.parent, "the results need")
     refuse_existing(path, resume=config.resume, overwrite=config.overwrite)
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     model = load_model(config.model, config.dtype)
     _require_finite(model, config.model)
-    if not Goal.of(model).sparsity:
+    masks = _masks(model)
+    if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
         raise ConfigError(
             f"model is {config.model}, whose projections have no zeros; a comparison needs a pruned one: prune it first"
         )
-    facts = {**data.facts(), "masks": _masks(model), "weights": _weights(model)}
+    facts = {**data.facts(), "masks": _hash(masks), "weights": _weights(model)}
     if config.budget == "parameters":
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
-    shapes = _shapes(model)
-    kept = {name: pack_bits(weight) for name, weight, _ in projection_weights(model)}
     del model
     if config.dense is not None:
         dense = load_model(config.dense, config.dtype)
         _require_finite(dense, config.dense)
-        if _shapes(dense) != shapes:
+        before = _masks(dense)
+        if {name: shape for name, (shape, _) in before.items()} != {name: shape for name, (shape, _) in masks.items()}:
             raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
-        if not any((pack_bits(weight) & ~kept[name]).any() for name, weight, _ in projection_weights(dense)):
+        if not any((before[name][1] & ~bits).any() for name, (_, bits) in masks.items()):
             raise ConfigError(
                 f"dense is {config.dense}, which has the zeros of {config.model}; it must be the model before pruning"
             )
@@ -293,15 +297,19 @@ def _check_ranks(contenders: Sequence[Contender], model: Any) -> None:
 
 
 def _require_finite(model: Any, name: object) -> None:
-    """Raise a NonFiniteError that names the model and its first bad weight, before anything is measured."""
-    bad = [key for key, value in model.state_dict().items() if isinstance(value, Tensor) and not all_finite(value)]
+    """Raise a NonFiniteError that names the model and its bad weights, before anything is measured."""
+    bad = [key for key, value in model.state_dict().items() if not all_finite(value)]
     if bad:
         raise NonFiniteError(f"{name}: NaN or infinity in {some_of(bad)}; mend it, or save or fetch it again")
 
 
-def _masks(model: Any) -> str:
-    """Return a hash of where the projections are zero."""
-    return fingerprint({name: mask_sha256(weight) for name, weight, _ in projection_weights(model)})
+def _masks(model: Any) -> Masks:
+    """Return where the projections are not zero."""
+    return {name: (tuple(weight.shape), pack_bits(weight)) for name, weight, _ in projection_weights(model)}
+
+
+def _hash(masks: Masks) -> str:
+    return fingerprint({name: packed_sha256(shape, bits) for name, (shape, bits) in masks.items()})
 
 
 def _weights(model: Any) -> str:

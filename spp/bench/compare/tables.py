@@ -123,12 +123,10 @@ def verdict(contents: Mapping[str, Any]) -> str:
     peers = [one for one in others if parse_contender(one.contender).kind not in OURS]
     if ours is None or not peers:
         return ""
-    pairs = [(one, *over_equal_seeds(one, ours)) for one in peers]
-    ahead = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if own.loss < theirs.loss]
-    behind = [_beside(ours, one, theirs, own) for one, theirs, own in pairs if not own.loss < theirs.loss]
-    forms = [(one, *over_equal_seeds(one, ours)) for one in others if one not in peers]
-    forms = [(one, theirs, own) for one, theirs, own in forms if theirs.loss < own.loss]
-    better = [_beside(ours, *form) for form in forms]
+    won = [one for one in peers if _is_ahead(ours, one)]
+    lost = [one for one in peers if one not in won]
+    forms = [one for one in others if one not in peers and _is_ahead(one, ours)]
+    ahead, behind, better = ([_beside(ours, one) for one in some] for some in (won, lost, forms))
     name = f"{ours.contender} ({ours.perplexity:.2f})"
     parts = []
     if behind:
@@ -140,7 +138,7 @@ def verdict(contents: Mapping[str, Any]) -> str:
     text = f"Of those that keep every zero: {'; '.join(parts)}."
     if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
-    open_ones = [one.contender for one in (ours, *peers, *(one for one, _, _ in forms)) if one.at_an_end]
+    open_ones = [one.contender for one in (ours, *peers, *forms) if one.at_an_end]
     if open_ones:
         text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
     return text
@@ -177,8 +175,15 @@ def _wins(one: Summary, other: Summary) -> str:
     return f"{sum(mine[seed] < theirs[seed] for seed in seeds)} of {len(seeds)}" if len(seeds) > 1 else ""
 
 
-def _beside(ours: Summary, one: Summary, theirs: Summary, own: Summary) -> str:
+def _is_ahead(one: Summary, other: Summary) -> bool:
+    """Whether the first has the lower loss over the seeds that both have."""
+    first, second = over_equal_seeds(one, other)
+    return first.loss < second.loss
+
+
+def _beside(ours: Summary, one: Summary) -> str:
     """Return a peer's name and perplexity, and beside it the reference's, where that is not of all its seeds."""
+    theirs, own = over_equal_seeds(one, ours)
     same = "" if own.by_seed == ours.by_seed else f" against {own.perplexity:.2f} with the same seeds"
     return f"{one.contender} ({theirs.perplexity:.2f}{same})"
 
