@@ -78,7 +78,6 @@ class SPPExperts(OverPackedExperts):
         self.dropout = dropout
         self.dropout_mode = dropout_mode
         self.disabled = False
-        self.grad_precision = "auto"
         self.saved_activations = "full"
         flags = [*(b.weight_requires_grad for b in self._before), projection.operand.requires_grad]
         self.weight_requires_grad = flags[0]
@@ -154,7 +153,7 @@ class SPPExperts(OverPackedExperts):
 
         def multiply(expert: int, x: Tensor) -> Tensor:
             given = x, weights[expert], None, self.spp_rule, params[expert], self.scaling, dropout
-            return linear(*given, self.grad_precision, self.saved_activations)
+            return linear(*given, self.saved_activations)
 
         return multiply
 

@@ -23,7 +23,6 @@ def spp_linear(
     beta: Tensor,
     scaling: float,
     dropout: float = 0.0,
-    grad_precision: str = "auto",
     saved_activations: str = "full",
 ) -> Tensor:
     """Compute the SPP layer in three matrix products, saving nothing of the weight's size for backward.
@@ -38,8 +37,6 @@ def spp_linear(
         beta: W_β (m, 1).
         scaling: s.
         dropout: probability of dropping an entry of x in the residual branch (five products); 0 for none.
-        grad_precision: of the product behind the gradients of alpha and beta: "auto" is the dtype of the others, "fp8"
-            that of spp.kernels.fp8, which says how much less exact it is; on GPUs that have it only.
         saved_activations: what is kept of x for backward: "full", or "bfloat16", which rounds a float32 x to half its
             memory; only the gradients of alpha and beta see it.
 
@@ -59,7 +56,7 @@ def spp_linear(
     _RULE.check_shapes((alpha, beta), weight.shape[0], weight.shape[1], "spp_linear")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout is {dropout!r}; it must be in [0, 1)")
-    return linear(x, weight, bias, _RULE, (alpha, beta), scaling, dropout, grad_precision, saved_activations)
+    return linear(x, weight, bias, _RULE, (alpha, beta), scaling, dropout, saved_activations)
 
 
 def spp_linear_reference(

@@ -19,7 +19,6 @@ from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_dense import warn_dense
 from spp.inject_guards import config_of_rank, guard_saving
 from spp.inject_quantized import check_quantizer, dtype_of_model
-from spp.kernels import check_grad_precision
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
 from spp.offload import check_offloading
@@ -55,7 +54,6 @@ def wrap(
     rule: str = "spp",
     packed: bool = False,
     seed: int | None = None,
-    grad_precision: str = "auto",
 ) -> Model:
     """Adapt a pruned model in place: its projections become SPPLinear, everything but W_α and W_β is frozen.
 
@@ -67,7 +65,6 @@ def wrap(
         r: rows of W_α in every layer, or a whole SPPConfig (then no other option).
         scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, init, rule, packed, seed:
             as in SPPConfig.
-        grad_precision: as in `set_grad_precision`; no part of the config, and not saved with the adapter.
 
     Returns:
         The same object.
@@ -96,7 +93,6 @@ def wrap(
         "seed": seed,
     }
     config = _make_config(model, r, options)
-    check_grad_precision(grad_precision)
     given, model = model, uncompiled(model)
     check_quantizer(model)
     check_offloading(model)
@@ -129,7 +125,6 @@ def wrap(
     for adapters in experts.values():
         adapt_experts(adapters)
     setattr(model, _STATE, state)
-    set_grad_precision(model, grad_precision)
     guard_saving(model)
     _install_input_gradients(model)
     logger.info(
@@ -158,22 +153,6 @@ def unwrap(model: Model) -> Model:
         for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
             del module._forward_hooks[key]
     return given
-
-
-def set_grad_precision(model: nn.Module, precision: str) -> None:
-    """Choose the precision of the one product behind the gradients of W_α and W_β, in all layers of a wrapped model.
-
-    Args:
-        precision: "auto", the dtype of the other products, or "fp8", where the GPU has it: what that costs in
-            exactness, spp.kernels.fp8 says. Outputs and the gradients of activations do not change.
-
-    Raises:
-        ConfigError: another precision. A device that cannot compute it raises in the first training step.
-        WrapError: the model is not wrapped.
-    """
-    check_grad_precision(precision)
-    for layer in require_layers(model).values():
-        layer.grad_precision = precision
 
 
 @contextlib.contextmanager

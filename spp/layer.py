@@ -52,8 +52,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each. False for a packed or offloaded weight, whose saving it would undo:
             set it to True where there is memory for the dense weights after all.
-        grad_precision: of the product behind the gradients of W_α and W_β, "auto" or "fp8" (spp.kernels.fp8): a
-            property of a run, not of the adapter, and stored nowhere.
 
     Raises:
         ConfigError: r > m or r < 1, or an option makes no sense.

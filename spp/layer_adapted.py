@@ -43,22 +43,19 @@ class AdaptedLinear(nn.Module):
         in_features: n.
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each.
-        grad_precision: of the product behind the gradients of the adapter, "auto" or "fp8" (spp.kernels.fp8): a
-            property of a run, not of the adapter, and stored nowhere.
-        saved_activations: what is kept of the input for backward, "full" or "bfloat16" (spp.kernels.keep); likewise.
+        saved_activations: the form in which the input is saved for backward, "full" or "bfloat16" (spp.kernels.keep):
+            a property of a run, not of the adapter, and stored nowhere.
         tap: is called in each backward with dY (T, m) and X (T, n), whose product is the gradient G of W_eff; None.
     """
 
     in_features: int
     cache_effective: bool
-    grad_precision: str
     saved_activations: str
     tap: Callable[[Tensor, Tensor], None] | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.cache_effective = True
-        self.grad_precision = "auto"
         self.saved_activations = "full"
         self._cached: CachedWeight | None = None
         _prepare_opaque_forward()
@@ -98,7 +95,7 @@ class AdaptedLinear(nn.Module):
         if dropout and active.dropout_mode == "alpha":
             params = [F.dropout(p, dropout) if i in active.dropped else p for i, p in enumerate(params)]
             dropout = 0.0
-        run = dropout, self.grad_precision, self.saved_activations, self.tap
+        run = dropout, self.saved_activations, self.tap
         return linear(x, weight, bias, active.rule, params, active.scaling, *run)
 
     def _may_cache(self, x: Tensor) -> bool:

@@ -28,7 +28,7 @@ from spp.packed import PackedWeight
 
 LAYERS = ("4096x4096", "11008x4096")
 MEMORY_STEPS = 2
-IN_MEMORY = ("spp", "spp-fp8", "spp-packed", "spp-input-dropout", "lora", "hira", "full", "frozen")
+IN_MEMORY = ("spp", "spp-packed", "spp-input-dropout", "lora", "hira", "full", "frozen")
 
 
 def check(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for m, n in options.layers:
         spec = _spec(options, m, n)
         weight = spec.linear().weight.detach()
-        kernels += gpu_kernels.measure(weight, PackedWeight.pack(weight), spec.rank, options.tokens, options.rounds)
+        kernels += gpu_kernels.measure(weight, PackedWeight.pack(weight), spec.rank, options.rounds)
         found = gpu_layers.measure(options.contenders, spec, options.tokens, options.rounds, options.steps)
         for row in found:
             if options.memory:
@@ -121,8 +121,6 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     options.tokens = tokens
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
-    if not options.interpret and torch.cuda.get_device_capability(options.device) < (8, 9):
-        options.contenders = [name for name in options.contenders if name != "spp-fp8"]
     return options
 
 

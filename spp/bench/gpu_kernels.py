@@ -1,6 +1,6 @@
 """The kernels of a GPU by themselves: time, and bytes read and written a second, beside a copy of the same device.
 
-Bytes are those that must move once: W or its packed form, W_eff, G, or the matrix that is quantised and its result.
+Bytes are those that must move once: W or its packed form, W_eff, G.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ RULE = get_rule("spp")
 CALLS = 20  # of a kernel between two looks at the clock: what starting one costs is hidden, as in a training step
 
 
-def measure(weight: torch.Tensor, packed: PackedWeight, rank: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measure(weight: torch.Tensor, packed: PackedWeight, rank: int, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each kernel.
 
     Args:
         weight: W (m, n) on a GPU; packed: the same.
-        tokens: rows of X, for the quantisation.
     """
     (m, n), device, size = weight.shape, weight.device, weight.element_size()
     alpha, beta = torch.randn(rank, n, device=device), torch.randn(m, 1, device=device)
@@ -37,9 +36,6 @@ def measure(weight: torch.Tensor, packed: PackedWeight, rank: int, tokens: int, 
     step = gradient_step(m, n, size, device)
     gradient = torch.randn(m, step, device=device, dtype=weight.dtype)
     grads = RULE.empty_grads(factors, (True, True))
-    x = torch.randn(tokens, n, device=device, dtype=weight.dtype)
-    inverse = torch.ones((), device=device)
-    rounded = torch.empty(n, tokens, device=device, dtype=torch.float8_e4m3fn)
     copy = torch.empty_like(weight)
 
     def works(source: WeightSource) -> Work:
@@ -61,7 +57,6 @@ def measure(weight: torch.Tensor, packed: PackedWeight, rank: int, tokens: int, 
             lambda: small.reduce(part, gradient, grads, accumulate=True),
             packed.nbytes * step // n + gradient.nbytes,
         ),
-        "X to fp8": (lambda: dense.quantise(x, inverse, rounded), x.nbytes + rounded.nbytes),
     }
     samples = harness.interleave(
         {name: _repeat(call) for name, (call, _) in kernels.items()}, rounds=rounds, device=str(device)

@@ -3,7 +3,6 @@
 The contenders of spp.bench.adapted, and
 
     spp-torch          the same arithmetic by plain torch instead of Triton's kernels
-    spp-fp8            grad_precision="fp8"
     spp-packed         packed weights, in the pattern of the run
     spp-packed-any     packed weights that are half zeros without a pattern
     lora-16bit, hira-16bit
@@ -39,7 +38,6 @@ REFERENCES = ("lora", "lora-16bit", "hira", "full")  # what ratios are taken to,
 CONTENDERS = (
     "spp",
     "spp-torch",
-    "spp-fp8",
     "spp-packed",
     "spp-packed-any",
     "spp-input-dropout",
@@ -207,8 +205,6 @@ def _make_layer(name: str, spec: SharedSpec) -> nn.Module:
             layer = SPPLinear(spec.linear(), spec.rank, SCALING, packed=True)
             nn.init.normal_(layer.spp_beta, 0, BETA)
         return layer.train()
-    base = name.removesuffix("-16bit").removesuffix("-torch").removesuffix("-fp8")
+    base = name.removesuffix("-16bit").removesuffix("-torch")
     made = make_layer(base, spec)
-    if name == "spp-fp8":
-        made.grad_precision = "fp8"  # type: ignore[assignment]
     return made.to(spec.dtype) if name.endswith("-16bit") else made

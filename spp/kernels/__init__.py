@@ -39,7 +39,6 @@ time and 0.91 of that of HiRA's form; in plain torch 0.58 and 0.80.
 from __future__ import annotations
 
 from spp.kernels.choice import use_kernels
-from spp.kernels.fp8 import check_grad_precision
 from spp.kernels.frozen import base_linear
 from spp.kernels.keep import check_saved_activations
 from spp.kernels.offloaded import OffloadedExperts, offloaded_weight
@@ -53,7 +52,6 @@ __all__ = [
     "PackedSource",
     "WeightSource",
     "base_linear",
-    "check_grad_precision",
     "check_saved_activations",
     "linear",
     "offloaded_weight",

@@ -27,7 +27,6 @@ from spp.kernels.autocast import no_autocast
 from spp.kernels.bits import unpack_bits
 from spp.kernels.blocks import product_dtype
 from spp.kernels.dropout import draw_dropout
-from spp.kernels.fp8 import check_fp8, check_grad_precision
 from spp.kernels.frozen import frozen_linear, operands, shaped_like_inputs
 from spp.kernels.keep import check_saved_activations, kept_for_backward
 from spp.kernels.once import Once
@@ -49,7 +48,6 @@ class Call:
         self.dropout = dropout
         self.needs_x = needs_x
         self.dtype = dtype  # of X and Y
-        self.grad_precision = "auto"
         self.whole = False  # whether spp.kernels.whole computes it
         self.native = False  # whether spp.kernels.native does
         self.products = dtype  # the dtype of the operands of both directions
@@ -69,7 +67,6 @@ def linear(
     params: Sequence[Tensor],
     scaling: float,
     dropout: float = 0.0,
-    grad_precision: str = "auto",
     saved_activations: str = "full",
     tap: Tap | None = None,
 ) -> Tensor:
@@ -83,14 +80,12 @@ def linear(
         scaling: s.
         dropout: probability of dropping an entry of X in the residual branch; drawn from torch's generator, one mask
             a call, the one that torch.nn.Dropout would draw.
-        grad_precision: of G = dYᵀ X: "auto" is the dtype of the other products, "fp8" that of spp.kernels.fp8.
         saved_activations: what is kept of x for backward: "full", or "bfloat16" as in spp.kernels.keep.
         tap: is called in backward with dY (T, m) and X (T, n), as kept: of what G = dYᵀ X is the product.
 
     Returns:
         (…, m) in the dtype of x, under autocast in autocast's.
     """
-    check_grad_precision(grad_precision)
     check_saved_activations(saved_activations)
     source = source_of(weight)
     x, bias = operands(x, source, bias)
@@ -107,9 +102,6 @@ def linear(
         if dropout:
             call.dropped, bits = draw_dropout(x, dropout)
         call.make_source, call.tap = source.maker(), tap
-        if grad_precision == "fp8" and any(p.requires_grad for p in params):
-            check_fp8(x.device, x.dtype)
-            call.grad_precision = grad_precision
         x = _Keep.apply(x, kept, source.tensors(), bits, call, *params)
         result: Tensor = _Linear.apply(x, source, bias, call, *params)
         return result
@@ -223,7 +215,7 @@ def _backward(
     if call.whole:
         work = work_for(rule, weight, factors)
         d_x = whole.input_gradient(dy_2d, mask, keep_scale, work) if call.needs_x else None
-        totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params, call.grad_precision)
+        totals = whole.parameter_gradients(dy_2d, x_2d, mask, keep_scale, work, needs_params)
     elif call.native and mask is not None:
         d_x, totals = native.backward_dropout(
             dy_2d, x_2d, mask.to(dtype), keep_scale, weight, rule, factors, call.needs_x, needs_params

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from spp.kernels.blocks import slices
 from spp.kernels.choice import kernels
-from spp.kernels.fp8 import Fp8Gradient
 from spp.kernels.sources import WeightSource
 from spp.kernels.work import WHOLE, Work
 from spp.kernels.workspace import workspace
@@ -73,12 +72,11 @@ def parameter_gradients(
     keep_scale: float,
     work: Work,
     needed: Sequence[bool],
-    precision: str = "auto",
 ) -> list[Any]:
     """Return dθ in the arithmetic's dtype, None where it is not needed; others of the arguments as above.
 
     Args:
-        x: X (T, n); precision: "auto" multiplies G in the dtype of x, "fp8" as spp.kernels.fp8 does.
+        x: X (T, n), whose dtype G is multiplied in.
     """
     totals = work.rule.empty_grads(work.factors, needed)
     if not any(needed):
@@ -86,18 +84,14 @@ def parameter_gradients(
     m, n = work.source.shape
     if mask is not None:
         x = x * mask
-    fp8 = Fp8Gradient(dy, x, work) if precision == "fp8" and x.numel() else None
     step = gradient_step(m, n, x.dtype.itemsize, x.device)
     several = not 0 < n <= step
     for total in totals:
         if several and total is not None:
             total.zero_()
     for cols in slices(n, step):
-        if fp8 is None:
-            gradient = workspace("gradient", (m, cols.stop - cols.start), x.dtype, x.device)
-            torch.mm(dy.t(), x[:, cols], out=gradient)
-        else:
-            gradient = fp8.columns(cols)
+        gradient = workspace("gradient", (m, cols.stop - cols.start), x.dtype, x.device)
+        torch.mm(dy.t(), x[:, cols], out=gradient)
         work.reduce(cols, gradient, totals, accumulate=several)
     if mask is not None:
         totals = [total if total is None else total.mul_(keep_scale) for total in totals]

@@ -55,14 +55,6 @@ class Work(ABC):
             grads: from the rule's `empty_grads`; zeroed before, if `accumulate`.
         """
 
-    @abstractmethod
-    def quantise(self, x: Tensor, inverse: Tensor, out: Tensor) -> None:
-        """Write (x · inverse)ᵀ, rounded to float8 e4m3, into `out`, and zeros where that is larger.
-
-        Args:
-            x: (T, k); inverse: float32 scalar; out: (≥ k, ≥ T) contiguous, float8_e4m3fn.
-        """
-
     def _out(self, dtype: torch.dtype) -> Tensor:
         return workspace("effective", self.source.shape, dtype, self.source.device)
 
@@ -94,13 +86,6 @@ class TorchWork(Work):
             gradient = self._scratch("gradient", gradient.shape, arithmetic).copy_(gradient)
         weight = self.source.block(WHOLE, cols)
         self.rule.reduce(weight, self.factors, WHOLE, cols, gradient, grads, accumulate=accumulate)
-
-    def quantise(self, x: Tensor, inverse: Tensor, out: Tensor) -> None:
-        """Scale, round and transpose in passes of their own."""
-        if tuple(out.shape) != (x.shape[1], x.shape[0]):
-            out.view(torch.uint8).zero_()
-        rounded = (x.float() * inverse).to(out.dtype)
-        out.view(torch.uint8)[: x.shape[1], : x.shape[0]] = rounded.view(torch.uint8).t()
 
     def _blocks(self) -> Sequence[tuple[slice, Tensor]]:
         m, n = self.source.shape
@@ -138,12 +123,6 @@ class TritonWork(Work):
         from spp.kernels.triton import reduce
 
         reduce(self._weight(), self.factors, cols, gradient, grads, accumulate=accumulate)
-
-    def quantise(self, x: Tensor, inverse: Tensor, out: Tensor) -> None:
-        """Scale, round and transpose in one pass."""
-        from spp.kernels.triton import quantise
-
-        quantise(x, inverse, out)
 
     def _weight(self) -> Tensor | PackedWeight:
         packed = self.source.packed if isinstance(self.source, PackedSource) else None

@@ -99,7 +99,7 @@ def test_the_tables_are_made_of_what_is_measured(
     pytest.importorskip("peft")
     small = ["--layers", "32x64", "--tokens", "8", "--rank", "2", "--peft-rank", "2", "--rounds", "2", "--steps", "1"]
     options = gpu.parse(["--interpret", *small], "gpu")
-    options.contenders = [name for name in gpu_layers.CONTENDERS if name != "spp-fp8"]  # a CPU has none
+    options.contenders = list(gpu_layers.CONTENDERS)
     monkeypatch.setattr(gpu, "_peak", lambda options, row: 12345)
     monkeypatch.setattr(gpu.gpu_kernels, "CALLS", 1)
     with use_kernels("torch"):
@@ -117,7 +117,7 @@ def test_the_tables_are_made_of_what_is_measured(
     assert layers["lora"]["this_to_lora"]["median"] == 1.0
     assert layers["spp"]["peak_bytes"] == 12345 and layers["branches"]["peak_bytes"] is None
     kernels = [row["kernel"] for row in rows if row["bench"] == "gpu kernel"]
-    assert kernels[0] == "copy of W" and len(kernels) == 7
+    assert kernels[0] == "copy of W" and len(kernels) == 6
     products = [row["weight"] for row in rows if row["bench"] == "gpu product"]
     assert products[0] == "dense" and products[1].startswith("semi-structured")
     for line in ("spp-packed-any", "this / lora-16bit", "peak memory", "W_eff, packed", "X Wᵀ alone"):
@@ -128,9 +128,9 @@ def test_every_contender_computes_the_same_layer() -> None:
     spec = gpu_layers.SharedSpec(24, 32, torch.float64, "cpu", "2:4", 5, 2)
     exact = gpu_layers._make_layer("spp", spec)
     x = torch.randn(3, 32, dtype=torch.float64)
-    for name in ("spp-torch", "spp-fp8", "spp-packed", "spp-packed-any"):
+    for name in ("spp-torch", "spp-packed", "spp-packed-any"):
         layer = gpu_layers._make_layer(name, spec)
-        assert layer.training and layer.grad_precision == ("fp8" if name == "spp-fp8" else "auto")
+        assert layer.training
         assert (layer.packed_layout is not None) == name.startswith("spp-packed")
         if name != "spp-packed-any":
             with torch.no_grad():

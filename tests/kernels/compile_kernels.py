@@ -23,8 +23,6 @@ from spp.kernels.triton import (
     decode,
     decode_kernel,
     delta,
-    quantise,
-    quantise_kernel,
     reduce,
     reduce_kernel,
 )
@@ -92,7 +90,7 @@ def compile_for(capability: int, forms: list[str]) -> dict[str, dict[str, list[s
     """Compile for one capability: every dtype of a dense W, the packed forms in bfloat16."""
     driver.set_active(NoDevice(capability))
     compiler = Compiler(capability)
-    for module in (build_kernel, reduce_kernel, decode_kernel, quantise_kernel):
+    for module in (build_kernel, reduce_kernel, decode_kernel):
         module.launch = compiler  # type: ignore[assignment]
     rule = get_rule("spp")
     factors = rule.prepare((torch.ones(R, N), torch.ones(M, 1)), 2.0, M, torch.float32)
@@ -116,8 +114,6 @@ def compile_for(capability: int, forms: list[str]) -> dict[str, dict[str, list[s
                 compile_case(name_of_part, reduce, weight, factors, columns, gradient, grads, accumulate=True)
             if isinstance(weight, PackedWeight):
                 compile_case(f"decode {name}", decode, weight, WHOLE, WHOLE, out)
-    x, rounded = torch.empty(64, N, dtype=torch.bfloat16), torch.empty(N, 64, dtype=torch.float8_e4m3fn)
-    compile_case("quantise bfloat16", quantise, x, torch.ones(()), rounded)
     return compiler.found
 
 

@@ -41,7 +41,6 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
     def __init__(self, projection: Projection, *, packed: bool = False) -> None:
         OverPackedExperts.__init__(self, projection)
         self._init_terms(get_rule("spp"), projection.path)
-        self.grad_precision = "auto"
         self.saved_activations = "full"
         self.training = projection.module.training
         self.weight_requires_grad = projection.operand.requires_grad
@@ -83,7 +82,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
 
         def multiply(expert: int, x: Tensor) -> Tensor:
             given = x, weights[expert], None, active.rule, of_experts[expert], active.scaling, dropout
-            return linear(*given, self.grad_precision, self.saved_activations)
+            return linear(*given, self.saved_activations)
 
         return multiply
 
