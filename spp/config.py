@@ -23,7 +23,7 @@ class SPPConfig:
         r: rows of W_α (r, n): each row scales one contiguous block of about m / r output rows.
         scaling: s, the factor of the residual branch; the authors' lora_alpha / r.
         dropout: probability p in [0, 1), used in training only.
-        dropout_mode: "input" drops entries of X in the residual branch (the paper's formula; four or five products);
+        dropout_mode: "input" drops entries of X in the residual branch (the paper's formula; five products);
             "alpha" drops entries of W_α (three products; a different regulariser).
         target_modules: None (the projections of the decoder blocks, see spp.targets), "all-linear",
             a list of name suffixes, or a regular expression that must match the whole module path.

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
@@ -21,10 +20,10 @@ from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.experts_forward import Multiply
 from spp.experts_packed import OverPackedExperts, PackedExperts, require_alone
-from spp.kernels import linear
+from spp.kernels import Run, linear
 from spp.offload import home
 from spp.patterns import all_finite
-from spp.rules import Rule, effective_weight, get_rule
+from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import Projection
 
@@ -145,17 +144,12 @@ class SPPExperts(OverPackedExperts):
 
     def multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
-        weights, params = self.sources(), self.of_experts()
-        dropout = self.dropout if self.training else 0.0
-        if dropout and self.dropout_mode == "alpha":
-            params = [(F.dropout(first, dropout), *rest) for first, *rest in params]
-            dropout = 0.0
-
-        def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, weights[expert], None, self.spp_rule, params[expert], self.scaling, dropout
-            return linear(*given, self.saved_activations)
-
-        return multiply
+        weights, run = self.sources(), Run(self.saved_activations)
+        adapter = Adapter(
+            self.spp_rule, tuple(self.adapter_parameters()), self.scaling, self.dropout, self.dropout_mode
+        )
+        experts = adapter.for_call(self.training).experts()
+        return lambda expert, x: linear(x, weights[expert], None, experts[expert], run)
 
     def home(self) -> torch.device:
         """Return the device that the adapter belongs on."""

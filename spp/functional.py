@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.kernels import linear
+from spp.kernels import Run, linear
+from spp.rules import Adapter, get_rule
 from spp.rules import effective_weight as _effective_weight
-from spp.rules import get_rule
 
 _RULE = get_rule("spp")
 
@@ -56,7 +56,8 @@ def spp_linear(
     _RULE.check_shapes((alpha, beta), weight.shape[0], weight.shape[1], "spp_linear")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout is {dropout!r}; it must be in [0, 1)")
-    return linear(x, weight, bias, _RULE, (alpha, beta), scaling, dropout, saved_activations)
+    adapter = Adapter(_RULE, (alpha, beta), scaling, dropout)
+    return linear(x, weight, bias, adapter, Run(saved_activations))
 
 
 def spp_linear_reference(

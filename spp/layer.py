@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
-from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
+from spp.layer_adapted import AdaptedLinear, convert_parameter
 from spp.layer_checks import check_linear
 from spp.layer_packed import HOOKS, PackedLinear, pack_linear, plain_linear, release_weight
 from spp.offload import home, offloader
@@ -26,7 +26,7 @@ from spp.packed import (
     release_quantized,
     write_quantized,
 )
-from spp.rules import Rule, effective_weight, get_rule
+from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import features, input_axis_of
 
@@ -221,12 +221,11 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         """Return the packed or quantized weight, None where it is dense."""
         return None if self.packed_layout is None else self.packed_matrix()
 
-    def active(self) -> Active | None:
+    def active(self) -> Adapter | None:
         """Return the adapter, unless it is disabled."""
         if self.disabled:
             return None
-        params = self.adapter_parameters()
-        return Active(self.spp_rule, params, self.scaling, self.dropout, self.dropout_mode)
+        return Adapter(self.spp_rule, tuple(self.adapter_parameters()), self.scaling, self.dropout, self.dropout_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""

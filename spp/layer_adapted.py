@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.kernels import PackedSource, WeightSource, base_linear, linear
+from spp.kernels import PackedSource, Run, WeightSource, base_linear, linear
 from spp.layer_cache import CachedWeight
-from spp.rules import Rule, effective_weight
+from spp.rules import Adapter, effective_weight
 
 WHOLE = slice(None)
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
 _opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
-
-
-class Active(NamedTuple):
-    """The adapter that a layer computes with.
-
-    Attributes:
-        rule, params, scaling: of the effective weight.
-        dropout, dropout_mode: in training; as in SPPConfig.
-        dropped: which of `params` the mode "alpha" drops entries of.
-    """
-
-    rule: Rule
-    params: Sequence[Tensor]
-    scaling: float
-    dropout: float = 0.0
-    dropout_mode: str = "input"
-    dropped: tuple[int, ...] = (0,)
 
 
 class AdaptedLinear(nn.Module):
@@ -61,7 +44,7 @@ class AdaptedLinear(nn.Module):
         _prepare_opaque_forward()
 
     @abstractmethod
-    def active(self) -> Active | None:
+    def active(self) -> Adapter | None:
         """Return the adapter to compute with; None computes as the pruned layer does."""
 
     @abstractmethod
@@ -91,12 +74,7 @@ class AdaptedLinear(nn.Module):
             return F.linear(x, weight, bias) if isinstance(weight, Tensor) else base_linear(x, weight, bias)
         if self._may_cache(x):
             return F.linear(x, self._new_effective(active), bias)
-        params, dropout = active.params, active.dropout if self.training else 0.0
-        if dropout and active.dropout_mode == "alpha":
-            params = [F.dropout(p, dropout) if i in active.dropped else p for i, p in enumerate(params)]
-            dropout = 0.0
-        run = dropout, self.saved_activations, self.tap
-        return linear(x, weight, bias, active.rule, params, active.scaling, *run)
+        return linear(x, weight, bias, active.for_call(self.training), Run(self.saved_activations, self.tap))
 
     def _may_cache(self, x: Tensor) -> bool:
         if self.training or torch.is_grad_enabled():
@@ -113,7 +91,7 @@ class AdaptedLinear(nn.Module):
             self.kept_weight(), active.params, (active.rule, active.scaling)
         )
 
-    def _new_effective(self, active: Active) -> Tensor:
+    def _new_effective(self, active: Adapter) -> Tensor:
         kept = self.kept_weight()
         tensors = (kept, *active.params)
         if kept.is_meta or any(t.is_inference() for t in tensors):
@@ -123,7 +101,7 @@ class AdaptedLinear(nn.Module):
             self._cached = CachedWeight(kept, active.params, (active.rule, active.scaling), effective, self._most())
         return effective
 
-    def _effective_weight(self, active: Active) -> Tensor:
+    def _effective_weight(self, active: Adapter) -> Tensor:
         weight = self.frozen()
         if isinstance(weight, WeightSource):
             weight = weight.packed.dense() if isinstance(weight, PackedSource) else weight.block(WHOLE, WHOLE)

@@ -21,7 +21,7 @@ from spp.kernels.sources import DenseWeight
 from spp.kernels.work import TritonWork, work_for
 from spp.packed import PackedWeight
 from spp.pruning import magnitude_mask
-from spp.rules import effective_weight, get_rule
+from spp.rules import Adapter, effective_weight, get_rule
 from spp.semi_structured import to_semi_structured
 
 RULE = get_rule("spp")
@@ -208,15 +208,8 @@ def _step(layer: Layer, mode: str, plain: torch.dtype | None) -> list[Tensor]:
     dy = layer.dy
     if plain is None:
         dropout = 0.0 if mask is None else DROPOUT
-        y = linear(
-            x,
-            layer.given if isinstance(layer.given, Tensor) else layer.source,
-            None,
-            RULE,
-            (used, beta),
-            SCALING,
-            dropout,
-        )
+        weight = layer.given if isinstance(layer.given, Tensor) else layer.source
+        y = linear(x, weight, None, Adapter(RULE, (used, beta), SCALING, dropout))
     else:
         factor = mask if mask is None else mask.to(plain)
         y = spp_linear_reference(x, layer.weight.to(plain), None, used, beta, SCALING, factor)

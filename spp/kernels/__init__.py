@@ -9,12 +9,10 @@ block):
     no dropout, forward   1                     build: write u, add 1, multiply by W
     no dropout, backward  2 (dX, G)             build again; W ⊙ G in place, read for dα, read for dβ
     alpha dropout         as no dropout         as no dropout, and one over W_α (r × n)
-    input dropout         4 (2 forward)         W ⊙ A once; 5 over T × n for each of the r blocks of rows in backward,
-                                                and V (T, m) kept: where blocks have 128 rows or more, in float32
-                          5 (2 forward)         W′ twice, W ⊙ G and its two sums: elsewhere
+    input dropout         5 (2 forward)         W′ twice, W ⊙ G and its two sums
     evaluation, ≤ 32 rows 1                     none: W_eff is kept between calls (layer_adapted.py)
     checkpointing         as above, forward     the recomputation stops before the block's last product, unless it is
-                          again                 reentrant, or that layer keeps V
+                          again                 reentrant
 
 Below that floor: a pruned layer needs the share d of its weights that is kept, and no more. With a C compiler the
 products of native/ skip the zeros: 3 · d · m · n · T multiplications (input dropout 5 · d), each of W's blocks read
@@ -44,12 +42,13 @@ from spp.kernels.keep import check_saved_activations
 from spp.kernels.offloaded import OffloadedExperts, offloaded_weight
 from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
-from spp.kernels.three_products import linear
+from spp.kernels.three_products import Run, linear
 from spp.kernels.workspace import release_workspace, workspace_bytes
 
 __all__ = [
     "OffloadedExperts",
     "PackedSource",
+    "Run",
     "WeightSource",
     "base_linear",
     "check_saved_activations",

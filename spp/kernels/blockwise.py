@@ -5,7 +5,13 @@
                                        G[rows] = dY[:, rows]ᵀ X, and W ⊙ G reduced into dθ
 
 Rows are read in the order in which W is stored. In 16 bits, where adding up dX over the blocks would round it at every
-one, backward takes blocks of columns. Input dropout is in input_dropout.py.
+one, backward takes blocks of columns.
+
+With input dropout X̃, the dropped X, goes through W′ = W_eff − W, and X itself through W, in five products; `mask` is 0
+or 1 / (1 − p):
+
+    forward    Y  = X Wᵀ + b + X̃ W′ᵀ
+    backward   dX = dY W + mask ⊙ (dY W′),   G = dYᵀ X̃, which the rule reduces
 """
 
 from __future__ import annotations
@@ -16,32 +22,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.kernels.blocks import col_step, row_step, slices
-from spp.kernels.build import WHOLE, effective
+from spp.kernels.backend import Backend, Gradients, Operation
+from spp.kernels.blocks import col_step, product_dtype, row_step, slices
+from spp.kernels.build import WHOLE, delta, effective, plain
+from spp.kernels.frozen import frozen_linear, frozen_product
 from spp.kernels.products import input_product, linear_product
-from spp.kernels.sources import WeightSource
+from spp.kernels.vanishing import may_vanish
 from spp.kernels.workspace import workspace
-from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype
 
 
-def forward(
-    x: Tensor,
-    weight: WeightSource,
-    bias: Tensor | None,
-    rule: Rule,
-    factors: Any,
-    stored_as: torch.dtype,
-    vanish: bool,
-) -> Tensor:
-    """Return Y (T, m) from X (T, n).
+class Blockwise(Backend):
+    """Plain torch on a CPU, for any rule; what forward tells backward is whether a kept weight can come out as zero."""
 
-    Args:
-        x, bias: in the dtype of the products.
-        factors: from the rule's `prepare`.
-        stored_as: what W_eff is rounded to before that: the input's dtype.
-        vanish: whether a kept weight can come out as zero.
-    """
+    def takes(self, operation: Operation, x: Tensor) -> bool:
+        """Return True: there is nothing else."""
+        return True
+
+    def forward(
+        self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, bool]:
+        """Return Y (T, m)."""
+        dtype = product_dtype(x.dtype, x.device)
+        x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
+        if dropped is not None:
+            return _forward_dropout(operation, x, dropped.to(dtype), bias), True
+        vanish = may_vanish(operation.weight.kept(), operation.largest_factor)
+        return _forward(operation, x, bias, vanish), vanish
+
+    def backward(
+        self,
+        operation: Operation,
+        told: Any,
+        dy: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        needs_x: bool,
+        needs_params: Sequence[bool],
+    ) -> Gradients:
+        """Return dX (T, n) and dθ."""
+        dtype = product_dtype(operation.dtype, dy.device)
+        dy, x = dy.to(dtype), x.to(dtype)
+        if kept is None:
+            return _backward(operation, dy, x, told, needs_x, needs_params)
+        return _backward_dropout(operation, dy, x, kept.to(dtype), needs_x, needs_params)
+
+
+class Idle(Blockwise):
+    """An untrained adapter on a CPU: exactly the pruned layer, in the same call."""
+
+    def takes(self, operation: Operation, x: Tensor) -> bool:
+        """Return whether W_eff is known to be W."""
+        return operation.largest_factor == 0
+
+    def forward(
+        self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, bool]:
+        """Return X Wᵀ + b."""
+        return frozen_linear(x, operation.weight, bias), True
+
+
+def _forward(operation: Operation, x: Tensor, bias: Tensor | None, vanish: bool) -> Tensor:
+    weight, rule, factors, stored_as = operation.weight, operation.rule, operation.factors, operation.dtype
     (m, n), dtype = weight.shape, x.dtype
     step = row_step(m, n, rule.row_alignment(factors))
     if step >= m:
@@ -54,22 +96,10 @@ def forward(
     return y if bias is None else y.add_(bias)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: WeightSource,
-    rule: Rule,
-    factors: Any,
-    stored_as: torch.dtype,
-    vanish: bool,
-    needs_x: bool,
-    needs_params: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return dX (T, n), where it is needed, and dθ in the arithmetic's dtype, None where it is not needed.
-
-    Args:
-        dy (T, m), x (T, n): in the dtype of the products; the rest as in `forward`.
-    """
+def _backward(
+    operation: Operation, dy: Tensor, x: Tensor, vanish: bool, needs_x: bool, needs_params: Sequence[bool]
+) -> Gradients:
+    weight, rule, factors, stored_as = operation.weight, operation.rule, operation.factors, operation.dtype
     (m, n), dtype, arithmetic = weight.shape, dy.dtype, arithmetic_dtype(weight.dtype)
     by_rows = dtype == arithmetic
     step = row_step(m, n, rule.row_alignment(factors)) if by_rows else col_step(m, n)
@@ -92,9 +122,63 @@ def backward(
             else:
                 torch.mm(dy, built, out=d_x[:, cols])
         if any(needs_params):
-            gradient = workspace("gradient", tuple(block.shape), dtype, dy.device)
-            torch.mm(dy[:, rows].t(), x[:, cols], out=gradient)
-            if dtype != arithmetic:
-                gradient = workspace("gradient", gradient.shape, arithmetic, dy.device).copy_(gradient)
-            rule.reduce(block, factors, rows, cols, gradient, grads, accumulate=not one_block)
+            _reduce(operation, block, rows, cols, dy[:, rows], x[:, cols], grads, accumulate=not one_block)
+    return d_x, grads
+
+
+def _reduce(
+    operation: Operation,
+    block: Tensor,
+    rows: slice,
+    cols: slice,
+    dy: Tensor,
+    x: Tensor,
+    grads: Sequence[Tensor | None],
+    *,
+    accumulate: bool,
+) -> None:
+    """Write what W ⊙ G of a block gives into `grads`; G = dYᵀ X of its rows and columns."""
+    arithmetic = arithmetic_dtype(operation.weight.dtype)
+    gradient = workspace("gradient", tuple(block.shape), dy.dtype, dy.device)
+    torch.mm(dy.t(), x, out=gradient)
+    if dy.dtype != arithmetic:
+        gradient = workspace("gradient", gradient.shape, arithmetic, dy.device).copy_(gradient)
+    operation.rule.reduce(block, operation.factors, rows, cols, gradient, grads, accumulate=accumulate)
+
+
+def _forward_dropout(operation: Operation, x: Tensor, dropped: Tensor, bias: Tensor | None) -> Tensor:
+    weight, rule, factors = operation.weight, operation.rule, operation.factors
+    (m, n), dtype = weight.shape, x.dtype
+    step = row_step(m, n, rule.row_alignment(factors))
+    y = frozen_product(x, weight, bias, dtype, step)
+    for rows in slices(m, step):
+        y[:, rows].addmm_(dropped, delta(rule, weight.block(rows, WHOLE), factors, rows, WHOLE, dtype).t())
+    return y
+
+
+def _backward_dropout(
+    operation: Operation, dy: Tensor, x: Tensor, kept: Tensor, needs_x: bool, needs_params: Sequence[bool]
+) -> Gradients:
+    """Return dX (T, n), where it is needed, and dθ; `kept` (T, n) is 0 or 1."""
+    weight, rule, factors = operation.weight, operation.rule, operation.factors
+    (m, n), dtype, scale = weight.shape, dy.dtype, operation.keep_scale
+    dropped = (x * kept).mul_(scale) if any(needs_params) else x
+    grads = rule.empty_grads(factors, needs_params)
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()
+    d_x = torch.empty_like(x) if needs_x else None
+    spread = torch.empty_like(x) if needs_x else None  # dY W′
+    for cols in slices(n, col_step(m, n)):
+        block = weight.block(WHOLE, cols)
+        if d_x is not None and spread is not None:
+            torch.mm(dy, delta(rule, block, factors, WHOLE, cols, dtype), out=spread[:, cols])
+            frozen = plain(block, dtype)
+            if len(dy) == 1:  # for one token MKL's order of summation depends on how far rows of W lie apart
+                frozen = frozen.contiguous()
+            torch.mm(dy, frozen, out=d_x[:, cols])
+        if any(needs_params):
+            _reduce(operation, block, WHOLE, cols, dy, dropped[:, cols], grads, accumulate=True)
+    if d_x is not None and spread is not None:
+        d_x.addcmul_(spread, kept, value=scale)
     return d_x, grads

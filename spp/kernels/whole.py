@@ -25,19 +25,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spp.kernels.backend import Backend, Gradients, Operation
 from spp.kernels.blocks import slices
 from spp.kernels.choice import kernels
 from spp.kernels.sources import WeightSource
-from spp.kernels.work import WHOLE, Work
+from spp.kernels.work import WHOLE, Work, work_for
 from spp.kernels.workspace import workspace
 
 COLUMN_UNIT = 256  # chunks are multiples of it: whole tiles of a product, whole tiles of the reduction
 USUAL_CACHE = 32 * 2**20  # bytes of L2, where the device does not tell
 
 
-def takes_whole_layers(device: torch.device) -> bool:
-    """Whether layers on `device` are computed here; on a CPU only where Triton is asked for by name."""
-    return device.type not in ("cpu", "meta") or (device.type == "cpu" and kernels() == "triton")
+class Whole(Backend):
+    """The products of a whole layer; it tells backward nothing."""
+
+    def takes(self, operation: Operation, x: Tensor) -> bool:
+        """Return whether X is on a device; on a CPU only where Triton is asked for by name."""
+        where = x.device.type
+        return where not in ("cpu", "meta") or (where == "cpu" and kernels() == "triton")
+
+    def forward(
+        self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Return Y (T, m)."""
+        return forward(x, dropped, bias, work_for(operation.rule, operation.weight, operation.factors)), None
+
+    def backward(
+        self,
+        operation: Operation,
+        told: Any,
+        dy: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        needs_x: bool,
+        needs_params: Sequence[bool],
+    ) -> Gradients:
+        """Return dX (T, n) and dθ."""
+        work = work_for(operation.rule, operation.weight, operation.factors)
+        dy, x, scale = dy.to(operation.dtype), x.to(operation.dtype), operation.keep_scale
+        d_x = input_gradient(dy, kept, scale, work) if needs_x else None
+        return d_x, parameter_gradients(dy, x, kept, scale, work, needs_params)
 
 
 def forward(x: Tensor, dropped: Tensor | None, bias: Tensor | None, work: Work) -> Tensor:

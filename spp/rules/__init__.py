@@ -7,6 +7,7 @@ one means adding a file here and a line to `RULES`.
 from __future__ import annotations
 
 from spp.errors import ConfigError
+from spp.rules.adapter import Adapter
 from spp.rules.base import Rule
 from spp.rules.canonical import effective_block, effective_weight, rescue_
 from spp.rules.hira import HiRARule
@@ -24,4 +25,4 @@ def get_rule(name: str) -> Rule:
         raise ConfigError(f"there is no rule {name!r}; known: {', '.join(sorted(RULES))}") from None
 
 
-__all__ = ["RULES", "Rule", "effective_block", "effective_weight", "get_rule", "rescue_"]
+__all__ = ["RULES", "Adapter", "Rule", "effective_block", "effective_weight", "get_rule", "rescue_"]

@@ -9,36 +9,13 @@ held.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spp.errors import AdapterError
-
-
-@dataclass
-class Outer:
-    """W_eff − W as W ⊙ (a ⊗ c_k) in the k-th of r consecutive blocks of rows.
-
-    Attributes:
-        rows: a (m, 1).
-        cols: c (r, n).
-        parts: the r blocks, in order; together all rows.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    parts: list[slice]
-
-    def within(self, rows: slice) -> Iterator[tuple[int, slice]]:
-        """Yield (k, what the k-th block shares with `rows`, counted from their start), where that is something."""
-        for k, part in enumerate(self.parts):
-            start, stop = max(part.start, rows.start), min(part.stop, rows.stop)
-            if start < stop:
-                yield k, slice(start - rows.start, stop - rows.start)
 
 
 class Rule(ABC):
@@ -120,17 +97,13 @@ class Rule(ABC):
         """Return whether W_eff is W: a rule's change of W is a product of its parameters, and one of them is zero."""
         return any(not bool(parameter.any()) for parameter in params)
 
+    def dropped_params(self, count: int) -> Sequence[int]:
+        """Return which of `count` parameters the dropout mode "alpha" drops entries of: the first."""
+        return (0,)
+
     @abstractmethod
     def row_alignment(self, factors: Any) -> int:
         """Return the number of rows that a block's ends should be a multiple of, for `build` to be fastest."""
-
-    def outer(self, factors: Any) -> Outer | None:
-        """Return W_eff − W in its outer form, where it has one: with it, input dropout can do with four products."""
-        return None
-
-    def outer_grads(self, factors: Any, d_rows: Tensor, d_cols: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of the parameters from those of `outer`'s a (m, 1) and c (r, n)."""
-        raise NotImplementedError(f"rule {self.name} has no outer form")
 
     @abstractmethod
     def oracle(

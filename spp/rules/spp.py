@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.rules.base import Outer, Rule
+from spp.rules.base import Rule
 
 GROUP_ROWS = 16  # on average; blocks of fewer rows are not worth an operation each
 KAIMING_A = math.sqrt(5)  # U(−1/√n, 1/√n), as nn.Linear and the paper initialise
@@ -134,17 +133,6 @@ class SPPRule(Rule):
             return 0.0
         largest = (float(torch.linalg.vector_norm(t, math.inf)) for t in (factors.scaled_beta, factors.alpha))
         return math.prod(largest)
-
-    def outer(self, factors: Factors) -> Outer:
-        m, r = len(factors.beta), len(factors.alpha)
-        bounds = [k * m // r for k in range(r + 1)]
-        parts = [slice(start, stop) for start, stop in pairwise(bounds)]
-        return Outer(factors.scaled_beta, factors.alpha, parts)
-
-    def outer_grads(
-        self, factors: Factors, d_rows: Tensor, d_cols: Tensor, needed: Sequence[bool]
-    ) -> list[Tensor | None]:
-        return [d_cols if needed[0] else None, d_rows.mul_(factors.scaling) if needed[1] else None]
 
     def row_alignment(self, factors: Factors) -> int:
         return max(1, factors.group_rows)

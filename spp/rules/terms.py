@@ -123,6 +123,12 @@ class TermsRule(Rule):
     def largest_factor(self, factors: TermFactors) -> float:
         return sum(self.rule.largest_factor(term) for term in factors.terms)
 
+    def is_idle(self, params: Sequence[Tensor]) -> bool:
+        return all(self.rule.is_idle(part) for part in self.split(params))
+
+    def dropped_params(self, count: int) -> Sequence[int]:
+        return range(0, count, len(self.rule.parameter_names))
+
     def row_alignment(self, factors: TermFactors) -> int:
         return max(self.rule.row_alignment(term) for term in factors.terms)
 

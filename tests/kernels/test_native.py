@@ -23,7 +23,7 @@ from spp.kernels.packed import PackedSource
 from spp.packed import PackedWeight
 from spp.patterns import Pattern
 from spp.pruning import magnitude_mask
-from spp.rules import get_rule
+from spp.rules import Adapter, get_rule
 from tests.kernels.test_sources import Forgetful
 from tests.kernels.test_three_products import (  # noqa: F401  # what must hold whoever computes runs here again
     check,
@@ -175,7 +175,7 @@ def test_blocks_do_not_change_a_bit(dtype: torch.dtype, elements: int, monkeypat
         results = []
         by_columns = case.weight.T.contiguous().T  # as a Conv1D stores it
         for weight in (case.weight, by_columns, Forgetful(log, case.weight)):
-            y = linear(case.x, weight, case.bias, get_rule("spp"), (case.alpha, case.beta), 2.0)
+            y = linear(case.x, weight, case.bias, Adapter(get_rule("spp"), (case.alpha, case.beta), 2.0))
             results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
         for other in results[1:]:
             for found, expected in zip(other, results[0], strict=True):
@@ -198,7 +198,7 @@ def test_packed_weights_give_the_bits_of_dense_ones(pattern: str | float, dtype:
         packed = PackedSource(PackedWeight.pack(case.weight))
         for weight in (case.weight, packed):
             torch.manual_seed(3)
-            y = linear(case.x, weight, case.bias, get_rule("spp"), (case.alpha, case.beta), 2.0, dropout)
+            y = linear(case.x, weight, case.bias, Adapter(get_rule("spp"), (case.alpha, case.beta), 2.0, dropout))
             results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
         for found, expected in zip(results[1], results[0], strict=True):
             assert_same_bits(found, expected, f"{m} × {n}, {packed.packed.layout}")

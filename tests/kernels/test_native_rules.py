@@ -14,7 +14,7 @@ from spp.kernels.native.compiler import library
 from spp.kernels.native.products import EFFECTIVE, FROZEN, Products, Update, block_of, empty_sums
 from spp.kernels.packed import PackedSource
 from spp.packed import PackedWeight
-from spp.rules import effective_weight, get_rule
+from spp.rules import Adapter, effective_weight, get_rule
 from tests.kernels.test_native import DTYPES, calls  # noqa: F401  # a fixture
 from tests.kernels.test_sources import Forgetful
 from tests.layers import Case, make_case
@@ -46,7 +46,7 @@ def _compiled() -> Iterator[None]:
 def compute(name: str, case: Case, weight: object, params: list[Tensor], dropout: float = 0.0) -> list[Tensor]:
     """Output and every gradient."""
     torch.manual_seed(3)
-    y = linear(case.x, weight, case.bias, get_rule(name), params, SCALING, dropout)  # type: ignore[arg-type]
+    y = linear(case.x, weight, case.bias, Adapter(get_rule(name), params, SCALING, dropout))  # type: ignore[arg-type]
     assert case.bias is not None
     return [y, *torch.autograd.grad(y, [case.x, case.bias, *params], case.dy)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spp.kernels import blocks, linear
 from spp.kernels.frozen import frozen_linear
 from spp.kernels.sources import DenseWeight, WeightSource
-from spp.rules import get_rule
+from spp.rules import Adapter, get_rule
 from tests.layers import SHAPES, make_case
 from tests.tolerances import assert_same_bits
 
@@ -68,7 +68,7 @@ def test_a_source_gives_the_bits_of_the_tensor(
         log: list[tuple[int, ...]] = []
         for weight in (case.weight if dropout == 0 else Blocked(case.weight), Forgetful(log, case.weight)):
             torch.manual_seed(5)
-            y = linear(case.x, weight, case.bias, get_rule("spp"), (case.alpha, case.beta), 2.0, dropout)
+            y = linear(case.x, weight, case.bias, Adapter(get_rule("spp"), (case.alpha, case.beta), 2.0, dropout))
             results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
         for dense, sourced in zip(*results, strict=True):
             assert_same_bits(sourced, dense, f"{m} × {n}")

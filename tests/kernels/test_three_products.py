@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spp.errors import GradientError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, cpu, input_dropout, release_workspace, use_kernels, workspace_bytes
+from spp.kernels import blocks, cpu, release_workspace, use_kernels, workspace_bytes
 from spp.kernels.products import linear_product
 from spp.rules import spp as spp_rule
 from tests.layers import SHAPES, Case, make_case
@@ -22,7 +22,6 @@ from tests.tolerances import ROUNDING, assert_matches, assert_same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ONE_BLOCK, SMALL_BLOCKS = 2**22, 24
-FOUR, FIVE = 1, 10**9  # what input_dropout.GROUP_ROWS has to be for input dropout to take so many products
 
 
 @pytest.fixture(autouse=True)
@@ -109,14 +108,12 @@ def test_groups_one_by_one_or_together(elements: int, group_rows: int, monkeypat
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("products", [FOUR, FIVE], ids=["four products", "five products"])
 @pytest.mark.parametrize("elements", [ONE_BLOCK, SMALL_BLOCKS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_input_dropout_is_the_papers_formula_with_the_mask_of_torch(
-    dtype: torch.dtype, elements: int, products: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
     for m, n, r, leading in SHAPES:
         case = make_case(m, n, r, leading, dtype)
         torch.manual_seed(3)
@@ -193,14 +190,10 @@ def test_non_contiguous_input_weight_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("trains", ["x", "alpha", "beta", "bias", "x alpha", "alpha beta"])
-@pytest.mark.parametrize("products", [None, FOUR, FIVE], ids=["no dropout", "four products", "five products"])
-def test_only_what_requires_a_gradient_gets_one(
-    trains: str, products: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_only_what_requires_a_gradient_gets_one(trains: str, dropout: float) -> None:
     case = make_case(13, 7, 5, (3,), torch.float64)
     everything = dict(zip(("x", "bias", "alpha", "beta"), case.inputs(), strict=True))
-    dropout = 0.0 if products is None else 0.4
     torch.manual_seed(2)
     mask = torch.nn.functional.dropout(torch.ones_like(case.x), dropout) if dropout else None
     _, oracle = run_reference(case, mask)
@@ -223,11 +216,8 @@ def test_the_weight_is_frozen_even_when_it_requires_a_gradient() -> None:
     assert weight.grad is None and case.alpha.grad is not None
 
 
-@pytest.mark.parametrize(("dropout", "products"), [(0.0, FIVE), (0.25, FIVE), (0.25, FOUR)])
-def test_retain_graph_and_repeated_calls_give_the_same_gradients(
-    dropout: float, products: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_retain_graph_and_repeated_calls_give_the_same_gradients(dropout: float) -> None:
     case = make_case(13, 7, 5, (3,))
     y = spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0, dropout)
     first = torch.autograd.grad(y, case.inputs(), case.dy, retain_graph=True)
@@ -288,15 +278,8 @@ class Saved:
         self.hooks.__exit__(*error)
 
 
-@pytest.mark.parametrize(
-    ("dropout", "products", "extra"),
-    [(0.0, FOUR, 0), (0.25, FIVE, 40 * 32 // 8), (0.25, FOUR, 40 * 32 // 8 + 40 * 64 * 4)],
-    ids=["no dropout", "five products: one bit an entry", "four products: one bit an entry, and T × m"],
-)
-def test_nothing_is_saved_beyond_the_input_and_what_the_layer_owns(
-    dropout: float, products: int, extra: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
+@pytest.mark.parametrize(("dropout", "extra"), [(0.0, 0), (0.25, 40 * 32 // 8)], ids=["no dropout", "one bit an entry"])
+def test_nothing_is_saved_beyond_the_input_and_what_the_layer_owns(dropout: float, extra: int) -> None:
     case = make_case(64, 32, 8, (40,))
     x = case.x * 1.0
     with Saved() as saved:
@@ -308,11 +291,8 @@ def test_nothing_is_saved_beyond_the_input_and_what_the_layer_owns(
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(("dropout", "products"), [(0.0, FIVE), (0.25, FIVE), (0.25, FOUR)])
-def test_activation_checkpointing_gives_the_same_gradients(
-    reentrant: bool, dropout: float, products: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(input_dropout, "GROUP_ROWS", products)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool, dropout: float) -> None:
     case = make_case(12, 12, 4, (5,), torch.float64)
 
     def block(x: Tensor) -> Tensor:
@@ -333,7 +313,9 @@ def test_recomputation_skips_the_last_product_of_a_checkpointed_block(monkeypatc
 
     calls: list[tuple[int, ...]] = []
     forward = module._forward
-    monkeypatch.setattr(module, "_forward", lambda x, *rest: (calls.append(tuple(x.shape)), forward(x, *rest))[1])
+    monkeypatch.setattr(
+        module, "_forward", lambda b, o, x, *rest: (calls.append(tuple(x.shape)), forward(b, o, x, *rest))[1]
+    )
     case = make_case(12, 12, 4, (5,))
 
     def block(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from spp.functional import effective_weight, spp_linear
 from spp.kernels import linear, release_workspace, use_kernels, whole
 from spp.kernels.packed import PackedSource
 from spp.packed import PackedWeight
-from spp.rules import get_rule
+from spp.rules import Adapter, get_rule
 from tests.kernels.test_three_products import check, run, run_reference
 from tests.layers import SHAPES, Case, make_case
 from tests.tolerances import assert_matches, assert_same_bits
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_ava
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole-layer path on any device, in chunks of few columns."""
-    monkeypatch.setattr(whole, "takes_whole_layers", lambda device: True)
+    monkeypatch.setattr(whole.Whole, "takes", lambda self, operation, x: True)
     monkeypatch.setattr(whole, "COLUMN_UNIT", 128)
     monkeypatch.setattr(whole, "cache_bytes", lambda device: 2**12)
 
@@ -85,7 +85,7 @@ def test_forward_multiplies_by_the_effective_weight_bit_for_bit(kernels: str, tr
 def test_both_kinds_of_kernels_give_the_same_bits_in_forward(
     monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
 ) -> None:
-    monkeypatch.setattr(whole, "takes_whole_layers", lambda device: True)
+    monkeypatch.setattr(whole.Whole, "takes", lambda self, operation, x: True)
     case = on(triton_device, make_case(31, 45, 7, (6,), torch.float16))
     results = []
     for choice in ("torch", "triton"):
@@ -113,7 +113,7 @@ def test_packed_weights_give_the_bits_of_dense_ones(
         for weight in (case.weight + 0.0, PackedSource(packed)):  # a packed −0.0 comes back as 0.0
             torch.manual_seed(5)
             params = (case.alpha, case.beta)
-            y = linear(case.x, weight, case.bias, get_rule("spp"), params, 2.0, dropout)
+            y = linear(case.x, weight, case.bias, Adapter(get_rule("spp"), params, 2.0, dropout))
             results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
         for dense, found in zip(*results, strict=True):
             assert_same_bits(found, dense)

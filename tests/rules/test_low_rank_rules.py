@@ -13,7 +13,7 @@ import spp
 from spp.errors import AdapterError, ConfigError
 from spp.kernels import blocks, linear
 from spp.kernels.vanishing import may_vanish
-from spp.rules import effective_weight, get_rule
+from spp.rules import Adapter, effective_weight, get_rule
 from tests.layers import SHAPES as ALL_SHAPES
 from tests.layers import Case, make_case
 from tests.models import moe_model, prune_nm_, tiny_llama
@@ -82,7 +82,7 @@ def test_values_and_gradients(
         torch.manual_seed(3)
         mask = torch.nn.functional.dropout(torch.ones_like(case.x), dropout) if dropout else None
         torch.manual_seed(3)
-        y = linear(case.x, case.weight, case.bias, get_rule(name), params, SCALING, dropout)
+        y = linear(case.x, case.weight, case.bias, Adapter(get_rule(name), params, SCALING, dropout))
         grads = torch.autograd.grad(y, [case.x, case.bias, *params], case.dy)
         for actual, exact, low in zip(
             [y, *grads],
@@ -138,7 +138,7 @@ def test_the_bound_on_the_change_is_one() -> None:
 def test_only_the_gradients_that_are_wanted() -> None:
     case, params = make_case(12, 8, 1, (5,)), make_params(12, 8, 4, torch.float32)
     params[0].requires_grad_(False)
-    linear(case.x, case.weight, None, get_rule("hira"), params, 1.0).sum().backward()
+    linear(case.x, case.weight, None, Adapter(get_rule("hira"), params, 1.0)).sum().backward()
     assert params[0].grad is None and params[1].grad is not None
 
 

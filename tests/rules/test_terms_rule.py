@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.kernels import blocks, linear
-from spp.rules import effective_weight, get_rule
+from spp.rules import Adapter, effective_weight, get_rule
 from spp.rules.spp import row_groups
 from spp.rules.terms import TermsRule
 from tests.layers import Case, make_case
@@ -79,7 +79,7 @@ def test_values_and_gradients(
         torch.manual_seed(3)
         mask = torch.nn.functional.dropout(torch.ones_like(case.x), dropout) if dropout else None
         torch.manual_seed(3)
-        y = linear(case.x, case.weight, case.bias, rule, params, 1.0, dropout)
+        y = linear(case.x, case.weight, case.bias, Adapter(rule, params, 1.0, dropout))
         grads = torch.autograd.grad(y, [case.x, case.bias, *params], case.dy)
         for actual, exact, low in zip(
             [y, *grads],
@@ -102,7 +102,7 @@ def test_terms_of_other_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = case.weight * (1 + change) if name == "hira" else case.weight + change * mask
     assert_matches(effective_weight(rule, case.weight, params, 1.0), expected, torch.float64)
     assert_same_zeros(effective_weight(rule, case.weight, params, 1.0), case.weight)
-    y = linear(case.x, case.weight, case.bias, rule, params, 1.0)
+    y = linear(case.x, case.weight, case.bias, Adapter(rule, params, 1.0))
     grads = torch.autograd.grad(y, [case.x, *params], case.dy)
     exact = torch.nn.functional.linear(case.x, expected, case.bias)
     wanted = torch.autograd.grad(exact, [case.x, *params], case.dy)
@@ -118,7 +118,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
     rule, params = terms(12, 8, (4, 3), torch.float32)
     params[0].requires_grad_(False)
     params[3].requires_grad_(False)
-    linear(case.x, case.weight, None, rule, params, 1.0).sum().backward()
+    linear(case.x, case.weight, None, Adapter(rule, params, 1.0)).sum().backward()
     assert [p.grad is not None for p in params] == [False, True, True, False]
 
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.experts_packed import OverPackedExperts, PackedExperts
 from spp.integrations.peft.terms import TermsLayer
-from spp.kernels import linear
+from spp.kernels import Run, linear
 from spp.layer_adapted import convert_parameter
 from spp.merge_weight import LayerMerge, merge_experts
 from spp.offload import home, is_offloaded
@@ -73,18 +72,8 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         """Return what multiplies an expert's tokens x (t, n) by the active adapters' effective weight."""
         active, weights = self.active(), self.sources()
         assert active is not None
-        dropout = active.dropout if self.training else 0.0
-        params = list(active.params)
-        if dropout and active.dropout_mode == "alpha":
-            params = [F.dropout(p, dropout) if i in active.dropped else p for i, p in enumerate(params)]
-            dropout = 0.0
-        of_experts = list(zip(*(param.unbind(0) for param in params), strict=True))
-
-        def multiply(expert: int, x: Tensor) -> Tensor:
-            given = x, weights[expert], None, active.rule, of_experts[expert], active.scaling, dropout
-            return linear(*given, self.saved_activations)
-
-        return multiply
+        experts, run = active.for_call(self.training).experts(), Run(self.saved_activations)
+        return lambda expert, x: linear(x, weights[expert], None, experts[expert], run)
 
     def kept_weight(self) -> Tensor:
         """Return the tensor that holds the weight's numbers."""

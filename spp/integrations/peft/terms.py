@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError
 from spp.inject import layer_generator
-from spp.layer_adapted import Active
 from spp.merge_weight import LayerMerge
 from spp.offload_hooks import HookedAdapter
-from spp.rules import Rule
+from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.terms import TermsRule
 
@@ -137,7 +136,7 @@ class TermsLayer(BaseTunerLayer):
         alphas, betas = alpha.split([term.rank for term in terms], dim=-2), beta.split(1, dim=-1)
         return [param for pair in zip(alphas, betas, strict=True) for param in pair]
 
-    def combined(self, adapters: Sequence[str]) -> Active | None:
+    def combined(self, adapters: Sequence[str]) -> Adapter | None:
         """Return the sum of some adapters; None where this layer has none of them."""
         here = [name for name in adapters if name in self.spp_terms]
         terms = [term for name in here for term in self.spp_terms[name]]
@@ -146,9 +145,9 @@ class TermsLayer(BaseTunerLayer):
         params = [param for name in here for param in self.adapter_params(name)]
         dropout, mode = self._common_dropout(here)
         if len(terms) == 1:
-            return Active(self.spp_rule, params, terms[0].scaling, dropout, mode)
+            return Adapter(self.spp_rule, tuple(params), terms[0].scaling, dropout, mode)
         rule = TermsRule(self.spp_rule, tuple(t.rank for t in terms), tuple(t.scaling for t in terms))
-        return Active(rule, params, 1.0, dropout, mode, tuple(range(0, len(params), 2)))
+        return Adapter(rule, tuple(params), 1.0, dropout, mode)
 
     def _common_dropout(self, adapters: Sequence[str]) -> tuple[float, str]:
         found = {name: self.spp_dropout[name] for name in adapters}
@@ -164,7 +163,7 @@ class TermsLayer(BaseTunerLayer):
         names: Any = self.active_adapters
         return list(names)
 
-    def active(self) -> Active | None:
+    def active(self) -> Adapter | None:
         """Return the active adapters' sum, unless they are disabled or merged."""
         return None if self.disable_adapters or self.merged else self.combined(self.active_names())
 

@@ -21,15 +21,11 @@ from __future__ import annotations
 
 from spp.kernels.native.compiler import why_not
 from spp.kernels.native.digest import Digest
-from spp.kernels.native.linear import FEWEST_TOKENS, backward, backward_dropout, forward, forward_dropout, suits
+from spp.kernels.native.linear import FEWEST_TOKENS, Native
 
 __all__ = [
     "FEWEST_TOKENS",
     "Digest",
-    "backward",
-    "backward_dropout",
-    "forward",
-    "forward_dropout",
-    "suits",
+    "Native",
     "why_not",
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.kernels.blocks import row_step, slices
+from spp.kernels.backend import Backend, Gradients, Operation
+from spp.kernels.blocks import product_dtype, row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.density import density
 from spp.kernels.native.compiler import DTYPES, Block, library, why_not
@@ -18,6 +19,7 @@ from spp.kernels.native.products import (
     EFFECTIVE,
     FROZEN,
     Products,
+    Tiles,
     Update,
     block_of,
     empty_sums,
@@ -27,7 +29,6 @@ from spp.kernels.packed import PackedSource
 from spp.kernels.sources import WeightSource
 from spp.kernels.workspace import workspace
 from spp.packed import PackedWeight
-from spp.rules.base import Rule
 from spp.rules.low_rank import LowRankFactors
 from spp.rules.spp import Factors
 
@@ -37,129 +38,101 @@ FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and eval
 MOST_KEPT = 0.6  # of the weights; measured: at 50 % the products take 0.7 of the dense ones' time, at 60 % about 0.85
 
 
-def suits(rule: Rule, weight: WeightSource, x: Tensor, stored_as: torch.dtype) -> bool:
-    """Whether the layer is computed here; SPP_KERNELS=native means wherever that can be.
+class Native(Backend):
+    """The compiled products, for the rules of RULES in float32; it tells backward nothing."""
 
-    Args:
-        x: X (T, n) in the dtype of the products. stored_as: that of the layer's input.
+    def takes(self, operation: Operation, x: Tensor) -> bool:
+        """Return whether the layer is pruned and large enough; SPP_KERNELS=native means wherever it can be computed."""
+        choice, weight = kernels(), operation.weight
+        if choice not in ("auto", "native") or weight.device.type != "cpu":
+            return False
+        plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *weight.tensors()))  # no stand-in, no shard
+        possible = (
+            operation.rule.name in RULES
+            and plain
+            and product_dtype(x.dtype, x.device) == torch.float32
+            and weight.dtype in DTYPES
+            and operation.dtype in DTYPES
+            and min(weight.shape) > 0
+        )
+        if choice == "native":
+            if possible and why_not():
+                raise ConfigError(f"{VARIABLE}=native: {why_not()}; use auto or torch")
+            return possible
+        worth_it = possible and len(x) >= FEWEST_TOKENS and density(weight) <= MOST_KEPT
+        return worth_it and library() is not None
 
-    Raises:
-        ConfigError: SPP_KERNELS=native asks for it, and there is no library; the message says why.
-    """
-    choice = kernels()
-    if choice not in ("auto", "native") or weight.device.type != "cpu":
-        return False
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *weight.tensors()))  # no stand-in, no shard
-    possible = (
-        rule.name in RULES
-        and plain
-        and x.dtype == torch.float32
-        and weight.dtype in DTYPES
-        and stored_as in DTYPES
-        and min(weight.shape) > 0
-    )
-    if choice == "native":
-        if possible and why_not():
-            raise ConfigError(f"{VARIABLE}=native: {why_not()}; use auto or torch")
-        return possible
-    worth_it = possible and len(x) >= FEWEST_TOKENS and density(weight) <= MOST_KEPT
-    return worth_it and library() is not None
+    def forward(
+        self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Return Y (T, m); with input dropout two products, of W and of W′ = W_eff − W."""
+        y = torch.empty(len(x), operation.weight.shape[0])
+        if not len(x):
+            return y, None
+        products, update = Products(library()), _update(operation)
+        if dropped is None:
+            terms = [(EFFECTIVE, x, operation.dtype)]
+        else:
+            terms = [(FROZEN, x, operation.weight.dtype), (DELTA, dropped, operation.weight.dtype)]
+        for form, operand, rounded_to in terms:
+            tiles = products.tiles("x", operand.float())
+            for first, block in _blocks(operation.weight, update, form, rounded_to):
+                products.product(tiles, block, y[:, first:], transposed=False, add=form == DELTA)
+        return y if bias is None else y.add_(bias), None
 
-
-def forward(
-    x: Tensor, weight: WeightSource, bias: Tensor | None, rule: Rule, factors: Any, stored_as: torch.dtype
-) -> Tensor:
-    """Return Y (T, m) from X (T, n), both float32; arguments as in blockwise.forward."""
-    y = torch.empty(len(x), weight.shape[0])
-    if not len(x):
-        return y
-    products, update = Products(library()), _update(rule, factors)
-    tiles = products.tiles("x", x)
-    for first, block in _blocks(weight, update, EFFECTIVE, stored_as):
-        products.product(tiles, block, y[:, first:], transposed=False, add=False)
-    return y if bias is None else y.add_(bias)
-
-
-def forward_dropout(
-    x: Tensor, dropped: Tensor, weight: WeightSource, bias: Tensor | None, rule: Rule, factors: Any
-) -> Tensor:
-    """Return Y (T, m) = X Wᵀ + b + X̃ W′ᵀ, W′ = W_eff − W, from X and X̃ (T, n), all float32: two products."""
-    y = torch.empty(len(x), weight.shape[0])
-    if not len(x):
-        return y
-    products, update = Products(library()), _update(rule, factors)
-    for form, operand in ((FROZEN, x), (DELTA, dropped)):
-        tiles = products.tiles("x", operand)
-        for first, block in _blocks(weight, update, form, weight.dtype):
-            products.product(tiles, block, y[:, first:], transposed=False, add=form == DELTA)
-    return y if bias is None else y.add_(bias)
-
-
-def backward_dropout(
-    dy: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    scale: float,
-    weight: WeightSource,
-    rule: Rule,
-    factors: Any,
-    needs_x: bool,
-    needs_params: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return dX (T, n) = dY W + mask ⊙ (dY W′), where it is needed, and dθ, of which H has X̃ for X.
-
-    Args:
-        kept (T, n): 0 or 1. scale: 1 / (1 − p); mask is their product. The rest as in `backward`.
-    """
-    d_x = None
-    if needs_x:
-        d_x = torch.zeros(x.shape)
-        if len(x):
-            products, update = Products(library()), _update(rule, factors)
-            tiles, spread = products.tiles("dy", dy), torch.zeros(x.shape)
-            for form, out in ((FROZEN, d_x), (DELTA, spread)):
-                for first, block in _blocks(weight, update, form, weight.dtype):
-                    products.product(tiles, block, out, transposed=True, add=first > 0)
-            d_x.addcmul_(spread, kept, value=scale)
-    dropped = (x * kept).mul_(scale) if any(needs_params) else x
-    return d_x, backward(dy, dropped, weight, rule, factors, weight.dtype, False, needs_params)[1]
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: WeightSource,
-    rule: Rule,
-    factors: Any,
-    stored_as: torch.dtype,
-    needs_x: bool,
-    needs_params: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return dX (T, n), where it is needed, and dθ; arguments as in blockwise.backward, all float32."""
-    update = _update(rule, factors)
-    d_right, d_left = torch.zeros_like(update.right), empty_sums(update)
-    d_x = torch.zeros(x.shape) if needs_x else None
-    if len(x):
+    def backward(
+        self,
+        operation: Operation,
+        told: Any,
+        dy: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        needs_x: bool,
+        needs_params: Sequence[bool],
+    ) -> Gradients:
+        """Return dX (T, n) and dθ, of which H has X̃ for X."""
+        dy, x, update = dy.float(), x.float(), _update(operation)
         products = Products(library())
-        dy_tiles = products.tiles("dy", dy)
-        if d_x is not None:
-            for first, block in _blocks(weight, update, EFFECTIVE, stored_as):
-                products.product(dy_tiles, block, d_x, transposed=True, add=first > 0)
-        if any(needs_params):
-            x_tiles = products.tiles("x", x)
-            for _, block in _blocks(weight, update, FROZEN, weight.dtype):
+        dy_tiles = products.tiles("dy", dy) if len(x) else None
+        d_x = None
+        if needs_x and kept is None:
+            d_x = _times_weight(products, dy_tiles, x.shape, operation, update, EFFECTIVE)
+        elif needs_x and kept is not None:
+            d_x = _times_weight(products, dy_tiles, x.shape, operation, update, FROZEN)
+            spread = _times_weight(products, dy_tiles, x.shape, operation, update, DELTA)
+            d_x.addcmul_(spread, kept.float(), value=operation.keep_scale)
+        if not any(needs_params):
+            return d_x, [None] * len(needs_params)
+        d_right, d_left = torch.zeros_like(update.right), empty_sums(update)
+        if dy_tiles is not None:
+            dropped = x if kept is None else (x * kept).mul_(operation.keep_scale)
+            x_tiles = products.tiles("x", dropped)
+            for _, block in _blocks(operation.weight, update, FROZEN, operation.weight.dtype):
                 products.reduce(x_tiles, dy_tiles, block, d_right, d_left)
-    grads = (d_right, d_left.sum(0).mul_(factors.scaling))
-    return d_x, [grad if needed else None for grad, needed in zip(grads, needs_params, strict=True)]
+        grads = (d_right, d_left.sum(0).mul_(operation.factors.scaling))
+        return d_x, [grad if needed else None for grad, needed in zip(grads, needs_params, strict=True)]
 
 
-def _update(rule: Rule, factors: Factors | LowRankFactors) -> Update:
+def _times_weight(
+    products: Products, dy: Tiles | None, shape: torch.Size, operation: Operation, update: Update, form: int
+) -> Tensor:
+    """Return dY times a form of W (T, n)."""
+    out = torch.zeros(shape)
+    rounded_to = operation.dtype if form == EFFECTIVE else operation.weight.dtype
+    if dy is not None:
+        for first, block in _blocks(operation.weight, update, form, rounded_to):
+            products.product(dy, block, out, transposed=True, add=first > 0)
+    return out
+
+
+def _update(operation: Operation) -> Update:
     """Return U of a rule of RULES, whose parameters are its right and its left factor, the latter without s."""
+    factors: Factors | LowRankFactors = operation.factors
     if isinstance(factors, Factors):
         left, right = factors.scaled_beta, factors.alpha
     else:
         left, right = factors.scaled_b, factors.a
-    return Update(left.contiguous(), right.contiguous(), adds=not rule.multiplies)
+    return Update(left.contiguous(), right.contiguous(), adds=not operation.rule.multiplies)
 
 
 def _blocks(weight: WeightSource, update: Update, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:

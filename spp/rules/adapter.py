@@ -1,0 +1,63 @@
+"""One adapter of one weight: a rule, its parameters, and how they are scaled and dropped.
+
+W_eff = rule(W, θ, s)        for SPP  W ⊙ (1 + s·β·A)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spp.rules.base import Rule
+from spp.rules.canonical import arithmetic_dtype
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What W is changed by.
+
+    Attributes:
+        rule: how.
+        params: θ, in the rule's order; those of E experts have a leading dimension.
+        scaling: s.
+        dropout: probability of dropping an entry, in training.
+        dropout_mode: "input" drops entries of X in the residual branch, "alpha" entries of the rule's first factor.
+    """
+
+    rule: Rule
+    params: tuple[Tensor, ...]
+    scaling: float
+    dropout: float = 0.0
+    dropout_mode: str = "input"
+
+    def for_call(self, training: bool) -> Adapter:
+        """Return the adapter of one forward: alpha dropout is drawn here, input dropout is left to the products.
+
+        Args:
+            training: whether the layer trains; elsewhere nothing is dropped.
+        """
+        if not self.dropout:
+            return self
+        if not training:
+            return replace(self, dropout=0.0)
+        if self.dropout_mode == "input":
+            return self
+        dropped = self.rule.dropped_params(len(self.params))
+        params = tuple(F.dropout(p, self.dropout) if i in dropped else p for i, p in enumerate(self.params))
+        return replace(self, params=params, dropout=0.0)
+
+    def experts(self) -> list[Adapter]:
+        """Return the adapter of each expert, whose parameters are views."""
+        return [replace(self, params=params) for params in zip(*(p.unbind(0) for p in self.params), strict=True)]
+
+    def is_idle(self) -> bool:
+        """Return whether W_eff is W."""
+        return self.rule.is_idle(self.params)
+
+    def factors(self, out_features: int, dtype: torch.dtype) -> Any:
+        """Return what the rule shares between the blocks of a weight of `dtype` with `out_features` rows."""
+        return self.rule.prepare(self.params, self.scaling, out_features, arithmetic_dtype(dtype))
