@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
@@ -121,7 +120,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         stored = self.stored_weight
         dtype, device = arithmetic_dtype(stored.dtype), home(linear, stored)
         self._adapter_names = self.spp_rule.attribute_names()
-        self._tensor_names = ("weight", *self._adapter_names)
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
         for name, shape in zip(self._adapter_names, shapes, strict=True):
             empty = torch.empty(shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
@@ -229,19 +227,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
-        cached, held = self._cached, self._parameters
-        # Asked for every layer and token that is generated, so at once and without the detours of `active`.
-        if (
-            cached is not None
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and x.numel() <= cached.most
-            and self.cache_effective
-            and not (self.disabled or self.training or torch.is_autocast_enabled(cached.device))
-            and self.scaling == cached.key[1]
-            and cached.holds([held.get(name) for name in self._tensor_names])
-        ):
-            return F.linear(x, cached.effective, held["bias"])
         if "_hf_hook" not in self.__dict__:
             return super().forward(x)
         with let_go_on_error(self):

@@ -4,19 +4,51 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.kernels import PackedSource, Run, WeightSource, base_linear, linear
-from spp.layer_cache import CachedWeight
 from spp.rules import Adapter, effective_weight
 
 WHOLE = slice(None)
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
 _opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
+
+
+class CachedWeight(NamedTuple):
+    """W_eff, and what it was computed from.
+
+    A write through `.data` between two calls in evaluation does not show: torch's version counters do not see it.
+
+    Attributes:
+        effective: W_eff (m, n).
+        adapter: its parameters are held, so that no other tensor gets their addresses.
+        kept: the tensor that holds W's values.
+        seen: (address, version) of that and of the parameters.
+    """
+
+    effective: Tensor
+    adapter: Adapter
+    kept: Tensor
+    seen: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, kept: Tensor, adapter: Adapter, build: Callable[[Adapter], Tensor]) -> CachedWeight | None:
+        """Return W_eff as `build` computes it; None for tensors without values or without a version."""
+        tensors = (kept, *adapter.params)
+        if kept.is_meta or any(t.is_inference() for t in tensors):
+            return None
+        with torch.inference_mode(False):
+            return cls(build(adapter), adapter, kept, [(t.data_ptr(), t._version) for t in tensors])
+
+    def holds(self, kept: Tensor, adapter: Adapter) -> bool:
+        """Return whether W_eff computed anew would be the same."""
+        if adapter.rule != self.adapter.rule or adapter.scaling != self.adapter.scaling:
+            return False
+        return self.seen == [(t.data_ptr(), t._version) for t in (kept, *adapter.params)]
 
 
 class AdaptedLinear(nn.Module):
@@ -64,42 +96,28 @@ class AdaptedLinear(nn.Module):
         if torch.compiler.is_compiling():
             assert _opaque_forward is not None
             return _opaque_forward(self, x)
-        if self._cached is not None and self._may_cache(x) and self._is_current(self._cached):
-            return F.linear(x, self._cached.effective, self.frozen_bias())
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        weight, bias, active = self.frozen(), self.frozen_bias(), self.active()
+        active = self.active()
+        if self._may_cache(x) and active is not None:
+            kept = self.kept_weight()
+            if self._cached is None or not self._cached.holds(kept, active):
+                self._cached = CachedWeight.of(kept, active, self._effective_weight)
+            if self._cached is not None:
+                return F.linear(x, self._cached.effective, self.frozen_bias())
+        weight, bias = self.frozen(), self.frozen_bias()
         if active is None:
             return F.linear(x, weight, bias) if isinstance(weight, Tensor) else base_linear(x, weight, bias)
-        if self._may_cache(x):
-            return F.linear(x, self._new_effective(active), bias)
         return linear(x, weight, bias, active.for_call(self.training), Run(self.saved_activations, self.tap))
 
     def _may_cache(self, x: Tensor) -> bool:
+        """Return whether W_eff is kept between calls such as this one; where gradients may be wanted it is dropped."""
         if self.training or torch.is_grad_enabled():
-            self._cached = None  # an optimizer's step may follow, and not every one leaves a trace on the tensors
+            self._cached = None
             return False
-        return x.numel() <= self._most() and self.cache_effective and not torch.is_autocast_enabled(x.device.type)
-
-    def _most(self) -> int:
-        return CACHED_TOKENS * self.in_features
-
-    def _is_current(self, cached: CachedWeight) -> bool:
-        active = self.active()
-        return active is not None and cached.is_current(
-            self.kept_weight(), active.params, (active.rule, active.scaling)
-        )
-
-    def _new_effective(self, active: Adapter) -> Tensor:
-        kept = self.kept_weight()
-        tensors = (kept, *active.params)
-        if kept.is_meta or any(t.is_inference() for t in tensors):
-            return self._effective_weight(active)  # such tensors have no version to tell whether they changed
-        with torch.inference_mode(False):
-            effective = self._effective_weight(active)
-            self._cached = CachedWeight(kept, active.params, (active.rule, active.scaling), effective, self._most())
-        return effective
+        few = x.numel() <= CACHED_TOKENS * self.in_features
+        return few and self.cache_effective and not torch.is_autocast_enabled(x.device.type)
 
     def _effective_weight(self, active: Adapter) -> Tensor:
         weight = self.frozen()

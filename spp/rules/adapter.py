@@ -5,8 +5,7 @@ W_eff = rule(W, θ, s)        for SPP  W ⊙ (1 + s·β·A)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,7 @@ from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """What W is changed by.
 
     Attributes:
@@ -43,16 +41,16 @@ class Adapter:
         if not self.dropout:
             return self
         if not training:
-            return replace(self, dropout=0.0)
+            return self._replace(dropout=0.0)
         if self.dropout_mode == "input":
             return self
         dropped = self.rule.dropped_params(len(self.params))
         params = tuple(F.dropout(p, self.dropout) if i in dropped else p for i, p in enumerate(self.params))
-        return replace(self, params=params, dropout=0.0)
+        return self._replace(params=params, dropout=0.0)
 
     def experts(self) -> list[Adapter]:
         """Return the adapter of each expert, whose parameters are views."""
-        return [replace(self, params=params) for params in zip(*(p.unbind(0) for p in self.params), strict=True)]
+        return [self._replace(params=params) for params in zip(*(p.unbind(0) for p in self.params), strict=True)]
 
     def is_idle(self) -> bool:
         """Return whether W_eff is W."""

@@ -20,12 +20,10 @@ elementwise.py has the other compiled file: merges, masks and checksums in one p
 from __future__ import annotations
 
 from spp.kernels.native.compiler import why_not
-from spp.kernels.native.digest import Digest
 from spp.kernels.native.linear import FEWEST_TOKENS, Native
 
 __all__ = [
     "FEWEST_TOKENS",
-    "Digest",
     "Native",
     "why_not",
 ]

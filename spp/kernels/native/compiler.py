@@ -220,7 +220,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
     for name in ("spp_pack", "spp_product", "spp_reduce"):
         getattr(loaded, name).restype = None
     loaded.spp_product_scratch.argtypes, loaded.spp_product_scratch.restype = [i64, i64, i64], i64
-    loaded.spp_digest.argtypes, loaded.spp_digest.restype = [ctypes.c_void_p, ctypes.c_void_p, i32], ctypes.c_uint64
     loaded.spp_reduce_scratch.argtypes, loaded.spp_reduce_scratch.restype = [i64], i64
 
 

@@ -492,34 +492,3 @@ void spp_reduce(const float *tiles, const float *dy_tiles, const block *b, i64 t
                 }
     }
 }
-
-/* ---- Whether small tensors are what they were -------------------------------------------------------------------- */
-
-/* 64 bits of multiplied words: each 8 bytes, mixed with a key of their place, are split into two
-   halves whose product is summed beside them. `data` and `bytes` describe `count` arrays, sizes multiples of 4. */
-uint64_t spp_digest(const void *const *data, const i64 *bytes, int count) {
-    const __m256i step = _mm256_set1_epi64x((long long)0x9e3779b97f4a7c15ULL);
-    __m256i key = _mm256_set_epi64x((long long)0xd6e8feb86659fd93ULL, (long long)0xa0761d6478bd642fULL,
-                                    (long long)0xe7037ed1a0b428dbULL, (long long)0x8ebc6af09c88c6e3ULL);
-    __m256i sum = _mm256_setzero_si256();
-    for (int k = 0; k < count; k++) {
-        for (i64 at = 0; at < bytes[k]; at += 32) {
-            __m256i words;
-            if (bytes[k] - at >= 32) {
-                words = _mm256_loadu_si256((const __m256i *)((const char *)data[k] + at));
-            } else {
-                char rest[32] = {0};
-                memcpy(rest, (const char *)data[k] + at, bytes[k] - at);
-                words = _mm256_loadu_si256((const __m256i *)rest);
-            }
-            __m256i mixed = _mm256_xor_si256(words, key);
-            __m256i product = _mm256_mul_epu32(mixed, _mm256_srli_epi64(mixed, 32));
-            sum = _mm256_add_epi64(sum, _mm256_add_epi64(product, _mm256_shuffle_epi32(words, 0x4e)));
-            key = _mm256_add_epi64(key, step);
-        }
-    }
-    uint64_t lanes[4], total = 0;
-    _mm256_storeu_si256((__m256i *)lanes, sum);
-    for (int k = 0; k < 4; k++) total = (total ^ (lanes[k] ^ lanes[k] >> 29)) * 0xbf58476d1ce4e5b9ULL;
-    return total ^ total >> 32;
-}
