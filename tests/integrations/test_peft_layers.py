@@ -108,7 +108,7 @@ def test_generation_keeps_the_effective_weight_and_notices_changes() -> None:
         assert layer._cached is not None
         model.set_adapter("other")
         second = model(input_ids=IDS[:1]).logits
-        layer.spp_beta["other"].data.mul_(2.0)
+        layer.spp_beta["other"].mul_(2.0)
         third = model(input_ids=IDS[:1]).logits
     fresh = copy.deepcopy(model)
     with torch.no_grad():
