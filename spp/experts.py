@@ -10,7 +10,7 @@ block of W too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.utils.parametrize as parametrize
@@ -158,19 +158,6 @@ class SPPExperts(OverPackedExperts):
     def resident_names(self) -> tuple[str, ...]:
         """Return the names of W_α and W_β."""
         return tuple(self.spp_rule.attribute_names())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPExperts:
-        """Convert or move; W_α and W_β follow the device, but keep the dtype of the arithmetic."""
-        before = {name: self._parameters[name] for name in self.spp_rule.attribute_names()}
-        values = {name: parameter.detach() for name, parameter in before.items() if parameter is not None}
-        super()._apply(fn, recurse)
-        for name, value in values.items():
-            applied = self._parameters[name]
-            assert applied is not None
-            kept = torch.float64 if applied.dtype == torch.float64 else torch.float32
-            if applied.dtype != kept:  # from the value as it was: no digit is lost on the way
-                applied.data = value.to(applied.device, kept)
-        return self
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""

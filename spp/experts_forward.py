@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from spp.kernels import OffloadedExperts, PackedSource, WeightSource, base_linear
 from spp.offload import fetch, offloader
-from spp.offload_hooks import HookedAdapter, let_go_on_error
-from spp.packed import PackedHolder, PackedStack
+from spp.offload_hooks import let_go_on_error
+from spp.packed import HoldsWeight, PackedStack
 from spp.targets_layout import Projection, as_matrices
 from spp.targets_products import ExpertProducts, plain_experts
 
@@ -21,7 +21,7 @@ _opaque_forward: Callable[..., Any] | None = None
 Multiply = Callable[[int, Tensor], Tensor]
 
 
-class ExpertsAdapter(HookedAdapter, PackedHolder):
+class ExpertsAdapter(HoldsWeight):
     """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
 
     The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
@@ -89,7 +89,7 @@ class ExpertsAdapter(HookedAdapter, PackedHolder):
         if held is None:
             self.projection.release()
         else:
-            assert isinstance(held, PackedHolder)
+            assert isinstance(held, HoldsWeight)
             held.drop_weight()
 
     def unpack(self) -> None:

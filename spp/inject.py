@@ -22,7 +22,7 @@ from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
 from spp.offload import check_offloading
-from spp.packed import PackedHolder
+from spp.packed import HoldsWeight
 from spp.targets import name_targets, require_model, resolve_projections
 from spp.targets_layout import Projection
 
@@ -226,7 +226,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    packed = {module for module in model.modules() if isinstance(module, PackedHolder) and module.packed_layout}
+    packed = {module for module in model.modules() if isinstance(module, HoldsWeight) and module.packed_layout}
     total = sum(p.numel() for p in parameters) + sum(layer.packed_weight().numel for layer in packed)
     share = 100 * trainable / max(total, 1)
     print(  # noqa: T201  the one function that prints, as PEFT's does

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from spp.errors import SPPWarning
-from spp.packed import PackedHolder, QuantizedWeight
+from spp.packed import HoldsWeight, QuantizedWeight
 from spp.targets_layout import Projection
 
 
@@ -41,7 +41,7 @@ def warn_dense(targets: Sequence[Projection], purpose: str) -> None:
 def _is_dense(target: Projection) -> bool:
     holder = target.packed
     if holder is not None:
-        assert isinstance(holder, PackedHolder)
+        assert isinstance(holder, HoldsWeight)
         packed = holder.packed_weight()
         if isinstance(packed, QuantizedWeight):
             return int(torch.count_nonzero(packed.dense())) == packed.numel

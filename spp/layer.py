@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,26 +10,18 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
-from spp.layer_adapted import AdaptedLinear, convert_parameter
+from spp.layer_adapted import AdaptedLinear
 from spp.layer_checks import check_linear
-from spp.layer_packed import HOOKS, PackedLinear, pack_linear, plain_linear, release_weight
+from spp.layer_host import LinearHost
+from spp.layer_packed import PackedLinear, pack_linear
 from spp.offload import home, offloader
-from spp.offload_hooks import HookedAdapter, let_go_on_error, move_hook
-from spp.packed import (
-    PackedHolder,
-    PackedWeight,
-    QuantizedWeight,
-    quantized_kind,
-    read_quantized,
-    release_quantized,
-    write_quantized,
-)
+from spp.offload_hooks import let_go_on_error
+from spp.packed import PackedWeight, QuantizedWeight, quantized_kind, read_quantized
 from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
-from spp.targets_layout import features, input_axis_of
 
 
-class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
+class SPPLinear(AdaptedLinear, LinearHost):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
@@ -98,25 +89,16 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         self.scaling = scaling
         self.dropout = dropout
         self.dropout_mode = dropout_mode
-        self.out_features, self.in_features = features(linear)
-        self.input_axis = input_axis_of(linear)
         self.disabled = False
-        self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
-        self.cache_effective = not packed and not quantized_kind(linear)
-        self._requires_grad = {name: p.requires_grad for name, p in linear.named_parameters(recurse=False)}
-        quantized = quantized_kind(linear) is not None
-        if quantized:
-            self.hold_packed(read_quantized(linear, f"{where}.weight", dtype))
-        elif not packed:
-            self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]  # a Parameter
-        elif isinstance(linear, PackedLinear):
-            self.hold_packed(linear.packed_weight())
-            self._requires_grad["weight"] = linear.weight_requires_grad
-        else:
-            self.hold_packed(pack_linear(linear, where))
-        self.register_parameter("bias", linear.bias)
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(linear, hooks))
+        held: PackedWeight | QuantizedWeight | None = None
+        if isinstance(linear, PackedLinear):
+            held = linear.held_packed()
+        elif quantized_kind(linear):
+            held = read_quantized(linear, f"{where}.weight", dtype)
+        elif packed:
+            held = pack_linear(linear, where)
+        self.cache_effective = held is None
+        self.take(linear, held)
         stored = self.stored_weight
         dtype, device = arithmetic_dtype(stored.dtype), home(linear, stored)
         self._adapter_names = self.spp_rule.attribute_names()
@@ -131,14 +113,7 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         stored.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.training = linear.training
-        move_hook(linear, self)
-        if isinstance(linear, PackedLinear):
-            linear.drop_weight()
-        elif quantized:
-            release_quantized(linear)
-        elif packed:
-            release_weight(linear)
+        self.release()
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Return [W_α, W_β]."""
@@ -155,13 +130,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         effective = effective_weight(self.spp_rule, self.matrix, self.adapter_parameters(), self.scaling)
         return effective if self.input_axis == -1 else effective.T.contiguous()
 
-    @property
-    def matrix(self) -> Tensor:
-        """The frozen weight as (m, n), whatever its storage; of a packed or offloaded one a dense copy."""
-        if (packed := self.held_packed()) is not None:
-            return packed.dense()
-        return self.dense_weight() if self.input_axis == -1 else self.dense_weight().T
-
     def merge(self) -> nn.Linear:
         """Return a plain nn.Linear (of a Conv1D, a Conv1D) with the effective weight; this layer stays as it is.
 
@@ -177,7 +145,7 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         if self.input_axis == -1:
             plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         else:
-            inner = self._linear[0]
+            inner = self.linear()
             make: Any = type(inner.linear() if isinstance(inner, PackedLinear) else inner)
             plain = make(self.out_features, self.in_features)
         plain.weight = nn.Parameter(merged, requires_grad=self._requires_grad["weight"])
@@ -190,34 +158,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         self._cached = None
         self.drop_weight()
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-
-    def restore(self) -> nn.Module:
-        """Return the module that was wrapped, holding this layer's weight and bias as they are now, flags as before.
-
-        A PackedLinear comes back if the weight is packed still; after a merge it is the linear that had been packed.
-        """
-        original: nn.Module = self._linear[0]
-        held = self.held_packed()
-        if isinstance(original, PackedLinear) and held is not None:
-            original.hold_packed(held)
-        elif quantized_kind(original) and isinstance(held, QuantizedWeight):
-            write_quantized(original, held)
-        elif quantized_kind(original):
-            original = plain_linear(original, self.weight)
-        else:
-            original = original.linear() if isinstance(original, PackedLinear) else original
-            weight = self.weight
-            original.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-        original.register_parameter("bias", self.bias)
-        move_hook(self, original)
-        for name, flag in self._requires_grad.items():
-            if name in original._parameters:
-                original.get_parameter(name).requires_grad_(flag)
-        return original.train(self.training)
-
-    def held_packed(self) -> PackedWeight | QuantizedWeight | None:
-        """Return the packed or quantized weight, None where it is dense."""
-        return None if self.packed_layout is None else self.packed_matrix()
 
     def active(self) -> Adapter | None:
         """Return the adapter, unless it is disabled."""
@@ -259,23 +199,6 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
         self._cached = None
         self.cache_effective = self.packed_layout is None and offloader(self) is None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPLinear:
-        """Convert or move; W_α and W_β follow the device, but stay float32 (float64 for a float64 base)."""
-        self._cached = None
-        adapter = {name: self._parameters.pop(name) for name in self._adapter_names}
-        try:
-            super()._apply(fn, recurse)
-            for name, parameter in adapter.items():
-                assert parameter is not None
-                adapter[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.stored_weight.dtype))
-        finally:
-            self._parameters.update(adapter)
-        return self
-
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
-            + ("" if self.packed_layout is None else f", packed={self.packed_layout}")
-        )
+        return self.describe(f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}")

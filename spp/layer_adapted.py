@@ -130,25 +130,18 @@ class AdaptedLinear(nn.Module):
         self._cached = None
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Convert or move; a cached W_eff is dropped."""
+        self._cached = None
+        super()._apply(fn, recurse)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _prepare_opaque_forward()
-
-
-def convert_parameter(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> nn.Parameter:
-    """Return a parameter of an adapter after `fn`, as nn.Module._apply calls it: on its device, but in `dtype`."""
-    with torch.no_grad():
-        applied = fn(parameter)
-        data = applied if applied.dtype == dtype else parameter.detach().to(applied.device, dtype)
-        if applied.is_meta != parameter.is_meta:  # a Parameter cannot change to or from meta in place
-            return nn.Parameter(data, requires_grad=parameter.requires_grad)
-        parameter.data = data
-        if parameter.grad is not None:
-            parameter.grad.data = parameter.grad.to(data.device, dtype)
-    return parameter
 
 
 def _prepare_opaque_forward() -> None:

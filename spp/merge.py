@@ -25,7 +25,7 @@ from spp.layer import SPPLinear
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
 from spp.offload import in_memory, is_offloaded, offloader, write
 from spp.packed import NAMES as PACKED_NAMES
-from spp.packed import PackedHolder, QuantizedLayout, QuantizedWeight, quantize_like
+from spp.packed import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.patterns import all_finite
 from spp.rules import rescue_
 from spp.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
@@ -293,7 +293,7 @@ def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                     buffer_converted = buffer.to(dtype)
-                    if isinstance(module, PackedHolder) and buffer.dtype != dtype:
+                    if isinstance(module, HoldsWeight) and buffer.dtype != dtype:
                         rescue_(buffer_converted, buffer)
                     module._buffers[name] = buffer_converted
     config = getattr(model, "config", None)

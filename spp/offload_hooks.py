@@ -103,7 +103,7 @@ def _blind(hook: Any, names: tuple[str, ...]) -> Any:
         blind = copy.copy(hook)
         blind.hooks = tuple(_blind(one, names) for one in hook.hooks)
         return blind
-    if isinstance(hook, _Blind) or not getattr(hook, "offload", False):
+    if not names or isinstance(hook, _Blind) or not getattr(hook, "offload", False):
         return hook
     blind = copy.copy(hook)
     blind.__class__ = _blind_class(type(hook))  # type: ignore[arg-type]  # a class is hashable
@@ -141,14 +141,15 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
     source._hf_hook = idle  # the real one would load the weight as it goes
     remove_hook_from_module(source)
     held = dict(target.named_parameters(recurse=False))
+    resident = target.resident_names() if isinstance(target, HookedAdapter) else ()
     if own is not None and "weight" in held and not held["weight"].is_meta:
         for name, parameter in held.items():
-            if parameter.is_meta and not isinstance(target, HookedAdapter):
+            if parameter.is_meta and name not in resident:
                 loaded = nn.Parameter(fetch(own, name, parameter.dtype), requires_grad=parameter.requires_grad)
                 target.register_parameter(name, loaded)
         return
     add_hook_to_module(target, idle)  # which moves nothing: all is where the hook had put it
-    target._hf_hook = hook if isinstance(target, HookedAdapter) else _seeing(hook)
+    target._hf_hook = hook if resident else _seeing(hook)
 
 
 @contextlib.contextmanager

@@ -156,7 +156,8 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
     ours = hasattr(module, "packed_layout") or hasattr(module, "spp_rule")
-    return ours and not hasattr(module, "num_experts")  # what is beside an expert's weight belongs to its module
+    # What is beside an expert's weight belongs to its module; layers of another method say the way out of it.
+    return ours and not hasattr(module, "num_experts") and not hasattr(module, "way_out")
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from spp import SPPConfig, SPPLinear
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.functional import effective_weight, spp_linear_reference
+from spp.pst import PSTLinear
 from tests.tolerances import assert_matches, assert_same_bits
 
 
@@ -33,8 +36,10 @@ def trained(linear: nn.Linear, **options: object) -> SPPLinear:
 
 def test_shapes_init_and_flags() -> None:
     linear = sparse_linear(100, 400)
+    weight, bias = linear.weight, linear.bias
     layer = SPPLinear(linear, r=16)
-    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert layer.weight is weight and layer.bias is bias
+    assert linear.weight.is_meta and linear.bias.is_meta  # nothing but the layer holds them
     assert layer.spp_alpha.shape == (16, 400) and layer.spp_beta.shape == (100, 1)
     assert not layer.weight.requires_grad and not layer.bias.requires_grad
     assert [p.requires_grad for p in layer.adapter_parameters()] == [True, True]
@@ -51,10 +56,11 @@ def test_shapes_init_and_flags() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_untrained_is_the_linear_and_merged_is_the_layer(dtype: torch.dtype, bias: bool) -> None:
     linear = sparse_linear(dtype=dtype, bias=bias)
-    x = torch.randn(5, 8, dtype=dtype)
-    layer = trained(linear)
+    x, weight = torch.randn(5, 8, dtype=dtype), linear.weight
     with torch.no_grad():
         plain = linear(x)
+    layer = trained(linear)
+    with torch.no_grad():
         beta = layer.spp_beta.clone()
         layer.spp_beta.zero_()
         assert_matches(layer(x), plain.double(), dtype, plain)
@@ -64,7 +70,8 @@ def test_untrained_is_the_linear_and_merged_is_the_layer(dtype: torch.dtype, bia
     assert_same_bits(merged.weight, layer.effective_weight())
     assert_same_bits(merged.weight, effective_weight(layer.weight, layer.spp_alpha, layer.spp_beta, 2.0))
     assert_matches(merged(x), layer(x).double(), dtype, layer(x))
-    assert layer.weight is linear.weight  # the layer stays as it is
+    assert layer.weight is weight  # the layer stays as it is
+    assert layer.restore() is linear and linear.weight is weight
 
 
 def test_adapter_keeps_its_precision_through_conversions() -> None:
@@ -316,3 +323,25 @@ def test_every_write_to_the_adapter_that_torch_counts_shows_in_evaluation() -> N
         assert_same_bits(layer(x), torch.nn.functional.linear(x, layer.effective_weight(), layer.bias))
         layer.spp_beta = torch.nn.Parameter(torch.zeros_like(layer.spp_beta))
         assert_same_bits(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed", "pst"])
+def test_the_wrapped_linear_frees_its_weight_and_gets_it_back(kind: str) -> None:
+    linear = sparse_linear()
+    held = {name: weakref.ref(parameter) for name, parameter in linear.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in linear.named_parameters()}
+    layer = PSTLinear(linear) if kind == "pst" else SPPLinear(linear, r=2, packed=kind == "packed")
+    assert all(p.is_meta for p in linear.parameters())
+    if kind == "packed":
+        gc.collect()
+        assert held["weight"]() is None  # under sharding too, nothing keeps the whole weight alive
+    else:
+        assert layer.weight is held["weight"]()
+        del layer._parameters["weight"]
+        gc.collect()
+        assert held["weight"]() is None
+        layer.register_parameter("weight", nn.Parameter(before["weight"].clone()))
+    restored = layer.restore()
+    assert restored is linear and all(p.requires_grad for p in linear.parameters())
+    for name, value in before.items():
+        assert_same_bits(linear.get_parameter(name).detach(), value)

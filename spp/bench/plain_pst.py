@@ -26,7 +26,7 @@ class PlainPST(nn.Module):
 
     def __init__(self, layer: PSTLinear) -> None:
         super().__init__()
-        self.register_parameter("weight", layer.weight)
+        self._parameters["weight"] = layer._parameters["weight"]
         self.register_parameter("bias", layer.bias)
         self.factors = nn.ParameterList(layer.factors())
         self.scales = layer.weight_scale, layer.low_rank_scale, layer.structured_scale

@@ -5,7 +5,7 @@ How they lie in memory: `spp.packed.layout`.
 
 from __future__ import annotations
 
-from spp.packed.holder import NAMES, PackedHolder
+from spp.packed.holder import NAMES, HoldsWeight, converting
 from spp.packed.layout import Layout
 from spp.packed.mapped import give_back_pages
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
@@ -22,13 +22,14 @@ from spp.packed.weight import DTYPES, PackedWeight
 __all__ = [
     "DTYPES",
     "NAMES",
+    "HoldsWeight",
     "Layout",
-    "PackedHolder",
     "PackedStack",
     "PackedWeight",
     "QuantizedLayout",
     "QuantizedWeight",
     "StackLayout",
+    "converting",
     "give_back_pages",
     "quantize_like",
     "quantized_kind",

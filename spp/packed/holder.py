@@ -1,13 +1,18 @@
-"""What every module with a packed weight shares.
+"""Modules that hold a frozen weight, whatever its form: a Parameter, packed, or quantized.
 
-It has the buffers `weight_values`, `weight_codes` and, for patterns other than N:M, `weight_starts` (their layout:
-spp.packed.layout, of experts spp.packed.stack), so that they travel with its state dict, `.to`, deepcopy and pickle;
-`packed_layout` says how to read them, and `.weight` returns a dense copy.
+Packed, the module has the buffers `weight_values`, `weight_codes` and, for patterns other than N:M, `weight_starts`
+(their layout: spp.packed.layout, of experts spp.packed.stack), so that they travel with its state dict, `.to`, deepcopy
+and pickle; `packed_layout` says how to read them, and `.weight` returns a dense copy.
+
+A module in the place of a linear takes its weight, bias and hooks. The linear keeps placeholders on the meta device
+until `restore`, so that nothing but the module that computes holds the weight: whatever shards, moves or frees it, does
+so for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError
 from spp.offload import values
+from spp.offload_hooks import HookedAdapter
 from spp.packed.layout import Layout
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.stack import PackedStack, StackLayout
@@ -24,8 +30,8 @@ from spp.packed.weight import PackedWeight
 NAMES = ("weight_values", "weight_codes", "weight_starts")
 
 
-class PackedHolder(nn.Module):
-    """A module whose frozen weight is a Parameter, or packed, or quantized, which is held in the same way.
+class HoldsWeight(HookedAdapter):
+    """A module with a frozen weight, in any form, and perhaps parameters of an adapter beside it (`resident_names`).
 
     Attributes:
         packed_layout: how to read the packed tensors; None while the weight is a Parameter.
@@ -85,11 +91,16 @@ class PackedHolder(nn.Module):
             self._buffers.pop(name, None)
         self.packed_layout = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHolder:
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of the parameters beside the weight that train; they keep the dtype of the arithmetic."""
+        return ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert or move; codes stay what they are, and the dtype that they are decoded to follows."""
-        super()._apply(fn, recurse)
-        if isinstance(layout := self.packed_layout, QuantizedLayout):
-            self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
+        with converting(self, self.resident_names(), fn):
+            super()._apply(fn, recurse)
+            if isinstance(layout := self.packed_layout, QuantizedLayout):
+                self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -99,3 +110,35 @@ class PackedHolder(nn.Module):
                 self.packed_weight().check(f"{prefix}weight")
             except (ConfigError, NonFiniteError) as error:
                 args[-1].append(str(error))  # error_msgs: load_state_dict raises with all of them
+
+
+@contextlib.contextmanager
+def converting(module: nn.Module, names: Sequence[str], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Apply `fn`, as nn.Module._apply calls it, to some parameters of a module: they keep the arithmetic's dtype.
+
+    A context manager: the parameters are out of the module's own `_apply` meanwhile, and converted from the values as
+    they were, so that no digit is lost on the way.
+
+    Args:
+        names: of the module's own parameters.
+    """
+    own = {name: p for name in names if (p := module._parameters.pop(name, None)) is not None}
+    try:
+        yield
+        for name, parameter in own.items():
+            own[name] = _converted(parameter, fn)
+    finally:
+        module._parameters.update(own)
+
+
+def _converted(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    with torch.no_grad():
+        applied = fn(parameter)
+        dtype = torch.float64 if applied.dtype == torch.float64 else torch.float32
+        data = applied if applied.dtype == dtype else parameter.detach().to(applied.device, dtype)
+        if applied.is_meta != parameter.is_meta:  # a Parameter cannot change to or from meta in place
+            return nn.Parameter(data, requires_grad=parameter.requires_grad)
+        parameter.data = data
+        if parameter.grad is not None:
+            parameter.grad.data = parameter.grad.to(data.device, dtype)
+    return parameter

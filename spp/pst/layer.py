@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, PatternError, TargetError
-from spp.layer_adapted import convert_parameter
 from spp.layer_checks import check_linear
-from spp.layer_packed import HOOKS, PackedLinear
+from spp.layer_host import LinearHost
+from spp.layer_packed import PackedLinear
 from spp.packed import quantized_kind
 from spp.patterns import Pattern
 from spp.pst.function import Factors, Scales, masked_weight, pruned_by, pst_linear
 from spp.rules.canonical import arithmetic_dtype
-from spp.targets_layout import features, input_axis_of
+from spp.targets_layout import features
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
 _opaque_forward: Callable[[PSTLinear, Tensor], Tensor] | None = None
 
 
-class PSTLinear(nn.Module):
+class PSTLinear(LinearHost):
     """A linear layer that computes with M ⊙ (W + b·U V), W frozen, M the mask of the learned importance (PST, §3).
 
     Args:
@@ -55,8 +55,6 @@ class PSTLinear(nn.Module):
 
     way_out = "make plain masked linears of them first (spp.pst.convert), or take them out (spp.pst.unwrap)"
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     weight_U: nn.Parameter
     weight_V: nn.Parameter
     score_A: nn.Parameter
@@ -86,16 +84,9 @@ class PSTLinear(nn.Module):
         self.structured_scale = float(structured_scale)
         self.pattern = parsed
         self.pst_name = where
-        self.out_features, self.in_features = features(linear)
-        self.input_axis = input_axis_of(linear)
         self._sparsity = 0.0
-        self._linear = (linear,)  # in a tuple: not a submodule, so that its weight has one name
-        self._requires_grad = {name: p.requires_grad for name, p in linear.named_parameters(recurse=False)}
-        weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(linear, hooks))
+        self.take(linear)
+        weight, bias = self.weight, self.bias
         dtype = arithmetic_dtype(weight.dtype)
         for name, shape in zip(FACTORS, self._shapes(), strict=True):
             value = torch.zeros(shape, dtype=dtype)
@@ -105,7 +96,7 @@ class PSTLinear(nn.Module):
         for parameter in (weight, bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
-        self.training = linear.training
+        self.release()
         _prepare_opaque_forward()
 
     @property
@@ -129,10 +120,9 @@ class PSTLinear(nn.Module):
         """How many weights the mask prunes."""
         return pruned_by(self._scales(), self.out_features * self.in_features)
 
-    @property
-    def matrix(self) -> Tensor:
-        """The frozen weight as (m, n), whatever its storage."""
-        return self.weight if self.input_axis == -1 else self.weight.T
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of what trains."""
+        return FACTORS
 
     def factors(self) -> Factors:
         """Return U, V, A, B, R, C: what trains."""
@@ -168,7 +158,7 @@ class PSTLinear(nn.Module):
         finite = all(bool(torch.isfinite(t).all()) for t in (effective, *self.factors()))
         if not finite:
             raise NonFiniteError(f"{self.pst_name}: the masked weight or a score is not finite; training diverged")
-        original: Any = self._linear[0]
+        original: Any = self.linear()
         plain: nn.Module = copy.deepcopy(original, {id(p): p for p in original.parameters(recurse=False)})
         flags = self._requires_grad
         plain.register_parameter("weight", nn.Parameter(effective, requires_grad=flags["weight"]))
@@ -176,15 +166,6 @@ class PSTLinear(nn.Module):
             bias = nn.Parameter(self.bias.detach().clone(), requires_grad=flags["bias"])
             plain.register_parameter("bias", bias)
         return plain.train(self.training)
-
-    def restore(self) -> nn.Module:
-        """Return the module that was wrapped, with the frozen weight and the flags as they were."""
-        original: nn.Module = self._linear[0]
-        original.register_parameter("weight", self.weight)
-        original.register_parameter("bias", self.bias)
-        for name, flag in self._requires_grad.items():
-            original.get_parameter(name).requires_grad_(flag)
-        return original.train(self.training)
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
@@ -203,18 +184,6 @@ class PSTLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _prepare_opaque_forward()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSTLinear:
-        """Convert or move; what trains follows the device, but stays float32 (float64 for a float64 base)."""
-        held = {name: self._parameters.pop(name) for name in FACTORS}
-        try:
-            super()._apply(fn, recurse)
-            for name, parameter in held.items():
-                assert parameter is not None
-                held[name] = convert_parameter(parameter, fn, arithmetic_dtype(self.weight.dtype))
-        finally:
-            self._parameters.update(held)
-        return self
 
 
 def _prepare_opaque_forward() -> None:

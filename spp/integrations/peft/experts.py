@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from spp.experts_packed import OverPackedExperts, PackedExperts
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import Run, linear
-from spp.layer_adapted import convert_parameter
 from spp.merge_weight import LayerMerge, merge_experts
 from spp.offload import home, is_offloaded
 from spp.packed import PackedStack
@@ -149,22 +148,13 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         self._before_merge, self._packed_before_merge, self.merged_adapters = None, (), []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftExperts:
-        """Convert or move; α and β follow the device, but stay float32 (float64 where everything becomes that)."""
+        """Convert or move; what was set aside by a merge follows."""
+        super()._apply(fn, recurse)
         if self._before_merge is not None:
             self._before_merge = fn(self._before_merge)
         self._packed_before_merge = tuple(
             PackedStack(packed.layout, *(fn(t) for t in packed.tensors())) for packed in self._packed_before_merge
         )
-        for name, buffer in self._buffers.items():
-            self._buffers[name] = None if buffer is None else fn(buffer)
-        self.refresh()
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            assert isinstance(container, nn.ParameterDict)
-            for adapter, parameter in container.items():
-                dtype = fn(parameter.detach()[:0]).dtype
-                kept = torch.float64 if dtype == torch.float64 else torch.float32
-                container[adapter] = convert_parameter(parameter, fn, kept)
         return self
 
     def extra_repr(self) -> str:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
-from spp.layer_adapted import AdaptedLinear, convert_parameter
-from spp.layer_packed import HOOKS, PackedLinear, release_weight
+from spp.layer_adapted import AdaptedLinear
+from spp.layer_host import release_parameter, share_hooks
+from spp.layer_packed import PackedLinear
 from spp.merge_weight import LayerMerge, merge_tensor
 from spp.offload import execution_device, home, offloader, values
 from spp.offload_hooks import move_hook
 from spp.packed import quantized_kind, read_quantized
 from spp.rules import get_rule
-from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import features, input_axis_of
 
 _SPP = get_rule("spp")
@@ -56,8 +56,7 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         self.out_features, self.in_features = features(base_layer)
         self.input_axis = input_axis_of(base_layer)
         self.cache_effective = not isinstance(base_layer, PackedLinear)
-        for hooks in HOOKS:  # the base layer itself is never called
-            setattr(self, hooks, getattr(base_layer, hooks))
+        share_hooks(base_layer, self)  # the base layer itself is never called
         self.training = base_layer.training
 
     def drop_cache(self) -> None:
@@ -162,7 +161,7 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         assert isinstance(weight, nn.Parameter)
         if self._packed_before_merge:
             (packed,), self._packed_before_merge = self._packed_before_merge, ()
-            release_weight(self.base_layer)
+            release_parameter(self.base_layer, "weight")
             move_hook(self.base_layer, packed)
             self.base_layer = packed
         elif self._before_merge is not None:
@@ -185,22 +184,12 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         super().set_adapter(adapter_names, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftLinear:
-        """Convert or move; α and β follow the device, but stay float32 (float64 for a float64 base)."""
-        self._cached = None
-        containers = {name: self._modules.pop(name) for name in self.adapter_layer_names}
-        try:
-            super()._apply(fn, recurse)
-            if self._before_merge is not None:
-                self._before_merge = fn(self._before_merge)
-            for packed in self._packed_before_merge:
-                packed._apply(fn)
-        finally:
-            self._modules.update(containers)
-        dtype = arithmetic_dtype(self.kept_weight().dtype)
-        for container in containers.values():
-            assert isinstance(container, nn.ParameterDict)
-            for adapter, parameter in container.items():
-                container[adapter] = convert_parameter(parameter, fn, dtype)
+        """Convert or move; what was set aside by a merge follows."""
+        super()._apply(fn, recurse)
+        if self._before_merge is not None:
+            self._before_merge = fn(self._before_merge)
+        for packed in self._packed_before_merge:
+            packed._apply(fn)
         return self
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from spp.errors import ConfigError
 from spp.inject import layer_generator
 from spp.merge_weight import LayerMerge
 from spp.offload_hooks import HookedAdapter
+from spp.packed import converting
 from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.terms import TermsRule
@@ -36,11 +37,17 @@ class Term(NamedTuple):
 
 
 class AdapterDict(HookedAdapter, nn.ParameterDict):
-    """Parameters by the name of their adapter, which no hook of accelerate takes away."""
+    """Parameters by the name of their adapter, which no hook of accelerate takes away; they keep their dtype."""
 
     def resident_names(self) -> tuple[str, ...]:
         """Return all names."""
         return tuple(self._parameters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterDict:
+        """Convert or move; parameters follow the device, but keep the dtype of the arithmetic."""
+        with converting(self, self.resident_names(), fn):
+            super()._apply(fn, recurse)
+        return self
 
 
 class TermsLayer(BaseTunerLayer):
