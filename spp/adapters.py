@@ -17,7 +17,8 @@ from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, some_of
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
-from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
+from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, wrap
+from spp.inject_guards import uncompiled
 from spp.rules import get_rule
 from spp.targets import resolve_projections
 from spp.targets_layout import Projection

@@ -22,6 +22,7 @@ from spp.experts_forward import Multiply
 from spp.experts_packed import OverPackedExperts, PackedExperts, require_alone
 from spp.kernels import Run, linear
 from spp.offload import home
+from spp.packed.holder import WRAPPED
 from spp.patterns import all_finite
 from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
@@ -47,6 +48,7 @@ class SPPExperts(OverPackedExperts):
         ConfigError: packed experts without packed=True, or packed=True on the meta device.
     """
 
+    save_refusal = WRAPPED
     spp_alpha: nn.Parameter
     spp_beta: nn.Parameter
 

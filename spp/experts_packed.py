@@ -8,6 +8,7 @@ from torch import nn
 from spp.errors import ConfigError, TargetError
 from spp.experts_forward import ExpertsAdapter, Multiply, adapters_of
 from spp.packed import DTYPES, PackedStack
+from spp.packed.holder import PACKED
 from spp.targets_layout import Projection
 
 
@@ -24,6 +25,8 @@ class PackedExperts(ExpertsAdapter):
         TargetError: it is no weight of float64, float32, bfloat16 or float16.
         ConfigError: it is on the meta device.
     """
+
+    save_refusal = PACKED
 
     def __init__(self, projection: Projection, packed: PackedStack | None = None) -> None:
         super().__init__(projection)

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spp.config import SPPConfig, name_matches
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts import SPPExperts, check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_dense import warn_dense
-from spp.inject_guards import config_of_rank, guard_saving
+from spp.inject_guards import WrapState, begin, end, guard_saving, layer_generator, uncompiled
 from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.layer import SPPLinear
 from spp.layer_checks import check_linear
 from spp.offload import check_offloading
 from spp.packed import HoldsWeight
-from spp.targets import name_targets, require_model, resolve_projections
+from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 AdapterLayer = SPPLinear | SPPExperts
 _STATE = "_spp_state"
-
-
-@dataclass
-class WrapState:
-    """What a wrapped model remembers: how it was wrapped, and what trained before."""
-
-    config: SPPConfig
-    requires_grad: dict[str, bool]
 
 
 def wrap(
@@ -104,7 +95,7 @@ def wrap(
     targets = resolve_projections(model, config.target_modules, config.exclude_modules)
     _check_targets(config, targets)
     warn_dense(list(targets.values()), "train" if not config.packed else "pack")
-    state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    state = WrapState.of(model, config)
     layers: dict[int, SPPLinear] = {}
     experts: dict[nn.Module, dict[str, SPPExperts]] = {}
     dtype = dtype_of_model(model)
@@ -118,15 +109,12 @@ def wrap(
         made: list[Any] = [*layers.values(), *(adapter for of in experts.values() for adapter in of.values())]
         for layer in made:
             layer.restore()
-        _restore_flags(model, state)
+        state.restore_flags(model)
         raise
-    model.requires_grad_(False)
-    replace_modules(model, layers)
+    begin(model, _STATE, state, layers)
     for adapters in experts.values():
         adapt_experts(adapters)
-    setattr(model, _STATE, state)
     guard_saving(model)
-    _install_input_gradients(model)
     logger.info(
         "wrapped %d layers, %d trainable parameters", len(targets), sum(p.numel() for p in adapter_parameters(model))
     )
@@ -141,17 +129,10 @@ def unwrap(model: Model) -> Model:
     """
     given, model = model, uncompiled(model)
     layers = require_layers(model)
-    linears = [layer for layer in layers.values() if isinstance(layer, SPPLinear)]
-    replace_modules(model, {id(layer): layer.restore() for layer in linears})
     for layer in layers.values():
         if isinstance(layer, SPPExperts):
             release_experts(layer.projection.module, SPPExperts)
-    _restore_flags(model, getattr(model, _STATE))
-    delattr(model, _STATE)
-    guard_saving(model)
-    for module in model.modules():
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
-            del module._forward_hooks[key]
+    end(model, _STATE, {id(layer): layer.restore() for layer in layers.values() if isinstance(layer, SPPLinear)})
     return given
 
 
@@ -185,13 +166,6 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def is_wrapped(model: nn.Module) -> bool:
     """Whether the model holds SPP layers."""
     return any(isinstance(module, AdapterLayer) for module in uncompiled(model).modules())
-
-
-def uncompiled(model: Any) -> Any:
-    """Return the model that torch.compile(model) stands for, any other model as it is: names and state are its own."""
-    require_model(model)
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
 
 def require_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -234,34 +208,13 @@ def print_trainable_parameters(model: nn.Module) -> None:
     )
 
 
-class InputGradients:
-    """A forward hook on the input embedding: its output requires a gradient while the model checkpoints activations.
-
-    With everything below the first adapter frozen, a reentrant checkpoint would otherwise cut the graph.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        """Mark the embedding's output; in place, it has no history yet."""
-        if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
-            return
-        # transformers' property of that name changed, the flags of its modules did not
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        if self.model.training and torch.is_grad_enabled() and checkpointing:
-            output.requires_grad_(True)
-
-
-def layer_generator(seed: int, path: str) -> torch.Generator:
-    """Return the generator of one layer, keyed by (seed, module path): the same on any device, in any order."""
-    digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
 def _make_config(model: nn.Module, r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
     if not isinstance(r, SPPConfig):
-        return config_of_rank(uncompiled(model), r, options)
+        if type(r) is int and r < 1:  # the error names the first layer that was to have it
+            config = SPPConfig(r=1, **options)
+            path = next(iter(resolve_projections(uncompiled(model), config.target_modules, config.exclude_modules)))
+            raise ConfigError(f"{path}: r is {r}; it must be an int of at least 1")
+        return SPPConfig(r=r, **options)
     defaults = {f.name: f.default for f in fields(SPPConfig) if f.default is not MISSING}
     given = sorted(name for name, value in options.items() if value != defaults[name])
     if given:
@@ -304,26 +257,3 @@ def _options(config: SPPConfig, path: str) -> dict[str, Any]:
 
 def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> SPPLinear:
     return SPPLinear(target.module, dtype=dtype, where=target.path, **_options(config, target.path))  # type: ignore[arg-type]
-
-
-def replace_modules(model: nn.Module, replacements: dict[int, Any]) -> None:
-    """Exchange submodules by identity, under every name that they have."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
-
-
-def _restore_flags(model: nn.Module, state: WrapState) -> None:
-    for name, parameter in model.named_parameters():
-        if name in state.requires_grad:
-            parameter.requires_grad_(state.requires_grad[name])
-
-
-def _install_input_gradients(model: nn.Module) -> None:
-    try:
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    except (NotImplementedError, AttributeError):
-        embedding = None
-    if isinstance(embedding, nn.Module):
-        embedding.register_forward_hook(InputGradients(model))

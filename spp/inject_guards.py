@@ -1,58 +1,140 @@
-"""What wrap refuses, and what save_pretrained does where it would write a checkpoint that nothing could load."""
+"""What a model remembers while some of its modules are replaced, whoever replaces them: flags, hooks, what it refuses.
+
+    begin    the layers go in, everything that they do not train is frozen
+    end      other modules go in their place, flags are what they were
+
+A layer that no checkpoint can hold says so in `save_refusal`: save_pretrained is an error while one is in the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from spp.config import SPPConfig
-from spp.errors import ConfigError, WrapError
-from spp.experts import SPPExperts
-from spp.experts_packed import PackedExperts
-from spp.layer import SPPLinear
-from spp.layer_packed import PackedLinear
-from spp.targets import resolve_projections
+from spp.errors import WrapError
+from spp.targets import require_model
+
+
+@dataclass
+class WrapState:
+    """What a wrapped model remembers.
+
+    Attributes:
+        config: how it was wrapped.
+        requires_grad: the flags of its parameters before, by name.
+    """
+
+    config: Any
+    requires_grad: dict[str, bool]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Any) -> WrapState:
+        """Return the state of a model that is about to be wrapped."""
+        return cls(config, {name: p.requires_grad for name, p in model.named_parameters()})
+
+    def restore_flags(self, model: nn.Module) -> None:
+        """Give the parameters the flags that they had."""
+        for name, parameter in model.named_parameters():
+            if name in self.requires_grad:
+                parameter.requires_grad_(self.requires_grad[name])
+
+
+def begin(
+    model: nn.Module, name: str, state: WrapState, layers: Mapping[int, Any], trained: Iterable[nn.Module] = ()
+) -> None:
+    """Freeze a model and put layers into it.
+
+    Args:
+        name: of the attribute that keeps the state.
+        layers: {id of a module: what takes its place}.
+        trained: modules that are to train as a whole.
+    """
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+    replace_modules(model, layers)
+    setattr(model, name, state)
+    guard_saving(model)
+    _install_input_gradients(model)
+
+
+def end(model: nn.Module, name: str, replacements: Mapping[int, Any]) -> None:
+    """Put other modules in the place of the layers, and forget that there were any; arguments as for `begin`."""
+    replace_modules(model, replacements)
+    state: WrapState = getattr(model, name)
+    state.restore_flags(model)
+    delattr(model, name)
+    guard_saving(model)
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
+            del module._forward_hooks[key]
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, Any]) -> None:
+    """Exchange submodules by identity, under every name that they have."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the model inside of torch.compile(model), any other model as it is: names and state are its own."""
+    require_model(model)
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
+
+
+def layer_generator(seed: int, path: str) -> torch.Generator:
+    """Return the generator of one layer, keyed by (seed, module path): the same on any device, in any order."""
+    digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Make save_pretrained an error while the model is wrapped or packed, and what it was as soon as it is neither."""
+    """Make save_pretrained an error while a layer of the model refuses it, and what it was as soon as none does."""
     if not hasattr(model, "save_pretrained"):
         return
     model.__dict__.pop("save_pretrained", None)
-    if any(isinstance(module, SPPLinear | SPPExperts) for module in model.modules()):
-        model.save_pretrained = refuse_while_wrapped  # type: ignore[assignment]
-    elif any(isinstance(module, PackedLinear | PackedExperts) for module in model.modules()):
-        model.save_pretrained = refuse_while_packed  # type: ignore[assignment]
+    refusals = (getattr(module, "save_refusal", None) for module in model.modules())
+    refusal = next((text for text in refusals if text), None)
+    if refusal is not None:
+        model.save_pretrained = partial(_refuse, refusal)  # type: ignore[assignment]
 
 
-def refuse_while_wrapped(*args: object, **kwargs: object) -> NoReturn:
-    """Raise: keys of a wrapped model are not those of a checkpoint."""
-    raise WrapError(
-        "the model is still wrapped, and save_pretrained would write a checkpoint that transformers cannot load. "
-        "Save the adapter with spp.save_adapter(model, path), or merge first: spp.merge(model), then "
-        "spp.save_model(model, path). Training with transformers' Trainer? spp.training.SPPTrainer saves adapters; "
-        "for TRL's SFTTrainer, spp.integrations.trl.SPPSFTTrainer does."
-    )
+def _refuse(refusal: str, *args: object, **kwargs: object) -> NoReturn:
+    raise WrapError(refusal)
 
 
-def refuse_while_packed(*args: object, **kwargs: object) -> NoReturn:
-    """Raise: packed weights are no checkpoint's."""
-    raise WrapError(
-        "the model is packed, and save_pretrained would write a checkpoint that transformers cannot load: call "
-        "spp.unpack(model) first"
-    )
+class InputGradients:
+    """A forward hook on the input embedding: its output requires a gradient while the model checkpoints activations.
 
-
-def config_of_rank(model: nn.Module, r: int, options: Mapping[str, Any]) -> SPPConfig:
-    """Return the config of a rank and options; the error for a rank below 1 names the first layer that was to have it.
-
-    Raises:
-        ConfigError, TargetError: as in `spp.inject.wrap`.
+    With everything below the first adapter frozen, a reentrant checkpoint would otherwise cut the graph.
     """
-    if type(r) is int and r < 1:
-        config = SPPConfig(r=1, **options)
-        path = next(iter(resolve_projections(model, config.target_modules, config.exclude_modules)))
-        raise ConfigError(f"{path}: r is {r}; it must be an int of at least 1")
-    return SPPConfig(r=r, **options)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        """Mark the embedding's output; in place, it has no history yet."""
+        if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
+            return
+        # transformers' property of that name changed, the flags of its modules did not
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if self.model.training and torch.is_grad_enabled() and checkpointing:
+            output.requires_grad_(True)
+
+
+def _install_input_gradients(model: nn.Module) -> None:
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    if isinstance(embedding, nn.Module):
+        embedding.register_forward_hook(InputGradients(model))

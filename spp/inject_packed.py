@@ -10,9 +10,9 @@ from torch import nn
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts_forward import adapt_experts, release_experts
 from spp.experts_packed import PackedExperts, check_packable_experts
-from spp.inject import is_wrapped, replace_modules, uncompiled
+from spp.inject import is_wrapped
 from spp.inject_dense import warn_dense
-from spp.inject_guards import guard_saving
+from spp.inject_guards import guard_saving, replace_modules, uncompiled
 from spp.layer_packed import PackedLinear, check_packable
 from spp.targets import resolve_projections
 

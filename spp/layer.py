@@ -17,6 +17,7 @@ from spp.layer_packed import PackedLinear, pack_linear
 from spp.offload import home, offloader
 from spp.offload_hooks import let_go_on_error
 from spp.packed import PackedWeight, QuantizedWeight, quantized_kind, read_quantized
+from spp.packed.holder import WRAPPED
 from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 
@@ -55,7 +56,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
         torch.Size([3, 4])
     """
 
-    bias: nn.Parameter | None
+    save_refusal = WRAPPED
     spp_alpha: nn.Parameter
     spp_beta: nn.Parameter
 

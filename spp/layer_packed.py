@@ -9,6 +9,7 @@ from spp.errors import ConfigError, TargetError
 from spp.kernels import PackedSource, base_linear
 from spp.layer_host import LinearHost
 from spp.packed import DTYPES, PackedWeight, QuantizedWeight
+from spp.packed.holder import PACKED
 from spp.targets_layout import input_axis_of, is_conv1d
 
 
@@ -34,6 +35,8 @@ class PackedLinear(LinearHost):
         >>> layer(torch.ones(3, 8)).shape
         torch.Size([3, 4])
     """
+
+    save_refusal = PACKED
 
     def __init__(
         self, linear: nn.Module, packed: PackedWeight | QuantizedWeight | None = None, *, where: str = "PackedLinear"

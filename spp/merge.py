@@ -19,7 +19,8 @@ from spp.certificate import SparsityReport, fingerprint, report_from_tensors
 from spp.errors import ConfigError, NonFiniteError, SPPWarning
 from spp.experts import SPPExperts
 from spp.files import mask_sha256
-from spp.inject import AdapterLayer, layer_generator, require_layers, uncompiled, unwrap
+from spp.inject import AdapterLayer, require_layers, unwrap
+from spp.inject_guards import layer_generator, uncompiled
 from spp.inject_quantized import forget_quantizer
 from spp.layer import SPPLinear
 from spp.merge_weight import LayerMerge, merge_experts, merge_tensor

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, WrapError
 from spp.files import dtype_name
-from spp.inject import is_wrapped, uncompiled
+from spp.inject import is_wrapped
+from spp.inject_guards import uncompiled
 from spp.inject_packed import packed_layers
 from spp.layer_packed import check_packable
 from spp.packed import quantized_kind

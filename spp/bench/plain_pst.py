@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.inject import replace_modules
+from spp.inject_guards import replace_modules
 from spp.pst import PSTLinear, pst_layers
 
 

@@ -13,7 +13,7 @@ from spp.checkpoint.rewriting import Rewriting
 from spp.checkpoint.scanning import Bytes
 from spp.errors import MaskError, some_of
 from spp.files import CheckpointReader, mask_sha256
-from spp.inject import layer_generator
+from spp.inject_guards import layer_generator
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
 from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts

@@ -15,9 +15,8 @@ from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
 from spp.experts_forward import adapt_experts
 from spp.experts_packed import PackedExperts
-from spp.inject import replace_modules
 from spp.inject_dense import warn_dense
-from spp.inject_guards import guard_saving
+from spp.inject_guards import guard_saving, replace_modules
 from spp.layer_packed import PackedLinear
 from spp.packed import PackedStack, PackedWeight
 from spp.packed.disk import DenseReader

@@ -27,8 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spp.checkpoint_keys import DiskKeys
 from spp.errors import ConfigError
-from spp.inject import replace_modules
-from spp.inject_guards import guard_saving
+from spp.inject_guards import guard_saving, replace_modules
 from spp.layer_packed import PackedLinear
 from spp.packed import PackedWeight
 from spp.packed.disk import FORMAT_VERSION, QUANT_METHOD, DenseReader, Descriptor, check_version

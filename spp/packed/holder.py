@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,17 @@ from spp.packed.weight import PackedWeight
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")
 
+WRAPPED = (
+    "the model is still wrapped, and save_pretrained would write a checkpoint that transformers cannot load. "
+    "Save the adapter with spp.save_adapter(model, path), or merge first: spp.merge(model), then "
+    "spp.save_model(model, path). Training with transformers' Trainer? spp.training.SPPTrainer saves adapters; "
+    "for TRL's SFTTrainer, spp.integrations.trl.SPPSFTTrainer does."
+)
+PACKED = (
+    "the model is packed, and save_pretrained would write a checkpoint that transformers cannot load: call "
+    "spp.unpack(model) first"
+)
+
 
 class HoldsWeight(HookedAdapter):
     """A module with a frozen weight, in any form, and perhaps parameters of an adapter beside it (`resident_names`).
@@ -36,10 +47,12 @@ class HoldsWeight(HookedAdapter):
     Attributes:
         packed_layout: how to read the packed tensors; None while the weight is a Parameter.
         input_axis: that of the dense weight as it is stored: −1, (m, n), or −2, (n, m).
+        save_refusal: why save_pretrained of a model with such a layer is an error; None where it is none.
     """
 
     packed_layout: Layout | QuantizedLayout | StackLayout | None = None
     input_axis: int = -1
+    save_refusal: ClassVar[str | None] = None
 
     @property
     def weight(self) -> Tensor:

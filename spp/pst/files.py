@@ -26,7 +26,7 @@ from spp.files import (
     write_json,
 )
 from spp.files.hub import local_directory
-from spp.inject import uncompiled
+from spp.inject_guards import uncompiled
 from spp.pst.config import PSTConfig
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
 

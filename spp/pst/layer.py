@@ -53,6 +53,11 @@ class PSTLinear(LinearHost):
         16
     """
 
+    save_refusal = (
+        "the model is still wrapped for PST, and save_pretrained would write a checkpoint that transformers cannot "
+        "load. Save its state with spp.pst.save(model, path), or convert first: spp.pst.convert(model), then "
+        "spp.save_model(model, path)"
+    )
     way_out = "make plain masked linears of them first (spp.pst.convert), or take them out (spp.pst.unwrap)"
 
     weight_U: nn.Parameter

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from spp.config import is_suffix
 from spp.errors import ConfigError, TargetError, WrapError
-from spp.inject import InputGradients, layer_generator, replace_modules, uncompiled
 from spp.inject import is_wrapped as is_spp_wrapped
+from spp.inject_guards import WrapState, begin, end, layer_generator, uncompiled
 from spp.pst.config import PSTConfig
 from spp.pst.layer import PSTLinear, check_base, check_pattern
 from spp.targets import resolve_projections, text_side
@@ -23,12 +22,6 @@ _STATE = "_pst_state"
 _ENCODER_BLOCK = r"(.*\.)?(encoder|transformer)\.layer\.\d+\..*"  # BERT, RoBERTa, …; DistilBERT
 # What transformers' classifiers and the like add to a model, with random values.
 _HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "logits_proj", "sequence_summary")
-
-
-@dataclass
-class _State:
-    config: PSTConfig
-    requires_grad: dict[str, bool]
 
 
 def wrap(
@@ -95,7 +88,7 @@ def wrap(
         if any(path == name or path.startswith(f"{name}.") for name in whole):
             raise TargetError(f"{path} is among the targets and in modules_to_save; it can only be one of them")
         check_base(target.module, parsed, path)
-    state = _State(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    state = WrapState.of(model, config)
     layers = {}
     for path, target in targets.items():
         layers[id(target.module)] = PSTLinear(
@@ -109,14 +102,7 @@ def wrap(
             generator=None if config.seed is None else layer_generator(config.seed, path),
             where=path,
         )
-    model.requires_grad_(False)
-    for module in whole.values():
-        module.requires_grad_(True)
-    replace_modules(model, layers)
-    setattr(model, _STATE, state)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _refuse_saving  # type: ignore[assignment]
-    _install_input_gradients(model)
+    begin(model, _STATE, state, layers, whole.values())
     logger.info("wrapped %d layers for PST", len(layers))
     return given
 
@@ -130,7 +116,7 @@ def unwrap(model: Model) -> Model:
         WrapError: the model is not wrapped.
     """
     layers = require_layers(model)
-    _finish(model, {id(layer): layer.restore() for layer in layers.values()})
+    end(uncompiled(model), _STATE, {id(layer): layer.restore() for layer in layers.values()})
     return model
 
 
@@ -154,7 +140,7 @@ def convert(layer_or_model: nn.Module) -> nn.Module:
     if isinstance(layer_or_model, PSTLinear):
         return layer_or_model.convert()
     layers = require_layers(layer_or_model)
-    _finish(layer_or_model, {id(layer): layer.convert() for layer in layers.values()})
+    end(uncompiled(layer_or_model), _STATE, {id(layer): layer.convert() for layer in layers.values()})
     return layer_or_model
 
 
@@ -184,8 +170,8 @@ def require_layers(model: nn.Module) -> dict[str, PSTLinear]:
 def config_of(model: nn.Module) -> PSTConfig:
     """Return the config that the model was wrapped with."""
     require_layers(model)
-    state: _State = getattr(uncompiled(model), _STATE)
-    return state.config
+    config: PSTConfig = getattr(uncompiled(model), _STATE).config
+    return config
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -225,34 +211,3 @@ def _trained_whole(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     if unknown:
         raise TargetError(f"modules_to_save: no module is called {', '.join(unknown)}")
     return {p: m for p, m in modules.items() if p and any(is_suffix(p, name) for name in config.modules_to_save)}
-
-
-def _finish(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    model = uncompiled(model)
-    replace_modules(model, replacements)
-    state: _State = getattr(model, _STATE)
-    for name, parameter in model.named_parameters():
-        if name in state.requires_grad:
-            parameter.requires_grad_(state.requires_grad[name])
-    delattr(model, _STATE)
-    model.__dict__.pop("save_pretrained", None)
-    for module in model.modules():
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
-            del module._forward_hooks[key]
-
-
-def _install_input_gradients(model: nn.Module) -> None:
-    try:
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    except (NotImplementedError, AttributeError):
-        embedding = None
-    if isinstance(embedding, nn.Module):
-        embedding.register_forward_hook(InputGradients(model))
-
-
-def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
-    raise WrapError(
-        "the model is still wrapped for PST, and save_pretrained would write a checkpoint that transformers cannot "
-        "load. Save its state with spp.pst.save(model, path), or convert first: spp.pst.convert(model), then "
-        "spp.save_model(model, path)"
-    )

@@ -16,7 +16,8 @@ from torch import nn
 
 from spp.adapters import base_masks, load_adapter, write_adapter
 from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
-from spp.inject import adapter_layers, adapter_parameters, is_wrapped, uncompiled
+from spp.inject import adapter_layers, adapter_parameters, is_wrapped
+from spp.inject_guards import uncompiled
 from spp.packed import PackedStack, PackedWeight
 from spp.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer

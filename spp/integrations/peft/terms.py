@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError
-from spp.inject import layer_generator
+from spp.inject_guards import layer_generator
 from spp.merge_weight import LayerMerge
 from spp.offload_hooks import HookedAdapter
 from spp.packed import converting
