@@ -17,13 +17,13 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from spp.config import SPPConfig
-from spp.errors import ConfigError, NonFiniteError, TargetError
+from spp.errors import ConfigError, TargetError
 from spp.experts_forward import Multiply
 from spp.experts_packed import OverPackedExperts, PackedExperts, require_alone
 from spp.kernels import Run, linear
+from spp.layer_checks import check_values
 from spp.offload import home
 from spp.packed.holder import WRAPPED
-from spp.patterns import all_finite
 from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.targets_layout import Projection
@@ -37,6 +37,7 @@ class SPPExperts(OverPackedExperts):
         r, scaling, dropout, dropout_mode, init, rule, packed: as in SPPConfig, for each expert. A packed weight stays
             with the adapter until `restore`; PackedExperts hand over theirs.
         generator: where the W_α are drawn from, expert after expert; None is torch's global generator.
+        checked: whether `check_experts` and `check_values` have found it good: they are not asked again.
 
     Attributes:
         spp_alpha: W_α (E, r, n). spp_beta: W_β (E, m, 1).
@@ -64,13 +65,16 @@ class SPPExperts(OverPackedExperts):
         *,
         packed: bool = False,
         generator: torch.Generator | None = None,
+        checked: bool = False,
     ) -> None:
         super().__init__(projection)
         config = SPPConfig(
             r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
         )
         require_alone(projection)
-        check_experts(projection, config, r)
+        if not checked:
+            check_experts(projection, config, r)
+            check_values(projection)
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init
         self.spp_name = projection.path
@@ -171,7 +175,7 @@ class SPPExperts(OverPackedExperts):
 
 
 def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
-    """Raise unless a fused weight can be adapted: floating-point, finite, of matrices that r fits."""
+    """Raise unless the form of a fused weight can be adapted: floating-point matrices that r fits."""
     where, held = projection.path, projection.packed
     if held is not None and not config.packed:
         raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
@@ -184,9 +188,3 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(projection.out_features, projection.in_features, r, where)
-    weight = projection.dense_weight()
-    if not weight.is_meta and not all_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise NonFiniteError(
-            f"{where} holds {bad} NaN or infinite values of {weight.numel()}; mend or re-load the model first"
-        )

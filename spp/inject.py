@@ -15,11 +15,10 @@ from spp.config import SPPConfig, name_matches
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts import SPPExperts, check_experts
 from spp.experts_forward import adapt_experts, release_experts
-from spp.inject_dense import warn_dense
 from spp.inject_guards import WrapState, begin, end, guard_saving, layer_generator, uncompiled
 from spp.inject_quantized import check_quantizer, dtype_of_model
 from spp.layer import SPPLinear
-from spp.layer_checks import check_linear
+from spp.layer_checks import Survey, check_linear, check_values, warn_dense
 from spp.offload import check_offloading
 from spp.packed import HoldsWeight
 from spp.targets import name_targets, resolve_projections
@@ -93,8 +92,7 @@ def wrap(
             "spp.load_adapter(model, path) replaces its values"
         )
     targets = resolve_projections(model, config.target_modules, config.exclude_modules)
-    _check_targets(config, targets)
-    warn_dense(list(targets.values()), "train" if not config.packed else "pack")
+    warn_dense(_check_targets(config, targets), "train" if not config.packed else "pack")
     state = WrapState.of(model, config)
     layers: dict[int, SPPLinear] = {}
     experts: dict[nn.Module, dict[str, SPPExperts]] = {}
@@ -229,8 +227,8 @@ def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
         raise ConfigError(f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {paths[0]}")
 
 
-def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
-    """Raise what speaks against adapting any of the targets, before the first one is touched."""
+def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> dict[str, Survey | None]:
+    """Raise what speaks against adapting any of the targets, before the first is touched; return what they hold."""
     check_rank_pattern(config, list(targets))
     if "" in targets:
         raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
@@ -239,6 +237,7 @@ def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
             check_experts(target, config, config.rank_for(path))
         else:
             check_linear(target.module, config, path, config.rank_for(path))
+    return {path: check_values(target) for path, target in targets.items()}
 
 
 def _options(config: SPPConfig, path: str) -> dict[str, Any]:
@@ -251,6 +250,7 @@ def _options(config: SPPConfig, path: str) -> dict[str, Any]:
         "init": config.init,
         "rule": config.rule,
         "packed": config.packed,
+        "checked": True,
         "generator": None if config.seed is None else layer_generator(config.seed, path),
     }
 

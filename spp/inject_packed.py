@@ -11,8 +11,8 @@ from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts_forward import adapt_experts, release_experts
 from spp.experts_packed import PackedExperts, check_packable_experts
 from spp.inject import is_wrapped
-from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving, replace_modules, uncompiled
+from spp.layer_checks import survey, warn_dense
 from spp.layer_packed import PackedLinear, check_packable
 from spp.targets import resolve_projections
 
@@ -57,7 +57,7 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
         else:
             check_packable(target.module, path)
     if fresh:
-        warn_dense(list(fresh.values()), "pack")
+        warn_dense({path: survey(target) for path, target in fresh.items()}, "pack")
     for path, target in fresh.items():
         if target.fused:
             adapt_experts({target.name: PackedExperts(target)})

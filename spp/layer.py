@@ -11,7 +11,7 @@ from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import AdaptedLinear
-from spp.layer_checks import check_linear
+from spp.layer_checks import check_linear, check_values
 from spp.layer_host import LinearHost
 from spp.layer_packed import PackedLinear, pack_linear
 from spp.offload import home, offloader
@@ -20,6 +20,7 @@ from spp.packed import PackedWeight, QuantizedWeight, quantized_kind, read_quant
 from spp.packed.holder import WRAPPED
 from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.targets_layout import Projection, input_axis_of
 
 
 class SPPLinear(AdaptedLinear, LinearHost):
@@ -34,6 +35,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
             bias's, or float32.
         generator: where W_α is drawn from; None is torch's global generator. Drawn on the CPU, whatever the device.
         where: the layer's name in error messages.
+        checked: whether `check_linear` and `check_values` have found it good: they are not asked again.
 
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
@@ -74,6 +76,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         where: str = "SPPLinear",
+        checked: bool = False,
     ) -> None:
         super().__init__()
         try:
@@ -82,7 +85,9 @@ class SPPLinear(AdaptedLinear, LinearHost):
             )
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        check_linear(linear, config, where)
+        if not checked:
+            check_linear(linear, config, where)
+            check_values(Projection(where, linear, input_axis=input_axis_of(linear)))
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init
         self.spp_name = where

@@ -50,8 +50,8 @@ LEVELS = {
     "cli": 12,
 }
 # Within a level: the hash of a mask is a file's matter, its bits a pattern's; a projection may be
-# quantized, and how to read it is the packed room's matter.
-BESIDE = {("files", "patterns"), ("targets", "packed")}
+# quantized, and how to read it is the packed room's matter. Experts are checked as layers are.
+BESIDE = {("files", "patterns"), ("targets", "packed"), ("experts", "layer")}
 PUBLIC_LEVEL = 8  # what spp/__init__.py may import: the names of `import spp`, which must stay light
 TRANSFORMERS_LEVEL = 9  # from here up, Trainer and modelling files may be imported at module level
 

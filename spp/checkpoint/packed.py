@@ -15,8 +15,8 @@ from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
 from spp.experts_forward import adapt_experts
 from spp.experts_packed import PackedExperts
-from spp.inject_dense import warn_dense
 from spp.inject_guards import guard_saving, replace_modules
+from spp.layer_checks import survey, warn_dense
 from spp.layer_packed import PackedLinear
 from spp.packed import PackedStack, PackedWeight
 from spp.packed.disk import DenseReader
@@ -88,7 +88,7 @@ def load_packed(
             layer.weight_requires_grad = True
             packed.append(Projection(path, layer, input_axis=layer.input_axis))
             replace_modules(model, {id(target.module): layer})
-    warn_dense(packed, "pack")
+    warn_dense({target.path: survey(target) for target in packed}, "pack")
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # that of a packed checkpoint: what is saved of the model is a plain one
     model.tie_weights()

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from spp.config import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, PatternError, TargetError
-from spp.layer_checks import check_linear
+from spp.layer_checks import check_linear, check_values
 from spp.layer_host import LinearHost
 from spp.layer_packed import PackedLinear
 from spp.packed import quantized_kind
 from spp.patterns import Pattern
 from spp.pst.function import Factors, Scales, masked_weight, pruned_by, pst_linear
 from spp.rules.canonical import arithmetic_dtype
-from spp.targets_layout import features
+from spp.targets_layout import Projection, features, input_axis_of
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
 _opaque_forward: Callable[[PSTLinear, Tensor], Tensor] | None = None
@@ -35,6 +35,7 @@ class PSTLinear(LinearHost):
         pattern: "N:M" for masks that prune no more than M − N of every M inputs; None prunes wherever scores are low.
         generator: where U and A are drawn from; None is torch's global generator. Drawn on the CPU.
         where: the layer's name in error messages.
+        checked: whether `check_base` has found the linear good: it is not asked again.
 
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; that of a Conv1D is stored (n, m).
@@ -79,11 +80,13 @@ class PSTLinear(LinearHost):
         pattern: str | Pattern | None = None,
         generator: torch.Generator | None = None,
         where: str = "PSTLinear",
+        checked: bool = False,
     ) -> None:
         super().__init__()
         check_options(weight_rank, weight_scale, mask_rank, low_rank_scale, structured_scale)
         parsed = check_pattern(pattern)
-        check_base(linear, parsed, where)
+        if not checked:
+            check_base(linear, parsed, where)
         self.weight_rank, self.mask_rank = weight_rank, mask_rank
         self.weight_scale, self.low_rank_scale = float(weight_scale), float(low_rank_scale)
         self.structured_scale = float(structured_scale)
@@ -240,3 +243,4 @@ def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> None:
         raise ConfigError(f"{where}.weight is on the meta device and has no values; load the model first")
     if pattern is not None:
         pattern.require_fit(features(linear)[1], where)
+    check_values(Projection(where, linear, input_axis=input_axis_of(linear)))

@@ -101,6 +101,7 @@ def wrap(
             pattern=config.pattern,
             generator=None if config.seed is None else layer_generator(config.seed, path),
             where=path,
+            checked=True,
         )
     begin(model, _STATE, state, layers, whole.values())
     logger.info("wrapped %d layers for PST", len(layers))

@@ -19,7 +19,6 @@ from spp.experts import check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.files import mask_sha256
 from spp.inject import check_rank_pattern, is_wrapped
-from spp.inject_dense import warn_dense
 from spp.inject_quantized import check_quantizer, dtype_of_model, forget_quantizer
 from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
 from spp.integrations.peft.config import SPPPeftConfig
@@ -28,7 +27,7 @@ from spp.integrations.peft.layer import SPPPeftLinear
 from spp.integrations.peft.method import PREFIX
 from spp.integrations.peft.places import layer_of, place_of, repeated, under_all_names
 from spp.integrations.peft.terms import TermsLayer
-from spp.layer_checks import check_linear
+from spp.layer_checks import check_linear, check_values, warn_dense
 from spp.layer_packed import PackedLinear
 from spp.merge import describe_base, report_merge
 from spp.offload import check_offloading
@@ -74,7 +73,7 @@ class SPPPeftModel(BaseTuner):
             assert isinstance(module, nn.Module)
             check_linear(module, config, target.path, config.rank_for(target.path))
         _check_masks(chosen, peft_config)
-        warn_dense(fresh, "pack" if config.packed else "train")
+        warn_dense({target.path: check_values(target) for target in fresh}, "pack" if config.packed else "train")
         peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
         self._dtype = dtype_of_model(model)
         self._repeated = repeated(model)
