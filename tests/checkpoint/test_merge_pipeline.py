@@ -51,6 +51,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces so small that the tensors of a tiny model have several, all written around the cache."""
     monkeypatch.setattr(scanning, "PIECE", 4096)
+    monkeypatch.setattr("spp.files.hashes.VALUES_PIECE", 4096)
     monkeypatch.setattr("spp.checkpoint.rewrite_jobs.PIECE_BYTES", 5000)
     monkeypatch.setattr(output, "LARGE", 0)
     monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
@@ -266,12 +267,12 @@ def test_no_thread_to_be_had_is_an_error_that_leaves_nothing(
 def test_a_compiled_merge_that_errs_is_caught(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge = elementwise.Matrix.merge_file
+    merge = elementwise.Matrix.merge
 
     def wrong(self: elementwise.Matrix, *arguments: Any) -> elementwise.Found:
         return merge(self, *arguments).then(elementwise.Found(changed=1))
 
-    monkeypatch.setattr(elementwise.Matrix, "merge_file", wrong)
+    monkeypatch.setattr(elementwise.Matrix, "merge", wrong)
     with pytest.raises(AssertionError, match="failed its checks where torch's passed"):
         merge_checkpoint(base, adapter, tmp_path / "out")
     nothing_left(tmp_path, ["base", "adapter"])

@@ -19,6 +19,7 @@ from spp.inject import layer_generator
 from spp.layer_adapted import Active
 from spp.merge_weight import LayerMerge
 from spp.offload_hooks import HookedAdapter
+from spp.packed import HeldWeight
 from spp.rules import Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.terms import TermsRule
@@ -79,6 +80,10 @@ class TermsLayer(BaseTunerLayer):
 
     def base_weight(self) -> Tensor:
         """Return W as it was before any merge, as it is stored; an offloaded one with its numbers."""
+        raise NotImplementedError
+
+    def held(self) -> HeldWeight:
+        """Return W as it was before any merge, as it is held."""
         raise NotImplementedError
 
     def home(self) -> torch.device:
