@@ -33,7 +33,8 @@ class SPPPeftConfig(PeftConfig):
         layers_to_transform, layers_pattern: as in PEFT: only targets of these layers.
         modules_to_save: as in PEFT: modules that are trained and saved as a whole.
         base_masks: {module path: hash of its zeros} of the base that the adapter was trained on. Filled in when it is
-            saved; where it is given, an adapter is refused on a base with other zeros (None skips this check and the next).
+            saved; where it is given, an adapter is refused on a base with other zeros (None skips this check and the
+            next).
         base_values, base_forms: {module path: hash of its values} and {module path: what was hashed}, likewise
             (spp.base_values); a base with the same zeros and other values is warned of.
 
