@@ -93,7 +93,7 @@ def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
     write_json(base / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_of})
     write_json(base / "config.json", {"model_type": "llama", "dtype": options.dtype})
     masks = {shape: mask_sha256(tensor) for shape, tensor in tensors.items()}
-    values = {shape: values_sha256(tensor) for shape, tensor in tensors.items()}
+    hashes = {shape: values_sha256(tensor) for shape, tensor in tensors.items()}
     rule, parameters = get_rule("spp"), {}
     for path, shape in paths.items():
         for name, wanted in zip(rule.attribute_names(), rule.shapes(*shape, options.rank), strict=True):
@@ -104,7 +104,7 @@ def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
     extra = {
         "peft_type": "SPP",
         "base_masks": {path: masks[shape] for path, shape in paths.items()},
-        "base_values": {path: values[shape] for path, shape in paths.items()},
+        "base_values": {path: hashes[shape] for path, shape in paths.items()},
         "base_forms": dict.fromkeys(paths, options.dtype),
     }
     write_json(adapter / "adapter_config.json", {**config, **extra, "base_model_name_or_path": None})
