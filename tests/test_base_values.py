@@ -21,11 +21,11 @@ from spp.base_values import NOT_COMPARABLE, OTHER, SAME, UNKNOWN, BaseComparison
 from spp.errors import AdapterError, CheckpointError, SPPWarning
 from spp.files import values_sha256
 from spp.inject import adapter_layers, base_verdict
-from spp.packed import held
+from spp.packed import held, quantized_kind, read_quantized
 from spp.targets import resolve_projections
 from tests.models import moe_model, tiny_llama
 from tests.offloading import WAYS
-from tests.quantized import quantized_llama
+from tests.quantized import quantized_llama, torchao_llama
 from tests.test_adapters import authors_adapter
 from tests.test_inject import assert_untouched, pruned, snapshot, stir
 
@@ -325,6 +325,31 @@ def test_quantized_bases(form: str, tmp_path: Path) -> None:
         comparison.add_held(name, resolve_projections(pruned())[name].held())
     assert comparison.verdict().state == NOT_COMPARABLE
     assert comparison.verdict().note == f"trained on {said}, this one is float32"
+
+
+@pytest.mark.parametrize("form", ["int8", "int4 group", "int4 asymmetric"])
+def test_bases_that_torchao_quantized(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    path = save(torchao_llama(form), tmp_path / "adapter")
+    assert config_of(path)["base_forms"][UP].startswith("codes from -")
+    assert base_verdict(spp.load_adapter(torchao_llama(form), path, strict_values=True)).state == SAME
+    other = spp.wrap(torchao_llama(form), r=4)
+    adapter_layers(other)[UP].held_packed().scale_bits.add_(1 << 20)  # of the mantissa
+    with pytest.raises(AdapterError, match=f"1 of 14 layers, first in {UP}"):
+        spp.load_adapter(other, path, strict_values=True)
+
+
+def test_nested_scales_that_bitsandbytes_has_taken_apart(tmp_path: Path) -> None:
+    """In the first evaluation it may put a weight in another order, with the scales alone, rounded to bfloat16."""
+    pytest.importorskip("bitsandbytes")
+    path = save(quantized_llama("nf4", nested=True), tmp_path / "adapter")
+    model = quantized_llama("nf4", nested=True)
+    for module in model.modules():
+        if quantized_kind(module):
+            state = module.weight.quant_state
+            whole = read_quantized(module, "layer").scales()
+            state.absmax, state.nested, state.state2 = whole.bfloat16().float(), False, None
+    assert base_verdict(spp.load_adapter(model, path, strict_values=True)).state == SAME
 
 
 def test_a_dense_adapter_on_a_quantized_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from spp.bench.harness import measure_memory
 from spp.checkpoint import merge_checkpoint, pipeline, save_model, scanning, verify
 from spp.checkpoint.rewrite_jobs import OtherJob, TorchJob, WeightJob
 from spp.errors import CheckpointError, MaskError, NonFiniteError, OutputError, OutputExistsError
-from spp.files import CheckpointReader, output, save_tensors, write_json, write_tensors
+from spp.files import CheckpointReader, output, save_tensors, values_sha256, write_json, write_tensors
 from spp.files.writer import TensorFile
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
@@ -172,7 +172,9 @@ def test_a_merge_takes_pieces_of_memory_and_not_tensors(tmp_path: Path) -> None:
     parameters |= {f"base_model.model.{path}.spp_beta": torch.full((size[0], 1), 0.125) for path in paths}
     save_tensors(tmp_path / "adapter" / "adapter_model.safetensors", parameters)
     config = {**spp.SPPConfig(r=1, target_modules=("down_proj",)).to_dict(), "peft_type": "SPP"}
-    write_json(tmp_path / "adapter" / "adapter_config.json", config)
+    known = {"base_forms": dict.fromkeys(paths, "bfloat16")}
+    known["base_values"] = dict.fromkeys(paths, str(values_sha256(tensors_of(tmp_path / "base")[f"{paths[0]}.weight"])))
+    write_json(tmp_path / "adapter" / "adapter_config.json", {**config, **known})
     gc.collect()
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     memory = measure_memory(lambda: merge_checkpoint(base, adapter, out), calls=1)
