@@ -1,7 +1,8 @@
 """Adapter directories on disk, read without a model: our own format, and that of the SPP authors' code.
 
 Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks,
-          task_type, and with PEFT as the writer the fields of its own;
+          base_values and base_forms (spp.base_values; older adapters lack them), task_type, and with PEFT as the writer
+          the fields of its own;
           adapter_model.safetensors: base_model.model.<module path>.spp_alpha (r, n) and .spp_beta (m, 1), float32.
 Authors'  adapter_config.json with lora_alpha, lora_dropout and an r that need not be the tensors';
           adapter_model.safetensors or .bin: …<module path>.lora_A.weight (r, n), …lora_A.weight_col (m, 1) or (1, m).
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spp.config import SPPConfig
-from spp.errors import AdapterError, CheckpointError, NonFiniteError
+from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
@@ -51,6 +52,8 @@ class AdapterFiles:
         tensors: {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)}, float32 or float64.
         base_masks: {module path: mask hash} of the base that it was trained on; None for the authors' files.
         base_name: where that base came from, or None.
+        base_values, base_forms: {module path: hash of the base's values} and {module path: what was hashed}, as
+            spp.base_values has them; None where the files do not say.
     """
 
     source: Path
@@ -58,6 +61,8 @@ class AdapterFiles:
     tensors: dict[str, Tensor]
     base_masks: dict[str, str] | None
     base_name: str | None
+    base_values: dict[str, str] | None = None
+    base_forms: dict[str, str] | None = None
 
     def layers(self) -> dict[str, tuple[Tensor, ...]]:
         """Return {module path: the rule's parameters in their order}; an AdapterError if a layer lacks one."""
@@ -105,6 +110,21 @@ def read_adapter(path: str | Path) -> AdapterFiles:
             f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
         )
     return files
+
+
+def why_malformed(hashes: Any, forms: Any) -> str | None:
+    """Return what is wrong with the two fields of an adapter's config; None where nothing is, or both are missing."""
+    if hashes is None and forms is None:
+        return None
+    for name, value in (("base_values", hashes), ("base_forms", forms)):
+        if not isinstance(value, Mapping) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            return f"{name} must map module paths to {'hashes' if value is hashes else 'what was hashed'}"
+    bad = [path for path, digest in hashes.items() if not re.fullmatch("[0-9a-f]{64}", digest)]
+    if bad:
+        return f"base_values must be the 64 hexadecimal digits of a sha256; they are not for {some_of(bad)}"
+    if hashes.keys() != forms.keys():
+        return f"base_values and base_forms name other layers, such as {min(hashes.keys() ^ forms.keys())}"
+    return None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -185,12 +205,17 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
     masks, base = values.get("base_masks"), values.get("base_model_name_or_path")
     if masks is not None and not (isinstance(masks, dict) and all(isinstance(m, str) for m in masks.values())):
         raise CheckpointError(f"{directory / CONFIG_NAME}: base_masks must map module paths to hashes")
+    hashes, forms = values.get("base_values"), values.get("base_forms")
+    if (problem := why_malformed(hashes, forms)) is not None:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {problem}")
     return AdapterFiles(
         directory,
         config,
         {k.removeprefix(PREFIX): t for k, t in tensors.items()},
         masks,
         base if isinstance(base, str) else None,
+        hashes,
+        forms,
     )
 
 

@@ -1,10 +1,10 @@
-"""Save and load adapters: the small matrices, how they were made, and which zeros they belong to."""
+"""Save and load adapters: the small matrices, how they were made, and which zeros and values they belong to."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from spp.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
+from spp.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
 from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, some_of
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
-from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, wrap
+from spp.inject import (
+    AdapterLayer,
+    adapter_config,
+    adapter_layers,
+    is_wrapped,
+    require_layers,
+    set_base_verdict,
+    wrap,
+)
 from spp.inject_guards import uncompiled
+from spp.packed import HeldWeight
 from spp.rules import get_rule
 from spp.targets import resolve_projections
 from spp.targets_layout import Projection
@@ -47,6 +57,20 @@ def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
     weights = ((path, layer.dense_weight()) for path, layer in require_layers(model).items())
     return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
+
+
+def base_values(weights: Iterable[tuple[str, HeldWeight]]) -> dict[str, dict[str, str]]:
+    """Return what an adapter's config says of the values of its base: the fields "base_values" and "base_forms".
+
+    Args:
+        weights: module paths and the frozen weights there; one on the meta device is left out.
+    """
+    found = [(path, held.form, held.sha256()) for path, held in weights]
+    known = [(path, form, digest) for path, form, digest in found if digest is not None]
+    return {
+        "base_values": {path: digest for path, _, digest in known},
+        "base_forms": {path: form for path, form, _ in known},
+    }
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -80,14 +104,18 @@ def write_adapter(model: nn.Module, directory: Path) -> None:
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": name,
         "base_masks": base_masks(model),
+        **base_values((path, layer.held()) for path, layer in require_layers(model).items()),
         "task_type": "CAUSAL_LM" if _generates(uncompiled(model)) else None,  # what PEFT's Auto classes go by
     }
     save_tensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor for key, tensor in adapter_state_dict(model).items()})
     write_json(directory / CONFIG_NAME, config)
 
 
-def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Model:
+def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_values: bool = False) -> Model:
     """Load an adapter, ours or the SPP authors', onto the pruned model that it was trained on.
+
+    A base with the same zeros and other values is warned of; one that is quantized or of another dtype than in
+    training, so that there is nothing to compare, is logged (spp.base_values).
 
     An unwrapped model is wrapped as the saved config says. On a wrapped one the values are replaced; its rank, scaling
     and rule must be the adapter's.
@@ -97,12 +125,14 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
         path: an adapter directory or a hub id.
         strict: False loads onto a base whose zeros differ, and in spite of missing or unexpected keys, with a warning;
             shapes must fit always.
+        strict_values: refuse a base that has other values, too, instead of warning.
 
     Returns:
         The same object.
 
     Raises:
-        AdapterError: missing, unexpected or misshapen keys, all in one message; another rank or scaling than wrapped.
+        AdapterError: missing, unexpected or misshapen keys, all in one message; another rank or scaling than wrapped;
+            other values, with `strict_values`.
         MaskError: the base's zeros are not those that the adapter was trained on; the layers are named.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
@@ -114,7 +144,8 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
     if wrapped:
         _check_same_config(adapter_config(model), files)
     _check_keys(targets, files, strict=strict)
-    _check_masks(targets, files, strict=strict)
+    same_zeros = _check_masks(targets, files, strict=strict)
+    verdict = _check_values(targets, files, strict=strict_values, quiet=not same_zeros)
     if not wrapped:
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
             wrap(model, _as_the_model_is(files.config, targets))
@@ -130,6 +161,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
                     setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
                 else:
                     parameter.copy_(tensor)
+    set_base_verdict(model, verdict)
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
     return given
 
@@ -200,17 +232,18 @@ def _listing(files: AdapterFiles, problems: list[str], verdict: str) -> str:
     return f"the adapter in {files.source} {verdict}:\n  " + "\n  ".join(sorted(problems))
 
 
-def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
+def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool:
+    """Return whether the base has the zeros that the adapter was trained on, as far as it says."""
     if files.base_masks is None:
         logger.warning("%s does not say which zeros it was trained on; nothing to check the base against", files.source)
-        return
+        return True
     differing = sorted(
         path
         for path, target in targets.items()
         if path in files.base_masks and _mask_of(target) not in (None, files.base_masks[path])
     )
     if not differing:
-        return
+        return True
     message = (
         f"the zeros of the base differ from those that the adapter in {files.source} was trained on, in "
         f"{len(differing)} "
@@ -220,6 +253,22 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None
     if strict:
         raise MaskError(f"{message}; load it there, or pass strict=False to load it all the same")
     warnings.warn(message, SPPWarning, stacklevel=3)
+    return False
+
+
+def _check_values(targets: Targets, files: AdapterFiles, *, strict: bool, quiet: bool) -> BaseVerdict:
+    """Compare the values of the base with those that the adapter was trained on; warn of others, unless `quiet`."""
+    comparison = BaseComparison(files.base_values, files.base_forms, files.source, files.base_name)
+    for path, target in targets.items():
+        comparison.add_held(path, target.held())
+    verdict = comparison.verdict()
+    if verdict.state == OTHER and strict:
+        raise AdapterError(f"{verdict.message}; load it there")
+    if verdict.state == OTHER and not quiet:
+        warnings.warn(verdict.message, SPPWarning, stacklevel=3)
+    elif verdict.state == NOT_COMPARABLE:
+        logger.info(verdict.message)
+    return verdict
 
 
 def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
@@ -235,4 +284,4 @@ def _mask_of(target: Projection | AdapterLayer) -> str | None:
     return None if weight.is_meta else mask_sha256(weight)
 
 
-__all__ = ["adapter_state_dict", "base_masks", "load_adapter", "save_adapter", "write_adapter"]
+__all__ = ["adapter_state_dict", "base_masks", "base_values", "load_adapter", "save_adapter", "write_adapter"]

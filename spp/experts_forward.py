@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spp.kernels import OffloadedExperts, PackedSource, WeightSource, base_linear
 from spp.offload import fetch, offloader
 from spp.offload_hooks import let_go_on_error
-from spp.packed import HoldsWeight, PackedStack
+from spp.packed import HeldWeight, HoldsWeight, PackedStack
 from spp.targets_layout import Projection, as_matrices
 from spp.targets_products import ExpertProducts, plain_experts
 
@@ -54,6 +54,10 @@ class ExpertsAdapter(HoldsWeight):
     def dense_weight(self) -> Tensor:
         """Return the fused weight with its numbers: of an offloaded one, what is loaded."""
         return self.projection.dense_weight() if self.packed_layout is None else self.weight
+
+    def held(self) -> HeldWeight:
+        """Return the fused weight as it is held."""
+        return self.projection.held() if self.packed_layout is None else super().held()
 
     def matrices(self) -> list[Tensor]:
         """Return the experts' weights (m, n), views of `dense_weight`."""

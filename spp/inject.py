@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from spp.base_values import BaseVerdict
 from spp.config import SPPConfig, name_matches
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.experts import SPPExperts, check_experts
@@ -159,6 +160,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return {path: layer} of the adapted layers in module order, fused experts under the path of their parameter."""
     return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, AdapterLayer)}
+
+
+def base_verdict(model: nn.Module) -> BaseVerdict:
+    """Return whether a wrapped model has the values that its adapter was trained on: "same" unless it was loaded."""
+    require_layers(model)
+    state: WrapState = getattr(uncompiled(model), _STATE)
+    return state.base
+
+
+def set_base_verdict(model: nn.Module, verdict: BaseVerdict) -> None:
+    """Remember what a loaded adapter says of the base."""
+    require_layers(model)
+    getattr(uncompiled(model), _STATE).base = verdict
 
 
 def is_wrapped(model: nn.Module) -> bool:

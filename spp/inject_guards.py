@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from spp.base_values import BaseVerdict
 from spp.errors import WrapError
 from spp.targets import require_model
 
@@ -28,10 +29,12 @@ class WrapState:
     Attributes:
         config: how it was wrapped.
         requires_grad: the flags of its parameters before, by name.
+        base: what a loaded adapter says of the base.
     """
 
     config: Any
     requires_grad: dict[str, bool]
+    base: BaseVerdict = field(default_factory=BaseVerdict)
 
     @classmethod
     def of(cls, model: nn.Module, config: Any) -> WrapState:

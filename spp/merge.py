@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spp.base_values import UNSAID, BaseVerdict
 from spp.certificate import SparsityReport, fingerprint, report_from_tensors
 from spp.errors import ConfigError, NonFiniteError, SPPWarning
 from spp.experts import SPPExperts
 from spp.files import mask_sha256
-from spp.inject import AdapterLayer, require_layers, unwrap
+from spp.inject import AdapterLayer, base_verdict, require_layers, unwrap
 from spp.inject_guards import layer_generator, uncompiled
 from spp.inject_quantized import forget_quantizer
 from spp.layer import SPPLinear
@@ -39,11 +40,15 @@ ENOUGH_SURVIVED = 0.9
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did: per layer by module path, over all, and the sparsity of the result."""
+    """What a merge did: per layer by module path, over all, and the sparsity of the result.
+
+    `base` says whether the base had the values that the adapter was trained on (spp.base_values).
+    """
 
     layers: dict[str, LayerMerge]
     survived: float
     sparsity_report: SparsityReport
+    base: BaseVerdict = UNSAID
 
     @classmethod
     def from_layers(cls, layers: dict[str, LayerMerge], sparsity_report: SparsityReport) -> MergeReport:
@@ -82,6 +87,7 @@ class MergeReport:
             "survived": self.survived,
             "kept": self.kept,
             "rescued": self.rescued,
+            **self.base.to_dict(),
             "sparsity_report": self.sparsity_report.to_dict(),
         }
 
@@ -128,7 +134,7 @@ def merge(
     _check_offloaded(model, layers, dtype)
     if requantize:
         _check_requantize(layers, dtype)
-    seed = draw_seed(rounding, seed)
+    seed, verdict = draw_seed(rounding, seed), base_verdict(model)
     results: dict[str, LayerMerge] = {}
     if check:
         for path, layer in layers.items():
@@ -152,7 +158,7 @@ def merge(
     forget_quantizer(model)
     if dtype is not None:
         _convert_model(model, dtype)
-    return report_merge(model, results, base)
+    return replace(report_merge(model, results, base), base=verdict)
 
 
 def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]:

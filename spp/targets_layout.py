@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.offload import values
-from spp.packed import give_back_pages, quantized_kind, read_quantized
+from spp.packed import HeldWeight, give_back_pages, quantized_kind, read_quantized
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
@@ -56,6 +56,16 @@ class Projection:
         """Return `weight` with its numbers, to be read only: where accelerate has it offloaded, a copy."""
         weight = self.weight
         return values(self.module, self.name) if weight.is_meta and self.name in self.module._parameters else weight
+
+    def held(self) -> HeldWeight:
+        """Return the weight as it is held, whose values can be hashed."""
+        if (holder := self.packed) is not None:
+            held = holder.held()  # type: ignore[operator]
+            assert isinstance(held, HeldWeight)
+            return held
+        if quantized_kind(self.module):
+            return HeldWeight.of_quantized(read_quantized(self.module, self.path))
+        return HeldWeight.of_parameter(self.module, self.name)
 
     @property
     def parameter_path(self) -> str:

@@ -44,7 +44,10 @@ def test_merge_keeps_the_mask_stores_the_forward_weight_and_the_logits(dtype: to
     assert report.sparsity_report.pattern == "2:4" and report.sparsity_report.sparsity == 0.5
     assert report.kept == sum(layer.kept for layer in report.layers.values())
     assert 0.9 < report.survived < 1.1
-    assert set(report.to_dict()) == {"layers", "survived", "kept", "rescued", "sparsity_report"}
+    assert set(report.to_dict()) == {
+        *("layers", "survived", "kept", "rescued", "sparsity_report"),
+        *("base_values", "base_values_note"),
+    }
 
 
 def test_unchanged_adapter_changes_nothing() -> None:

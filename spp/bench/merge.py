@@ -36,7 +36,7 @@ from spp.bench.plot import plot_ratios
 from spp.checkpoint import certify, merge_checkpoint, verify
 from spp.config import SPPConfig
 from spp.errors import ConfigError, SPPError
-from spp.files import CheckpointReader, mask_sha256, save_tensors, write_json, write_tensors
+from spp.files import CheckpointReader, mask_sha256, save_tensors, values_sha256, write_json, write_tensors
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
 from spp.kernels.native import elementwise
@@ -93,6 +93,7 @@ def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
     write_json(base / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_of})
     write_json(base / "config.json", {"model_type": "llama", "dtype": options.dtype})
     masks = {shape: mask_sha256(tensor) for shape, tensor in tensors.items()}
+    hashes = {shape: values_sha256(tensor) for shape, tensor in tensors.items()}
     rule, parameters = get_rule("spp"), {}
     for path, shape in paths.items():
         for name, wanted in zip(rule.attribute_names(), rule.shapes(*shape, options.rank), strict=True):
@@ -100,7 +101,12 @@ def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
             parameters[f"base_model.model.{path}.{name}"] = values
     save_tensors(adapter / "adapter_model.safetensors", parameters)
     config = SPPConfig(r=options.rank, target_modules=tuple(name.split(".")[1] for name in of_block)).to_dict()
-    extra = {"peft_type": "SPP", "base_masks": {path: masks[shape] for path, shape in paths.items()}}
+    extra = {
+        "peft_type": "SPP",
+        "base_masks": {path: masks[shape] for path, shape in paths.items()},
+        "base_values": {path: hashes[shape] for path, shape in paths.items()},
+        "base_forms": dict.fromkeys(paths, options.dtype),
+    }
     write_json(adapter / "adapter_config.json", {**config, **extra, "base_model_name_or_path": None})
     return size
 

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spp.base_values import BaseComparison, BaseVerdict
 from spp.checkpoint.adapters import Part, sum_of
 from spp.checkpoint.places import Place, Places
-from spp.checkpoint.rewriting import Rewriting
+from spp.checkpoint.rewriting import Rewriting, ValueHashes
 from spp.checkpoint.scanning import Bytes
 from spp.errors import MaskError, some_of
-from spp.files import CheckpointReader, mask_sha256
+from spp.files import CheckpointReader, dtype_name, mask_sha256, values_sha256
+from spp.files.hashes import joined_sha256, piece_sha256
 from spp.inject_guards import layer_generator
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
 from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts
+from spp.packed import FLOATS
 
 
 class Merging(Rewriting):
@@ -48,6 +51,9 @@ class Merging(Rewriting):
         self.layers = sum_of(parts)
         self.merges: dict[str, LayerMerge] = {}
         self.base_masks: dict[str, str] = {}
+        self._comparisons = [
+            BaseComparison(f.base_values, f.base_forms, f.source, f.base_name) for f in (part.files for part in parts)
+        ]
         self._ready: dict[str, Tensor] = {}  # merged tensors on disk of a group whose other tensors were asked for
 
     def matrices(self, key: str) -> list[Matrix] | None:
@@ -86,6 +92,38 @@ class Merging(Rewriting):
         done = [layer_merge(of_one) for of_one in found]
         self.merges[place.path] = sum_experts(done) if len(place.shape) == 3 else done[0]
 
+    def value_hashes(self, key: str, pieces: int) -> ValueHashes | None:
+        """Return what hashes a weight of the base in every form that an adapter recorded."""
+        place = self.place_of.get(key)
+        dtypes = [] if place is None else self._recorded(place.path)
+        if place is None or not dtypes:
+            return None
+        return PieceHashes(self, place, self.reader.dtype(key), dtypes, pieces)
+
+    def _recorded(self, path: str) -> list[torch.dtype]:
+        """Return the dtypes that adapters recorded the values of a layer in."""
+        forms = {comparison.form(path) for comparison in self._comparisons}
+        return [FLOATS[form] for form in sorted(form for form in forms if form in FLOATS)]
+
+    def compare_values(self, path: str, dtype: torch.dtype, hashes: dict[str, str | None]) -> None:
+        """Compare a layer of the base with what the adapters recorded.
+
+        Args:
+            dtype: that the base has it in.
+            hashes: of its values, {recorded dtype: hash}.
+        """
+        for part, comparison in zip(self.parts, self._comparisons, strict=True):
+            if path in part.layers:
+                comparison.add(path, dtype_name(dtype), hashes.get(comparison.form(path) or ""))
+
+    def verdicts(self) -> list[BaseVerdict]:
+        """Return what has been found of the base's values for each adapter."""
+        for part, comparison in zip(self.parts, self._comparisons, strict=True):
+            for place in self.places.places:
+                if place.path in part.layers and comparison.form(place.path) not in FLOATS:
+                    comparison.add(place.path, dtype_name(self.reader.dtype(place.keys[0])), None)
+        return [comparison.verdict() for comparison in self._comparisons]
+
     def require_masks(self, path: str, mask: str) -> None:
         """Raise unless a layer of the base has the zeros that the adapters were trained on."""
         for part in self.parts:
@@ -115,6 +153,8 @@ class Merging(Rewriting):
         """Return the merged weight of a layer, in the layout of `weight`."""
         path = place.path
         self.require_masks(path, mask_sha256(weight))
+        hashes = {dtype_name(dtype): values_sha256(weight, dtype) for dtype in self._recorded(path)}
+        self.compare_values(path, weight.dtype, hashes)
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "rounding": self.rounding,
@@ -151,3 +191,29 @@ class Merging(Rewriting):
             f"on in {len(differing)} layers: {some_of(differing)}. It belongs to "
             f"{part.files.base_name or 'another base'}: pass that one"
         )
+
+
+class PieceHashes(ValueHashes):
+    """Hashes a weight of the base in some dtypes, for the comparison with what adapters recorded.
+
+    Args:
+        place: of the weight. dtype: that it has there.
+        recorded: dtypes to hash it in.
+    """
+
+    def __init__(
+        self, merging: Merging, place: Place, dtype: torch.dtype, recorded: list[torch.dtype], pieces: int
+    ) -> None:
+        self._merging, self._place, self._dtype = merging, place, dtype
+        self._pieces = {one: [b""] * pieces for one in recorded}
+
+    def add(self, piece: int, data: Bytes) -> None:
+        """Hash a piece."""
+        values = torch.frombuffer(data, dtype=self._dtype)
+        for dtype, pieces in self._pieces.items():
+            pieces[piece] = piece_sha256(values, dtype)
+
+    def finish(self) -> None:
+        """Hand the hashes to the comparison."""
+        joined = {dtype_name(d): joined_sha256(self._place.shape, d, parts) for d, parts in self._pieces.items()}
+        self._merging.compare_values(self._place.path, self._dtype, {**joined})

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from spp.base_values import NOT_COMPARABLE, OTHER, BaseVerdict, gravest
 from spp.certificate import BaseRecord, Certificate, fingerprint
 from spp.checkpoint.adapters import AdapterLike, read_parts
 from spp.checkpoint.carrying import refuse_overlap
@@ -22,7 +26,7 @@ from spp.checkpoint.merge_state import Merging
 from spp.checkpoint.places import Places
 from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
-from spp.errors import AdapterError, MaskError
+from spp.errors import AdapterError, MaskError, SPPWarning
 from spp.files import CheckpointReader, require_replaceable
 from spp.merge import MergeReport, check_rounding, draw_seed
 
@@ -39,6 +43,7 @@ def merge_checkpoint(
     seed: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    strict_values: bool = False,
 ) -> MergeReport:
     """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
 
@@ -55,12 +60,16 @@ def merge_checkpoint(
         seed: of stochastic rounding; None draws one from torch's global generator.
         overwrite: replace what is at `out_dir`.
         dry_run: do and check everything, and write nothing.
+        strict_values: refuse a base whose values are known not to be those that an adapter was trained on, instead of
+            warning. One that is quantized or of another dtype than in training, so that there is nothing to compare,
+            and an adapter that does not say are never refused (spp.base_values).
 
     Returns:
-        MergeReport, its layers by module path.
+        MergeReport, its layers by module path; `base` says whether the base has the values that were trained on.
 
     Raises:
-        AdapterError: an adapter does not fit; all missing, unexpected and misshapen layers in one message.
+        AdapterError: an adapter does not fit; all missing, unexpected and misshapen layers in one message. With
+            `strict_values`, the base has other values.
         MaskError: the base's zeros are not those that an adapter was trained on, or a merge would change one.
         NonFiniteError: NaN or infinity in an adapter, a projection or a result.
         CheckpointError: files are bad.
@@ -82,11 +91,19 @@ def merge_checkpoint(
         with output(merging, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
             write_shards(merging, directory, "merging", card=False)  # another model: its card is not the base's
             _require_all_merged(merging)
+            verdicts = merging.verdicts()
+            _require_values(verdicts, strict=strict_values)
             certificate = _certificate(merging, base_dir)
             if directory is not None:
                 certificate.write(directory)
     logger.info("merged %d layers%s", len(merging.merges), "" if dry_run else f" into {out_dir}")
-    return MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report())
+    for verdict in verdicts:
+        if verdict.state == OTHER:
+            warnings.warn(verdict.message, SPPWarning, stacklevel=2)
+        elif verdict.state == NOT_COMPARABLE:
+            logger.info(verdict.message)
+    report = MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report())
+    return replace(report, base=gravest(verdicts))
 
 
 def _require_all_merged(merging: Merging) -> None:
@@ -94,6 +111,12 @@ def _require_all_merged(merging: Merging) -> None:
     if left:
         sources = ", ".join(str(part.files.source) for part in merging.parts)
         raise AdapterError(f"the adapter in {sources} was not merged into {', '.join(left)}")
+
+
+def _require_values(verdicts: Sequence[BaseVerdict], *, strict: bool) -> None:
+    others = [verdict.message for verdict in verdicts if verdict.state == OTHER]
+    if strict and others:
+        raise AdapterError(f"{'; '.join(others)}; merge it there. Nothing was written")
 
 
 def _certificate(merging: Merging, base: str | os.PathLike[str]) -> Certificate:

@@ -100,6 +100,7 @@ class WeightJob(Job):
         self.pieces = len(self.bounds)
         self.found = [Found()] * self.pieces
         self.bits = np.empty((count + 7) // 8, np.uint8)
+        self.values = rewriting.value_hashes(key, self.pieces) if matrices else None
 
     def do(self, piece: int, scratch: Scratch) -> None:
         """Change, convert or look at a piece."""
@@ -110,10 +111,14 @@ class WeightJob(Job):
         bits = self.bits[begin // 8 : (end + 7) // 8]
         if self.matrices:
             data = scratch.bytes("out", (end - begin) * stored, place)
-            merge = self.matrices[number].merge_file
-            with reader.reading(self.key) as (file, start):
-                offset = start + begin * size
-                self.found[piece] = merge(file, offset, data.ctypes.data, bits, begin - first, end - first)
+            matrix, of_matrix = self.matrices[number], (data.ctypes.data, bits, begin - first, end - first)
+            if self.values is None:
+                with reader.reading(self.key) as (file, start):
+                    self.found[piece] = matrix.merge_file(file, start + begin * size, *of_matrix)
+            else:
+                before = read_piece(reader, self.key, begin * size, end * size, scratch)
+                self.values.add(piece, before)
+                self.found[piece] = matrix.merge(before.ctypes.data, *of_matrix)
         else:
             data = read_piece(reader, self.key, begin * size, end * size, scratch, place)
             self.found[piece] = scan_piece(data, self.before, bits)
@@ -126,6 +131,8 @@ class WeightJob(Job):
         mask = rewriting.keep(key, self.after, self.bits, found)
         if key in rewriting.changed:
             rewriting.changed_by(key, mask, self._of_matrices())
+        if self.values is not None:
+            self.values.finish()
         if found.changed or not found.finite_after:
             self._raise()
         del self.bits, self.found

@@ -28,6 +28,18 @@ from spp.merge import DTYPES
 from spp.targets import is_projection_key
 
 
+class ValueHashes(ABC):
+    """Hashes the values of a weight while they are read."""
+
+    @abstractmethod
+    def add(self, piece: int, data: Bytes) -> None:
+        """Take the bytes of a piece; several threads may."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Put the pieces together."""
+
+
 class Rewriting(ABC):
     """A checkpoint that is written anew, and what its certificate will say.
 
@@ -119,6 +131,10 @@ class Rewriting(ABC):
             found: of each of its matrices.
         """
         raise NotImplementedError(key)  # whose `matrices` are never a changed weight's
+
+    def value_hashes(self, key: str, pieces: int) -> ValueHashes | None:
+        """Return what takes the pieces of a weight as they are read; None where nobody asks for its values."""
+        return None
 
     def require_finite(self, key: str, finite: bool) -> None:
         """Raise unless a weight of the base is finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,11 @@ def run(
         console.wrote(plot)
 
 
+def _held(forms: Mapping[str, str]) -> str:
+    """Return of how many layers an adapter knows the base's values, and what they were held in."""
+    return f"{len(forms)} ({', '.join(sorted(set(forms.values())))})" if forms else "unknown"
+
+
 def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
     from spp.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles, method_of, read_adapter
@@ -62,6 +68,7 @@ def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     options.append(("base", adapter.base_name or "unknown"))
     if isinstance(adapter, AdapterFiles):
         options.append(("base masks", str(len(adapter.base_masks or {}))))
+        options.append(("base values", _held(adapter.base_forms or {})))
     else:
         options.append(("sparsity", ", ".join(sorted({f"{value:.4g}" for value in adapter.sparsity.values()}))))
     options += [

@@ -34,6 +34,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the table, but write nothing.")
     ] = False,
+    strict_values: Annotated[
+        bool, typer.Option("--strict", help="Refuse a base with other values than an adapter was trained on.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Merge adapters into their pruned model, shard by shard; every zero stays a zero.
@@ -74,8 +77,11 @@ def run(
             seed=seed,
             overwrite=overwrite,
             dry_run=dry_run,
+            strict_values=strict_values,
         )
     console.show(merge_table(report, every=every))
+    if report.base.line:
+        console.say(report.base.line)
     _say_where(output, dry_run)
 
 

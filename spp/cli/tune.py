@@ -139,6 +139,13 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the directory.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the directory.")] = False,
+    strict_values: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict",
+            help="SPP: do not resume on a base with other values than the checkpoint was trained on (default: False).",
+        ),
+    ] = None,
 ) -> None:
     """Tune a pruned model with an adapter that keeps its zeros, or prune a dense one while it trains (--method pst).
 

@@ -1,7 +1,7 @@
 """Files: atomic directories, the checked safetensors reader, a streaming writer, JSON and hashes."""
 
 from spp.files.atomic import atomic_directory, atomic_file, output_error, require_directory, require_replaceable
-from spp.files.hashes import content_crc32, content_sha256, dtype_name, mask_sha256
+from spp.files.hashes import content_crc32, content_sha256, dtype_name, mask_sha256, values_sha256
 from spp.files.jsonio import read_json, write_json
 from spp.files.leftovers import recover
 from spp.files.reader import CheckpointReader
@@ -21,6 +21,7 @@ __all__ = [
     "require_directory",
     "require_replaceable",
     "save_tensors",
+    "values_sha256",
     "write_json",
     "write_tensors",
 ]

@@ -3,6 +3,9 @@
 mask_sha256   = sha256 over b"spp-mask-1", the shape as little-endian int64, then the packed bits (row-major, first
                 weight in the highest bit) of "is not zero", read from the bits of the tensor.
 content_crc32 = zlib.crc32 over the raw little-endian bytes, row-major.
+values_sha256 = sha256 over b"spp-values-1", the dtype's name, the shape as little-endian int64, then the sha256 of each
+                piece: of each matrix (the last two dimensions) 2^20 weights at a time, row-major, -0.0 as 0.0. Pieces
+                may be hashed in any order, by several threads, while they are read or written.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +27,9 @@ from spp.patterns import pack_bits
 
 _ONE, _POLYNOMIAL = 1 << 31, 0xEDB88320  # of CRC-32, the bits in mirrored order
 _PIECE = 1 << 22  # bytes that a copy to the CPU or to row-major order takes at once
+VALUES_PIECE = 1 << 20  # weights of a piece of values_sha256: part of the format
+_MOST_THREADS = 8
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -40,6 +48,57 @@ def packed_sha256(shape: tuple[int, ...] | torch.Size, packed: npt.NDArray[np.ui
     digest.update(struct.pack(f"<{len(shape)}q", *shape))
     digest.update(packed.data)
     return digest.hexdigest()
+
+
+def values_sha256(t: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return the hex sha256 of the values of t as they are in a dtype; None where t is on the meta device.
+
+    Args:
+        t: floating point; it may be anywhere and have any strides, and a piece of it is copied at a time at most.
+        dtype: round to it first; None is t's own.
+    """
+    if t.is_meta:
+        return None
+    dtype, shape, t = dtype or t.dtype, t.shape, t.detach()
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    if threads == 1 or t.numel() <= VALUES_PIECE or not t.is_contiguous():  # copies of pieces would pile up
+        return joined_sha256(shape, dtype, [piece_sha256(part, dtype) for part in _value_pieces(t)])
+    with ThreadPoolExecutor(threads) as pool:  # hashlib lets go of Python's lock
+        return joined_sha256(shape, dtype, pool.map(lambda part: piece_sha256(part, dtype), _value_pieces(t)))
+
+
+def piece_sha256(part: Tensor, dtype: torch.dtype) -> bytes:
+    """Return the sha256 of one piece of `values_sha256`: values in a row, rounded to a dtype."""
+    held = part.to("cpu", dtype).contiguous().view(_INTEGERS[dtype.itemsize])
+    bits: npt.NDArray[Any] = np.from_dlpack(held)
+    negative_zero = bits == np.iinfo(bits.dtype).min
+    if negative_zero.any():
+        bits = np.where(negative_zero, bits.dtype.type(0), bits)
+    return hashlib.sha256(bits.data).digest()
+
+
+def joined_sha256(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, pieces: Iterable[bytes]) -> str:
+    """`values_sha256` from what `piece_sha256` gives of the pieces, in order."""
+    digest = hashlib.sha256(b"spp-values-1" + dtype_name(dtype).encode())
+    digest.update(struct.pack(f"<{len(shape)}q", *shape))
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _value_pieces(t: Tensor) -> Iterator[Tensor]:
+    """Yield the values of t (…, m, n) row-major, of each matrix VALUES_PIECE at a time; one piece, empty, of none."""
+    for matrix in t.flatten(0, -3).unbind(0) if t.dim() > 2 else [t]:
+        count = matrix.numel()
+        if matrix.is_contiguous():
+            yield from matrix.reshape(-1).split(VALUES_PIECE) if count else [matrix.reshape(-1)]
+            continue
+        width = matrix.shape[-1]
+        for begin in range(0, count, VALUES_PIECE):
+            end = min(begin + VALUES_PIECE, count)
+            first = begin // width
+            rows = matrix[first : -(-end // width)].reshape(-1)
+            yield rows[begin - first * width : end - first * width]
 
 
 def content_crc32(t: Tensor) -> int:
@@ -98,4 +157,4 @@ def tensor_bytes(t: Tensor) -> Iterator[memoryview]:
         parts = list(t.split(rows))
     for part in parts:
         flat = part.contiguous().cpu().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+        yield np.from_dlpack(flat.view(torch.uint8)).data

@@ -5,6 +5,7 @@ How they lie in memory: `spp.packed.layout`.
 
 from __future__ import annotations
 
+from spp.packed.held import FLOATS, HeldWeight
 from spp.packed.holder import NAMES, HoldsWeight, converting
 from spp.packed.layout import Layout
 from spp.packed.mapped import give_back_pages
@@ -21,7 +22,9 @@ from spp.packed.weight import DTYPES, PackedWeight
 
 __all__ = [
     "DTYPES",
+    "FLOATS",
     "NAMES",
+    "HeldWeight",
     "HoldsWeight",
     "Layout",
     "PackedStack",

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError
+from spp.files import dtype_name
 from spp.offload import values
 from spp.offload_hooks import HookedAdapter
+from spp.packed.held import HeldWeight
 from spp.packed.layout import Layout
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.stack import PackedStack, StackLayout
@@ -68,6 +70,15 @@ class HoldsWeight(HookedAdapter):
     def dense_weight(self) -> Tensor:
         """Return the frozen weight with its numbers: the Parameter; packed, a dense copy; offloaded, what is loaded."""
         return values(self) if self.packed_layout is None else self.weight
+
+    def held(self) -> HeldWeight:
+        """Return the frozen weight as it is held, whose values can be hashed."""
+        if self.packed_layout is None:
+            return HeldWeight.of_parameter(self)
+        packed = self.packed_weight()
+        if isinstance(packed, QuantizedWeight):
+            return HeldWeight.of_quantized(packed)
+        return HeldWeight(dtype_name(packed.dtype), packed.tensors(), lambda: self.weight)
 
     @property
     def stored_weight(self) -> Tensor:

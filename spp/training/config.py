@@ -28,7 +28,7 @@ LR = {"spp": 4e-3, "pst": 1e-4}  # the papers'
 LARGEST_LR = 1e30  # far beyond any sense, and what AdamW makes of it still is a float32
 # Options that one method alone has.
 _OWN = {
-    "spp": ("r", "scaling", "dropout", "dropout_mode", "rule", "saved_activations"),
+    "spp": ("r", "scaling", "dropout", "dropout_mode", "rule", "saved_activations", "strict_values"),
     "pst": (
         *("pattern", "initial_sparsity", "initial_warmup", "final_warmup"),
         *("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale"),
@@ -100,6 +100,8 @@ class TuneConfig:
         save_limit: complete checkpoints to keep, at least 1.
         overwrite: replace an earlier run in `output_dir`.
         resume: continue the run in `output_dir` from its last complete checkpoint; start it if there is none.
+        strict_values: SPP: refuse to resume on a base with other values than the checkpoint was trained on, instead of
+            warning (spp.base_values); PST always refuses.
         progress: show a progress bar; None shows it on a terminal.
 
     Raises:
@@ -169,6 +171,7 @@ class TuneConfig:
     save_limit: int = 2
     overwrite: bool = False
     resume: bool = False
+    strict_values: bool = False
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -199,7 +202,7 @@ class TuneConfig:
             check_number(name, getattr(self, name), least=0.0)
         for name in ("eval_fraction", "warmup_ratio"):
             check_number(name, getattr(self, name), least=0.0, below=1.0)
-        for name in ("completions_only", "gradient_checkpointing", "bf16", "overwrite", "resume"):
+        for name in ("completions_only", "gradient_checkpointing", "bf16", "overwrite", "resume", "strict_values"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if self.progress is not None and not isinstance(self.progress, bool):

@@ -75,7 +75,8 @@ class SPPMethod(Method):
 
     def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
         """Return an SPPTrainer."""
-        return SPPTrainer(model, arguments, mask_updates=self._updates, **options)
+        strict = self.config.strict_values
+        return SPPTrainer(model, arguments, mask_updates=self._updates, strict_values=strict, **options)
 
     def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
         """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names.

@@ -23,7 +23,7 @@ from spp.training.config import TuneConfig
 FORMAT = "spp-tune-1"
 
 # Options that do not change what is computed, and so may differ when a run is resumed.
-_FREE = ("output_dir", "overwrite", "resume", "progress", "log_every", "save_every", "save_limit")
+_FREE = ("output_dir", "overwrite", "resume", "strict_values", "progress", "log_every", "save_every", "save_limit")
 
 
 class RunDirectory:

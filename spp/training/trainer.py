@@ -41,6 +41,7 @@ class SPPTrainer(AdapterTrainer):
             (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
+        strict_values: as in `spp.load_adapter`, for a checkpoint that is resumed.
 
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
@@ -60,9 +61,11 @@ class SPPTrainer(AdapterTrainer):
         args: Any = None,
         *rest: Any,
         mask_updates: MaskUpdates | None = None,
+        strict_values: bool = False,
         **options: Any,
     ) -> None:
         self.mask_updates = mask_updates
+        self.strict_values = strict_values
         with _adapter_is_known(model):
             super().__init__(model, args, *rest, **options)
         if mask_updates is not None:
@@ -105,7 +108,7 @@ class SPPTrainer(AdapterTrainer):
             )
         if self.mask_updates is not None:
             self.mask_updates.state.load(directory)
-        load_adapter(model, directory)
+        load_adapter(model, directory, strict_values=self.strict_values)
 
     @property
     def sparsity(self) -> float:

@@ -18,7 +18,7 @@ from spp.bench.harness import measure_memory
 from spp.checkpoint import merge_checkpoint, pipeline, save_model, scanning, verify
 from spp.checkpoint.rewrite_jobs import OtherJob, TorchJob, WeightJob
 from spp.errors import CheckpointError, MaskError, NonFiniteError, OutputError, OutputExistsError
-from spp.files import CheckpointReader, output, save_tensors, write_json, write_tensors
+from spp.files import CheckpointReader, output, save_tensors, values_sha256, write_json, write_tensors
 from spp.files.writer import TensorFile
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
@@ -51,6 +51,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces so small that the tensors of a tiny model have several, all written around the cache."""
     monkeypatch.setattr(scanning, "PIECE", 4096)
+    monkeypatch.setattr("spp.files.hashes.VALUES_PIECE", 4096)
     monkeypatch.setattr("spp.checkpoint.rewrite_jobs.PIECE_BYTES", 5000)
     monkeypatch.setattr(output, "LARGE", 0)
     monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
@@ -171,7 +172,9 @@ def test_a_merge_takes_pieces_of_memory_and_not_tensors(tmp_path: Path) -> None:
     parameters |= {f"base_model.model.{path}.spp_beta": torch.full((size[0], 1), 0.125) for path in paths}
     save_tensors(tmp_path / "adapter" / "adapter_model.safetensors", parameters)
     config = {**spp.SPPConfig(r=1, target_modules=("down_proj",)).to_dict(), "peft_type": "SPP"}
-    write_json(tmp_path / "adapter" / "adapter_config.json", config)
+    known = {"base_forms": dict.fromkeys(paths, "bfloat16")}
+    known["base_values"] = dict.fromkeys(paths, str(values_sha256(tensors_of(tmp_path / "base")[f"{paths[0]}.weight"])))
+    write_json(tmp_path / "adapter" / "adapter_config.json", {**config, **known})
     gc.collect()
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     memory = measure_memory(lambda: merge_checkpoint(base, adapter, out), calls=1)
@@ -266,12 +269,12 @@ def test_no_thread_to_be_had_is_an_error_that_leaves_nothing(
 def test_a_compiled_merge_that_errs_is_caught(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge = elementwise.Matrix.merge_file
+    merge = elementwise.Matrix.merge
 
     def wrong(self: elementwise.Matrix, *arguments: Any) -> elementwise.Found:
         return merge(self, *arguments).then(elementwise.Found(changed=1))
 
-    monkeypatch.setattr(elementwise.Matrix, "merge_file", wrong)
+    monkeypatch.setattr(elementwise.Matrix, "merge", wrong)
     with pytest.raises(AssertionError, match="failed its checks where torch's passed"):
         merge_checkpoint(base, adapter, tmp_path / "out")
     nothing_left(tmp_path, ["base", "adapter"])

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 import spp
 from spp.adapters import adapter_state_dict, base_masks, load_adapter, save_adapter
 from spp.errors import AdapterError, CheckpointError, ConfigError, MaskError, OutputError, SPPWarning, WrapError
+from spp.files import values_sha256
 from spp.inject import adapter_layers
 from spp.training import SPPTrainer
 from spp.training.checkpoints import MARKER_NAME, last_complete, mark_complete, rotate, why_incomplete
@@ -466,6 +467,22 @@ class TestRefused:
         with pytest.raises(MaskError):
             trainer(tmp_path, spp.wrap(other, r=4)).train(resume_from_checkpoint=True)
 
+    def test_a_checkpoint_of_other_values(self, tmp_path: Path) -> None:
+        trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+        made = trainer(tmp_path, max_steps=9)
+        made.train(resume_from_checkpoint=True)  # on its own base, without a word
+        other = pruned()
+        with torch.no_grad():
+            other.model.layers[0].mlp.up_proj.weight.mul_(2)
+        model = spp.wrap(other, r=4)
+        before = adapter_of(model)
+        strict = SPPTrainer(model, arguments(tmp_path, max_steps=9), train_dataset=blocks(), strict_values=True)
+        with pytest.raises(AdapterError, match="1 of 14 layers"):
+            strict.train(resume_from_checkpoint=True)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_of(model).items())
+        with pytest.warns(SPPWarning, match=r"1 of 14 layers, first in model\.layers\.0\.mlp\.up_proj"):
+            trainer(tmp_path, model, max_steps=9).train(resume_from_checkpoint=True)
+
     def test_deepspeed_and_fsdp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = SPPTrainer.create_accelerator_and_postprocess
 
@@ -476,6 +493,18 @@ class TestRefused:
         monkeypatch.setattr(SPPTrainer, "create_accelerator_and_postprocess", pretend)
         with pytest.raises(ConfigError, match="FSDP"):
             trainer(tmp_path)
+
+
+def test_saves_after_the_first_hash_no_value_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[torch.Size] = []
+
+    def counted(weight: torch.Tensor, *rest: Any) -> str | None:
+        hashed.append(weight.shape)
+        return values_sha256(weight, *rest)
+
+    monkeypatch.setattr("spp.packed.held.values_sha256", counted)
+    trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=3).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3 and len(hashed) == 14
 
 
 def test_masks_are_compared_by_value(tmp_path: Path) -> None:

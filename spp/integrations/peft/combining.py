@@ -65,6 +65,8 @@ def combined_config(first: SPPPeftConfig, ranks: Mapping[str, int], targets: Seq
         layers_to_transform=None,
         layers_pattern=None,
         base_masks=None,
+        base_values=None,
+        base_forms=None,
         seed=None,
     )
     config.inference_mode = True

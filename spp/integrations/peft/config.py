@@ -11,6 +11,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
+from spp.adapter_files import why_malformed
+from spp.adapters import base_values
 from spp.config import FORMAT_VERSION, SPPConfig
 from spp.errors import AdapterError, ConfigError
 from spp.files import mask_sha256
@@ -31,7 +33,10 @@ class SPPPeftConfig(PeftConfig):
         layers_to_transform, layers_pattern: as in PEFT: only targets of these layers.
         modules_to_save: as in PEFT: modules that are trained and saved as a whole.
         base_masks: {module path: hash of its zeros} of the base that the adapter was trained on. Filled in when it is
-            saved; where it is given, an adapter is refused on a base with other zeros (None skips the check).
+            saved; where it is given, an adapter is refused on a base with other zeros (None skips this check and the
+            next).
+        base_values, base_forms: {module path: hash of its values} and {module path: what was hashed}, likewise
+            (spp.base_values); a base with the same zeros and other values is warned of.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.
@@ -57,6 +62,8 @@ class SPPPeftConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     base_masks: dict[str, str] | None = None
+    base_values: dict[str, str] | None = None
+    base_forms: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +76,8 @@ class SPPPeftConfig(PeftConfig):
         masks = self.base_masks
         if masks is not None and not (isinstance(masks, Mapping) and all(isinstance(m, str) for m in masks.values())):
             raise ConfigError("base_masks must map module paths to hashes, or be None")
+        if (problem := why_malformed(self.base_values, self.base_forms)) is not None:
+            raise ConfigError(problem)
 
     def spp_config(self) -> SPPConfig:
         """Return the same as an SPPConfig.
@@ -92,12 +101,15 @@ class SPPPeftConfig(PeftConfig):
         self._owner = weakref.ref(model), adapter
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, with the zeros of the base that the adapter is in.
+        """Write adapter_config.json, with the zeros and the values of the base that the adapter is in.
 
         Raises:
             AdapterError: the adapter is a sum of others, which no adapter file can hold.
         """
-        self.base_masks = self._masks_now() or self.base_masks
+        masks = self._masks_now()
+        if masks:
+            known = base_values((path, layer.held()) for path, layer in self._layers().items())
+            self.base_masks, self.base_values, self.base_forms = masks, known["base_values"], known["base_forms"]
         super().save_pretrained(save_directory, **kwargs)
 
     def require_savable(self) -> None:

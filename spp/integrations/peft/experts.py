@@ -16,11 +16,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.experts_packed import OverPackedExperts, PackedExperts
+from spp.files import dtype_name
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import Run, linear
 from spp.merge_weight import LayerMerge, merge_experts
 from spp.offload import home, is_offloaded
-from spp.packed import PackedStack
+from spp.packed import HeldWeight, PackedStack
 from spp.rules import get_rule
 from spp.targets_layout import Projection, as_matrices
 
@@ -83,6 +84,12 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         for packed in self._packed_before_merge:
             return packed.dense()
         return self.dense_weight() if self._before_merge is None else self._before_merge
+
+    def held(self) -> HeldWeight:
+        """Return W as it was before any merge, as it is held."""
+        for packed in self._packed_before_merge:
+            return HeldWeight(dtype_name(packed.dtype), packed.tensors(), packed.dense)
+        return super().held() if self._before_merge is None else HeldWeight.of_tensor(self._before_merge)
 
     def home(self) -> torch.device:
         """Return the device that adapters belong on."""

@@ -17,7 +17,7 @@ from spp.layer_packed import PackedLinear
 from spp.merge_weight import LayerMerge, merge_tensor
 from spp.offload import execution_device, home, offloader, values
 from spp.offload_hooks import move_hook
-from spp.packed import quantized_kind, read_quantized
+from spp.packed import HeldWeight, quantized_kind, read_quantized
 from spp.rules import get_rule
 from spp.targets_layout import features, input_axis_of
 
@@ -93,6 +93,15 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             return self._before_merge
         base = self.base_layer
         return base.weight if isinstance(base, PackedLinear) else values(base)
+
+    def held(self) -> HeldWeight:
+        """Return W as it was before any merge, as it is held."""
+        for packed in self._packed_before_merge:
+            return packed.held()
+        if self._before_merge is not None:
+            return HeldWeight.of_tensor(self._before_merge)
+        base = self.base_layer
+        return base.held() if isinstance(base, PackedLinear) else HeldWeight.of_parameter(base)
 
     def home(self) -> torch.device:
         """Return the device that adapters belong on."""

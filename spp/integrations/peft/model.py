@@ -13,8 +13,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
+from spp.base_values import NOT_COMPARABLE, OTHER, BaseComparison
 from spp.config import SPPConfig
-from spp.errors import ConfigError, MaskError, TargetError, WrapError, some_of
+from spp.errors import ConfigError, MaskError, SPPWarning, TargetError, WrapError, some_of
 from spp.experts import check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.files import mask_sha256
@@ -73,6 +74,8 @@ class SPPPeftModel(BaseTuner):
             assert isinstance(module, nn.Module)
             check_linear(module, config, target.path, config.rank_for(target.path))
         _check_masks(chosen, peft_config)
+        if peft_config.base_masks is not None:
+            _check_values(chosen, peft_config)
         warn_dense({target.path: check_values(target) for target in fresh}, "pack" if config.packed else "train")
         peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
         self._dtype = dtype_of_model(model)
@@ -346,3 +349,16 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
             f"{config.base_model_name_or_path or 'another base'}; load it there, or take its config with "
             f"PeftConfig.from_pretrained, set base_masks to None and pass it as config="
         )
+
+
+def _check_values(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
+    """Warn where the config says which values the adapter was trained on, and the base has others."""
+    comparison = BaseComparison(config.base_values, config.base_forms, base_name=config.base_model_name_or_path)
+    for target in targets:
+        layer = layer_of(target)
+        comparison.add_held(target.path, target.held() if layer is None else layer.held())
+    verdict = comparison.verdict()
+    if verdict.state == OTHER:
+        warnings.warn(verdict.message, SPPWarning, stacklevel=3)
+    elif verdict.state == NOT_COMPARABLE:
+        logger.info(verdict.message)

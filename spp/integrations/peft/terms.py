@@ -18,7 +18,7 @@ from spp.errors import ConfigError
 from spp.inject_guards import layer_generator
 from spp.merge_weight import LayerMerge
 from spp.offload_hooks import HookedAdapter
-from spp.packed import converting
+from spp.packed import HeldWeight, converting
 from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.terms import TermsRule
@@ -85,6 +85,10 @@ class TermsLayer(BaseTunerLayer):
 
     def base_weight(self) -> Tensor:
         """Return W as it was before any merge, as it is stored; an offloaded one with its numbers."""
+        raise NotImplementedError
+
+    def held(self) -> HeldWeight:
+        """Return W as it was before any merge, as it is held."""
         raise NotImplementedError
 
     def home(self) -> torch.device:
