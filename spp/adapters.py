@@ -17,7 +17,7 @@ from spp.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
 from spp.config import SPPConfig
 from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, some_of
 from spp.experts import SPPExperts
-from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
+from spp.files import atomic_directory, mask_sha256, save_tensors, write_json
 from spp.inject import (
     AdapterLayer,
     adapter_config,
@@ -79,6 +79,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     Args:
         model: wrapped.
         path: a directory that does not exist yet, unless `overwrite`.
+        overwrite: replace what is there, if it is an output (spp.files.recognised) and holds nothing else.
 
     Returns:
         The directory.
@@ -89,7 +90,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         OutputError: the directory exists, or cannot be written.
     """
     check_finite(model)
-    require_replaceable(path)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
     return Path(path)

@@ -29,6 +29,7 @@ from torch import Tensor
 from spp._version import __version__
 from spp.errors import CheckpointError
 from spp.files import atomic_file, dtype_name, read_json, write_json
+from spp.files.recognised import CERTIFICATE
 from spp.patterns import DENSE, all_finite, count_kept, detect_packed, pack_bits
 
 CERTIFICATE_NAME = "sparsity.json"
@@ -187,9 +188,9 @@ class Certificate:
         return certificate
 
     def write(self, directory: str | os.PathLike[str]) -> Path:
-        """Write sparsity.json into a directory, atomically; return its path."""
+        """Write sparsity.json into a directory, atomically, also in place of an older one; return its path."""
         path = Path(directory) / CERTIFICATE_NAME
-        with atomic_file(path, overwrite=True) as temporary:
+        with atomic_file(path, overwrite=True, kind=CERTIFICATE) as temporary:
             write_json(temporary, self.to_dict())
         return path
 

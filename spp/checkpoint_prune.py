@@ -30,8 +30,8 @@ from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
 from spp.checkpoint_prune_work import Work
-from spp.errors import OutputExistsError, StreamingError, TargetError
-from spp.files import CheckpointReader, dtype_name, require_replaceable
+from spp.errors import StreamingError, TargetError
+from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.reader import INDEX, SINGLE
 from spp.patterns import Pattern
 from spp.pruning.owl import OWL
@@ -74,7 +74,7 @@ def prune_checkpoint(
         owl: as for `spp.prune`; the dense blocks pass through memory once more.
         dtype: of the weights, while they are pruned and as they are written; None is the checkpoint's own.
         device: where a block is run.
-        overwrite: replace what is at `out`.
+        overwrite: replace what is at `out`, if it is an output (spp.files.recognised) and holds nothing else.
 
     Returns:
         What was done to each layer.
@@ -102,11 +102,9 @@ def prune_checkpoint(
         owl=owl,
     )
     target = Path(os.path.realpath(out))
-    require_replaceable(target)
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"{target} exists already; choose another path, or pass overwrite=True (--overwrite)")
     source = checkpoint_directory(directory)
     refuse_overlap(target, source, "the model")
+    check_target(target, overwrite=overwrite, copies=[source])
     _require_safetensors(source)
     with CheckpointReader(source) as reader:
         streamed = StreamedModel(reader, dtype, device)

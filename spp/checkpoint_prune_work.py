@@ -38,6 +38,7 @@ from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
 from spp.files.leftovers import lock
 from spp.files.reader import INDEX, SINGLE
+from spp.files.recognised import OWN, PRUNING
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Work:
 
     def __exit__(self, *_: object) -> None:
         if not (self._folder / _PROGRESS).exists():  # nothing is finished
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._discard()
         if self._handle is not None:
             os.close(self._handle)
 
@@ -93,7 +94,7 @@ class Work:
     def finish(self, index: int, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerReport]) -> None:
         """Write a finished block, then the note that it is finished."""
         with self._writing():
-            with atomic_file(self._folder / self._shard(index + 1), overwrite=True) as path:
+            with atomic_file(self._folder / self._shard(index + 1), overwrite=True, kind=OWN) as path:
                 save_tensors(path, tensors)
             self._progress["blocks"][str(index)] = {path: asdict(layer) for path, layer in layers.items()}
             self._note()
@@ -140,7 +141,8 @@ class Work:
             overwrite: replace what is there.
         """
         with self._writing(), contextlib.ExitStack() as stack:
-            directory = stack.enter_context(atomic_directory(self._target, overwrite=overwrite))
+            made = atomic_directory(self._target, overwrite=overwrite, copies=[source.directory])
+            directory = stack.enter_context(made)
             carry_files(source.directory, directory, set(source.shards()))
             if dtype is not None:
                 update_config(directory, dtype)
@@ -164,10 +166,10 @@ class Work:
             with CheckpointReader(directory) as pruned:
                 make_certificate(pruned).write(directory)
         (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
-        shutil.rmtree(self._folder)
+        self._discard()
 
     def _note(self) -> None:
-        with atomic_file(self._folder / _PROGRESS, overwrite=True) as path:
+        with atomic_file(self._folder / _PROGRESS, overwrite=True, kind=OWN) as path:
             write_json(path, self._progress)
 
     def _shard(self, number: int) -> str:
@@ -183,13 +185,25 @@ class Work:
             self._progress = found
             logger.info("going on behind %d finished blocks in %s", len(found["blocks"]), self._folder)
             return
-        before = found["job"] if isinstance(found.get("job"), dict) else {}
+        if not isinstance(found.get("job"), dict) or not isinstance(found.get("blocks"), dict):
+            raise self.malformed()
+        before = found["job"]
         changed = [name for name, value in self._progress["job"].items() if before.get(name) != value]
         logger.warning(
             "%s holds blocks of another job (other: %s); starting anew", self._folder, ", ".join(sorted(changed))
         )
         with self._writing():
-            for path in self._folder.iterdir():
+            self._remove_files()
+
+    def _discard(self) -> None:
+        """Remove the folder, as far as the system lets us; what somebody else has put there stays."""
+        with contextlib.suppress(OSError):
+            self._remove_files()
+            self._folder.rmdir()
+
+    def _remove_files(self) -> None:
+        for path in self._folder.iterdir():
+            if PRUNING.has_file(path.name) and not path.is_dir():
                 path.unlink()
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from spp.errors import ConfigError, DependencyError
 from spp.files import atomic_file
+from spp.files.recognised import PICTURE
 
 FORMATS = ("png", "svg", "pdf")
 OURS, THEIRS = "#2a6f97", "#a9b4bd"
@@ -39,6 +40,6 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path, *, overwrite: bool) -> None:
-    """Write a figure to a file, whole or not at all; its ending is the format."""
-    with atomic_file(path, overwrite=overwrite) as temporary:
+    """Write a figure to a file, whole or not at all, also over another chart; its ending is the format."""
+    with atomic_file(path, overwrite=overwrite, kind=PICTURE) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=DPI)

@@ -29,6 +29,7 @@ import torch
 from spp._version import __version__
 from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
 from spp.files import atomic_file, write_json
+from spp.files.recognised import MEASUREMENTS, PICTURE, FileKind
 from spp.kernels import native
 from spp.kernels.choice import kernels
 from spp.report import Table, count_text
@@ -272,11 +273,11 @@ def check_common_options(options: argparse.Namespace) -> None:
     _check_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    for path in (options.out, options.plot):
+    for path, kind in ((options.out, MEASUREMENTS), (options.plot, PICTURE)):
         if path is not None and path.exists() and not options.overwrite:
             raise OutputExistsError(f"{path} exists; choose another name, or pass --overwrite")
         if path is not None:
-            _rehearse_writing(path)
+            _rehearse_writing(path, kind)
     if options.plot is not None:
         check_plot(options.plot)
 
@@ -293,9 +294,9 @@ def _check_device(device: str) -> None:
         )
 
 
-def _rehearse_writing(path: Path) -> None:
+def _rehearse_writing(path: Path, kind: FileKind) -> None:
     """Raise now what writing the file after the measurements would raise; nothing stays behind."""
-    with contextlib.suppress(_RehearsalError), atomic_file(path, overwrite=True):
+    with contextlib.suppress(_RehearsalError), atomic_file(path, overwrite=True, kind=kind):
         raise _RehearsalError
 
 
@@ -318,8 +319,8 @@ def finish(
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool) -> None:
-    """Write rows of measurements as JSON, atomically; an existing file is kept unless `overwrite`."""
-    with atomic_file(path, overwrite=overwrite) as temporary:
+    """Write rows of measurements as JSON, atomically; an existing file of measurements is kept unless `overwrite`."""
+    with atomic_file(path, overwrite=overwrite, kind=MEASUREMENTS) as temporary:
         write_json(temporary, {"rows": [dict(row) for row in rows]})
 
 

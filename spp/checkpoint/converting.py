@@ -19,7 +19,7 @@ from spp.checkpoint.rewriting import Rewriting
 from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, NonFiniteError
-from spp.files import CheckpointReader, content_crc32, require_replaceable
+from spp.files import CheckpointReader, content_crc32
 from spp.merge import check_rounding
 from spp.patterns import Pattern
 from spp.pst import PSTConfig
@@ -48,7 +48,7 @@ def convert_checkpoint(
         state_dir: what `spp.pst.save` wrote, such as the adapter/ of a tuning run, or a hub id.
         out_dir: a directory outside both that does not exist yet, unless `overwrite`.
         dtype: convert all floating tensors; None keeps each tensor's own.
-        overwrite: replace what is at `out_dir`.
+        overwrite: replace what is at `out_dir`, if it is an output (spp.files.recognised) and holds nothing else.
         dry_run: do and check everything, and write nothing.
 
     Returns:
@@ -69,7 +69,6 @@ def convert_checkpoint(
     base, state = checkpoint_directory(base_dir), read(Path(state_dir))
     refuse_overlap(Path(out_dir), base, "the base")
     refuse_overlap(Path(out_dir), state.source, "the PST state")
-    require_replaceable(out_dir)
     with CheckpointReader(base) as reader:
         converting = _Converting(reader, state, dtype)
         with output(converting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:

@@ -35,7 +35,6 @@ from spp.files import (
     atomic_directory,
     content_sha256,
     read_json,
-    require_replaceable,
     write_json,
     write_tensors,
 )
@@ -72,7 +71,7 @@ def export_packed(
         dir: the pruned checkpoint (safetensors), or a hub id. Its certificate, if it has one, is checked on the way.
         out_dir: a directory outside `dir` that does not exist yet, unless `overwrite`.
         strict_bits: refuse weights with −0.0, which come back as 0.0; all else comes back bit for bit.
-        overwrite: replace what is at `out_dir`.
+        overwrite: replace what is at `out_dir`, if it is an output (spp.files.recognised) and holds nothing else.
 
     Returns:
         ExportReport: the packed tensors and their sizes.
@@ -90,8 +89,8 @@ def export_packed(
     """
     base = checkpoint_directory(dir)
     refuse_overlap(Path(out_dir), base, "the checkpoint")
-    require_replaceable(out_dir)
-    with atomic_directory(out_dir, overwrite=overwrite) as directory, DenseReader(base) as reader:
+    made = atomic_directory(out_dir, overwrite=overwrite, copies=[base])
+    with made as directory, DenseReader(base) as reader:
         config = _config_of(reader)
         if reader.packed or packed_settings(config) is not None:
             raise ConfigError(f"{base} is packed already; spp.export_dense makes it dense")
@@ -123,7 +122,7 @@ def export_dense(
     Args:
         dir: a packed checkpoint, or a hub id; what its certificate says is checked on the way.
         out_dir: a directory outside `dir` that does not exist yet, unless `overwrite`.
-        overwrite: replace what is at `out_dir`.
+        overwrite: replace what is at `out_dir`, if it is an output (spp.files.recognised) and holds nothing else.
 
     Returns:
         ExportReport: the tensors that were packed and their sizes.
@@ -138,8 +137,8 @@ def export_dense(
     """
     base = checkpoint_directory(dir)
     refuse_overlap(Path(out_dir), base, "the checkpoint")
-    require_replaceable(out_dir)
-    with atomic_directory(out_dir, overwrite=overwrite) as directory, DenseReader(base) as reader:
+    made = atomic_directory(out_dir, overwrite=overwrite, copies=[base])
+    with made as directory, DenseReader(base) as reader:
         if not reader.packed:
             raise ConfigError(f"{base} is not packed; spp.export_packed packs it")
         config = _config_of(reader)

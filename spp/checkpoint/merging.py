@@ -27,7 +27,7 @@ from spp.checkpoint.places import Places
 from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, MaskError, SPPWarning
-from spp.files import CheckpointReader, require_replaceable
+from spp.files import CheckpointReader
 from spp.merge import MergeReport, check_rounding, draw_seed
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def merge_checkpoint(
         dtype: convert all floating tensors; None keeps each tensor's own.
         rounding: "nearest" or "stochastic"; as for `spp.merge`.
         seed: of stochastic rounding; None draws one from torch's global generator.
-        overwrite: replace what is at `out_dir`.
+        overwrite: replace what is at `out_dir`, if it is an output (spp.files.recognised) and holds nothing else.
         dry_run: do and check everything, and write nothing.
         strict_values: refuse a base whose values are known not to be those that an adapter was trained on, instead of
             warning. One that is quantized or of another dtype than in training, so that there is nothing to compare,
@@ -85,7 +85,6 @@ def merge_checkpoint(
     refuse_overlap(Path(out_dir), base, "the base")
     for part in parts:
         refuse_overlap(Path(out_dir), part.files.source, "the adapter")
-    require_replaceable(out_dir)
     with CheckpointReader(base) as reader:
         merging = Merging(reader, Places(reader, parts), parts, dtype, rounding, draw_seed(rounding, seed))
         with output(merging, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:

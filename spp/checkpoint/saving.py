@@ -12,17 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from spp.certificate import BaseRecord, Certificate, SparsityReport
+from spp.certificate import CERTIFICATE_NAME, BaseRecord, Certificate, SparsityReport
 from spp.checkpoint.naming import same_names
 from spp.checkpoint.scanning import scan_reader, scan_source
 from spp.checkpoint.sources import checkpoint_directory, input_axes, open_source, projection_keys
 from spp.checkpoint.verifying import facts_of, pruned_matrices, require_same_masks
 from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
-from spp.files import (
-    CheckpointReader,
-    atomic_directory,
-    require_replaceable,
-)
+from spp.files import CheckpointReader, atomic_directory, check_target
+from spp.files.recognised import CERTIFICATE
 from spp.inject import is_wrapped
 from spp.packed.disk import DenseReader
 from spp.targets import require_model
@@ -42,7 +39,7 @@ def save_model(
         model: a transformers model that is not wrapped.
         dir: a directory that does not exist yet, unless `overwrite`.
         tokenizer: saved beside the model, if given.
-        overwrite: replace what is there.
+        overwrite: replace what is there, if it is an output (spp.files.recognised) and holds nothing else.
 
     Returns:
         The directory.
@@ -66,8 +63,9 @@ def save_model(
         raise ConfigError(f"a {type(model).__name__} has no save_pretrained; spp.save_model saves transformers models")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ConfigError(f"tokenizer is {tokenizer!r}; expected a tokenizer of transformers, or None")
-    require_replaceable(dir)
-    with atomic_directory(dir, overwrite=overwrite) as directory:
+    config = getattr(model, "config", None)
+    sources = [getattr(config, "_name_or_path", None), getattr(tokenizer, "name_or_path", None)]
+    with atomic_directory(dir, overwrite=overwrite, copies=[name for name in sources if name]) as directory:
         model.save_pretrained(directory)  # type: ignore[operator]  # nn.Module says every attribute may be a tensor
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
@@ -82,7 +80,6 @@ def save_model(
                 with open_source(directory) as disk:
                     require_same_masks(memory, replace(disk, name=str(dir)), changed)
         _with_base(certificate, base, keys).write(directory)
-    config = getattr(model, "config", None)
     if config is not None and hasattr(config, "_name_or_path"):
         config._name_or_path = os.fspath(dir)  # what an adapter trained from here on belongs to
     logger.info("saved the model to %s", dir)
@@ -109,9 +106,10 @@ def certify(
         NonFiniteError: a projection weight holds NaN or infinity; such a checkpoint gets no certificate.
         MaskError: the zeros are not those of `base`; every differing tensor is listed.
         CheckpointError: the files are bad.
-        OutputError: the certificate cannot be written.
+        OutputError: the certificate cannot be written, or a sparsity.json is there that is none.
     """
     directory = checkpoint_directory(dir)
+    check_target(directory / CERTIFICATE_NAME, overwrite=True, kind=CERTIFICATE)
     record = None
     also = certified_keys(directory)
     if base is not None:

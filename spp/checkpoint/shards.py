@@ -15,8 +15,7 @@ from spp.checkpoint.carrying import carry_files, update_config
 from spp.checkpoint.pipeline import Job, Sink, run
 from spp.checkpoint.rewrite_jobs import job_of
 from spp.checkpoint.rewriting import Rewriting
-from spp.files import atomic_directory, write_json
-from spp.files.atomic import check_target
+from spp.files import atomic_directory, check_target, write_json
 from spp.files.reader import INDEX
 from spp.files.writer import TensorFile
 
@@ -26,11 +25,12 @@ def output(
     rewriting: Rewriting, out_dir: str | os.PathLike[str], *, overwrite: bool, dry_run: bool
 ) -> Iterator[Path | None]:
     """Give the directory to write into, as `atomic_directory`; for a dry run None, if it could be written."""
+    copies = [rewriting.reader.directory]
     if dry_run:
-        check_target(out_dir, overwrite=overwrite, size=rewriting.size())
+        check_target(out_dir, overwrite=overwrite, size=rewriting.size(), copies=copies)
         yield None
         return
-    with atomic_directory(out_dir, overwrite=overwrite) as directory:
+    with atomic_directory(out_dir, overwrite=overwrite, copies=copies) as directory:
         yield directory
 
 

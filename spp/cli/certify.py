@@ -27,9 +27,10 @@ def run(
     """
     from spp.certificate import CERTIFICATE_NAME
     from spp.checkpoint import certify
+    from spp.files.recognised import CERTIFICATE
     from spp.report import sparsity_table
 
-    console.check_output(directory / CERTIFICATE_NAME, overwrite)
+    console.check_file(directory / CERTIFICATE_NAME, overwrite, CERTIFICATE)
     with console.step(f"certifying {directory}"):
         report = certify(directory, base, deep=deep)
     console.show(sparsity_table(report, every=every))

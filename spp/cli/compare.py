@@ -91,16 +91,17 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     """Run the comparison and print its table."""
     from spp.bench.compare.chart import draw
     from spp.bench.compare.config import CompareConfig
-    from spp.bench.compare.results import NAME
-    from spp.bench.compare.study import REPORT, compare
+    from spp.bench.compare.results import NAME, REPORT
+    from spp.bench.compare.study import compare
     from spp.bench.compare.tables import main_table, notes, verdict
     from spp.files.hub import local_directory
+    from spp.files.recognised import PICTURE
     from spp.report_plot import check_plot
 
     config = CompareConfig(**given)
     if plot is not None:
         check_plot(plot)
-        console.check_file(plot, overwrite)
+        console.check_file(plot, overwrite, PICTURE)
     local_directory(given["model"], "model")
     console.quiet_libraries()
     with console.log():

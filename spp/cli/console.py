@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from spp.cli.wording import Options, as_options
 from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
-from spp.files import require_replaceable
+from spp.files import check_target
+from spp.files.recognised import FileKind
 from spp.report import Table, time_text
 
 _FOR_DEVELOPERS = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)  # nothing that a user can mend
@@ -172,30 +173,32 @@ def names(values: list[str] | None) -> str | list[str] | None:
     return values
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that exists before any work is done; who writes it checks again.
+def check_directory(path: Path, overwrite: bool) -> None:
+    """Refuse a directory to write that exists, before any model is looked for.
+
+    Whether it may be replaced is decided by the function that writes it, which knows what goes into it.
 
     Raises:
-        OutputExistsError: it exists and is not to be replaced.
+        OutputExistsError: it exists and is not to be replaced, or is a file.
     """
-    if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
-    require_replaceable(path)
-
-
-def check_directory(path: Path, overwrite: bool) -> None:
-    """Refuse a directory to write as `check_output` does, and a file in its place."""
     if path.is_file():
         raise OutputExistsError(f"{path} is a file; choose the name of a directory")
-    check_output(path, overwrite)
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
 
 
-def check_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file to write that exists, as `check_output` does a directory."""
+def check_file(path: Path, overwrite: bool, kind: FileKind) -> None:
+    """Refuse a file to write that exists, or is not of the kind that replaces it; who writes it checks again.
+
+    Raises:
+        OutputExistsError: it exists and is not to be replaced, or is a directory.
+        OutputError: it could not be written.
+    """
     if path.is_dir():
         raise OutputExistsError(f"{path} is a directory; choose the name of a file")
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists; choose another file, or replace it with --overwrite")
+    check_target(path, overwrite=overwrite, kind=kind)
 
 
 def read_text_file(path: Path) -> str:

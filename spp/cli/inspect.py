@@ -29,6 +29,7 @@ def run(
     """
     from spp.checkpoint import sparsity
     from spp.files.hub import local_directory
+    from spp.files.recognised import PICTURE
     from spp.report import sparsity_table
     from spp.report_heatmap import plot_sparsity
     from spp.report_plot import check_plot
@@ -36,7 +37,7 @@ def run(
     directory = local_directory(path, "model or adapter")
     if plot is not None:
         check_plot(plot)
-        console.check_file(plot, overwrite)
+        console.check_file(plot, overwrite, PICTURE)
     if (directory / "adapter_config.json").exists():
         if plot is not None:
             raise ConfigError(f"--plot draws the zeros of a model; {path} is an adapter")

@@ -15,7 +15,8 @@ from spp.errors import SPPError
 app = typer.Typer(
     name="spp",
     help="Fine-tune pruned language models and keep every zero.\n\n"
-    "Models are directories or hub ids; outputs are new directories, replaced only with --overwrite.",
+    "Models are directories or hub ids; outputs are new directories; --overwrite replaces earlier outputs, and "
+    "nothing else.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -77,6 +77,7 @@ def run(
     """
     from spp.calibrate.plan import PruneOptions
     from spp.files import atomic_file, write_json
+    from spp.files.recognised import PRUNE_REPORT
     from spp.report import pattern_text, prune_lines, prune_table
 
     options = PruneOptions(
@@ -94,7 +95,7 @@ def run(
     console.pick_dtype(dtype)
     console.check_directory(output, overwrite)
     if report is not None:
-        console.check_file(report, overwrite)
+        console.check_file(report, overwrite, PRUNE_REPORT)
     console.quiet_libraries()
     with console.step(f"pruning {model} by {method} to {pattern_text(options.described)}"), console.log():
         found = None if in_memory else stream(model, output, options, dtype, where, overwrite)
@@ -104,7 +105,7 @@ def run(
         console.say(line)
     console.wrote(output)
     if report is not None:
-        with atomic_file(report, overwrite=overwrite) as path:
+        with atomic_file(report, overwrite=overwrite, kind=PRUNE_REPORT) as path:
             write_json(path, found.to_dict())
         console.wrote(report)
 
@@ -154,12 +155,14 @@ def load_and_prune(
     from spp.checkpoint import save_model
     from spp.checkpoint.carrying import refuse_overlap
     from spp.checkpoint_prune_model import refuse_quantized
+    from spp.files import check_target
     from spp.files.hub import local_directory
     from spp.training.loading import load_model, load_tokenizer
 
     directory = local_directory(model, "model")
     refuse_overlap(output, directory, "the model")
     refuse_quantized(directory)
+    check_target(output, overwrite=overwrite, copies=[directory])
     tokenizer = None
     try:
         tokenizer = load_tokenizer(directory)

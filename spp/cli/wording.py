@@ -53,7 +53,7 @@ def as_options(message: str, options: Options) -> str:
     def replace(match: re.Match[str]) -> str:
         return _typed(*options[match[1]], match[2]) or match[0]
 
-    message = re.sub(rf"(?<![\w./\\-])({names})=(?:({_VALUE})(?![\w(])|(?![\w\"'({{\[]))", replace, message)
+    message = re.sub(rf"(?<![\w./\\'-])({names})=(?:({_VALUE})(?![\w(])|(?![\w\"'({{\[]))", replace, message)
     message = re.sub(rf"\A({names})(?={_SAID})", lambda match: options[match[1]][0], message)
     return _TWICE.sub(r"\1", message)
 

@@ -7,6 +7,9 @@ The new content is made in a temporary beside the target, flushed to the disk, a
     target exists (else)   .name.spp-tmp-x -> .name.spp-new-x (complete); name -> .name.spp-old-x;
                            .name.spp-new-x -> name; .name.spp-old-x is removed
 
+What exists is replaced if it is recognised as an output (spp.files.recognised), which is decided before the block runs
+and again right before the exchange.
+
 Whoever writes holds a lock (flock) on the temporary, so the next writer can tell the leftovers of a killed process from
 the work of a live one: it removes the former, and finishes an interrupted exchange.
 """
@@ -17,15 +20,16 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from spp.errors import OutputError, OutputExistsError
+from spp.files.failures import is_failure_to_write, output_error
 from spp.files.leftovers import make_temporary, prefix, recover_siblings, remove
+from spp.files.recognised import ANY_OUTPUT, FileKind, require_replaceable, require_replaceable_file, shown
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -33,69 +37,64 @@ _ATTEMPTS = 20  # writers that may get in between before a rename is given up
 
 _OTHERS_AT_WORK = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space or write elsewhere",
-    errno.EDQUOT: "the disk quota is used up: free some space or write elsewhere",
-    errno.EFBIG: "a file would be larger than the system allows: raise the limit (ulimit -f) or write elsewhere",
-    errno.EIO: "the disk reports an error: check it, or write elsewhere",
-    errno.EROFS: "the file system is read-only: write elsewhere",
-    errno.EACCES: "permission is denied: change the permissions of the folder or write elsewhere",
-    errno.EPERM: "the operation is not permitted: change the permissions of the folder or write elsewhere",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
-    errno.EISDIR: "there is a folder of that name: choose another path",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
-    errno.EBUSY: "it is in use, or the root of a mounted disk: choose a path inside it",
-    errno.ELOOP: "its symbolic links go round in a circle",
-}
-
-
-_MARKS = ("config.json", "adapter_config.json", "sparsity.json")  # one of them is in every directory that is replaced
-
-
-def output_error(error: BaseException, target: str | os.PathLike[str]) -> OutputError:
-    """Return the OutputError, with a remedy, that stands for a failure to write `target`."""
-    if isinstance(error, OutputError):
-        return error
-    number = _errno_of(error)
-    result = OutputError(f"cannot write {os.fspath(target)}: {_REMEDIES.get(number or 0) or error}")
-    result.errno = number
-    return result
+Judge = Callable[[Path, Sequence[Path]], None]  # of what is there, with the folder that replaces it once it is made
 
 
 @contextlib.contextmanager
-def atomic_directory(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    target: str | os.PathLike[str], *, overwrite: bool = False, copies: Sequence[str | os.PathLike[str]] = ()
+) -> Iterator[Path]:
     """Give a temporary directory that becomes `target` when the block ends, and vanishes when it raises.
 
     Args:
-        target: the directory to make; missing parents are made. A symbolic link is followed.
-        overwrite: replace what exists; otherwise an existing target is an error before any work is done.
+        target: the directory to make; missing parents are made. A symbolic link is followed, and stays.
+        overwrite: replace what exists, if it is empty or a recognised output and holds nothing else; otherwise an
+            existing target is an error before any work is done.
+        copies: folders from which files are copied: one that is the same there is not lost.
 
     Raises:
-        OutputExistsError: the target exists and `overwrite` is False, or somebody made it meanwhile.
+        OutputExistsError: the target exists and `overwrite` is False, or somebody made it meanwhile; or it is no output
+            of spp or transformers, or holds other things too, which are named.
         OutputError: it cannot be written; the message says why and what to do.
 
     Example:
         >>> with atomic_directory("out") as folder:                       # doctest: +SKIP
         ...     (folder / "notes.txt").write_text("all or nothing")
     """
-    with _atomic(target, overwrite, directory=True) as temporary:
+    with _atomic(target, overwrite, directory=True, judge=_judge_directory(copies)) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give the path of an empty temporary file that becomes `path`; otherwise as `atomic_directory`."""
-    with _atomic(path, overwrite, directory=False) as temporary:
+def atomic_file(
+    path: str | os.PathLike[str], *, overwrite: bool = False, kind: FileKind = ANY_OUTPUT
+) -> Iterator[Path]:
+    """Give the path of an empty temporary file that becomes `path`; otherwise as `atomic_directory`.
+
+    Args:
+        path: the file.
+        overwrite: replace what exists, if it is empty or of the kind.
+        kind: spp.files.recognised knows several; OWN is for files that spp keeps in a folder of its own.
+    """
+    with _atomic(path, overwrite, directory=False, judge=_judge_file(kind)) as temporary:
         yield temporary
 
 
+def _judge_directory(copies: Sequence[str | os.PathLike[str]]) -> Judge:
+    return lambda path, new: require_replaceable(path, (*copies, *new))
+
+
+def _judge_file(kind: FileKind) -> Judge:
+    return lambda path, new: require_replaceable_file(path, kind)
+
+
 @contextlib.contextmanager
-def _atomic(target: str | os.PathLike[str], overwrite: bool, *, directory: bool) -> Iterator[Path]:
+def _atomic(target: str | os.PathLike[str], overwrite: bool, *, directory: bool, judge: Judge) -> Iterator[Path]:
     path = Path(os.path.realpath(target))
     try:
         if path.parent.is_dir():
             recover_siblings(path)
-        _check_target(path, overwrite, directory)
+        _check_target(path, overwrite, directory, judge)
         made = _make_parents(path.parent)
         try:
             temporary, lock = make_temporary(path, directory)
@@ -109,14 +108,14 @@ def _atomic(target: str | os.PathLike[str], overwrite: bool, *, directory: bool)
         yield temporary
         try:
             _flush(temporary)
-            leftover = _commit(temporary, path, overwrite)
+            leftover = _commit(temporary, path, overwrite, judge)
         except OSError as error:
             raise output_error(error, path) from error
         made = []
     except BaseException as error:
         if isinstance(error, OutputError) and str(temporary) in str(error):
             raise _renamed(error, temporary, path) from error
-        if _is_failure_to_write(error, temporary):
+        if is_failure_to_write(error, temporary):
             raise output_error(error, path) from error
         raise
     finally:
@@ -133,33 +132,47 @@ def _renamed(error: OutputError, temporary: Path, path: Path) -> OutputError:
     return result
 
 
-def _check_target(path: Path, overwrite: bool, directory: bool) -> None:
+def _check_target(path: Path, overwrite: bool, directory: bool, judge: Judge) -> None:
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not overwrite:
-        raise OutputExistsError(f"{path} exists already; choose another path, or pass overwrite=True (--overwrite)")
+        raise OutputExistsError(
+            f"{shown(path)} exists already; choose another path, or pass overwrite=True (--overwrite)"
+        )
+    if stat.S_ISLNK(mode):  # which is left of a path without links
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     if stat.S_ISDIR(mode) != directory:
         kind, wanted = ("file", "directory") if directory else ("directory", "file")
-        raise OutputError(f"cannot write the {wanted} {path}: it is a {kind}; remove it or choose another path")
-    if directory and Path.cwd().is_relative_to(path):
-        raise OutputError(f"cannot replace {path}: it is, or contains, the current directory; choose another path")
+        raise OutputError(f"cannot write the {wanted} {shown(path)}: it is a {kind}; remove it or choose another path")
+    judge(path, ())
 
 
-def check_target(target: str | os.PathLike[str], *, overwrite: bool = False, size: int = 0) -> None:
-    """Refuse a directory that could not be written, as far as that can be told without writing anything.
+def check_target(
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    size: int = 0,
+    copies: Sequence[str | os.PathLike[str]] = (),
+    kind: FileKind | None = None,
+) -> None:
+    """Refuse an output that could not be written, as far as that can be told without writing anything.
 
     Args:
-        target: the directory; overwrite: whether it may exist.
+        target: the directory; or, with a kind, the file.
+        overwrite: whether it may exist, as for `atomic_directory`.
         size: bytes that it would take.
+        copies: as for `atomic_directory`.
+        kind: as for `atomic_file`.
 
     Raises:
-        OutputError: it exists, may not be written, or would not fit on its disk.
+        OutputError: it exists, is not to be replaced, may not be written, or would not fit on its disk.
     """
+    judge = _judge_directory(copies) if kind is None else _judge_file(kind)
     path = Path(os.path.realpath(target))
     try:
-        _check_target(path, overwrite, True)
+        _check_target(path, overwrite, kind is None, judge)
         parent = next(folder for folder in path.parents if os.path.lexists(folder))
         if not parent.is_dir():
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -169,23 +182,6 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False, siz
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise output_error(error, path) from error
-
-
-def require_replaceable(target: str | os.PathLike[str]) -> None:
-    """Refuse to replace a directory that holds folders and is no checkpoint: a home or a project would be lost.
-
-    Raises:
-        OutputExistsError: the directory is like that; a folder in it is named.
-    """
-    path = Path(target)
-    entries = sorted(os.scandir(path), key=lambda entry: entry.name) if path.is_dir() else []
-    folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    ours = any(entry.name in _MARKS or entry.name.endswith(".safetensors") for entry in entries)
-    if folders and not ours:
-        raise OutputExistsError(
-            f"{path} holds the folder {folders[0]} and is neither a checkpoint nor an adapter, so it is not replaced: "
-            f"choose another path"
-        )
 
 
 def require_directory(path: Path, who: str) -> None:
@@ -245,12 +241,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _commit(temporary: Path, path: Path, overwrite: bool) -> Path | None:
+def _commit(temporary: Path, path: Path, overwrite: bool, judge: Judge) -> Path | None:
     """Put temporary in path's place; return what is left over to be removed, if anything."""
     for _ in range(_ATTEMPTS):
         if os.path.lexists(path):
             if not overwrite:
                 raise OutputExistsError(f"{path} was made by somebody else meanwhile; choose another path")
+            judge(path, (temporary,))
             try:
                 left = _replace(temporary, path)
             except OSError as error:
@@ -312,23 +309,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), str(other))
-
-
-def _is_failure_to_write(error: BaseException, temporary: Path) -> bool:
-    if isinstance(error, OutputError) or not isinstance(error, Exception):
-        return False
-    number = _errno_of(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        return True
-    name = getattr(error, "filename", None)
-    return number is not None and isinstance(name, str) and Path(name).is_relative_to(temporary)
-
-
-def _errno_of(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    match = re.search(r"\(os error (\d+)\)", str(error))  # how libraries written in Rust say it
-    return int(match[1]) if match else None
 
 
 def _remove_empty(folders: list[Path]) -> None:

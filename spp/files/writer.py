@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import CheckpointError
-from spp.files.atomic import output_error
+from spp.files.failures import output_error
 from spp.files.hashes import tensor_bytes
 from spp.files.header import DTYPE_CODES, build_header, size_of
 from spp.files.output import PAGE, OutputFile

@@ -21,7 +21,6 @@ from spp.files import (
     content_crc32,
     dtype_name,
     read_json,
-    require_replaceable,
     save_tensors,
     write_json,
 )
@@ -61,6 +60,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
     Args:
         model: wrapped.
         path: a directory that does not exist yet, unless `overwrite`.
+        overwrite: replace what is there, if it is an output (spp.files.recognised) and holds nothing else.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -68,7 +68,6 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
         OutputError: the directory exists, or cannot be written.
     """
     check_finite(model)
-    require_replaceable(path)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write(model, directory)
     return Path(path)

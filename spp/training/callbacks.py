@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from spp.errors import DataError, NonFiniteError
 from spp.files import atomic_file, output_error
+from spp.files.recognised import OWN
 
 _FIELDS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "sparsity": "sparsity"}
 
@@ -36,7 +37,7 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Drop the lines after the step that training starts from: a killed run logs steps that it never saved."""
         kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
-        with atomic_file(self.path, overwrite=True) as temporary:
+        with atomic_file(self.path, overwrite=True, kind=OWN) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         self._before = self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._start = time.perf_counter()

@@ -17,7 +17,8 @@ from typing import Any
 
 from spp._version import __version__
 from spp.errors import CheckpointError, ConfigError, OutputExistsError
-from spp.files import atomic_file, output_error, read_json, require_directory, write_json
+from spp.files import atomic_file, output_error, read_json, require_directory, require_replaceable, write_json
+from spp.files.recognised import ADAPTER, MODEL, OWN, TRAININGS
 from spp.training.config import TuneConfig
 
 FORMAT = "spp-tune-1"
@@ -33,7 +34,8 @@ class RunDirectory:
         config: options of the run.
 
     Raises:
-        OutputExistsError: the directory holds something, and neither `overwrite` nor `resume` fits that.
+        OutputExistsError: the directory holds something, and neither `overwrite` nor `resume` fits that; or what
+            `overwrite` would replace holds other things than a run writes, which are named.
     """
 
     def __init__(self, config: TuneConfig) -> None:
@@ -62,9 +64,9 @@ class RunDirectory:
             return
         try:
             if self.earlier is not None:  # overwrite: only what a run writes, and its config.json last
+                self._require_replaceable()
                 for path in (self.checkpoints, self.adapter, self.base):
-                    if path.exists():
-                        shutil.rmtree(path)
+                    _remove(path)
                 for path in (self.log, self.eval_file, self.config_file):
                     path.unlink(missing_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ class RunDirectory:
         return read_json(self.eval_file, "the run's perplexities") if self.eval_file.exists() else {}
 
     def _write(self, path: Path, values: dict[str, Any]) -> None:
-        with atomic_file(path, overwrite=True) as temporary:
+        with atomic_file(path, overwrite=True, kind=OWN) as temporary:
             write_json(temporary, values)
 
     def _check(self) -> dict[str, Any] | None:
@@ -106,7 +108,13 @@ class RunDirectory:
                 f"{self.path} holds an earlier run: continue it with resume=True (--resume), replace it with "
                 "overwrite=True (--overwrite), or choose another output_dir"
             )
+        if self.config.overwrite:
+            self._require_replaceable()
         return earlier
+
+    def _require_replaceable(self) -> None:
+        for path, kind in ((self.checkpoints, TRAININGS), (self.adapter, ADAPTER), (self.base, MODEL)):
+            require_replaceable(path, kind=kind)
 
     def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
         defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run
@@ -126,3 +134,12 @@ class RunDirectory:
                 f"the run in {self.path} cannot be resumed: its training data was another then ({earlier.get('data')}) "
                 f"than now ({data}); restore the data, or use overwrite=True to start anew"
             )
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; of a link to one, what is in it: the link stays."""
+    if path.is_symlink():
+        for inner in path.iterdir() if path.exists() else ():
+            _remove(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

@@ -57,14 +57,18 @@ def test_a_child_that_fails_is_an_error_with_its_last_words() -> None:
         harness.in_child("spp.bench.layer", ["--tokens", "0"])
 
 
-def test_rows_are_not_overwritten_unasked(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    harness.write_rows([{"a": 1}], path, overwrite=False)
+def test_rows_are_overwritten_by_rows_alone_and_when_asked(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "rows.json", *({"a": a, "device": "cpu", "versions": {}} for a in (1, 2))
+    harness.write_rows([one], path, overwrite=False)
     with pytest.raises(OutputExistsError):
-        harness.write_rows([{"a": 2}], path, overwrite=False)
-    assert json.loads(path.read_text()) == {"rows": [{"a": 1}]}
-    harness.write_rows([{"a": 3}], path, overwrite=True)
-    assert json.loads(path.read_text()) == {"rows": [{"a": 3}]}
+        harness.write_rows([other], path, overwrite=False)
+    assert json.loads(path.read_text()) == {"rows": [one]}
+    harness.write_rows([other], path, overwrite=True)
+    assert json.loads(path.read_text()) == {"rows": [other]}
+    path.write_text('{"rows": [{"text": "mine"}]}')
+    with pytest.raises(OutputExistsError, match="no file of measurements"):
+        harness.write_rows([one], path, overwrite=True)
+    assert "mine" in path.read_text()
 
 
 def test_the_environment_names_machine_threads_dtype_and_versions() -> None:

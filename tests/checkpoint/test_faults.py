@@ -166,13 +166,13 @@ def test_every_flipped_bit_is_caught_by_the_certificate(base: Path, adapter: Pat
 
 def test_a_full_disk(base: Path, adapter: Path, small_disk: Path, way: str) -> None:  # noqa: F811
     (small_disk / "old").mkdir()
-    (small_disk / "old" / "config.json").write_text("{}")
+    (small_disk / "old" / "config.json").write_text('{"model_type": "old"}')
     (small_disk / "fill").write_bytes(bytes(600_000))
     for target in ("out", "old"):
         with pytest.raises(OutputError, match="disk is full"):
             merge_checkpoint(base, adapter, small_disk / target, overwrite=True)
         assert sorted(os.listdir(small_disk)) == ["fill", "old"]
-        assert contents(small_disk / "old") == {"config.json": b"{}"}
+        assert contents(small_disk / "old") == {"config.json": b'{"model_type": "old"}'}
     (small_disk / "fill").unlink()
     merge_checkpoint(base, adapter, small_disk / "old", overwrite=True)
     assert verify(small_disk / "old").pattern == "2:4"

@@ -320,11 +320,11 @@ def test_a_fault_leaves_everything_as_it_was(
     out = tmp_path / "out"
     if overwrite:
         out.mkdir()
-        (out / "precious").write_text("old")
+        (out / "config.json").write_text('{"model_type": "old"}')
     with pytest.raises(error, match=message):
         merge_checkpoint(base, adapter, out, overwrite=overwrite)
     assert sorted(os.listdir(tmp_path)) == sorted(["base", "adapter", *(["out"] if overwrite else [])])
-    assert not overwrite or os.listdir(out) == ["precious"]
+    assert not overwrite or os.listdir(out) == ["config.json"]
 
 
 def test_overflow_in_a_narrower_dtype_is_refused(tmp_path: Path) -> None:

@@ -110,9 +110,12 @@ def test_an_output_that_exists(
         ("prune", dense, output, "--method", "magnitude") if command == "prune" else ("merge", pruned, adapter, output)
     )
     refused(spp(*arguments), str(output), "--overwrite")
-    assert (output / "precious.txt").read_text() == "mine"
+    refused(spp(*arguments, "--overwrite"), f"{output} holds precious.txt and is no checkpoint")
+    assert (output / "precious.txt").read_text() == "mine" and len(list(output.iterdir())) == 1
+    (output / "precious.txt").unlink()
     assert spp(*arguments, "--overwrite").code == 0
-    assert (output / "sparsity.json").exists() and not (output / "precious.txt").exists()
+    assert spp(*arguments, "--overwrite").code == 0
+    assert (output / "sparsity.json").exists()
 
 
 def test_tune_into_a_directory_with_other_things(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:

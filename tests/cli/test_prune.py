@@ -155,6 +155,8 @@ def test_the_report_is_never_overwritten_unasked(spp: Call, dense: Path, tmp_pat
     refused(spp(*arguments, report), str(report), "--overwrite")
     refused(spp(*arguments, tmp_path), "is a directory")
     assert report.read_text() == "mine" and not (tmp_path / "out").exists()
+    report.unlink()
+    ok(spp(*arguments, report, "--overwrite"))
     ok(spp(*arguments, report, "--overwrite"))
     assert json.loads(report.read_text())["method"] == "magnitude"
 

@@ -15,21 +15,23 @@ import signal
 import sys
 from pathlib import Path
 
-from spp.files import atomic, atomic_directory, atomic_file, recover
+from spp.files import atomic, atomic_directory, atomic_file, recognised, recover
 
 COUNTED = ("open", "os.", "shutil.", "ctypes.dlsym")
-PARTS = {"a.txt": 3000, "sub/b.txt": 100, "c.txt": 1}
+PARTS = {"vocab.txt": 3000, "original/consolidated.pth": 100, "merges.txt": 1}
+CONFIG = '{"model_type": "llama"}'  # makes it a folder that is replaced
 
 
 def write(target: Path, word: str, scenario: str) -> None:
     if scenario == "file":
-        with atomic_file(target, overwrite=True) as path:
+        with atomic_file(target, overwrite=True, kind=recognised.OWN) as path:
             path.write_text(word * 1000)
         return
     if scenario == "aside":
         atomic._exchange = lambda one, other: False  # as on a system that cannot exchange
     with atomic_directory(target, overwrite=True) as folder:
-        (folder / "sub").mkdir()
+        (folder / "original").mkdir()
+        (folder / "config.json").write_text(CONFIG)
         for name, length in PARTS.items():
             (folder / name).write_text(word * length)
 
@@ -42,7 +44,7 @@ def state(target: Path, scenario: str) -> str | None:
         assert text == text[:3] * 1000, "half a file"
         return text[:3]
     found = {name: (target / name).read_text() for name in PARTS}
-    word = found["c.txt"]
+    word = found["merges.txt"]
     assert found == {name: word * length for name, length in PARTS.items()}, "half a directory"
     return word
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from spp.files import (
     leftovers,
     output_error,
     recover,
-    require_replaceable,
     save_tensors,
 )
 from tests.forks import side_by_side
@@ -30,6 +30,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def contents(folder: Path) -> dict[str, str]:
     return {p.name: p.read_text() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def fill(folder: Path, word: str) -> None:
+    """Write what makes a folder a checkpoint, as the rule of what is replaced has it."""
+    (folder / "config.json").write_text(json.dumps({"model_type": word}))
+
+
+def word(folder: Path) -> str:
+    (text,) = contents(folder).values()
+    return str(json.loads(text)["model_type"])
 
 
 @pytest.fixture
@@ -70,15 +80,15 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_error_leaves_the_old_state(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    for word, error in (("old", None), ("new", KeyboardInterrupt)):
+    for name, error in (("old", None), ("new", KeyboardInterrupt)):
         try:
             with atomic_directory(target, overwrite=True) as folder:
-                (folder / "a").write_text(word)
+                fill(folder, name)
                 if error:
                     raise error
         except KeyboardInterrupt:
             pass
-    assert contents(target) == {"a": "old"}
+    assert word(target) == "old"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -98,10 +108,12 @@ def test_overwriting_replaces_the_whole(tmp_path: Path, exchange: bool, monkeypa
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     target = tmp_path / "out"
-    for word in ("old", "new"):
+    for name in ("old", "new"):
         with atomic_directory(target, overwrite=True) as folder:
-            (folder / word).write_text(word)
-    assert contents(target) == {"new": "new"}
+            fill(folder, name)
+            (folder / f"{'pytorch_' * (name == 'new')}model.bin").touch()
+    assert sorted(contents(target)) == ["config.json", "pytorch_model.bin"]
+    assert json.loads(contents(target)["config.json"]) == {"model_type": "new"}
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -220,13 +232,13 @@ def test_a_full_disk(small_disk: Path) -> None:
     import torch
 
     with atomic_directory(small_disk / "out") as folder:
-        (folder / "a").write_text("old")
+        fill(folder, "old")
     with (
         pytest.raises(OutputError, match="disk is full"),
         atomic_directory(small_disk / "out", overwrite=True) as folder,
     ):
         save_tensors(folder / "big.safetensors", {"w": torch.ones(2**20)})
-    assert os.listdir(small_disk) == ["out"] and contents(small_disk / "out") == {"a": "old"}
+    assert os.listdir(small_disk) == ["out"] and word(small_disk / "out") == "old"
 
 
 def test_a_read_only_disk(small_disk: Path) -> None:
@@ -277,10 +289,10 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
         recover(target)
         assert living.is_dir()
         with atomic_directory(target, overwrite=True) as other:
-            (other / "a").write_text("first")
+            fill(other, "first")
         assert living.is_dir()
-        (living / "a").write_text("second")
-    assert contents(target) == {"a": "second"}
+        fill(living, "second")
+    assert word(target) == "second"
     assert sorted(os.listdir(tmp_path)) == [".out2.spp-tmp-dead", "out"]
 
 
@@ -329,12 +341,13 @@ def test_writers_side_by_side(tmp_path: Path, exchange: bool, monkeypatch: pytes
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     errors: list[BaseException] = []
 
-    def work(word: str) -> None:
+    def work(name: str) -> None:
         try:
             for _ in range(10):
                 with atomic_directory(tmp_path / "out", overwrite=True) as folder:
-                    for name in "abc":
-                        (folder / name).write_text(word)
+                    fill(folder, name)
+                    for size in "abc":
+                        (folder / f"{size}.tiktoken").write_text(json.dumps({"model_type": name}))
         except BaseException as error:
             errors.append(error)
 
@@ -356,7 +369,8 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
         "def work(target, word):\n"
         "    for _ in range(30):\n"
         "        with atomic_directory(target, overwrite=True) as folder:\n"
-        "            for name in 'abc': (folder / name).write_text(word)\n"
+        "            for name in ('config.json', 'vocab.json', 'merges.txt'):\n"
+        "                (folder / name).write_text('{\"model_type\": \"' + word + '\"}')\n"
     )
     side_by_side(code, tmp_path / "out", "one", "two")
     assert len(set(contents(tmp_path / "out").values())) == 1
@@ -389,13 +403,3 @@ def test_writers_that_never_stop_end_in_an_error(tmp_path: Path, monkeypatch: py
     with pytest.raises(OutputError, match="let only one write"), atomic_directory(tmp_path / "out", overwrite=True):
         pass
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_folder_of_folders_that_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    (home / "project").mkdir(parents=True)
-    with pytest.raises(OutputExistsError, match="project"):
-        require_replaceable(home)
-    (home / "config.json").write_text("{}")
-    require_replaceable(home)  # a checkpoint with a folder beside its weights
-    require_replaceable(tmp_path / "nowhere")

@@ -38,6 +38,7 @@ from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult
 from spp.training.callbacks import ProgressBar, read_log
 from spp.training.checkpoints import MARKER_NAME
 from spp.training.interrupt import StopOnSignal
+from spp.training.run_directory import RunDirectory
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.training.helpers import bytes_of, pruned
 
@@ -370,6 +371,57 @@ class TestRefused:
         assert (tmp_path / "run/notes.txt").read_text() == "mine"
         assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-4"]
         assert len(read_log(tmp_path / "run/log.jsonl")) == 4
+
+    def test_overwriting_loses_nothing_that_somebody_put_among_what_a_run_writes(
+        self, text: Path, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        run_tune(config(text, run))
+        (step,) = (run / "checkpoints").iterdir()
+        for name in ("checkpoints/notes.txt", f"checkpoints/{step.name}/notes.txt", "adapter/train.jsonl"):
+            (run / name).write_text("mine")
+            before = bytes_of(run)
+            with pytest.raises(OutputExistsError, match=Path(name).name):
+                run_tune(config(text, run, overwrite=True))
+            assert bytes_of(run) == before
+            (run / name).unlink()
+        (run / "base").mkdir()
+        (run / "base/thesis.txt").write_text("mine")
+        with pytest.raises(OutputExistsError, match=r"base is a checkpoint, but also holds thesis\.txt"):
+            run_tune(config(text, run, overwrite=True))
+
+    def test_overwriting_looks_again_after_the_model_is_loaded(
+        self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = tmp_path / "run"
+        run_tune(config(text, run))
+        late, real = run / "adapter/late.txt", RunDirectory.begin
+
+        def begin(self: RunDirectory, data: dict[str, Any]) -> None:
+            late.write_text("mine")
+            real(self, data)
+
+        monkeypatch.setattr(RunDirectory, "begin", begin)
+        with pytest.raises(OutputExistsError, match=r"late\.txt"):
+            run_tune(config(text, run, overwrite=True))
+        assert late.read_text() == "mine" and (run / "adapter/adapter_config.json").exists()
+
+    def test_overwriting_keeps_links_to_other_disks(self, text: Path, tmp_path: Path) -> None:
+        run, disk = tmp_path / "run", tmp_path / "disk"
+        run_tune(config(text, run))
+        for name in ("checkpoints", "adapter"):
+            (run / name).rename(tmp_path / f"disk-{name}")
+            (run / name).symlink_to(tmp_path / f"disk-{name}")
+        run_tune(config(text, run, overwrite=True, steps=1))
+        assert [path.name for path in (tmp_path / "disk-checkpoints").iterdir()] == ["checkpoint-1"]
+        assert (run / "adapter").is_symlink() and (tmp_path / "disk-adapter/adapter_config.json").exists()
+        disk.mkdir()
+        (disk / "precious.txt").write_text("mine")
+        (run / "checkpoints").unlink()
+        (run / "checkpoints").symlink_to(disk)
+        with pytest.raises(OutputExistsError, match=r"precious\.txt"):
+            run_tune(config(text, run, overwrite=True))
+        assert (disk / "precious.txt").read_text() == "mine"
 
     @pytest.mark.parametrize("option", ["overwrite", "resume"])
     def test_a_directory_that_is_no_run(self, text: Path, tmp_path: Path, option: str) -> None:

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from spp.errors import CheckpointError, ConfigError, OutputExistsError
-from spp.files import atomic_file, output_error, read_json, write_json
+from spp.files import atomic_file, check_target, output_error, read_json, write_json
 from spp.files.leftovers import lock
+from spp.files.recognised import COMPARISON, COMPARISON_TEXT, OWN
 
-NAME = "results.json"
+NAME, REPORT = "results.json", "results.md"
 FORMAT_VERSION = 1
 _NEWER = {"data_sha256", "weights", "dense_weights"}  # conditions that the first results.json files did not have
 _NAMED = {"data": "data_sha256", "eval_text": "test_sha256"}  # file names, which tell nothing where these agree
 _PARTS = ("conditions", "baselines", "rows", "costs")
 _REMEDY = "put back a copy of it, begin anew (overwrite=True), or choose another directory"
+_NO_RESULTS = "put back a copy of it, move it away, or choose another directory"
 _ANY = {"loss": 0.0, "perplexity": 1.0}  # stands for a part that is not there
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
@@ -39,8 +41,12 @@ _WAIT = 0.05  # seconds between two tries for the lock, which is held for millis
 def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise an OutputExistsError for results that are there, unless it was said what becomes of them.
 
-    A file that holds nothing yet, as a run leaves that failed before its first measurement, counts as none.
+    A file that holds nothing yet, as a run leaves that failed before its first measurement, counts as none. What is no
+    results of a comparison is never replaced; neither is what stands in the place of its report.
     """
+    check_target(path.with_name(REPORT), overwrite=True, kind=COMPARISON_TEXT)
+    if overwrite:
+        check_target(path, overwrite=True, kind=COMPARISON)
     if path.exists() and not (resume or overwrite) and not _holds_nothing(_read(path)):
         raise OutputExistsError(
             f"{path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another directory"
@@ -122,7 +128,7 @@ class Results:
         return True
 
     def _write(self, contents: Mapping[str, Any]) -> None:
-        with atomic_file(self.path, overwrite=True) as temporary:
+        with atomic_file(self.path, overwrite=True, kind=OWN) as temporary:
             write_json(temporary, contents)
 
     @contextlib.contextmanager
@@ -140,12 +146,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         contents = read_json(path, "the results")
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_REMEDY}") from error
+        raise CheckpointError(f"{error}; {_NO_RESULTS}") from error
     version = contents.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format_version {version!r}; this spp reads {FORMAT_VERSION}")
     if not all(isinstance(contents.get(part), dict) for part in _PARTS):
-        raise CheckpointError(f"{path} is malformed: it lacks {', '.join(_PARTS)}; {_REMEDY}")
+        raise CheckpointError(f"{path} is malformed: it lacks {', '.join(_PARTS)}; {_NO_RESULTS}")
     for part, is_whole in (("baselines", _is_baseline), ("rows", _is_row), ("costs", _is_cost)):
         bad = [key for key, value in contents[part].items() if not (isinstance(value, dict) and is_whole(value))]
         if bad:

@@ -21,13 +21,14 @@ from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import PST_KINDS, RULES_OF, require_methods
-from spp.bench.compare.results import NAME, Results, refuse_existing
+from spp.bench.compare.results import NAME, REPORT, Results, refuse_existing
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
 from spp.errors import ConfigError, NonFiniteError, some_of
 from spp.files import atomic_file, content_crc32, require_directory
 from spp.files.hashes import packed_sha256
+from spp.files.recognised import COMPARISON_TEXT
 from spp.patterns import all_finite, count_kept, pack_bits
 from spp.report import time_text
 from spp.rules import get_rule
@@ -36,7 +37,6 @@ from spp.training.loading import load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-REPORT = "results.md"
 _WAIT = 1.0  # seconds
 Rows = Mapping[str, Mapping[str, Any]]
 Masks = Mapping[str, tuple[tuple[int, ...], npt.NDArray[np.uint8]]]  # shape and bits, by the weight's name
@@ -203,7 +203,7 @@ def missing(config: CompareConfig, plan: Plan, contents: Mapping[str, Any]) -> l
 
 def write_report(directory: Path, contents: Mapping[str, Any], missing: Sequence[str]) -> None:
     """Write results.md beside a results.json of these contents."""
-    with atomic_file(directory / REPORT, overwrite=True) as temporary:
+    with atomic_file(directory / REPORT, overwrite=True, kind=COMPARISON_TEXT) as temporary:
         temporary.write_text(markdown(contents, missing), encoding="utf-8")
 
 
