@@ -91,6 +91,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True) -> Mode
     An unwrapped model is wrapped as the saved config says. On a wrapped one the values are replaced; its rank, scaling
     and rule must be the adapter's.
 
+    Not promised: the files hold no checksum of the adapter itself. Finite values that were changed, exchanged between
+    layers of one shape, or transposed where they are square, and another scaling, are loaded as they are.
+
     Args:
         model: the pruned model, wrapped or not.
         path: an adapter directory or a hub id.
@@ -184,6 +187,8 @@ def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
     unexpected = [
         f"unexpected {key} {tuple(files.tensors[key].shape)}" for key in files.tensors.keys() - expected.keys()
     ]
+    strange = sorted((files.base_masks or {}).keys() - targets.keys())
+    unexpected += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
     misshapen = [
         f"misshapen {key}: adapter {tuple(files.tensors[key].shape)}, model needs {expected[key]}"
         for key in expected.keys() & files.tensors.keys()
@@ -200,13 +205,10 @@ def _listing(files: AdapterFiles, problems: list[str], verdict: str) -> str:
 
 
 def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
-    if files.base_masks is None:
-        logger.warning("%s does not say which zeros it was trained on; nothing to check the base against", files.source)
-        return
+    files.warn_unchecked()
+    masks = files.base_masks or {}
     differing = sorted(
-        path
-        for path, target in targets.items()
-        if path in files.base_masks and _mask_of(target) not in (None, files.base_masks[path])
+        path for path, target in targets.items() if path in masks and _mask_of(target) not in (None, masks[path])
     )
     if not differing:
         return

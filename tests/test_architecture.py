@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "spp").rglob("*.py"))
-LONGEST_FILE = 350
+LONGEST_FILE = 500
 
 # A room is a file or a folder right under spp/; `calibrate_statistics.py` belongs to the room `calibrate`.
 # A file imports from rooms of lower levels and from its own room only.

@@ -98,7 +98,7 @@ def _require_all_merged(merging: Merging) -> None:
 
 def _certificate(merging: Merging, base: str | os.PathLike[str]) -> Certificate:
     record = BaseRecord(os.fspath(base), fingerprint(merging.base_masks))
-    certificate = Certificate(merging.tensors, merging.other, record)
+    certificate = merging.certificate(record)
     if certificate.fingerprint() != record.fingerprint:
         raise MaskError(
             "the masks of the merged checkpoint do not reproduce the base's fingerprint; nothing was written"
