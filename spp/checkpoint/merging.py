@@ -43,6 +43,7 @@ def merge_checkpoint(
     """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
 
     What lies beside the weights goes along (config, tokenizer, remote code, …), but not README.md, the base's card.
+    Not promised: that the base is what its own certificate says, which `spp.verify` checks.
 
     Args:
         base_dir: the pruned checkpoint (safetensors), or a hub id.
@@ -63,7 +64,7 @@ def merge_checkpoint(
         AdapterError: an adapter does not fit; all missing, unexpected and misshapen layers in one message.
         MaskError: the base's zeros are not those that an adapter was trained on, or a merge would change one.
         NonFiniteError: NaN or infinity in an adapter, a projection or a result.
-        CheckpointError: files are bad.
+        CheckpointError: files are bad, or projections of the base are stored so that their zeros cannot be read.
         ConfigError: `out_dir` is, contains or lies inside a source, or an option or an adapter's config is wrong.
         OutputError: `out_dir` exists, or cannot be written.
 

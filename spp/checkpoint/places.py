@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spp.checkpoint.adapters import Part
-from spp.checkpoint.sources import input_axes
+from spp.checkpoint.sources import input_axes, require_projections
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
 from spp.files import CheckpointReader, dtype_name
@@ -110,7 +110,12 @@ class Places:
 
 
 def locate(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
-    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell."""
+    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell.
+
+    Raises:
+        CheckpointError: the zeros of some projections cannot be read: of what is made of it no certificate could speak.
+    """
+    require_projections(reader, whole=True)
     found = _by_name(reader, paths)
     by_table, disk = _by_table(reader, [path for path in paths if path not in found])
     return found | by_table, disk

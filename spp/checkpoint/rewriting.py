@@ -18,7 +18,7 @@ from torch import Tensor
 from spp.certificate import BaseRecord, Certificate, TensorLayout, TensorRecord
 from spp.checkpoint.saving import certified_keys
 from spp.checkpoint.scanning import Bytes, describe
-from spp.checkpoint.sources import input_axes, require_projections
+from spp.checkpoint.sources import input_axes
 from spp.errors import NonFiniteError
 from spp.files import CheckpointReader
 from spp.files.header import size_of
@@ -38,9 +38,6 @@ class Rewriting(ABC):
         certified: keys of tensors that are among the certificate's, besides the projections and the matrices that a
             certificate of the checkpoint names.
 
-    Raises:
-        CheckpointError: the zeros of some projections cannot be read, so that no certificate could speak of them.
-
     Attributes:
         tensors, other: of the certificate, of what has been made.
         by_torch: held by who works on a whole weight: one at a time is in memory.
@@ -53,7 +50,6 @@ class Rewriting(ABC):
         changed: Collection[str],
         certified: Collection[str],
     ) -> None:
-        require_projections(reader, whole=True)
         self.reader, self.dtype = reader, dtype
         before = {key for key in certified_keys(reader.directory) if self._is_matrix(key)}
         self.changed, self._certified = frozenset(changed), before.union(certified)

@@ -108,7 +108,9 @@ def require_projections(reader: CheckpointReader, *, whole: bool) -> dict[str, s
         some = f"{len(unreadable)} of its {len(unreadable) + count} projections"
         what = f"{reader.directory}: the zeros of {some} cannot be read"
     if not unreadable:
-        raise CheckpointError(f"{what}; it holds {some_of(reader, 4)}: is it a language model's checkpoint?")
+        raise CheckpointError(
+            f"{what}; it holds {some_of(reader, 4) or 'no tensor'}: is it a language model's checkpoint?"
+        )
     settings = _config_of(reader).get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     says = f"; config.json says quant_method {method!r:.40}" if method is not None else ""
