@@ -159,9 +159,7 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
 
         unreadable = _unreadable_of(what, axes)
         if not axes:
-            how = (
-                describe_unreadable(unreadable) or f"its modules are {some_of(n for n, _ in what.named_modules() if n)}"
-            )
+            how = describe_unreadable(unreadable) or f"its parameters are {some_of(parameters, 4) or 'none'}"
             raise TargetError(f"{name} has no projection weight that can be read: {how}")
         yield Source(name, axes, dict.fromkeys(others, 1), get, model=what, unreadable=unreadable)
         return
