@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,9 +223,11 @@ class Certificate:
         twice = self.tensors.keys() & self.other.keys()
         if twice:
             raise CheckpointError(f"{where} is malformed: tensors and other both list {some_of(twice)}")
-        parts = {"other_layout": (self.other_layout, self.other.keys())}
-        parts["content_sha256"] = self.content_sha256, self.tensors.keys() | self.other.keys()
-        for name, (part, keys) in parts.items():
+        parts: list[tuple[str, Mapping[str, Any] | None, Set[str]]] = [
+            ("other_layout", self.other_layout, self.other.keys()),
+            ("content_sha256", self.content_sha256, self.tensors.keys() | self.other.keys()),
+        ]
+        for name, part, keys in parts:
             if part is not None and part.keys() != keys:
                 differing = some_of(part.keys() ^ keys)
                 raise CheckpointError(f"{where} is malformed: {name} lists other tensors than it should: {differing}")

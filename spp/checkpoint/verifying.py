@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from torch import nn
 from tqdm import tqdm
@@ -135,9 +135,11 @@ def pruned_matrices(source: Source, scanned: Mapping[str, Scanned] | None = None
 
 
 def compare(
-    before: Source, old: Mapping[str, Scanned], after: Source, new: Mapping[str, Scanned], keys: Iterable[str]
+    before: Source, old: Mapping[str, Scanned], after: Source, new: Mapping[str, Scanned], keys: Set[str]
 ) -> list[Problem]:
     """Return where the zeros of these weights differ, sorted; also what is missing, misshapen or not finite.
+
+    After these come the projections that the one cannot read and the other cannot, or does not have.
 
     Args:
         before, after: the models; old, new: what a scan found of those weights that each has.
@@ -162,6 +164,11 @@ def compare(
             bits, others = pack_bits(before.get(key)), pack_bits(after.get(key))
             grown, gone = count_kept(others & ~bits), count_kept(bits & ~others)
             problems.append(Problem(MASK, f"{grown} became non-zero, {gone} became zero", key))
+    unreadable = {**before.unreadable, **after.unreadable}
+    problems += [
+        Problem(CONTENTS, f"stored as {unreadable[path]}: its zeros cannot be read", path)
+        for path in sorted(unreadable.keys() - keys - {key.removesuffix(".weight") for key in keys})
+    ]
     return problems
 
 
@@ -172,10 +179,6 @@ def _examine_two(before: Source, after: Source) -> Verification:
         pruned = pruned_matrices(before, old)
         new = scan_source(after, {**after.axes, **before.axes, **dict.fromkeys(pruned)}, lambda _: bar.update())
     problems = compare(before, old, after, new, {*before.axes, *after.axes, *pruned})
-    problems += [
-        Problem(CONTENTS, f"stored as {before.unreadable[path]}: its zeros cannot be read", path)
-        for path in sorted(before.unreadable.keys() & after.unreadable.keys())
-    ]
     kept = [key for key in [*after.axes, *pruned] if key in new]
     facts = {key: facts_of(new[key]) for key in kept}
     tensors = {**{problem.key: None for problem in problems}, **facts}

@@ -357,6 +357,18 @@ def test_what_neither_side_can_read_is_not_verified(truth: Made, tmp_path: Path)
         spp.verify(*pair)
 
 
+def test_what_one_side_cannot_read_and_the_other_lacks_is_not_verified(truth: Made, tmp_path: Path) -> None:
+    one, other = (copied(truth.base, tmp_path / name) for name in ("one", "other"))
+    quantized(1)(one)
+    for key in [key for key in Raw(other / SINGLE).header if "layers.1" in key]:
+        put(key, "", None)(other)
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(CheckpointError, match="cannot be compared in 7 tensors"):
+            spp.verify(*pair)
+    with pytest.raises(CheckpointError, match="cannot be compared in 7 tensors"):
+        spp.certify(other, one)
+
+
 def test_sparsity_says_what_it_did_not_count(truth: Made, tmp_path: Path) -> None:
     folder = copied(truth.base, tmp_path / "copy")
     quantized(1)(folder)
