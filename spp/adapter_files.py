@@ -11,6 +11,7 @@ Authors'  adapter_config.json with lora_alpha, lora_dropout and an r that need n
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import zipfile
@@ -31,6 +32,8 @@ from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
 from spp.rules import get_rule
+
+logger = logging.getLogger(__name__)
 
 PEFT_TYPE = "SPP"
 PST_TYPE = "PST"  # what spp.pst.save writes
@@ -73,6 +76,14 @@ class AdapterFiles:
             raise AdapterError(f"{self.source}: the adapter lacks {', '.join(missing)}; save or fetch it again")
         return {path: tuple(self.tensors[f"{path}.{name}"] for name in names) for path in sorted(paths)}
 
+    def warn_unchecked(self) -> None:
+        """Log of which layers the files do not say which zeros they were trained on."""
+        paths = {key.rsplit(".", 1)[0] for key in self.tensors}
+        unknown = sorted(paths - (self.base_masks or {}).keys())
+        if unknown:
+            which = "" if self.base_masks is None else f" in {', '.join(unknown)}"
+            logger.warning("%s does not say which zeros it was trained on%s; they are not checked", self.source, which)
+
 
 def method_of(path: str | Path) -> str | None:
     """Return the method that an adapter directory, or a hub id, says it is of: "SPP", "PST", …, or None.
@@ -89,7 +100,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
 
     Raises:
         CheckpointError: a file is missing, corrupt, truncated or holds code.
-        AdapterError: it is another method's adapter, or keys do not belong.
+        AdapterError: it is another method's adapter, keys do not belong, or it is empty.
         ConfigError: its config makes no sense or is of a newer version.
         NonFiniteError: NaN or infinity, with the keys.
     """
@@ -104,6 +115,8 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         kind = values.get("peft_type", "unknown")
         remedy = "spp.pst.load, on the dense model" if kind == PST_TYPE else "the library that made it"
         raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
+    if not files.tensors:
+        raise AdapterError(f"{directory}: the adapter holds no tensor; save or fetch it again")
     bad = sorted(key for key, tensor in files.tensors.items() if not np.isfinite(tensor.numpy()).all())
     if bad:
         raise NonFiniteError(

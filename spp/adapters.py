@@ -120,6 +120,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     An unwrapped model is wrapped as the saved config says. On a wrapped one the values are replaced; its rank, scaling
     and rule must be the adapter's.
 
+    Not promised: the files hold no checksum of the adapter itself. Finite values that were changed, exchanged between
+    layers of one shape, or transposed where they are square, and another scaling, are loaded as they are.
+
     Args:
         model: the pruned model, wrapped or not.
         path: an adapter directory or a hub id.
@@ -217,6 +220,8 @@ def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
     unexpected = [
         f"unexpected {key} {tuple(files.tensors[key].shape)}" for key in files.tensors.keys() - expected.keys()
     ]
+    strange = sorted((files.base_masks or {}).keys() - targets.keys())
+    unexpected += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
     misshapen = [
         f"misshapen {key}: adapter {tuple(files.tensors[key].shape)}, model needs {expected[key]}"
         for key in expected.keys() & files.tensors.keys()
@@ -234,13 +239,10 @@ def _listing(files: AdapterFiles, problems: list[str], verdict: str) -> str:
 
 def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool:
     """Return whether the base has the zeros that the adapter was trained on, as far as it says."""
-    if files.base_masks is None:
-        logger.warning("%s does not say which zeros it was trained on; nothing to check the base against", files.source)
-        return True
+    files.warn_unchecked()
+    masks = files.base_masks or {}
     differing = sorted(
-        path
-        for path, target in targets.items()
-        if path in files.base_masks and _mask_of(target) not in (None, files.base_masks[path])
+        path for path, target in targets.items() if path in masks and _mask_of(target) not in (None, masks[path])
     )
     if not differing:
         return True

@@ -6,12 +6,18 @@
     totals           {numel, zeros, sparsity} over `tensors`
     tensors          {key on disk: {shape, dtype, input_axis, pattern, zeros, mask_sha256, content_crc32}}: projections
     other            {key on disk: content_crc32}, everything else
+    other_layout     {key on disk: {shape, dtype}} of the tensors of `other`; older certificates lack it
     content_sha256   {key on disk: hex} of every tensor; only in a certificate that was asked for it (deep)
 
     fingerprint = sha256 over b"spp-base-1", then for each key of `tensors`, sorted: key, b"\\0", hex mask, b"\\n"
 
 The fingerprint depends on masks only: a merge that kept every zero reproduces its base's. Keys are sorted and no time
-is written, so the same checkpoint gives the same bytes.
+is written, so the same checkpoint gives the same bytes. A key that is not listed here is passed over, so that later
+versions can add some.
+
+What is not promised: the file is not signed, so whoever changes the checkpoint on purpose can write a certificate that
+fits; a crc32 finds what happens by accident, the sha256 of a deep certificate also what is made to look alike. No check
+depends on spp_version and base.name_or_path. NaN and infinity are looked for in `tensors` alone.
 """
 
 from __future__ import annotations
@@ -19,15 +25,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spp._version import __version__
-from spp.errors import CheckpointError
+from spp.errors import CheckpointError, some_of
 from spp.files import atomic_file, dtype_name, read_json, write_json
 from spp.files.recognised import CERTIFICATE
 from spp.patterns import DENSE, all_finite, count_kept, detect_packed, pack_bits
@@ -108,6 +115,19 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class TensorLayout:
+    """How the bytes of a tensor outside the projections are to be read; the fields are those of the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TensorLayout:
+        """Return that of a tensor."""
+        return cls(tuple(shape), dtype_name(dtype))
+
+
+@dataclass(frozen=True)
 class BaseRecord:
     """Which pruned model an adapter was merged into.
 
@@ -129,6 +149,7 @@ class Certificate:
         other: content_crc32 of every other tensor.
         base: what was merged into, if anything was.
         content_sha256: hex sha256 of the contents of every tensor, in a deep certificate.
+        other_layout: shape and dtype of every tensor of `other`; None in an older certificate.
         spp_version: the version that wrote it.
     """
 
@@ -136,6 +157,7 @@ class Certificate:
     other: dict[str, int]
     base: BaseRecord | None = None
     content_sha256: dict[str, str] | None = None
+    other_layout: dict[str, TensorLayout] | None = None
     spp_version: str = field(default=__version__)
 
     def fingerprint(self) -> str:
@@ -155,16 +177,22 @@ class Certificate:
             "spp_version": self.spp_version,
             "base": asdict(self.base) if self.base else None,
             "totals": {"numel": numel, "zeros": zeros, "sparsity": zeros / numel if numel else 0.0},
-            "tensors": {k: {**asdict(r), "shape": list(r.shape)} for k, r in self.tensors.items()},
+            "tensors": _as_objects(self.tensors),
             "other": dict(self.other),
         }
+        if self.other_layout is not None:
+            values["other_layout"] = _as_objects(self.other_layout)
         if self.content_sha256 is not None:
             values["content_sha256"] = dict(self.content_sha256)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = CERTIFICATE_NAME) -> Certificate:
-        """Return the certificate that `to_dict` made; anything malformed is a CheckpointError naming `where`."""
+        """Return the certificate that `to_dict` made.
+
+        Raises:
+            CheckpointError: it is malformed, newer than we are, or lists no projection; `where` is named.
+        """
         version = values.get("format_version")
         if type(version) is not int or version < 1:
             raise CheckpointError(f"{where} has no format_version: it is no certificate of spp")
@@ -179,13 +207,31 @@ class Certificate:
                 other={key: _number(value) for key, value in values["other"].items()},
                 base=_base(values["base"]),
                 content_sha256=_hashes(values.get("content_sha256")),
+                other_layout=_layouts(values.get("other_layout")),
                 spp_version=_text(values["spp_version"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where} is malformed: {type(error).__name__}: {error}") from None
         if values.get("totals") != certificate.to_dict()["totals"]:
             raise CheckpointError(f"{where} is malformed: its totals are not the sums over its tensors")
+        certificate._check_keys(where)
         return certificate
+
+    def _check_keys(self, where: str) -> None:
+        """Raise unless there are projections, and each tensor is listed once in every part that lists it."""
+        if not self.tensors:
+            raise CheckpointError(f"{where} lists no projection, so it certifies nothing; spp.certify(dir) writes one")
+        twice = self.tensors.keys() & self.other.keys()
+        if twice:
+            raise CheckpointError(f"{where} is malformed: tensors and other both list {some_of(twice)}")
+        parts: list[tuple[str, Mapping[str, Any] | None, Set[str]]] = [
+            ("other_layout", self.other_layout, self.other.keys()),
+            ("content_sha256", self.content_sha256, self.tensors.keys() | self.other.keys()),
+        ]
+        for name, part, keys in parts:
+            if part is not None and part.keys() != keys:
+                differing = some_of(part.keys() ^ keys)
+                raise CheckpointError(f"{where} is malformed: {name} lists other tensors than it should: {differing}")
 
     def write(self, directory: str | os.PathLike[str]) -> Path:
         """Write sparsity.json into a directory, atomically, also in place of an older one; return its path."""
@@ -261,12 +307,26 @@ def _facts(t: Tensor, input_axis: int) -> TensorSparsity:
     )
 
 
+def _as_objects(records: Mapping[str, TensorRecord | TensorLayout]) -> dict[str, dict[str, Any]]:
+    return {key: {**asdict(record), "shape": list(record.shape)} for key, record in records.items()}
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > _LARGEST_RANK:
+        raise ValueError(f"{value!r:.60} is no shape")
+    return tuple(_number(length) for length in value)
+
+
+def _layouts(value: Any) -> dict[str, TensorLayout] | None:
+    if value is None:
+        return None
+    return {key: TensorLayout(_shape(of["shape"]), _text(of["dtype"])) for key, of in value.items()}
+
+
 def _record(value: Any) -> TensorRecord:
     shape = value["shape"]
-    if not isinstance(shape, list) or len(shape) > _LARGEST_RANK:
-        raise ValueError(f"{shape!r:.60} is no shape")
     record = TensorRecord(
-        shape=tuple(_number(length) for length in shape),
+        shape=_shape(shape),
         dtype=_text(value["dtype"]),
         input_axis=_number(value["input_axis"]),
         pattern=_text(value["pattern"]),

@@ -27,6 +27,9 @@ BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block o
 class LayerMerge:
     """What a merge did to one layer.
 
+    Counts are exact. Sums are of float32 products: of updates below 1e-19, whose squares are no float32, they tell
+    nothing, nor does `max_relative_change` of denormal weights in a process that flushes those to zero.
+
     Attributes:
         kept: weights that are not zero, before and after.
         rescued: of these, how many rounded to zero and were stored as the smallest magnitude that stays one.

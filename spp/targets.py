@@ -178,7 +178,8 @@ def dense_projections(model: nn.Module) -> dict[str, int]:
     quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
     found = {}
     for name, parameter in model.named_parameters():
-        if is_projection_key(name, 2 if name in quantized else parameter.ndim):
+        readable = name in quantized or parameter.is_floating_point()  # other integers are codes
+        if readable and is_projection_key(name, 2 if name in quantized else parameter.ndim):
             found[name] = axes.get(id(parameter), -1)
     return found
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spp.certificate import (
     BaseRecord,
     Certificate,
     SparsityReport,
+    TensorLayout,
     TensorRecord,
     fingerprint,
     report_from_tensors,
@@ -24,7 +26,9 @@ from spp.certificate import (
 from spp.errors import CheckpointError
 from spp.files import content_crc32, mask_sha256
 
-FIXTURE = Path(__file__).parent / "fixtures" / "certificate-v1" / "sparsity.json"
+FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURE = FIXTURES / "certificate-v1" / "sparsity.json"  # as it was before other_layout was added
+WITH_LAYOUT = FIXTURES / "certificate-v1-layout" / "sparsity.json"
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -52,15 +56,28 @@ def example() -> Certificate:
     )
 
 
-def test_the_bytes_of_format_version_1(tmp_path: Path) -> None:
-    path = example().write(tmp_path)
+def with_layout() -> Certificate:
+    layout = {"model.norm.weight": ((8,), torch.bfloat16), "lm_head.weight": ((3, 8), torch.float32)}
+    return replace(example(), other_layout={key: TensorLayout.of(*of) for key, of in layout.items()})
+
+
+@pytest.mark.parametrize(("certificate", "fixture"), [(example(), FIXTURE), (with_layout(), WITH_LAYOUT)])
+def test_the_bytes_of_format_version_1(tmp_path: Path, certificate: Certificate, fixture: Path) -> None:
+    path = certificate.write(tmp_path)
     assert path == tmp_path / "sparsity.json"
-    assert path.read_bytes() == FIXTURE.read_bytes()
+    assert path.read_bytes() == fixture.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_fixture_is_read() -> None:
+def test_the_fixtures_are_read() -> None:
     assert Certificate.read(FIXTURE.parent) == example()
+    assert Certificate.read(WITH_LAYOUT.parent) == with_layout()
+
+
+def test_a_key_that_is_not_known_is_passed_over() -> None:
+    values = copy.deepcopy(with_layout().to_dict())
+    values["later"] = values["tensors"][Q]["later"] = {"more": 1}
+    assert Certificate.from_dict(values) == with_layout()
 
 
 def test_it_says_what_the_tensors_are() -> None:
@@ -87,9 +104,11 @@ def test_the_fingerprint_is_its_definition() -> None:
 
 
 def test_round_trips(tmp_path: Path) -> None:
-    plain = Certificate({}, {}, None, {"a": "0" * 64})
-    unnamed = Certificate({}, {}, BaseRecord(None, "0" * 64))
-    for certificate in (example(), plain, unnamed):
+    plain = replace(
+        example(), base=None, content_sha256=dict.fromkeys({**example().tensors, **example().other}, "0" * 64)
+    )
+    unnamed = replace(example(), base=BaseRecord(None, "0" * 64))
+    for certificate in (example(), plain, unnamed, with_layout()):
         certificate.write(tmp_path)
         assert Certificate.read(tmp_path) == certificate
 
@@ -110,6 +129,12 @@ def test_round_trips(tmp_path: Path) -> None:
         ({"base": {"name_or_path": "a", "fingerprint": "xyz"}}, "no sha256"),
         ({"spp_version": 1}, "no text"),
         ({"content_sha256": {"a": "0" * 63}}, "no sha256"),
+        ({"content_sha256": {"a": "0" * 64}}, "content_sha256 lists other tensors than it should: a, lm_head.weight"),
+        ({"tensors": {}, "totals": {"numel": 0, "zeros": 0, "sparsity": 0.0}}, "lists no projection"),
+        ({"other": {Q: 1}}, f"tensors and other both list {Q}"),
+        ({"other_layout": {}}, "other_layout lists other tensors than it should: lm_head.weight, model.norm.weight"),
+        ({"other_layout": {"model.norm.weight": {"shape": [8]}}}, "KeyError: 'dtype'"),
+        ({"other_layout": {"model.norm.weight": {"shape": 8, "dtype": "float32"}}}, "8 is no shape"),
         ({"totals": {"numel": 26, "zeros": 10, "sparsity": 10 / 26}}, "totals are not the sums"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spp.certificate import Certificate, SparsityReport
+from spp.certificate import SparsityReport
 from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.places import locate
 from spp.checkpoint.rewriting import Rewriting
@@ -73,7 +73,7 @@ def convert_checkpoint(
         converting = _Converting(reader, state, dtype)
         with output(converting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
             write_shards(converting, directory, "converting")
-            certificate = Certificate(converting.tensors, converting.other, None)
+            certificate = converting.certificate()
             if directory is not None:
                 certificate.write(directory)
     logger.info("converted %d layers%s", len(converting.layers), "" if dry_run else f" into {out_dir}")

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spp.certificate import CERTIFICATE_NAME, Certificate
+from spp.certificate import CERTIFICATE_NAME, Certificate, TensorLayout
 from spp.checkpoint.carrying import carry_files, refuse_overlap
 from spp.checkpoint.export_report import ExportReport, report_export
 from spp.checkpoint.saving import make_certificate
 from spp.checkpoint.sources import checkpoint_directory, open_source
-from spp.checkpoint.verifying import pruned_matrices, verify
+from spp.checkpoint.verifying import header_problems, pruned_matrices, verify
 from spp.errors import CheckpointError, ConfigError, MaskError
 from spp.files import (
     CheckpointReader,
@@ -144,7 +144,7 @@ def export_dense(
         config = _config_of(reader)
         if packed_settings(config) is not None:
             del config["quantization_config"]
-        certificate = Certificate.read(base)
+        certificate = _whole(Certificate.read(base), reader)
         layouts = {
             name: {key: (reader.dtype(key), reader.shape(key)) for key in keys}
             for name, keys in reader.shards().items()
@@ -153,9 +153,6 @@ def export_dense(
         with tqdm(total=len(reader.keys()), desc="unpacking", unit="tensor", disable=None) as bar:
             for name, layout in layouts.items():
                 write_tensors(directory / name, layout, lambda key: _dense_bytes(reader, key, certificate, bar))
-        unknown = certificate.tensors.keys() | certificate.other.keys()
-        if unknown != set(reader.keys()):
-            verify(base)  # which says what is missing
         _write_rest(reader, directory, layouts, config)
         certificate.write(directory)
         report = report_export(reader, certificate)
@@ -249,6 +246,14 @@ class _Packing:
         return record.numel - record.zeros
 
 
+def _whole(certificate: Certificate, reader: DenseReader) -> Certificate:
+    """Return the certificate of a packed checkpoint, if names, shapes and dtypes are those that it says."""
+    if header_problems(certificate, reader):
+        verify(reader.directory)  # which lists them
+    layout = {key: TensorLayout.of(reader.shape(key), reader.dtype(key)) for key in certificate.other}
+    return replace(certificate, other_layout=layout)
+
+
 def _certify(reader: DenseReader) -> Certificate:
     """Return the certificate of what is to be packed: that of the directory, checked, or a new one."""
     known = None
@@ -262,7 +267,8 @@ def _certify(reader: DenseReader) -> Certificate:
     found = make_certificate(reader, deep=deep, also=tuple(also))
     if known is None:
         return found
-    same = (known.tensors, known.other, known.content_sha256) == (found.tensors, found.other, found.content_sha256)
+    known = replace(known, other_layout=known.other_layout or found.other_layout)  # an older one has none
+    same = replace(found, base=known.base, spp_version=known.spp_version) == known
     if not same or (known.base and known.base.fingerprint != known.fingerprint()):
         verify(reader.directory, deep=deep)  # says what is amiss
         raise CheckpointError(

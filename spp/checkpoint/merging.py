@@ -48,6 +48,7 @@ def merge_checkpoint(
     """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
 
     What lies beside the weights goes along (config, tokenizer, remote code, …), but not README.md, the base's card.
+    Not promised: that the base is what its own certificate says, which `spp.verify` checks.
 
     Args:
         base_dir: the pruned checkpoint (safetensors), or a hub id.
@@ -72,7 +73,7 @@ def merge_checkpoint(
             `strict_values`, the base has other values.
         MaskError: the base's zeros are not those that an adapter was trained on, or a merge would change one.
         NonFiniteError: NaN or infinity in an adapter, a projection or a result.
-        CheckpointError: files are bad.
+        CheckpointError: files are bad, or projections of the base are stored so that their zeros cannot be read.
         ConfigError: `out_dir` is, contains or lies inside a source, or an option or an adapter's config is wrong.
         OutputError: `out_dir` exists, or cannot be written.
 
@@ -120,7 +121,7 @@ def _require_values(verdicts: Sequence[BaseVerdict], *, strict: bool) -> None:
 
 def _certificate(merging: Merging, base: str | os.PathLike[str]) -> Certificate:
     record = BaseRecord(os.fspath(base), fingerprint(merging.base_masks))
-    certificate = Certificate(merging.tensors, merging.other, record)
+    certificate = merging.certificate(record)
     if certificate.fingerprint() != record.fingerprint:
         raise MaskError(
             "the masks of the merged checkpoint do not reproduce the base's fingerprint; nothing was written"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from threading import Lock
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def _as_on_disk(source: Source, reader: CheckpointReader) -> Source:
     parts: dict[str, Group] = {}
     axes: dict[str, int] = {}
     matrices: dict[str, int] = {}
-    for key in reader:
+    for key in sorted(reader, key=lambda key: (getattr(keys.group_of(key), "disk", ()), key)):  # a group in one piece
         group, name = keys.group_of(key), keys.memory[key]
         if group is not None and all(name in source.axes for name in group.memory):
             axes[key], parts[key] = on_disk[key], group
@@ -46,18 +47,16 @@ def _as_on_disk(source: Source, reader: CheckpointReader) -> Source:
     known = {keys.memory[key] for key in (*axes, *matrices)} | {n for g in parts.values() for n in g.memory}
     axes |= {name: axis for name, axis in source.axes.items() if name not in known}
     matrices |= {name: axis for name, axis in source.matrices.items() if name not in known}
-    last: list[
-        tuple[Group, Mapping[str, Tensor]]
-    ] = []  # the group that was split last: its parts are asked for in turn
+    last: list[tuple[Group, Mapping[str, Tensor]]] = []  # the group that was split last: its parts come in turn
+    splitting = Lock()
 
     def get(key: str) -> Tensor:
         group = parts.get(key)
         if group is None:
             return source.get(keys.memory.get(key, key))
-        found = last[0] if last else None
-        if found is None or found[0] is not group:
-            found = group, keys.split({name: source.get(name).detach() for name in group.memory})
-            last[:] = [found]
-        return found[1][key]
+        with splitting:
+            if not last or last[0][0] is not group:
+                last[:] = [(group, keys.split({name: source.get(name).detach() for name in group.memory}))]
+            return last[0][1][key]
 
     return replace(source, axes=axes, matrices=matrices, get=get)

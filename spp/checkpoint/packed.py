@@ -40,6 +40,9 @@ def load_packed(
     allows reading them one by one. The weights of a packed one (`spp.export_packed`) are copied as they are. What is
     not packed (embeddings, norms, an output head) is loaded dense.
 
+    Not promised: that the weights are those of the directory's certificate, which is not read, or finite;
+    `spp.verify(dir)` looks at both.
+
     Args:
         dir: a plain or packed checkpoint of safetensors files, or a hub id.
         target_modules, exclude_modules: which projections are packed, as in SPPConfig; without either, of a packed

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spp.checkpoint.adapters import Part
-from spp.checkpoint.sources import input_axes
+from spp.checkpoint.sources import input_axes, require_projections
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
 from spp.files import CheckpointReader, dtype_name
@@ -83,10 +83,7 @@ class Places:
 
     def _check(self, part: Part, found: dict[str, Place]) -> None:
         reader, files, layers, masks = self._reader, part.files, part.layers, part.files.base_masks or {}
-        unknown = sorted(layers.keys() - masks.keys())
-        if unknown:
-            which = "" if files.base_masks is None else f" in {', '.join(unknown)}"
-            logger.warning("%s does not say which zeros it was trained on%s; they are not checked", files.source, which)
+        files.warn_unchecked()
         problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
         rule = get_rule(files.config.rule)
         for path, params in layers.items():
@@ -102,6 +99,9 @@ class Places:
                 continue
             try:
                 place.check(rule, params)
+                r, said = rule.rank([p[0] if p.ndim == 3 else p for p in params]), files.config.rank_for(path)
+                if r != said:
+                    problems.append(f"{path}: the adapter is of rank {r}; its config says {said}")
             except (AdapterError, ConfigError) as error:
                 problems.append(str(error))
         if problems:
@@ -110,7 +110,12 @@ class Places:
 
 
 def locate(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
-    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell."""
+    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell.
+
+    Raises:
+        CheckpointError: the zeros of some projections cannot be read: of what is made of it no certificate could speak.
+    """
+    require_projections(reader, whole=True)
     found = _by_name(reader, paths)
     by_table, disk = _by_table(reader, [path for path in paths if path not in found])
     return found | by_table, disk

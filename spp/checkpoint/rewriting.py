@@ -15,7 +15,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from spp.certificate import TensorRecord
+from spp.certificate import BaseRecord, Certificate, TensorLayout, TensorRecord
 from spp.checkpoint.saving import certified_keys
 from spp.checkpoint.scanning import Bytes, describe
 from spp.checkpoint.sources import input_axes
@@ -135,6 +135,11 @@ class Rewriting(ABC):
     def value_hashes(self, key: str, pieces: int) -> ValueHashes | None:
         """Return what takes the pieces of a weight as they are read; None where nobody asks for its values."""
         return None
+
+    def certificate(self, base: BaseRecord | None = None) -> Certificate:
+        """Return the certificate of what has been made."""
+        layout = {k: TensorLayout.of(self.reader.shape(k), self.stored(k)) for k in self.other}
+        return Certificate(self.tensors, self.other, base, other_layout=layout)
 
     def require_finite(self, key: str, finite: bool) -> None:
         """Raise unless a weight of the base is finite."""

@@ -12,10 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from spp.certificate import CERTIFICATE_NAME, BaseRecord, Certificate, SparsityReport
+from spp.certificate import CERTIFICATE_NAME, BaseRecord, Certificate, SparsityReport, TensorLayout
 from spp.checkpoint.naming import same_names
 from spp.checkpoint.scanning import scan_reader, scan_source
-from spp.checkpoint.sources import checkpoint_directory, input_axes, open_source, projection_keys
+from spp.checkpoint.sources import (
+    checkpoint_directory,
+    input_axes,
+    open_source,
+    projection_keys,
+    require_projections,
+)
 from spp.checkpoint.verifying import facts_of, pruned_matrices, require_same_masks
 from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
 from spp.files import CheckpointReader, atomic_directory, check_target
@@ -48,6 +54,8 @@ def save_model(
         WrapError: the model is still wrapped.
         NonFiniteError: a projection weight holds NaN or infinity.
         MaskError: the files' zeros are not those in memory.
+        CheckpointError: the files hold projections whose zeros cannot be read, being quantized.
+        TargetError: the model has no projection.
         OutputError: the directory exists, or cannot be written.
 
     Example:
@@ -73,12 +81,13 @@ def save_model(
             base = getattr(model, "_spp_base", None) or {}
             keys = {*memory.axes, *base.get("keys", ())}
             certificate = make_certificate(reader, also=base.get("keys", ()))
-            written = [key for key in certificate.tensors if memory.axis(key) is not None]
-            scanned = scan_source(memory, written)
-            changed = [key for key in written if scanned[key].mask != certificate.tensors[key].mask_sha256]
-            if changed:
-                with open_source(directory) as disk:
-                    require_same_masks(memory, replace(disk, name=str(dir)), changed)
+            with open_source(directory) as disk:
+                held, stored = same_names(memory, replace(disk, name=str(dir)))
+                written = [key for key in (*held.axes, *held.matrices) if key in certificate.tensors]
+                scanned = scan_source(held, written)
+                changed = [key for key in written if scanned[key].mask != certificate.tensors[key].mask_sha256]
+                if changed:
+                    require_same_masks(held, stored, changed)
         _with_base(certificate, base, keys).write(directory)
     if config is not None and hasattr(config, "_name_or_path"):
         config._name_or_path = os.fspath(dir)  # what an adapter trained from here on belongs to
@@ -105,27 +114,28 @@ def certify(
     Raises:
         NonFiniteError: a projection weight holds NaN or infinity; such a checkpoint gets no certificate.
         MaskError: the zeros are not those of `base`; every differing tensor is listed.
-        CheckpointError: the files are bad.
+        CheckpointError: the files are bad, or projections are stored so that their zeros cannot be read, such as by
+            GPTQ.
         OutputError: the certificate cannot be written, or a sparsity.json is there that is none.
     """
     directory = checkpoint_directory(dir)
     check_target(directory / CERTIFICATE_NAME, overwrite=True, kind=CERTIFICATE)
     record = None
-    also = certified_keys(directory)
+    pruned: list[str] = []
     if base is not None:
         with open_source(base) as before:
-            also |= set(pruned_matrices(before))
+            pruned = pruned_matrices(before)
     with DenseReader(directory) as reader:
-        certificate = make_certificate(reader, deep=deep, also=also)
+        certificate = make_certificate(reader, deep=deep, also=certified_keys(directory).union(pruned))
     if base is not None:
         with open_source(base) as before, open_source(directory) as after:
             before, after = same_names(before, after)
-            keys = {*before.axes, *also, *certificate.tensors}
+            keys = {*before.axes, *pruned, *certificate.tensors}
             require_same_masks(before, after, keys)
         name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
         name = name if isinstance(base, nn.Module) else os.fspath(base)
         record = BaseRecord(name, certificate.fingerprint())  # same keys, same masks: the base's fingerprint too
-        certificate = Certificate(certificate.tensors, certificate.other, record, certificate.content_sha256)
+        certificate = replace(certificate, base=record)
     certificate.write(directory)
     return certificate.report()
 
@@ -139,8 +149,10 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
         also: keys of matrices that are to be among its tensors, besides the projections; others are passed over.
 
     Raises:
+        CheckpointError: there is no projection whose zeros can be read, or those of some cannot.
         NonFiniteError: projection weights hold NaN or infinity; all are named.
     """
+    require_projections(reader, whole=True)
     matrices = {k for k in also if k in reader and len(reader.shape(k)) == 2 and reader.dtype(k).is_floating_point}
     projections = sorted({*projection_keys(reader), *matrices})
     axes = input_axes(reader)
@@ -150,11 +162,13 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
     bad = [key for key in projections if not facts_of(found[key]).valid]
     if bad:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: a checkpoint like that gets no certificate")
+    other = {key: found[key].crc for key, axis in wanted.items() if axis is None}
     return Certificate(
         tensors={key: found[key].record() for key in projections},
-        other={key: found[key].crc for key, axis in wanted.items() if axis is None},
+        other=other,
         base=None,
         content_sha256={key: found[key].sha256 or "" for key in wanted} if deep else None,
+        other_layout={key: TensorLayout.of(reader.shape(key), reader.dtype(key)) for key in other},
     )
 
 
@@ -192,5 +206,4 @@ def _with_base(certificate: Certificate, base: Mapping[str, Any], keys: Set[str]
             stacklevel=3,
         )
         return certificate
-    record = BaseRecord(base["name_or_path"], base["fingerprint"])
-    return Certificate(certificate.tensors, certificate.other, record, certificate.content_sha256)
+    return replace(certificate, base=BaseRecord(base["name_or_path"], base["fingerprint"]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.adapter_files import CONFIG_NAME
-from spp.errors import CheckpointError, ConfigError
+from spp.errors import CheckpointError, ConfigError, TargetError, some_of
 from spp.files import CheckpointReader, read_json, recover
 from spp.files.hub import local_directory
 from spp.files.reader import INDEX, SINGLE
@@ -28,6 +28,7 @@ from spp.targets import (
     weight_of,
 )
 from spp.targets_layout import disk_input_axes
+from spp.targets_unreadable import describe_unreadable, unreadable_projections
 
 ModelOrPath = nn.Module | str | os.PathLike[str]
 
@@ -43,6 +44,7 @@ class Source:
         get: returns the weight of a name; from a directory, mapped from its file.
         reader: of the directory, if it is one.
         model: in memory, if it is one.
+        unreadable: {module path: how it is stored} of the projections whose weights cannot be read.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Source:
     get: Callable[[str], Tensor]
     reader: CheckpointReader | None = None
     model: nn.Module | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def axis(self, key: str) -> int | None:
         """Return the input axis of a weight of either kind; None for a name that is not here."""
@@ -79,15 +82,52 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "mode
 
 
 def projection_keys(reader: CheckpointReader) -> list[str]:
-    """Return the sorted keys of a checkpoint that name projection weights."""
-    return [key for key in reader if is_projection_key(key, len(reader.shape(key)))]
+    """Return the sorted keys of a checkpoint that name projection weights, of numbers that can be read."""
+    return [k for k in reader if is_projection_key(k, len(reader.shape(k))) and reader.dtype(k).is_floating_point]
+
+
+def unreadable_in(reader: CheckpointReader) -> dict[str, str]:
+    """Return {module path: how it is stored} of the projections of a checkpoint whose weights cannot be read."""
+    return unreadable_projections({key: (len(reader.shape(key)), reader.dtype(key)) for key in reader})
+
+
+def require_projections(reader: CheckpointReader, *, whole: bool) -> dict[str, str]:
+    """Return `unreadable_in`, if there is a projection weight that can be read.
+
+    Args:
+        whole: whether all of them must be.
+
+    Raises:
+        CheckpointError: there is none, or some cannot be read; how they are stored instead.
+    """
+    unreadable, count = unreadable_in(reader), len(projection_keys(reader))
+    if count and not (whole and unreadable):
+        return unreadable
+    what = f"{reader.directory} holds no projection weight that can be read"
+    if count:
+        some = f"{len(unreadable)} of its {len(unreadable) + count} projections"
+        what = f"{reader.directory}: the zeros of {some} cannot be read"
+    if not unreadable:
+        raise CheckpointError(
+            f"{what}; it holds {some_of(reader, 4) or 'no tensor'}: is it a language model's checkpoint?"
+        )
+    settings = _config_of(reader).get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    says = f"; config.json says quant_method {method!r:.40}" if method is not None else ""
+    raise CheckpointError(
+        f"{what}: {describe_unreadable(unreadable)}{says}. Plain floating-point weights are read: pass the checkpoint "
+        f"that this one was quantized from, or load it with transformers, dequantize and save it"
+    )
 
 
 def input_axes(reader: CheckpointReader) -> dict[str, int]:
     """Return the input axis of every 2-D and 3-D tensor of a checkpoint, counted from the front."""
+    return disk_input_axes({key: reader.shape(key) for key in reader}, _config_of(reader).get("model_type"))
+
+
+def _config_of(reader: CheckpointReader) -> dict[str, Any]:
     config = reader.directory / "config.json"
-    model_type = read_json(config, "the model's config").get("model_type") if config.exists() else None
-    return disk_input_axes({key: reader.shape(key) for key in reader}, model_type)
+    return read_json(config, "the model's config") if config.exists() else {}
 
 
 @contextlib.contextmanager
@@ -95,7 +135,8 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
     """Give the weights of a model (of a wrapped one, its frozen base weights) or of a directory or hub id.
 
     Raises:
-        CheckpointError: the directory is none, or its files are bad.
+        CheckpointError: the directory is none, its files are bad, or none of its projection weights can be read.
+        TargetError: none of the projection weights of the model can be read.
         ConfigError: `what` is neither a model nor a path; or a model on the meta device, which has no values.
     """
     if isinstance(what, nn.Module):
@@ -116,15 +157,26 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         def get(key: str) -> Tensor:
             return packed[key].weight if key in packed else weight_of(what, key)
 
-        yield Source(name, axes, dict.fromkeys(others, 1), get, model=what)
+        unreadable = _unreadable_of(what, axes)
+        if not axes:
+            how = describe_unreadable(unreadable) or f"its parameters are {some_of(parameters, 4) or 'none'}"
+            raise TargetError(f"{name} has no projection weight that can be read: {how}")
+        yield Source(name, axes, dict.fromkeys(others, 1), get, model=what, unreadable=unreadable)
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
     directory = checkpoint_directory(what)
     with DenseReader(directory) as reader:
         all_axes = input_axes(reader)
+        unreadable = require_projections(reader, whole=False)
         axes = {key: all_axes[key] for key in projection_keys(reader)}
-        if not axes:
-            raise CheckpointError(f"{directory} holds no projection weight; is it a language model's checkpoint?")
         keys = [k for k in reader if is_other_matrix(k, len(reader.shape(k)), reader.dtype(k))]
-        yield Source(str(directory), axes, {key: all_axes[key] for key in keys}, reader.tensor, reader)
+        matrices = {key: all_axes[key] for key in keys}
+        yield Source(str(directory), axes, matrices, reader.tensor, reader, unreadable=unreadable)
+
+
+def _unreadable_of(model: nn.Module, axes: Mapping[str, int]) -> dict[str, str]:
+    """Return {module path: how it is held} of a model's projections but those whose weights are read."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    found = unreadable_projections({name: (tensor.ndim, tensor.dtype) for name, tensor in named})
+    return {path: how for path, how in found.items() if path not in axes and f"{path}.weight" not in axes}

@@ -8,6 +8,7 @@ from spp.certificate import SparsityReport, TensorSparsity
 from spp.errors import CheckpointError, MaskError, NonFiniteError
 
 MASK, FINITE, CONTENTS = "mask", "finite", "contents"
+_ORDER = (MASK, FINITE, CONTENTS)  # the first that is among the problems decides on the error
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,22 @@ class Verification:
             return self.report
         if self.against is not None:
             raise_differences(self.problems, self.against, self.name)
-        order = (MASK, FINITE, CONTENTS)
-        listed = sorted(self.problems, key=lambda problem: (order.index(problem.kind), str(problem)))
+        listed = sorted(self.problems, key=lambda problem: (_ORDER.index(problem.kind), str(problem)))
         problems = "\n  ".join(dict.fromkeys(map(str, listed)))
-        kind = listed[0].kind
-        if kind == MASK:
-            raise MaskError(f"{self.name} fails its certificate:\n  {problems}")
-        if kind == FINITE:
+        if listed[0].kind == FINITE:
             raise NonFiniteError(f"{self.name} holds weights that are not finite:\n  {problems}")
-        raise CheckpointError(f"{self.name} fails its certificate:\n  {problems}")
+        error = MaskError if listed[0].kind == MASK else CheckpointError
+        raise error(f"{self.name} fails its certificate:\n  {problems}")
 
 
 def raise_differences(problems: tuple[Problem, ...], before: str, after: str) -> None:
-    """Raise MaskError, or NonFiniteError where only finiteness is amiss, if two models differ."""
+    """Raise a MaskError, NonFiniteError or CheckpointError, whichever problem is gravest, if two models differ."""
     if not problems:
         return
     listing = "\n  ".join(map(str, problems))
-    if all(problem.kind == FINITE for problem in problems):
+    kind = min((problem.kind for problem in problems), key=_ORDER.index)
+    if kind == FINITE:
         raise NonFiniteError(f"weights are not finite:\n  {listing}")
+    if kind == CONTENTS:
+        raise CheckpointError(f"{after} and {before} cannot be compared in {len(problems)} tensors:\n  {listing}")
     raise MaskError(f"the zeros of {after} are not those of {before}, in {len(problems)} tensors:\n  {listing}")

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Set
 
 from torch import nn
 from tqdm import tqdm
 
-from spp.certificate import Certificate, SparsityReport, TensorRecord, TensorSparsity, make_report
+from spp.certificate import Certificate, SparsityReport, TensorLayout, TensorRecord, TensorSparsity, make_report
 from spp.checkpoint.naming import same_names
 from spp.checkpoint.scanning import Scanned, scan_reader, scan_source
-from spp.checkpoint.sources import ModelOrPath, Source, checkpoint_directory, open_source
+from spp.checkpoint.sources import (
+    ModelOrPath,
+    Source,
+    checkpoint_directory,
+    input_axes,
+    open_source,
+    projection_keys,
+    require_projections,
+    unreadable_in,
+)
 from spp.checkpoint.verdicts import CONTENTS, FINITE, MASK, Problem, Verification, raise_differences
-from spp.errors import CheckpointError, ConfigError
+from spp.errors import CheckpointError, ConfigError, SPPWarning
+from spp.files import CheckpointReader
 from spp.packed.disk import DenseReader
 from spp.patterns import count_kept, pack_bits
+from spp.targets_unreadable import describe_unreadable
 
 PRUNED_FROM = 0.1  # the fraction of zeros from which a matrix that is no projection by its name counts as pruned
 
@@ -28,10 +40,12 @@ def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
         model_or_dir: a model (of a wrapped one, its frozen weights count), a checkpoint directory or a hub id.
 
     Returns:
-        SparsityReport; a tensor with NaN or infinity has valid=False.
+        SparsityReport; a tensor with NaN or infinity has valid=False. A warning names projections that are stored so
+        that their zeros cannot be read, such as by GPTQ: they are not in it.
 
     Raises:
-        CheckpointError: the files are bad.
+        CheckpointError: the files are bad, or not one projection weight in them can be read.
+        TargetError: the same of a model.
 
     Example:
         >>> spp.sparsity("pruned-2of4").pattern  # doctest: +SKIP
@@ -39,6 +53,13 @@ def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
     """
     with open_source(model_or_dir) as source:
         found = scan_source(source, source.axes)
+        if source.unreadable:
+            warnings.warn(
+                f"of {source.name} the zeros of {len(source.unreadable)} projections cannot be read and were not "
+                f"counted: {describe_unreadable(source.unreadable)}",
+                SPPWarning,
+                stacklevel=2,
+            )
     return make_report({key: facts_of(found[key]) for key in source.axes})
 
 
@@ -47,6 +68,10 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
 
     Two models are compared in all projections, and in every other matrix of `before` (such as an output head; not an
     embedding) of which a tenth or more is zero. A certificate names its tensors: the projections, and what was merged.
+
+    Not promised: that values or dtypes of two models are alike, or anything of their other tensors; that a certificate
+    is the one that was written first (spp.certificate says what one is worth); files of the directory that hold no
+    weights, and weight files that its index does not name, which nobody loads.
 
     Args:
         before: with `after` a model, a directory or a hub id (of a wrapped model, its frozen weights count); alone, a
@@ -59,8 +84,10 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
 
     Raises:
         MaskError: zeros differ; every differing tensor is listed, sorted, with what became non-zero and zero.
-        NonFiniteError: a weight holds NaN or infinity.
-        CheckpointError: files are bad, or contents are not what the certificate says.
+        NonFiniteError: a projection weight holds NaN or infinity.
+        CheckpointError: files are bad; contents, names, shapes or dtypes are not what the certificate says; or there
+            are projections that it does not list as such, or whose zeros cannot be read.
+        TargetError: a model has no projection weight that can be read.
 
     Example:
         >>> spp.verify("pruned-2of4", "tuned-2of4").sparsity  # doctest: +SKIP
@@ -108,18 +135,23 @@ def pruned_matrices(source: Source, scanned: Mapping[str, Scanned] | None = None
 
 
 def compare(
-    before: Source, old: Mapping[str, Scanned], after: Source, new: Mapping[str, Scanned], keys: Iterable[str]
+    before: Source, old: Mapping[str, Scanned], after: Source, new: Mapping[str, Scanned], keys: Set[str]
 ) -> list[Problem]:
     """Return where the zeros of these weights differ, sorted; also what is missing, misshapen or not finite.
+
+    After these come the projections that the one cannot read and the other cannot, or does not have.
 
     Args:
         before, after: the models; old, new: what a scan found of those weights that each has.
         keys: the weights.
     """
-    problems = []
+    problems = [] if old.keys() & new.keys() else [Problem(MASK, "they have no weight in common")]
     for key in sorted(keys):
         if key not in old or key not in new:
-            problems.append(Problem(MASK, f"only in {(before if key in old else after).name}", key))
+            here, other_side = (before, after) if key in old else (after, before)
+            stored = other_side.unreadable.get(key.removesuffix(".weight"))
+            also = f"; {other_side.name} has it stored as {stored}" if stored else ""
+            problems.append(Problem(MASK, f"only in {here.name}{also}", key))
             continue
         one, other = facts_of(old[key]), facts_of(new[key])
         if one.shape != other.shape:
@@ -132,6 +164,11 @@ def compare(
             bits, others = pack_bits(before.get(key)), pack_bits(after.get(key))
             grown, gone = count_kept(others & ~bits), count_kept(bits & ~others)
             problems.append(Problem(MASK, f"{grown} became non-zero, {gone} became zero", key))
+    unreadable = {**before.unreadable, **after.unreadable}
+    problems += [
+        Problem(CONTENTS, f"stored as {unreadable[path]}: its zeros cannot be read", path)
+        for path in sorted(unreadable.keys() - keys - {key.removesuffix(".weight") for key in keys})
+    ]
     return problems
 
 
@@ -148,40 +185,60 @@ def _examine_two(before: Source, after: Source) -> Verification:
     return Verification(after.name, before.name, tensors, tuple(problems), make_report(facts))
 
 
+def header_problems(certificate: Certificate, reader: CheckpointReader) -> list[Problem]:
+    """Return where names, shapes and dtypes alone tell that a checkpoint is not what its certificate says."""
+    projections, present, axes = set(projection_keys(reader)), set(reader.keys()), input_axes(reader)
+    known = certificate.tensors.keys() | certificate.other.keys()
+    problems = [Problem(CONTENTS, "missing; the certificate lists it", key) for key in known - present]
+    problems += [Problem(CONTENTS, "not in the certificate", key) for key in present - known]
+    problems += [
+        Problem(CONTENTS, f"stored as {how}: its zeros cannot be read", path)
+        for path, how in unreadable_in(reader).items()
+    ]
+    problems += [
+        Problem(CONTENTS, "a projection, of whose zeros the certificate says nothing", key)
+        for key in projections & certificate.other.keys()
+    ]
+    said: Mapping[str, TensorRecord | TensorLayout] = {**(certificate.other_layout or {}), **certificate.tensors}
+    for key in present & said.keys():
+        of, found = said[key], TensorLayout.of(reader.shape(key), reader.dtype(key))
+        if found.shape != of.shape:
+            kind = MASK if key in certificate.tensors else CONTENTS
+            problems.append(Problem(kind, f"shape {found.shape}; the certificate says {of.shape}", key))
+        elif found.dtype != of.dtype:
+            problems.append(Problem(CONTENTS, f"{found.dtype}; the certificate says {of.dtype}", key))
+        elif isinstance(of, TensorRecord) and of.input_axis != axes.get(key, of.input_axis):
+            what = f"its inputs run along axis {axes[key]}; the certificate says {of.input_axis}"
+            problems.append(Problem(MASK, what, key))
+    return problems
+
+
 def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:
-    certificate = Certificate.read(directory)
-    if deep and certificate.content_sha256 is None:
-        raise CheckpointError(
-            f"the certificate of {directory} holds no sha256 of contents; spp.certify(dir, deep=True) writes them"
-        )
-    problems: list[Problem] = []
     with DenseReader(directory) as reader:
-        known = certificate.tensors.keys() | certificate.other.keys()
-        present = set(reader.keys())
-        problems += [Problem(CONTENTS, "missing; the certificate lists it", key) for key in known - present]
-        problems += [Problem(CONTENTS, "not in the certificate", key) for key in present - known]
+        require_projections(reader, whole=False)
+        certificate = Certificate.read(directory)
+        if deep and certificate.content_sha256 is None:
+            raise CheckpointError(
+                f"the certificate of {directory} holds no sha256 of contents; spp.certify(dir, deep=True) writes them"
+            )
+        problems = header_problems(certificate, reader)
+        misshapen = {problem.key for problem in problems if problem.kind == MASK}
+        known, present = certificate.tensors.keys() | certificate.other.keys(), set(reader.keys())
         axes: dict[str, int | None] = dict.fromkeys(sorted(known & present))
         for key, record in certificate.tensors.items():
-            if key in axes and reader.shape(key) == record.shape:
+            if key in axes and key not in misshapen:
                 axes[key] = record.input_axis
         with tqdm(total=len(axes), desc="verifying", unit="tensor", disable=None) as bar:
             found = scan_reader(reader, axes, deep=deep, done=lambda _: bar.update())
-        for key, scanned in sorted(found.items()):
-            said = certificate.tensors.get(key)
-            if said is None:
-                if scanned.crc != certificate.other[key]:
-                    problems.append(Problem(CONTENTS, "its contents have changed", key))
-            elif scanned.facts is None:
-                what = f"shape {reader.shape(key)}; the certificate says {said.shape}"
-                problems.append(Problem(MASK, what, key))
-            else:
-                problems += _problems_of(key, said, scanned)
-            if (
-                certificate.content_sha256 is not None
-                and deep
-                and certificate.content_sha256.get(key) != scanned.sha256
-            ):
-                problems.append(Problem(CONTENTS, "the sha256 of its contents has changed", key))
+    for key, scanned in sorted(found.items()):
+        said = certificate.tensors.get(key)
+        if said is None:
+            if scanned.crc != certificate.other[key]:
+                problems.append(Problem(CONTENTS, "its contents have changed", key))
+        elif scanned.facts is not None:
+            problems += _problems_of(key, said, scanned)
+        if deep and certificate.content_sha256 and certificate.content_sha256[key] != scanned.sha256:
+            problems.append(Problem(CONTENTS, "the sha256 of its contents has changed", key))
     if certificate.base and certificate.base.fingerprint != certificate.fingerprint():
         base = certificate.base.name_or_path or "the base"
         what = f"the certificate's masks are not those of {base}, whose fingerprint it holds"
@@ -200,8 +257,6 @@ def _problems_of(key: str, record: TensorRecord, scanned: Scanned) -> list[Probl
     if (facts.zeros, facts.pattern) != (record.zeros, record.pattern):
         found, said = f"{facts.zeros} zeros, {facts.pattern}", f"{record.zeros} zeros, {record.pattern}"
         return [Problem(MASK, f"{found}; the certificate says {said}", key)]
-    if facts.dtype != record.dtype:
-        return [Problem(CONTENTS, f"{facts.dtype}; the certificate says {record.dtype}", key)]
-    if scanned.crc != record.content_crc32:
+    if facts.dtype == record.dtype and scanned.crc != record.content_crc32:
         return [Problem(CONTENTS, "its contents have changed", key)]
     return []

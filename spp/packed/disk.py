@@ -241,6 +241,13 @@ class DenseReader(CheckpointReader):
             check_version(settings.get("format_version"), str(config))
         stored = super().keys()
         found = [key for key in stored if f"{key}_values" in self and f"{key}_codes" in self]
+        for key in stored:
+            halves = [key + suffix for suffix in SUFFIXES[:2] if key + suffix in self]
+            if len(halves) == 1 and super().dtype(key) == torch.int64 and len(super().shape(key)) == 1:
+                lost = next(key + suffix for suffix in SUFFIXES[:2] if key + suffix not in self)
+                raise CheckpointError(
+                    f"{self.directory / self.file_of(key)}: {lost} is missing, and there is {halves[0]}"
+                )
         for key in found:
             where = f"{self.directory / self.file_of(key)}: {key}"
             dtype, shape = super().dtype(key), super().shape(key)

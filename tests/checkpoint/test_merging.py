@@ -382,6 +382,6 @@ def test_a_flipped_bit_after_the_merge_is_caught(base: Path, adapter: Path, tmp_
 def test_the_certificate_is_as_documented(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_checkpoint(base, adapter, tmp_path / "out")
     values = json.loads((tmp_path / "out" / "sparsity.json").read_text())
-    assert list(values) == ["base", "format_version", "other", "spp_version", "tensors", "totals"]
+    assert list(values) == ["base", "format_version", "other", "other_layout", "spp_version", "tensors", "totals"]
     assert values["totals"]["sparsity"] == 0.5
     assert values["base"]["name_or_path"] == str(base)

@@ -26,7 +26,7 @@ from spp.errors import (
 )
 from spp.files import mask_sha256
 from tests.checkpoint.helpers import Q0, UP1, grown, pruned_model, rewrite, tensors_of, wrapped_model
-from tests.models import projections, tiny_tokenizer
+from tests.models import moe_model, projections, tiny_tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -151,6 +151,37 @@ def test_files_whose_zeros_are_not_those_in_memory_are_not_kept(tmp_path: Path) 
 
     model.save_pretrained = careless
     with pytest.raises(MaskError, match=f"{Q0}: 2048 became non-zero, 0 became zero"):
+        save_model(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_experts_that_are_stored_apart_are_compared_with_those_in_memory(tmp_path: Path) -> None:
+    model = moe_model("mixtral")  # w1, w2, w3 of each expert on disk
+    spp.prune(model, "magnitude", "2:4")
+    save_model(model, tmp_path / "right")
+    real = model.save_pretrained
+    key = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+
+    def careless(folder: Path) -> None:
+        real(folder)
+        rewrite(folder, {key: grown(tensors_of(folder)[key])})
+
+    model.save_pretrained = careless
+    with pytest.raises(MaskError, match=f"in 1 tensors:\n  {key}: 2 became non-zero, 1 became zero"):
+        save_model(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["right"]
+
+
+def test_a_model_whose_files_nobody_can_check_is_not_saved(tmp_path: Path) -> None:
+    model = pruned_model()
+    real = model.save_pretrained
+
+    def quantizing(folder: Path) -> None:
+        real(folder)
+        rewrite(folder, {Q0: torch.ones(2048, 1, dtype=torch.uint8), f"{Q0}.absmax": torch.ones(64)})
+
+    model.save_pretrained = quantizing
+    with pytest.raises(CheckpointError, match=r"1 of its 14 projections cannot be read.*bitsandbytes, 4 bits"):
         save_model(model, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
