@@ -30,6 +30,7 @@ from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
 from spp.rules import get_rule
+from spp.rules.idle import idle_reason, no_update_text
 
 PEFT_TYPE = "SPP"
 PST_TYPE = "PST"  # what spp.pst.save writes
@@ -105,6 +106,13 @@ def read_adapter(path: str | Path) -> AdapterFiles:
             f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
         )
     return files
+
+
+def adapter_without_update(files: AdapterFiles) -> str | None:
+    """Return a sentence that says why an adapter on disk changes no weight; None where its parameters are not idle."""
+    rule, scaling = get_rule(files.config.rule), files.config.scaling
+    reason = idle_reason((rule, params, scaling) for params in files.layers().values())
+    return None if reason is None else no_update_text(reason)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, Targ
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, require_replaceable, save_tensors, write_json
 from spp.inject import AdapterLayer, adapter_config, adapter_layers, is_wrapped, require_layers, uncompiled, wrap
+from spp.inject_effect import without_effect
 from spp.rules import get_rule
 from spp.targets import resolve_projections
 from spp.targets_layout import Projection
@@ -56,18 +57,32 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         path: a directory that does not exist yet, unless `overwrite`.
 
     Returns:
-        The directory.
+        The directory; a warning if the adapter changes no weight.
 
     Raises:
         WrapError: the model is not wrapped.
         NonFiniteError: the adapter holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
     """
+    store_adapter(model, path, overwrite=overwrite)
+    warn_without_effect(model)
+    return Path(path)
+
+
+def store_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None:
+    """Do as `save_adapter` without a word on what the adapter does: a trainer says that once, at the end."""
     check_finite(model)
     require_replaceable(path)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
-    return Path(path)
+
+
+def warn_without_effect(model: nn.Module) -> str | None:
+    """Warn where the adapter of a wrapped model changes no weight; return what was said."""
+    text = without_effect(model)
+    if text is not None:
+        warnings.warn(text, SPPWarning, stacklevel=3)
+    return text
 
 
 def write_adapter(model: nn.Module, directory: Path) -> None:

@@ -16,7 +16,8 @@ from spp.files import CheckpointReader, mask_sha256
 from spp.inject import layer_generator
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
-from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts
+from spp.merge_report import LayerMerge, sum_layers
+from spp.merge_weight import layer_merge, merge_experts, merge_tensor
 
 
 class Merging(Rewriting):
@@ -84,7 +85,7 @@ class Merging(Rewriting):
         place = self.place_of[key]
         self.require_masks(place.path, mask)
         done = [layer_merge(of_one) for of_one in found]
-        self.merges[place.path] = sum_experts(done) if len(place.shape) == 3 else done[0]
+        self.merges[place.path] = sum_layers(done) if len(place.shape) == 3 else done[0]
 
     def require_masks(self, path: str, mask: str) -> None:
         """Raise unless a layer of the base has the zeros that the adapters were trained on."""

@@ -25,6 +25,7 @@ from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, MaskError
 from spp.files import CheckpointReader, require_replaceable
 from spp.merge import MergeReport, check_rounding, draw_seed
+from spp.rules.idle import idle_reason
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def merge_checkpoint(
             if directory is not None:
                 certificate.write(directory)
     logger.info("merged %d layers%s", len(merging.merges), "" if dry_run else f" into {out_dir}")
-    return MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report())
+    idle = idle_reason((layer.rule, layer.params, layer.scaling) for layer in merging.layers.values())
+    return MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report(), idle=idle)
 
 
 def _require_all_merged(merging: Merging) -> None:

@@ -123,6 +123,10 @@ class TermsRule(Rule):
     def largest_factor(self, factors: TermFactors) -> float:
         return sum(self.rule.largest_factor(term) for term in factors.terms)
 
+    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+        parts = zip(self.split(params), self.scalings, strict=True)
+        return all(self.rule.is_idle(part, scaling * s) for part, s in parts)
+
     def row_alignment(self, factors: TermFactors) -> int:
         return max(self.rule.row_alignment(term) for term in factors.terms)
 

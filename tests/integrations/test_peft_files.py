@@ -199,6 +199,7 @@ def test_a_trained_masks_hash_is_that_of_the_base_also_after_a_merge(
     assert first["base_masks"] == second["base_masks"]
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_without_a_task_type(base: Path, tmp_path: Path) -> None:
     model = scatter(get_peft_model(load_base(base), SPPPeftConfig(r=4)))
     model.save_pretrained(tmp_path)

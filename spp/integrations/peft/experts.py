@@ -20,7 +20,8 @@ from spp.experts_packed import OverPackedExperts, PackedExperts
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import linear
 from spp.layer_adapted import convert_parameter
-from spp.merge_weight import LayerMerge, merge_experts
+from spp.merge_report import LayerMerge
+from spp.merge_weight import merge_experts
 from spp.offload import home, is_offloaded
 from spp.packed import PackedStack
 from spp.rules import get_rule

@@ -13,7 +13,8 @@ from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import AdaptedLinear, convert_parameter
 from spp.layer_packed import HOOKS, PackedLinear, release_weight
-from spp.merge_weight import LayerMerge, merge_tensor
+from spp.merge_report import LayerMerge
+from spp.merge_weight import merge_tensor
 from spp.offload import execution_device, home, offloader, values
 from spp.offload_hooks import move_hook
 from spp.packed import quantized_kind, read_quantized

@@ -17,7 +17,7 @@ from spp.config import SPPConfig
 from spp.errors import ConfigError
 from spp.inject import layer_generator
 from spp.layer_adapted import Active
-from spp.merge_weight import LayerMerge
+from spp.merge_report import LayerMerge
 from spp.offload_hooks import HookedAdapter
 from spp.rules import Rule
 from spp.rules.canonical import arithmetic_dtype
