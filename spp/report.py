@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from spp.certificate import SparsityReport, TensorSparsity
     from spp.checkpoint import ExportReport
     from spp.checkpoint.verdicts import Verification
-    from spp.merge import MergeReport
-    from spp.merge_report import LayerMerge
+    from spp.merge_report import LayerMerge, MergeReport
 
 Entry = TypeVar("Entry")
 

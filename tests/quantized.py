@@ -11,7 +11,7 @@ from torch import nn
 
 import spp
 from spp.errors import SPPWarning
-from spp.merge import MergeReport
+from spp.merge_report import MergeReport
 from spp.rules.spp import row_groups
 from tests.models import projections, prune_nm_, tiny_llama
 

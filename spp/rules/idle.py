@@ -32,15 +32,16 @@ def idle_reason(layers: Iterable[Adapter]) -> str | None:
     for rule, params, scaling in layers:
         if any(parameter.is_meta for parameter in params) or not rule.is_idle(params, scaling):
             return None
-        zero = {name for name, p in zip(rule.parameter_names, params, strict=True) if not bool(p.any())}
+        names = [name.partition("[")[0] for name in rule.parameter_names]  # those of a sum of terms are numbered
+        zero = set(names) - {name for name, p in zip(names, params, strict=True) if bool(p.any())}
         no_scaling = no_scaling and not scaling
         common = zero if common is None else common & zero
     if common is None:
         return None
     if no_scaling:
         return "its scaling is zero"
-    names = sorted((_SYMBOLS.get(name, name) for name in common), reverse=True)  # β before α
-    return f"{names[0]} is zero everywhere" if names else "the product of its parameters is zero everywhere"
+    symbols = sorted((_SYMBOLS.get(name, name) for name in common), reverse=True)  # β before α
+    return f"{symbols[0]} is zero everywhere" if symbols else "the product of its parameters is zero everywhere"
 
 
 class Effect(NamedTuple):

@@ -6,7 +6,7 @@ An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from spp.merge_report import LayerMerge
 from spp.offload_hooks import HookedAdapter
 from spp.rules import Rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
 
 
@@ -178,3 +179,9 @@ class TermsLayer(BaseTunerLayer):
                 moved = parameter.detach().to(device or home, dtype)
                 if moved is not parameter.detach():
                     container[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+
+
+def merged_idle(layers: Iterable[TermsLayer]) -> str | None:
+    """Return why the adapters that are merged into these layers have no update; None where they have one."""
+    merged = [active for layer in layers if (active := layer.combined(layer.merged_adapters)) is not None]
+    return idle_reason((active.rule, active.params, active.scaling) for active in merged)
