@@ -37,7 +37,8 @@ from spp.errors import SPPError, SPPWarning
 from spp.inject import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
 from spp.inject_packed import pack, unpack
 from spp.layer import SPPLinear
-from spp.merge import MergeReport, merge
+from spp.merge import merge
+from spp.merge_report import MergeReport
 from spp.semi_structured import SemiStructuredReport, to_semi_structured
 
 __all__ = [

@@ -32,6 +32,7 @@ from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
 from spp.rules import get_rule
+from spp.rules.idle import idle_reason, no_update_text
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,13 @@ def why_malformed(hashes: Any, forms: Any) -> str | None:
     if hashes.keys() != forms.keys():
         return f"base_values and base_forms name other layers, such as {min(hashes.keys() ^ forms.keys())}"
     return None
+
+
+def adapter_without_update(files: AdapterFiles) -> str | None:
+    """Return a sentence that says why an adapter on disk changes no weight; None where its parameters are not idle."""
+    rule, scaling = get_rule(files.config.rule), files.config.scaling
+    reason = idle_reason((rule, params, scaling) for params in files.layers().values())
+    return None if reason is None else no_update_text(reason)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from spp.inject import (
     set_base_verdict,
     wrap,
 )
+from spp.inject_effect import without_effect
 from spp.inject_guards import uncompiled
 from spp.packed import HeldWeight
 from spp.rules import get_rule
@@ -82,17 +83,31 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         overwrite: replace what is there, if it is an output (spp.files.recognised) and holds nothing else.
 
     Returns:
-        The directory.
+        The directory; a warning if the adapter changes no weight.
 
     Raises:
         WrapError: the model is not wrapped.
         NonFiniteError: the adapter holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
     """
+    store_adapter(model, path, overwrite=overwrite)
+    warn_without_effect(model)
+    return Path(path)
+
+
+def store_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None:
+    """Do as `save_adapter` without a word on what the adapter does: a trainer says that once, at the end."""
     check_finite(model)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
-    return Path(path)
+
+
+def warn_without_effect(model: nn.Module) -> str | None:
+    """Warn where the adapter of a wrapped model changes no weight; return what was said."""
+    text = without_effect(model)
+    if text is not None:
+        warnings.warn(text, SPPWarning, stacklevel=3)
+    return text
 
 
 def write_adapter(model: nn.Module, directory: Path) -> None:

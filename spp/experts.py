@@ -139,7 +139,7 @@ class SPPExperts(OverPackedExperts):
             return False
         if self.training and self.dropout:  # what a checkpoint recomputes must draw the same numbers
             return False
-        return self.spp_rule.is_idle(self.adapter_parameters())
+        return self.spp_rule.is_idle(self.adapter_parameters(), self.scaling)
 
     def restore(self) -> PackedExperts | None:
         """Let go of the weight as it is now; PackedExperts come back if it is packed still."""

@@ -6,90 +6,35 @@ W_merged = W_eff = round(W · (1 + s·β·A))      one rounding, zeros stay zero
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.base_values import UNSAID, BaseVerdict
-from spp.certificate import SparsityReport, fingerprint, report_from_tensors
-from spp.errors import ConfigError, NonFiniteError, SPPWarning
+from spp.certificate import fingerprint, report_from_tensors
+from spp.errors import ConfigError, NonFiniteError
 from spp.experts import SPPExperts
 from spp.files import mask_sha256
 from spp.inject import AdapterLayer, base_verdict, require_layers, unwrap
 from spp.inject_guards import layer_generator, uncompiled
 from spp.inject_quantized import forget_quantizer
 from spp.layer import SPPLinear
-from spp.merge_weight import LayerMerge, merge_experts, merge_tensor
+from spp.merge_report import LayerMerge, MergeReport
+from spp.merge_weight import merge_experts, merge_tensor, requantized
 from spp.offload import in_memory, is_offloaded, offloader, write
 from spp.packed import NAMES as PACKED_NAMES
 from spp.packed import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.patterns import all_finite
 from spp.rules import rescue_
+from spp.rules.idle import idle_reason
 from spp.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
 
 logger = logging.getLogger(__name__)
 ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ENOUGH_SURVIVED = 0.9
-
-
-@dataclass(frozen=True, repr=False)
-class MergeReport:
-    """What a merge did: per layer by module path, over all, and the sparsity of the result.
-
-    `base` says whether the base had the values that the adapter was trained on (spp.base_values).
-    """
-
-    layers: dict[str, LayerMerge]
-    survived: float
-    sparsity_report: SparsityReport
-    base: BaseVerdict = UNSAID
-
-    @classmethod
-    def from_layers(cls, layers: dict[str, LayerMerge], sparsity_report: SparsityReport) -> MergeReport:
-        """Sum the layers up and warn where rounding took more than a tenth of the update."""
-        total = sum(layer.update_norm**2 for layer in layers.values())
-        left = sum(layer.survived * layer.update_norm**2 for layer in layers.values())
-        survived = left / total if total else 1.0
-        if survived < ENOUGH_SURVIVED:
-            warnings.warn(
-                f"rounding to the stored dtype left {survived:.1%} of the update that the adapter learned: its changes "
-                f"are smaller than the dtype's steps. Merge with dtype=torch.float32 or torch.float16, with "
-                f"rounding='stochastic', or serve the adapter unmerged",
-                SPPWarning,
-                stacklevel=4,
-            )
-        return cls(layers, survived, sparsity_report)
-
-    def __repr__(self) -> str:
-        found = f"{len(self.layers)} layers, survived {self.survived:.4f}, rescued {self.rescued}"
-        return f"MergeReport({found}, pattern {self.sparsity_report.pattern})"
-
-    @property
-    def kept(self) -> int:
-        """Weights that are not zero, over all merged layers."""
-        return sum(layer.kept for layer in self.layers.values())
-
-    @property
-    def rescued(self) -> int:
-        """Kept weights that would have rounded to zero, over all merged layers."""
-        return sum(layer.rescued for layer in self.layers.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values."""
-        return {
-            "layers": {path: asdict(layer) for path, layer in self.layers.items()},
-            "survived": self.survived,
-            "kept": self.kept,
-            "rescued": self.rescued,
-            **self.base.to_dict(),
-            "sparsity_report": self.sparsity_report.to_dict(),
-        }
 
 
 def merge(
@@ -114,7 +59,8 @@ def merge(
         seed: of stochastic rounding; None draws one from torch's global generator.
 
     Returns:
-        MergeReport; a warning if less than nine tenths of the update survived the rounding.
+        MergeReport, of the weights as they are stored; a warning if less than nine tenths of the update survived, if
+        the error of quantizing again is large beside it, or if the adapter changes no weight at all.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -140,25 +86,27 @@ def merge(
         for path, layer in layers.items():
             merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
             if requantize:
-                _quantize_again(path, layer, merged)
+                _quantize_again(path, layer, merged, results[path])
     if dtype is not None:
         _check_conversion(model, layers, dtype)
     base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
+    idle = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers.values())
     for path, layer in layers.items():
         merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
-        again = _quantize_again(path, layer, merged) if requantize else None
+        again = _quantize_again(path, layer, merged, results[path]) if requantize else None
         if again is None:
             _write_weight(layer, merged)
         else:
-            lost = results[path].kept - int(torch.count_nonzero(again.dense()))
-            results[path] = replace(results[path], lost=lost)
             assert isinstance(layer, SPPLinear)  # experts are never quantized
+            given = layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling
+            results[path] = requantized(*given, merged, again)
             layer.hold_packed(again)
     unwrap(model)
     forget_quantizer(model)
     if dtype is not None:
         _convert_model(model, dtype)
-    return replace(report_merge(model, results, base), base=verdict)
+    report = report_merge(model, results, base, idle=idle, requantized=requantize)
+    return replace(report, base=verdict)
 
 
 def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,12 +122,16 @@ def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]
     return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
 
 
-def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[str, Any]) -> MergeReport:
-    """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge."""
+def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[str, Any], **options: Any) -> MergeReport:
+    """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge.
+
+    Args:
+        options: of `MergeReport.from_layers`.
+    """
     model._spp_base = base  # type: ignore[assignment]
     logger.info("merged %d layers", len(results))
     others = ((name, weight_of(model, name), -1) for name in base["keys"])
-    return MergeReport.from_layers(results, report_from_tensors(chain(projection_weights(model), others)))
+    return MergeReport.from_layers(results, report_from_tensors(chain(projection_weights(model), others)), **options)
 
 
 def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
@@ -269,11 +221,16 @@ def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | N
         )
 
 
-def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor) -> QuantizedWeight | None:
-    """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none."""
+def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor, done: LayerMerge) -> QuantizedWeight | None:
+    """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none.
+
+    A weight that the merge left as it was keeps its codes and scales: quantizing it again could only add an error.
+    """
     held = layer.held_packed() if isinstance(layer, SPPLinear) else None
     if not isinstance(held, QuantizedWeight):
         return None
+    if not done.moved:
+        return held
     return quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
 
 

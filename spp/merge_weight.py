@@ -7,8 +7,8 @@ says what is wrong where a check fails. The weights are the same bits either way
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,35 +16,13 @@ from torch import Tensor
 
 from spp.errors import MaskError, NonFiniteError
 from spp.kernels.native.elementwise import Found, merge_matrix
+from spp.merge_report import LayerMerge, sum_layers, survived_share
+from spp.packed import QuantizedWeight
 from spp.patterns import all_finite, nonzero_mask
 from spp.rules import Rule, rescue_
 from spp.rules.canonical import arithmetic_dtype
 
 BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
-
-
-@dataclass(frozen=True)
-class LayerMerge:
-    """What a merge did to one layer.
-
-    Counts are exact. Sums are of float32 products: of updates below 1e-19, whose squares are no float32, they tell
-    nothing, nor does `max_relative_change` of denormal weights in a process that flushes those to zero.
-
-    Attributes:
-        kept: weights that are not zero, before and after.
-        rescued: of these, how many rounded to zero and were stored as the smallest magnitude that stays one.
-        survived: ⟨W_merged − W, ΔW⟩ / ⟨ΔW, ΔW⟩, the share of the update that rounding left; 1 where ΔW is 0.
-        max_relative_change: the largest |W_merged − W| / |W| over the kept weights.
-        update_norm: ‖ΔW‖, Frobenius.
-        lost: kept weights that quantizing the result again rounded to zero.
-    """
-
-    kept: int
-    rescued: int
-    survived: float
-    max_relative_change: float
-    update_norm: float
-    lost: int = 0
 
 
 def merge_tensor(
@@ -86,9 +64,7 @@ def merge_tensor(
         return compiled[0], layer_merge(compiled[1])
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     totals = _Totals()
-    step = max(1, BLOCK_ELEMENTS // max(weight.shape[1], 1))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
+    for rows in _blocks(weight):
         block = weight.detach()[rows]
         exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
         rule.build(block, factors, rows, slice(None), exact)
@@ -98,16 +74,52 @@ def merge_tensor(
         else:
             merged[rows] = exact
         rescued = rescue_(merged[rows], block)
-        kept = _check_block(block, merged[rows], start, where)
+        kept = _check_block(block, merged[rows], rows.start, where)
         rule.delta(block, factors, rows, slice(None), exact)
-        totals.add(block, merged[rows], exact, kept, int(torch.count_nonzero(rescued)))
+        alone = block
+        if dtype != block.dtype:
+            rescue_(alone := block.to(dtype), block)
+        totals.add(block, alone, merged[rows], exact, kept, int(torch.count_nonzero(rescued)))
     return merged, totals.result()
+
+
+def requantized(
+    rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float, merged: Tensor, stored: QuantizedWeight
+) -> LayerMerge:
+    """Return what was done to a weight whose merged form was quantized again: the numbers of what is stored.
+
+    Args:
+        rule, params, scaling, weight: as for `merge_tensor`; W is the base, dequantized.
+        merged: W_merged (m, n).
+        stored: what `merged` was quantized to; it is decoded a block at a time.
+    """
+    params = [p.detach().to(weight.device) for p in params]
+    arithmetic = arithmetic_dtype(weight.dtype)
+    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    totals, square, lost = _Totals(), 0.0, 0
+    for rows in _blocks(weight):
+        block, before = weight.detach()[rows], merged[rows]
+        exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
+        rule.build(block, factors, rows, slice(None), exact)
+        rescued = rescue_(exact.to(merged.dtype), block)
+        now = stored.decode(rows, slice(None), torch.empty(block.shape, dtype=stored.dtype, device=weight.device))
+        nonzero = nonzero_mask(now)
+        lost += int(torch.count_nonzero(nonzero_mask(before) & ~nonzero))
+        rule.delta(block, factors, rows, slice(None), exact)
+        totals.add(
+            block, block, now, exact, int(torch.count_nonzero(nonzero)), int(torch.count_nonzero(rescued & nonzero))
+        )
+        square += _sum((now.to(arithmetic) - before.to(arithmetic)).square_())
+    found = totals.result()
+    error = math.sqrt(square) / found.update_norm if found.update_norm else None
+    return replace(found, lost=lost, requantize_error=error)
 
 
 def layer_merge(found: Found) -> LayerMerge:
     """Return what a compiled merge of a whole matrix did."""
-    survived = found.inner / found.square if found.square else 1.0
-    return LayerMerge(found.kept, found.rescued, survived, found.largest, math.sqrt(found.square))
+    survived = survived_share(found.inner, found.square, found.updated, found.moved)
+    norm = math.sqrt(found.square)
+    return LayerMerge(found.kept, found.rescued, survived, found.largest, norm, found.updated, found.moved)
 
 
 def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -154,41 +166,45 @@ def merge_experts(
             whole = merged.new_empty((len(params), *merged.shape))
         whole[number] = merged
         totals.append(found)
-    return whole, sum_experts(totals)
-
-
-def sum_experts(layers: Sequence[LayerMerge]) -> LayerMerge:
-    """Return what was done to a fused weight from what was done to each expert's."""
-    square = sum(layer.update_norm**2 for layer in layers)
-    return LayerMerge(
-        kept=sum(layer.kept for layer in layers),
-        rescued=sum(layer.rescued for layer in layers),
-        survived=sum(layer.survived * layer.update_norm**2 for layer in layers) / square if square else 1.0,
-        max_relative_change=max(layer.max_relative_change for layer in layers),
-        update_norm=math.sqrt(square),
-    )
+    return whole, sum_layers(totals)
 
 
 class _Totals:
     """Sums over the blocks of one layer: rows in the arithmetic's dtype, over the rows in float64."""
 
     def __init__(self) -> None:
-        self.kept = self.rescued = 0
+        self.kept = self.rescued = self.updated = self.moved = 0
         self.inner = self.square = self.largest = 0.0
 
-    def add(self, weight: Tensor, merged: Tensor, update: Tensor, kept: int, rescued: int) -> None:
-        before = weight.to(update.dtype)
-        change = merged.to(update.dtype) - before
+    def add(self, weight: Tensor, alone: Tensor, stored: Tensor, update: Tensor, kept: int, rescued: int) -> None:
+        """Add a block.
+
+        Args:
+            weight: W; alone: what is stored of it without an update; stored: with it.
+            update: ΔW in the arithmetic's dtype.
+        """
+        before, updated = weight.to(update.dtype), update != 0
+        change = stored.to(update.dtype) - before
         self.kept += kept
         self.rescued += rescued
+        self.updated += int(torch.count_nonzero(updated))
+        self.moved += int(torch.count_nonzero(updated.logical_and_(stored != alone)))
         self.inner += _sum(change * update)
         self.square += _sum(update * update)
         relative = change.div_(before).abs_().nan_to_num_(nan=0.0)  # 0 / 0 where pruned
         self.largest = max(self.largest, float(relative.amax()) if relative.numel() else 0.0)
 
     def result(self) -> LayerMerge:
-        survived = self.inner / self.square if self.square else 1.0
-        return LayerMerge(self.kept, self.rescued, survived, self.largest, math.sqrt(self.square))
+        survived = survived_share(self.inner, self.square, self.updated, self.moved)
+        norm = math.sqrt(self.square)
+        return LayerMerge(self.kept, self.rescued, survived, self.largest, norm, self.updated, self.moved)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Yield the blocks of rows that are taken together."""
+    step = max(1, BLOCK_ELEMENTS // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
 
 
 def _sum(products: Tensor) -> float:

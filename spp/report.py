@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from spp.certificate import SparsityReport, TensorSparsity
     from spp.checkpoint import ExportReport
     from spp.checkpoint.verdicts import Verification
-    from spp.merge import MergeReport
-    from spp.merge_weight import LayerMerge
+    from spp.merge_report import LayerMerge, MergeReport
 
 Entry = TypeVar("Entry")
 
@@ -138,15 +137,18 @@ def _verdict(verification: Verification, keys: Sequence[str], *, every: bool = F
 def merge_table(report: MergeReport, *, every: bool = False) -> Table:
     """Return what a merge did to the weights, by kind of layer or, with `every`, one row a layer.
 
-    kept: non-zero weights; rescued: those that rounding would have turned to zero; survived: the share of the
-    update that is left after rounding to the stored dtype; change: the largest relative change of a weight.
+    kept: non-zero weights; rescued: those that rounding would have turned to zero; survived: the share of the update
+    that is stored, "no update" where there is none; change: the largest relative change of a weight. Where weights were
+    quantized again, lost: those that this turned to zero; error: of what is stored, relative to the update.
     """
-    columns = ("layer", "layers", "kept", "rescued", "survived", "largest change")
+    columns: tuple[str, ...] = ("layer", "layers", "kept", "rescued", "survived", "largest change")
     groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
-    rows = tuple(_merge_row(name, layers) for name, layers in groups.items())
-    every_layer = list(report.layers.values())
-    total = _merge_row("all", every_layer)
-    return Table("merge", columns, (*rows, (*total[:4], f"{report.survived:.4f}", total[5])))
+    rows = [_merge_row(name, layers) for name, layers in groups.items()]
+    total = _merge_row("all", list(report.layers.values()))
+    rows.append((*total[:4], _share(report.survived), total[5], total[6], _share(report.requantize_error, "–")))
+    if any(layer.requantize_error is not None for layer in report.layers.values()):
+        columns = (*columns, "lost", "error")
+    return Table("merge", columns, tuple(row[: len(columns)] for row in rows))
 
 
 def prune_table(report: PruneReport, *, every: bool = False) -> Table:
@@ -245,9 +247,20 @@ def _merge_row(name: str, layers: Sequence[LayerMerge]) -> tuple[str, ...]:
         str(len(layers)),
         str(sum(layer.kept for layer in layers)),
         str(sum(layer.rescued for layer in layers)),
-        _spread([layer.survived for layer in layers], "{:.4f}".format),
+        _shares([layer.survived for layer in layers], "no update"),
         f"{max((layer.max_relative_change for layer in layers), default=0.0):.3f}",
+        str(sum(layer.lost for layer in layers)),
+        _shares([layer.requantize_error for layer in layers], "–"),
     )
+
+
+def _share(value: float | None, none: str = "no update") -> str:
+    return none if value is None else f"{value:.4f}"
+
+
+def _shares(values: Sequence[float | None], none: str) -> str:
+    """The lowest and the highest of those that are there."""
+    return _spread([value for value in values if value is not None], "{:.4f}".format) or none
 
 
 def _patterns(patterns: Sequence[str]) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import nn
 
+import spp
+from spp.errors import SPPWarning
+from spp.merge_report import MergeReport
+from spp.rules.spp import row_groups
 from tests.models import projections, prune_nm_, tiny_llama
 
 FORMS: list[dict[str, Any]] = [
@@ -65,6 +71,69 @@ def quantized_llama(form: str = "nf4", nested: bool = False, **overrides: object
         assert isinstance(linear, nn.Linear)
         setattr(model.get_submodule(parent), name, quantize_linear(linear, form, nested))
     return model
+
+
+class Recount(NamedTuple):
+    """What a merge that quantized again has to report of a layer, in float64."""
+
+    kept: int
+    lost: int
+    survived: float
+    max_relative_change: float
+    update_norm: float
+    updated: int
+    moved: int
+    requantize_error: float
+
+
+def recount(base: torch.Tensor, layer: Any, merged: torch.Tensor, stored: torch.Tensor) -> Recount:
+    """Count anew what was done to a layer.
+
+    Args:
+        base, stored: dequantized by who made the format.
+        layer: the SPPLinear, before the merge.
+        merged: its effective weight.
+    """
+    before, effective, after = base.double(), merged.double(), stored.double()
+    alpha, beta = (p.detach().double() for p in layer.adapter_parameters())
+    update = before * layer.scaling * beta * alpha[row_groups(len(beta), len(alpha))]
+    change, error = after - before, after - effective
+    kept = before != 0
+    return Recount(
+        kept=int((after != 0).sum()),
+        lost=int(((after == 0) & (effective != 0)).sum()),
+        survived=float((change * update).sum() / update.square().sum()),
+        max_relative_change=float((change / before)[kept].abs().max()),
+        update_norm=float(update.norm()),
+        updated=int((update != 0).sum()),
+        moved=int(((change != 0) & (update != 0)).sum()),
+        requantize_error=float(error.norm() / update.norm()),
+    )
+
+
+def assert_recounted(report: MergeReport, expected: dict[str, Recount]) -> None:
+    """The report is of what is stored, layer by layer and over all."""
+    assert report.layers.keys() == expected.keys()
+    for path, found in expected.items():
+        for name, value in found._asdict().items():
+            assert getattr(report.layers[path], name) == pytest.approx(value, rel=1e-4, abs=1e-6), (path, name)
+    square = sum(one.update_norm**2 for one in expected.values())
+    inner = sum(one.survived * one.update_norm**2 for one in expected.values())
+    errors = sum((one.requantize_error * one.update_norm) ** 2 for one in expected.values())
+    assert report.survived == pytest.approx(inner / square, rel=1e-4)
+    assert report.requantize_error == pytest.approx((errors / square) ** 0.5, rel=1e-4)
+    assert (report.kept, report.lost) == (
+        sum(o.kept for o in expected.values()),
+        sum(o.lost for o in expected.values()),
+    )
+
+
+def merge_again(model: Any) -> tuple[MergeReport, list[str]]:
+    """Merge with requantize; the report, and what was said."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        report = spp.merge(model, requantize=True)
+    return report, [str(one.message) for one in found if issubclass(one.category, SPPWarning)]
 
 
 TORCHAO_FORMS = ("int8", "int8 all", "int8 group", "int4", "int4 group", "int4 asymmetric", "int2 group")

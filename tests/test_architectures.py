@@ -206,7 +206,7 @@ def test_the_whole_road(architecture: str, rows: dict[str, str], tmp_path: Path)
         assert torch.equal(again(ids, use_cache=False).logits, tuned)
         assert error(tuned, pruned(ids, use_cache=False).logits) > 1e-3
 
-    spp.merge(model)
+    in_memory = spp.merge(model)
     assert not adapter_layers(model)
     assert model.state_dict().keys() == before.keys()
     with torch.no_grad():
@@ -233,7 +233,8 @@ def test_the_whole_road(architecture: str, rows: dict[str, str], tmp_path: Path)
     assert {t.pattern for key, t in disk.tensors.items() if _other_modality(key)} <= {"dense"}
     spp.save_model(pruned, tmp_path / "pruned")
     spp.verify(tmp_path / "pruned", tmp_path / "merged")
-    spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "streamed")
+    on_disk = spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "streamed")
+    assert on_disk.layers == in_memory.layers and on_disk.survived == pytest.approx(in_memory.survived)
     with CheckpointReader(tmp_path / "merged") as one, CheckpointReader(tmp_path / "streamed") as other:
         assert one.keys() == other.keys()
         for key in one:

@@ -385,6 +385,7 @@ def test_wrapping_copies_no_base_weight() -> None:
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_a_linear_registered_twice_is_saved_once(tmp_path: Path) -> None:
     model = nn.ModuleDict({"first": nn.Linear(8, 8)})
     model["second"] = model["first"]

@@ -224,6 +224,7 @@ def test_pack_and_unpack() -> None:
         spp.unpack(model)
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_wrap_a_packed_model_and_back() -> None:
     model = spp.pack(pruned())
     with pytest.raises(ConfigError, match=r"q_proj is packed: pass packed=True, or call spp.unpack"):
@@ -241,6 +242,7 @@ def test_wrap_a_packed_model_and_back() -> None:
     assert_same_model(model, pruned())
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_saving_is_refused_until_nothing_is_packed(tmp_path: Path) -> None:
     model = spp.pack(pruned(), target_modules=["up_proj", "down_proj"])
     with pytest.raises(WrapError, match=r"is packed.*spp.unpack"):

@@ -12,9 +12,10 @@ import torch
 
 import spp
 from spp.errors import ConfigError, NonFiniteError, TargetError, WrapError
+from spp.inject import adapter_layers
 from spp.training import SPPTrainer
 from tests.models import projections
-from tests.quantized import FORMS, own_dense, quantized_llama
+from tests.quantized import FORMS, assert_recounted, merge_again, own_dense, quantized_llama, recount
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.arange(24).view(2, 12)
@@ -91,17 +92,59 @@ def test_a_merge_keeps_the_zeros_and_what_the_forward_computed(form: dict) -> No
 def test_a_merge_that_quantizes_again(form: dict) -> None:
     model = quantized_llama(**form)
     classes = {path: type(m) for path, m in projections(model).items()}
+    before, expected = {path: own_dense(m) for path, m in projections(model).items()}, {}
     spp.wrap(model, r=4, seed=0)
     step(model)
-    effective = {path: layer.effective_weight() for path, layer in projections(model).items()}
-    report = spp.merge(model, requantize=True)
+    layers = {path: copy.deepcopy(layer) for path, layer in adapter_layers(model).items()}
+    effective = {path: layer.effective_weight() for path, layer in layers.items()}
+    report, said = merge_again(model)
+    assert len(said) == 1, "even the steps of 8 bits are coarse beside three steps of training"
     for path, linear in projections(model).items():
         assert type(linear) is classes[path]
         stored = own_dense(linear)
         assert bool((stored[effective[path] == 0] == 0).all()), "no zero was filled"
         assert report.layers[path].lost == int(((stored == 0) & (effective[path] != 0)).sum())
         assert float((stored - effective[path]).norm() / effective[path].norm()) < 0.2
+        expected[path] = recount(before[path], layers[path], effective[path], stored)
+    assert_recounted(report, expected)
     assert bool(torch.isfinite(model(IDS).logits).all())
+
+
+@every_form
+def test_a_weight_that_is_not_changed_keeps_its_codes(form: dict) -> None:
+    """Quantizing it again would only add an error: of nested scales that is not nothing."""
+    model = spp.wrap(quantized_llama(**form), r=4, seed=0)
+    before = {path: layer.weight for path, layer in projections(model).items()}
+    path = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        adapter_layers(model)[path].spp_beta.fill_(0.5)
+    report, _ = merge_again(model)
+    for other, linear in projections(model).items():
+        assert torch.equal(own_dense(linear), before[other]) == (other != path)
+        assert (report.layers[other].survived is None) == (other != path)
+        assert (report.layers[other].requantize_error is None) == (other != path)
+    report, said = merge_again(spp.wrap(quantized_llama(**form), r=4))
+    assert report.survived is None and report.requantize_error is None
+    assert len(said) == 1 and "changes no weight: β is zero everywhere" in said[0]
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_share_near_one_does_not_hide_the_error(form: str) -> None:
+    """The update is in what is stored, under an error of half its size."""
+    # public report: QLoRA on 2:4, requantized merge
+    model = spp.wrap(quantized_llama(form), r=4, seed=0)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            layer.spp_alpha.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+            layer.spp_beta.fill_(0.08)
+    report, said = merge_again(model)
+    assert report.survived == pytest.approx(1, abs=0.08)
+    if form == "int8":
+        assert not said and report.requantize_error < 0.2
+    else:
+        assert report.requantize_error > 0.4
+        assert "survived" in said[0] and f"{report.requantize_error:.2f} times" in said[0]
+        assert f"{report.survived:.1%}" in said[0] and "without requantize" in said[0] and "unmerged" in said[0]
 
 
 @pytest.mark.sampled(2)

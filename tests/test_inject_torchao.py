@@ -13,10 +13,11 @@ from torch import nn
 
 import spp
 from spp.errors import ConfigError, NonFiniteError, TargetError
+from spp.inject import adapter_layers
 from spp.packed import read_quantized
 from tests.integrations.helpers import IDS, logits
 from tests.models import projections, prune_nm_, tiny_llama
-from tests.quantized import TORCHAO_FORMS, torchao_config, torchao_llama
+from tests.quantized import TORCHAO_FORMS, assert_recounted, merge_again, recount, torchao_config, torchao_llama
 from tests.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 
 pytest.importorskip("torchao")
@@ -100,13 +101,16 @@ def test_it_trains_as_the_dequantized_model_does(form: str, tmp_path: Path) -> N
         assert_same_bits(linear.weight, effective[path], path)
         assert_same_zeros(linear.weight, before[path], path)
     assert_matches(logits(model), trained.double(), torch.float32)
-    report = spp.merge(again, requantize=True)
+    layers, expected = adapter_layers(copy.deepcopy(again)), {}
+    report, _ = merge_again(again)
     for path, linear in projections(again).items():
         stored = own_dense(linear)
         assert type(linear.weight) is kind and bool((stored[effective[path] == 0] == 0).all()), "no zero was filled"
         assert report.layers[path].lost == int(((stored == 0) & (effective[path] != 0)).sum())
         worst = {"int8": 0.02, "int4": 0.2, "int2": 0.9}[form.split()[0]]
         assert float((stored - effective[path]).norm() / effective[path].norm()) < worst
+        expected[path] = recount(before[path], layers[path], effective[path], stored)
+    assert_recounted(report, expected)
 
 
 @pytest.mark.sampled(1)

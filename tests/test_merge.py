@@ -44,18 +44,17 @@ def test_merge_keeps_the_mask_stores_the_forward_weight_and_the_logits(dtype: to
     assert report.sparsity_report.pattern == "2:4" and report.sparsity_report.sparsity == 0.5
     assert report.kept == sum(layer.kept for layer in report.layers.values())
     assert 0.9 < report.survived < 1.1
-    assert set(report.to_dict()) == {
-        *("layers", "survived", "kept", "rescued", "sparsity_report"),
-        *("base_values", "base_values_note"),
-    }
+    counted = {"kept", "rescued", "lost", "moved", "base_values", "base_values_note"}
+    assert set(report.to_dict()) == {"layers", "survived", "requantize_error", "sparsity_report", *counted}
 
 
 def test_unchanged_adapter_changes_nothing() -> None:
     model = pruned()
     before = snapshot(model)
-    report = spp.merge(spp.wrap(model, r=4))
+    with pytest.warns(SPPWarning, match="changes no weight: β is zero everywhere; was it trained"):
+        report = spp.merge(spp.wrap(model, r=4))
     assert_untouched(model, before)
-    assert report.survived == 1.0 and all(layer.max_relative_change == 0 for layer in report.layers.values())
+    assert report.survived is None and all(layer.max_relative_change == 0 for layer in report.layers.values())
 
 
 def test_merged_model_saves_and_reloads_bit_for_bit(tmp_path: object) -> None:
@@ -81,6 +80,7 @@ def test_report_numbers_against_the_formula() -> None:
     assert layer.survived == pytest.approx(float((change * update).sum() / update.square().sum()), rel=1e-6)
     assert layer.max_relative_change == pytest.approx(float((change / weight)[kept].abs().max()), rel=1e-6)
     assert layer.update_norm == pytest.approx(float(update.norm()), rel=1e-6)
+    assert (layer.updated, layer.moved) == (int((update != 0).sum()), int((change != 0).sum()))
 
 
 def test_rescued_weights_are_counted_and_stay() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from spp.calibrate import LayerReport, PruneReport
 from spp.certificate import report_from_tensors
+from spp.errors import SPPWarning
 from spp.inject import wrap
 from spp.merge import merge
+from spp.merge_report import LayerMerge, MergeReport
 from spp.report import Table, byte_text, kind_of, merge_table, prune_lines, prune_table, sparsity_table, time_text
 from tests.models import prune_nm_, tiny_llama
 
@@ -92,6 +96,29 @@ def test_a_merge_adds_up() -> None:
     assert grouped.rows[-1][2] == str(sum(int(row[2]) for row in listed.rows[:-1]))
     assert grouped.rows[-1] == listed.rows[-1]
     assert grouped.rows[0][0] == "self_attn.q_proj" and listed.rows[0][0] == "model.layers.0.self_attn.q_proj"
+
+
+def test_a_merge_without_an_update_and_one_that_was_quantized_again() -> None:
+    done = {"kept": 4, "rescued": 1, "max_relative_change": 0.25}
+    trained = LayerMerge(**done, survived=0.75, update_norm=2.0, updated=4, moved=3)
+    idle = LayerMerge(**done, survived=None, update_norm=0.0, updated=0, moved=0)
+    zeros = report_from_tensors([("0.weight", torch.tensor([[1.0, 0, 0, 2]]), 1)])
+    with pytest.warns(SPPWarning, match=r"left 75\.0% of the update"):
+        report = MergeReport.from_layers({"0.a": idle, "0.b": trained}, zeros)
+    assert report.survived == 0.75, "what has no update does not count"
+    assert [row[4] for row in merge_table(report).rows] == ["no update", "0.7500", "0.7500"]
+    with pytest.warns(SPPWarning, match="changes no weight: β is zero everywhere"):
+        report = MergeReport.from_layers({"0.a": idle}, zeros, idle="β is zero everywhere")
+    assert [row[4] for row in merge_table(report).rows] == ["no update", "no update"]
+    again = replace(trained, survived=0.98, lost=2, requantize_error=0.5)
+    with pytest.warns(SPPWarning, match=r"left 98\.0% of the update.*by 0\.50 times.*[Mm]erge without requantize"):
+        report = MergeReport.from_layers({"0.a": idle, "0.b": again}, zeros, requantized=True)
+    table = merge_table(report)
+    assert table.columns[-2:] == ("lost", "error")
+    assert [row[-2:] for row in table.rows] == [("0", "–"), ("2", "0.5000"), ("2", "0.5000")]
+    assert "requantize error 0.5000" in repr(report)
+    close = replace(again, requantize_error=0.3)
+    assert MergeReport.from_layers({"0.b": close}, zeros, requantized=True).requantize_error == pytest.approx(0.3)
 
 
 def _layer(**values: object) -> LayerReport:

@@ -18,7 +18,8 @@ from spp.files.hashes import joined_sha256, piece_sha256
 from spp.inject_guards import layer_generator
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
-from spp.merge_weight import LayerMerge, layer_merge, merge_experts, merge_tensor, sum_experts
+from spp.merge_report import LayerMerge, sum_layers
+from spp.merge_weight import layer_merge, merge_experts, merge_tensor
 from spp.packed import FLOATS
 
 
@@ -90,7 +91,7 @@ class Merging(Rewriting):
         place = self.place_of[key]
         self.require_masks(place.path, mask)
         done = [layer_merge(of_one) for of_one in found]
-        self.merges[place.path] = sum_experts(done) if len(place.shape) == 3 else done[0]
+        self.merges[place.path] = sum_layers(done) if len(place.shape) == 3 else done[0]
 
     def value_hashes(self, key: str, pieces: int) -> ValueHashes | None:
         """Return what hashes a weight of the base in every form that an adapter recorded."""

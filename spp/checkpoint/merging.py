@@ -28,7 +28,9 @@ from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, MaskError, SPPWarning
 from spp.files import CheckpointReader
-from spp.merge import MergeReport, check_rounding, draw_seed
+from spp.merge import check_rounding, draw_seed
+from spp.merge_report import MergeReport
+from spp.rules.idle import idle_reason
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,8 @@ def merge_checkpoint(
             warnings.warn(verdict.message, SPPWarning, stacklevel=2)
         elif verdict.state == NOT_COMPARABLE:
             logger.info(verdict.message)
-    report = MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report())
+    idle = idle_reason((layer.rule, layer.params, layer.scaling) for layer in merging.layers.values())
+    report = MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report(), idle=idle)
     return replace(report, base=gravest(verdicts))
 
 

@@ -133,6 +133,8 @@ def show_warnings_on_one_line() -> None:
             before(message, category, filename, lineno, file, line)
 
     warnings.showwarning = showwarning
+    # Changes nothing but that what an earlier command of this process was told is not taken for said.
+    warnings.filterwarnings("default", category=SPPWarning, append=True)
 
 
 def pick_device(device: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp.adapter_files import CONFIG_NAME, AdapterFiles, read_adapter
+from spp.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
 from spp.certificate import Certificate
 from spp.checkpoint.carrying import CARD_NAME
 from spp.errors import CheckpointError, ConfigError
@@ -100,10 +100,12 @@ def _adapter_body(adapter: AdapterFiles, repo_id: str, base: str) -> str:
     parameters = sum(tensor.numel() for params in layers.values() for tensor in params)
     options = [(name, _shown(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     options += [("layers", str(len(layers))), ("parameters", str(parameters))]
-    checked = len(adapter.base_masks or {})
+    known = f"the zeros of {len(adapter.base_masks or {})} of its {len(layers)} layers and refuses another base."
+    idle = adapter_without_update(adapter)
+    known += "" if idle is None else f"\n\nAs it is here, {idle}"
     return f"""An adapter for {_code(base)}, a pruned language model: {_PAPER} trains a factor for each weight that \
 pruning left, so that
-merging it keeps every zero. It knows the zeros of {checked} of its {len(layers)} layers and refuses another base.
+merging it keeps every zero. It knows {known}
 
 ```python
 import spp

@@ -13,16 +13,17 @@ import contextlib
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.adapter_files import CONFIG_NAME, read_adapter
+from spp.adapter_files import CONFIG_NAME, adapter_without_update, read_adapter
 from spp.certificate import CERTIFICATE_NAME
 from spp.checkpoint import verify
 from spp.checkpoint.carrying import CARD_NAME
-from spp.errors import CheckpointError, ConfigError, HubError, OutputExistsError
+from spp.errors import CheckpointError, ConfigError, HubError, OutputExistsError, SPPWarning
 from spp.files import recover
 from spp.files.reader import require_inside
 from spp.integrations.card import make_card
@@ -87,7 +88,7 @@ def push(
         dry_run: check and make the card, send nothing.
 
     Returns:
-        PushReport.
+        PushReport; a warning if an adapter changes no weight.
 
     Raises:
         CheckpointError, MaskError, NonFiniteError, AdapterError: the files are bad; nothing is sent.
@@ -131,7 +132,9 @@ def push(
 
 def _check(directory: Path) -> None:
     if (directory / CONFIG_NAME).exists():
-        read_adapter(directory).layers()
+        text = adapter_without_update(read_adapter(directory))
+        if text is not None:
+            warnings.warn(text, SPPWarning, stacklevel=3)
     elif (directory / CERTIFICATE_NAME).exists():
         verify(directory)
     else:

@@ -54,7 +54,7 @@ class Adapter(NamedTuple):
 
     def is_idle(self) -> bool:
         """Return whether W_eff is W."""
-        return self.rule.is_idle(self.params)
+        return self.rule.is_idle(self.params, self.scaling)
 
     def factors(self, out_features: int, dtype: torch.dtype) -> Any:
         """Return what the rule shares between the blocks of a weight of `dtype` with `out_features` rows."""

@@ -93,9 +93,13 @@ class Rule(ABC):
     def largest_factor(self, factors: Any) -> float:
         """Return an upper bound of |W_eff / W − 1| over the layer: it tells cheaply that nothing can round to zero."""
 
-    def is_idle(self, params: Sequence[Tensor]) -> bool:
-        """Return whether W_eff is W: a rule's change of W is a product of its parameters, and one of them is zero."""
-        return any(not bool(parameter.any()) for parameter in params)
+    @abstractmethod
+    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+        """Return whether the parameters alone say that W_eff is W: each product of which the change is made is zero.
+
+        Args:
+            params: of one matrix, or of experts with a leading dimension.
+        """
 
     def dropped_params(self, count: int) -> Sequence[int]:
         """Return which of `count` parameters the dropout mode "alpha" drops entries of: the first."""

@@ -108,5 +108,11 @@ class LowRankRule(Rule):
             return 0.0
         return float((factors.scaled_b.abs() @ factors.a.abs().amax(1)).amax())
 
+    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+        a, b = params
+        if not scaling or not bool(b.any()):
+            return True
+        return not bool(((b != 0).any(-2) & (a != 0).any(-1)).any())
+
     def row_alignment(self, factors: LowRankFactors) -> int:
         return 1

@@ -134,6 +134,13 @@ class SPPRule(Rule):
         largest = (float(torch.linalg.vector_norm(t, math.inf)) for t in (factors.scaled_beta, factors.alpha))
         return math.prod(largest)
 
+    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+        alpha, beta = params
+        if not scaling or not bool(beta.any()):
+            return True
+        rows = row_groups(beta.shape[-2], alpha.shape[-2], alpha.device)
+        return not bool(((beta != 0).squeeze(-1) & (alpha != 0).any(-1)[..., rows]).any())
+
     def row_alignment(self, factors: Factors) -> int:
         return max(1, factors.group_rows)
 

@@ -123,8 +123,9 @@ class TermsRule(Rule):
     def largest_factor(self, factors: TermFactors) -> float:
         return sum(self.rule.largest_factor(term) for term in factors.terms)
 
-    def is_idle(self, params: Sequence[Tensor]) -> bool:
-        return all(self.rule.is_idle(part) for part in self.split(params))
+    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+        parts = zip(self.split(params), self.scalings, strict=True)
+        return all(self.rule.is_idle(part, scaling * s) for part, s in parts)
 
     def dropped_params(self, count: int) -> Sequence[int]:
         return range(0, count, len(self.rule.parameter_names))

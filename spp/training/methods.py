@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spp.adapters import load_adapter, save_adapter
+from spp.adapters import load_adapter, store_adapter, warn_without_effect
 from spp.checkpoint import save_model
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
@@ -48,6 +48,10 @@ class Method(ABC):
     def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
         """Write the final adapter, and the model that it belongs to where it is a new one; return that one's path."""
 
+    def without_effect(self, model: Any) -> str | None:
+        """Return, and warn, why the weights are what they were before; None where they are not."""
+        return None
+
 
 class SPPMethod(Method):
     """SPP's adapter, with or without mask updates."""
@@ -83,7 +87,7 @@ class SPPMethod(Method):
 
         Of a packed model too that is a plain checkpoint, for which it is dense for a while.
         """
-        save_adapter(model, run.adapter, overwrite=True)
+        store_adapter(model, run.adapter, overwrite=True)
         if self._updates is None:
             return None
         unwrap(model)
@@ -93,8 +97,12 @@ class SPPMethod(Method):
         finally:
             self._wrap_options(load_adapter(model, run.adapter))
             self._updates.state.follow(model)
-        save_adapter(model, run.adapter, overwrite=True)
+        store_adapter(model, run.adapter, overwrite=True)
         return run.base
+
+    def without_effect(self, model: Any) -> str | None:
+        """Warn where the adapter changes no weight."""
+        return warn_without_effect(model)
 
     def _mask_updates(self, model: Any) -> MaskUpdates | None:
         config = self.config

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from spp.adapters import base_masks, load_adapter, write_adapter
+from spp.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
 from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.inject import adapter_layers, adapter_parameters, is_wrapped
 from spp.inject_guards import uncompiled
@@ -109,6 +109,12 @@ class SPPTrainer(AdapterTrainer):
         if self.mask_updates is not None:
             self.mask_updates.state.load(directory)
         load_adapter(model, directory, strict_values=self.strict_values)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; unless the Trainer itself asks, for a checkpoint, warn if it changes no weight."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            warn_without_effect(self._bare_model())
 
     @property
     def sparsity(self) -> float:

@@ -50,6 +50,8 @@ class TuneResult:
         seconds: time spent in them.
         sparsity: fraction of zeros in the tuned layers, in [0, 1]; of PST what its masks prune.
         data: what became of the training data.
+        without_effect: a sentence that says why the adapter changes no weight, if it changes none: it learned nothing,
+            or rounding to the model's dtype takes all of it.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class TuneResult:
     seconds: float
     sparsity: float
     data: DataSummary
+    without_effect: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the model and the tokenizer as JSON-ready values."""
@@ -83,7 +86,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         tokenizer: its tokenizer.
 
     Returns:
-        The tuned model, still wrapped, and the numbers of the run.
+        The tuned model, still wrapped, and the numbers of the run; a warning if the adapter changes no weight.
 
     Raises:
         ConfigError: options contradict each other, or those of the run that is resumed.
@@ -167,6 +170,7 @@ def _run(
         seconds=log.seconds,
         sparsity=trainer.sparsity,
         data=data.summary,
+        without_effect=method.without_effect(model),
     )
 
 

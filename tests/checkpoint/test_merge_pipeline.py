@@ -84,7 +84,8 @@ def test_pieces_threads_and_who_computes_do_not_change_a_byte(
     verify(tmp_path / "plain")
     assert report.layers.keys() == plain.layers.keys() and report.sparsity_report == plain.sparsity_report
     for path, layer in report.layers.items():
-        assert (layer.kept, layer.rescued) == (plain.layers[path].kept, plain.layers[path].rescued)
+        for name in ("kept", "rescued", "updated", "moved"):
+            assert getattr(layer, name) == getattr(plain.layers[path], name), name
         assert layer.survived == pytest.approx(plain.layers[path].survived, rel=1e-5)
 
 

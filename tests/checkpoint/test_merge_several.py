@@ -13,7 +13,7 @@ from torch import Tensor
 
 import spp
 from spp.checkpoint import merge_checkpoint, save_model, verify
-from spp.errors import AdapterError, CheckpointError, ConfigError, MaskError
+from spp.errors import AdapterError, CheckpointError, ConfigError, MaskError, SPPWarning
 from spp.files import CheckpointReader, read_json, save_tensors, write_json
 from spp.kernels import use_kernels
 from spp.rules.spp import row_groups
@@ -139,7 +139,8 @@ def test_one_adapter_in_a_list_is_that_adapter(base: Path, adapter: Path, tmp_pa
     for number, parts in enumerate(([adapter], [(adapter, 1.0)], [str(adapter)], [(str(adapter), 1)])):
         merge_checkpoint(base, parts, tmp_path / str(number))  # type: ignore[arg-type]
         assert contents(tmp_path / str(number)) == contents(tmp_path / "plain")
-    merge_checkpoint(base, [(adapter, 0.0)], tmp_path / "none")
+    with pytest.warns(SPPWarning, match="changes no weight: its scaling is zero"):
+        assert merge_checkpoint(base, [(adapter, 0.0)], tmp_path / "none").survived is None
     assert same_tensors(tmp_path / "none", base)
 
 
@@ -174,6 +175,7 @@ def test_what_is_no_list_of_adapters(base: Path, adapter: Path, tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "two"]
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_each_adapters_mask_and_shapes_are_checked(base: Path, adapter: Path, tmp_path: Path) -> None:
     model = prune_nm_(tiny_llama())
     with torch.no_grad():

@@ -115,6 +115,7 @@ def test_certify_keeps_what_the_certificate_names(base: Path, adapter: Path, tmp
     assert Certificate.read(out).tensors == tensors and EMBEDDING not in tensors
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("certified", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.float16])

@@ -55,6 +55,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_a_merged_model_names_its_base(tmp_path: Path, base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     masks = {key: mask_sha256(t) for key, t in tensors_of(base).items() if key in Certificate.read(base).tensors}

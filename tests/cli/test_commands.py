@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spp._version import __version__
+from spp.errors import SPPWarning
 from spp.files import CheckpointReader, save_tensors
 from tests.cli.conftest import Outcome
 
@@ -105,6 +107,17 @@ def test_merge_several_adapters_by_weight(spp: Call, pruned: Path, adapter: Path
         refused = spp("merge", pruned, wrong, tmp_path / "three")
         assert refused.code == 1 and "ADAPTER:WEIGHT" in refused.err, wrong
     assert not (tmp_path / "three").exists()
+
+
+def test_an_adapter_that_changes_nothing_is_said_to(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    said = "warning: the adapter changes no weight: β is zero everywhere; was it trained?"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", SPPWarning)
+        for name in ("one", "two"):  # a second command in the process says it again
+            run = ("tune", pruned, tmp_path / name, "--data", text, "--steps", 1, "--block-length", 32, "--window", 32)
+            assert ok(spp(*run)).err.count(said) == 1
+        found = ok(spp("merge", pruned, tmp_path / "one/adapter", tmp_path / "merged"))
+    assert found.err.count(said) == 1 and found.out.count("no update") > 1 and "1.0000" not in found.out
 
 
 def test_merge_dry_run(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_what_is_refused(spp: Call, pruned: Path, packed: Path, adapter: Path, t
     assert not out.exists()
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 @pytest.mark.sampled(1)
 def test_eval_and_tune_take_a_packed_model(spp: Call, pruned: Path, packed: Path, text: Path, tmp_path: Path) -> None:
     measure = ("--text", text, "--window", 64, "--max-windows", 2, "--json", "--device", "cpu")

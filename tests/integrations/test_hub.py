@@ -24,6 +24,7 @@ from spp.errors import (
     NonFiniteError,
     OutputExistsError,
     SPPError,
+    SPPWarning,
 )
 from spp.files import CheckpointReader, save_tensors, write_json
 from spp.files.hub import local_directory
@@ -71,6 +72,15 @@ def parsed(report: PushReport) -> tuple[dict[str, Any], str]:
     assert report.card is not None
     card = ModelCard(report.card)
     return card.data.to_dict(), card.text
+
+
+def test_an_adapter_that_changes_nothing_is_pushed_with_a_warning(tmp_path: Path) -> None:
+    said = "the adapter changes no weight: β is zero everywhere"
+    with pytest.warns(SPPWarning, match=said):
+        spp.save_adapter(spp.wrap(pruned_model(), r=4), tmp_path / "adapter")
+    with pytest.warns(SPPWarning, match=said):
+        report = push(tmp_path / "adapter", REPO, dry_run=True)
+    assert said in parsed(report)[1]
 
 
 def test_the_card_of_a_merged_model(made: Path) -> None:

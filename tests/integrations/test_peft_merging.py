@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import spp
-from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError
+from spp.errors import AdapterError, ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.integrations.peft import SPPPeftConfig
 from spp.integrations.peft.model import tuner_layers
 from spp.kernels import use_kernels
@@ -51,8 +51,10 @@ def test_merge_and_unload_stores_what_spp_merge_stores(dtype: torch.dtype, safe:
     spp.save_adapter(wrapped, tmp_path / "adapter")
     model = PeftModel.from_pretrained(pruned(dtype), tmp_path / "adapter")
     unmerged = logits(model)
+    layers = tuner_layers(model.get_base_model())
     merged = model.merge_and_unload(safe_merge=safe)
     report = spp.merge(wrapped)
+    assert report.layers == {path: layer.spp_merge for path, layer in layers.items()}
     assert type(merged) is type(wrapped) and not hasattr(merged, "peft_config")
     for (name, ours), theirs in zip(wrapped.state_dict().items(), merged.state_dict().values(), strict=True):
         assert_same_bits(theirs, ours, name)
@@ -62,6 +64,23 @@ def test_merge_and_unload_stores_what_spp_merge_stores(dtype: torch.dtype, safe:
     spp.save_model(wrapped, tmp_path / "ours")
     assert (tmp_path / "theirs/sparsity.json").read_bytes() == (tmp_path / "ours/sparsity.json").read_bytes()
     spp.verify(pruned(dtype), tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0**-13])
+def test_adapters_that_change_nothing_are_said_to_as_spp_merge_says_it(beta: float) -> None:
+    model = get_peft_model(pruned(torch.bfloat16), SPPPeftConfig(r=4))
+    wrapped = spp.wrap(pruned(torch.bfloat16), 4)
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *wrapped.named_parameters()]:
+            if "spp_beta" in name:
+                parameter.fill_(beta)
+    said = []
+    for merge in (model.merge_and_unload, lambda: spp.merge(wrapped)):
+        with pytest.warns(SPPWarning, match="changes no weight") as found:
+            merge()
+        said.append([str(one.message) for one in found])
+    assert said[0] == said[1] and len(said[0]) == 1
+    assert ("β is zero everywhere" in said[0][0]) == (beta == 0)
 
 
 def test_unmerging_puts_the_same_weights_back() -> None:

@@ -334,6 +334,7 @@ class TestFiles:
         with pytest.raises(CheckpointError, match="with mask updates"):
             trainer(tmp_path / "b").train(resume_from_checkpoint=True)
 
+    @pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
     @pytest.mark.sampled(3)
     @pytest.mark.parametrize("damage", ["version", "pruned", "dense", "masks", "cut"])
     def test_what_does_not_belong_is_refused(self, tmp_path: Path, damage: str) -> None:

@@ -177,6 +177,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     monkeypatch.setattr(where, name, failing)
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 @pytest.mark.parametrize(("name", "call"), [("_sync", 0), ("_sync", 1), ("replace", 0)])
 def test_a_save_that_fails_leaves_the_old_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
@@ -198,6 +199,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(
     assert (out / "notes.txt").read_text() == "mine" and len(list(out.iterdir())) == 3
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 @pytest.mark.parametrize("same_config", [True, False])
 def test_a_save_cut_off_between_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_config: bool) -> None:
     out = tmp_path / "out"
@@ -217,6 +219,7 @@ def test_a_save_cut_off_between_its_files(tmp_path: Path, monkeypatch: pytest.Mo
             load_adapter(pruned(), out)
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
 def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     made, out = trainer(tmp_path), tmp_path / "out"
     made.save_model(str(out))

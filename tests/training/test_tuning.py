@@ -134,6 +134,19 @@ def test_other_schedules(text: Path, tmp_path: Path, schedule: str, last: float)
 
 
 @pytest.mark.slow
+def test_an_adapter_that_changes_nothing_is_said_once(text: Path, tmp_path: Path) -> None:
+    """The learning rate of the first step of a warm-up is zero: one step learns nothing."""
+    with pytest.warns(SPPWarning, match="changes no weight: β is zero everywhere; was it trained") as found:
+        result = run_tune(config(text, tmp_path / "run", steps=1, save_every=1))
+    assert len([one for one in found if issubclass(one.category, SPPWarning)]) == 1
+    assert "β is zero everywhere" in result.to_dict()["without_effect"]
+    assert result.perplexity_before == result.perplexity_after
+    with pytest.warns(SPPWarning, match="changes no weight: it learned an update"):
+        result = run_tune(config(text, tmp_path / "low", steps=3, lr=1e-20))
+    assert "it learned an update" in str(result.without_effect)
+    assert run_tune(config(text, tmp_path / "trained")).without_effect is None
+
+
 def test_epochs_are_counted_in_steps(text: Path, tmp_path: Path) -> None:
     result = run_tune(
         config(text, tmp_path / "run", steps=None, epochs=1.5, batch_size=3, gradient_accumulation=2, eval_fraction=0.0)

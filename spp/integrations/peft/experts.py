@@ -19,7 +19,8 @@ from spp.experts_packed import OverPackedExperts, PackedExperts
 from spp.files import dtype_name
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import Run, linear
-from spp.merge_weight import LayerMerge, merge_experts
+from spp.merge_report import LayerMerge
+from spp.merge_weight import merge_experts
 from spp.offload import home, is_offloaded
 from spp.packed import HeldWeight, PackedStack
 from spp.rules import get_rule

@@ -14,7 +14,8 @@ from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import AdaptedLinear
 from spp.layer_host import release_parameter, share_hooks
 from spp.layer_packed import PackedLinear
-from spp.merge_weight import LayerMerge, merge_tensor
+from spp.merge_report import LayerMerge
+from spp.merge_weight import merge_tensor
 from spp.offload import execution_device, home, offloader, values
 from spp.offload_hooks import move_hook
 from spp.packed import HeldWeight, quantized_kind, read_quantized

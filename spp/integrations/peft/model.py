@@ -27,7 +27,7 @@ from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
 from spp.integrations.peft.layer import SPPPeftLinear
 from spp.integrations.peft.method import PREFIX
 from spp.integrations.peft.places import layer_of, place_of, repeated, under_all_names
-from spp.integrations.peft.terms import TermsLayer
+from spp.integrations.peft.terms import TermsLayer, merged_idle
 from spp.layer_checks import check_linear, check_values, warn_dense
 from spp.layer_packed import PackedLinear
 from spp.merge import describe_base, report_merge
@@ -253,7 +253,8 @@ class SPPPeftModel(BaseTuner):
                 if path in results
             }
             base = describe_base(model, merged)
-            logger.info("%r", report_merge(model, results, base))
+            idle = merged_idle(layers[path] for path in results)
+            logger.info("%r", report_merge(model, results, base, idle=idle))
         return model
 
     def _unload_offloaded(self, layers: dict[str, TermsLayer]) -> nn.Module:

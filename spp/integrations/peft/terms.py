@@ -6,7 +6,7 @@ An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from spp.config import SPPConfig
 from spp.errors import ConfigError
 from spp.inject_guards import layer_generator
-from spp.merge_weight import LayerMerge
+from spp.merge_report import LayerMerge
 from spp.offload_hooks import HookedAdapter
 from spp.packed import HeldWeight, converting
 from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
+from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
 
 
@@ -188,3 +189,9 @@ class TermsLayer(BaseTunerLayer):
                 moved = parameter.detach().to(device or home, dtype)
                 if moved is not parameter.detach():
                     container[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+
+
+def merged_idle(layers: Iterable[TermsLayer]) -> str | None:
+    """Return why the adapters that are merged into these layers have no update; None where they have one."""
+    merged = [active for layer in layers if (active := layer.combined(layer.merged_adapters)) is not None]
+    return idle_reason((active.rule, active.params, active.scaling) for active in merged)

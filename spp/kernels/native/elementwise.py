@@ -30,7 +30,7 @@ from spp.rules.terms import TermFactors
 
 _log = logging.getLogger(__name__)
 
-MERGE = Source("merge", 2, ("avx2", "f16c", "pclmulqdq", "popcnt"))
+MERGE = Source("merge", 3, ("avx2", "f16c", "pclmulqdq", "popcnt"))
 PIECE = 2**20  # entries; a multiple of the 4096 that are summed up together, so part of what a report says
 _SIZES = 5  # of groups that are counted
 
@@ -53,7 +53,7 @@ class _Plan(ctypes.Structure):
 
 class _Findings(ctypes.Structure):
     _fields_ = [
-        *((name, i64) for name in ("kept", "rescued", "changed")),
+        *((name, i64) for name in ("kept", "rescued", "changed", "updated", "moved")),
         *(("inner", ctypes.c_double), ("square", ctypes.c_double), ("largest", ctypes.c_float)),
         *(("finite_before", ctypes.c_int32), ("finite_after", ctypes.c_int32)),
         *(("most", ctypes.c_int32 * _SIZES), ("crc", ctypes.c_uint32)),
@@ -68,6 +68,7 @@ class Found:
         kept: how many are not zero.
         rescued: how many of these rounded to zero.
         changed: how many are zero before or after, and not both.
+        updated: how many have an update that is not zero; moved: how many of these are not what W alone rounds to.
         inner, square: ⟨change, update⟩ and ⟨update, update⟩.
         largest: the largest |change| / |W|.
         finite_before, finite_after: whether all are finite.
@@ -78,6 +79,8 @@ class Found:
     kept: int = 0
     rescued: int = 0
     changed: int = 0
+    updated: int = 0
+    moved: int = 0
     inner: float = 0.0
     square: float = 0.0
     largest: float = 0.0
@@ -93,6 +96,8 @@ class Found:
             self.kept + other.kept,
             self.rescued + other.rescued,
             self.changed + other.changed,
+            self.updated + other.updated,
+            self.moved + other.moved,
             self.inner + other.inner,
             self.square + other.square,
             max(self.largest, other.largest),
@@ -252,8 +257,11 @@ def merge_matrix(rule: Rule, weight: Tensor, factors: Any, stored_as: torch.dtyp
 
 
 def _found(found: _Findings, size: int) -> Found:
-    counts = (found.kept, found.rescued, found.changed, found.inner, found.square, found.largest)
-    return Found(*counts, bool(found.finite_before), bool(found.finite_after), tuple(found.most), found.crc, size)
+    counts = (found.kept, found.rescued, found.changed, found.updated, found.moved)
+    sums = (found.inner, found.square, found.largest)
+    return Found(
+        *counts, *sums, bool(found.finite_before), bool(found.finite_after), tuple(found.most), found.crc, size
+    )
 
 
 def _require(failed: int) -> None:

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define ABI 2
+#define ABI 3
 #define CHUNK 4096
 #define SLICE 131072 /* bytes that are read from a file at a time, into the second cache; whole chunks */
 #define SIZES 5 /* of the groups that are counted: 2, 4, 8, 16, 32 */
@@ -41,6 +41,7 @@ typedef struct {
 
 typedef struct {
     i64 kept, rescued, changed; /* entries: not zero; rounded to zero; zero before and not after, or the other way */
+    i64 updated, moved;         /* whose update is not zero; of these, that W alone would not have rounded to */
     double inner, square;       /* sums of change * update and update * update */
     float largest;              /* the largest |change| / |W| */
     int32_t finite_before, finite_after;
@@ -328,11 +329,21 @@ static inline __m256i is_zero(__m256 value) {
 
 typedef struct {
     __m256 inner[2], square[2];
+    __m256i updated, moved; /* counts in 8 lanes */
     float largest;
     i64 rescued;
 } sums;
 
-/* 16 entries; with `rescue`, kept ones that come out as zero get W's sign and the smallest magnitude that stays one. */
+/* Kept entries that came out as zero get W's sign and the smallest magnitude that stays one; returns how many. */
+static inline __attribute__((always_inline)) int rescued(__m256 w, int stored_as, __m256 *result) {
+    const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi32((int)0x80000000));
+    __m256 lost = _mm256_castsi256_ps(_mm256_andnot_si256(is_zero(w), is_zero(*result)));
+    __m256 smallest = _mm256_castsi256_ps(_mm256_set1_epi32(stored_as == FLOAT16 ? 0x33800000 : 0x00800000));
+    *result = _mm256_blendv_ps(*result, _mm256_or_ps(_mm256_and_ps(w, sign), smallest), lost);
+    return __builtin_popcount(_mm256_movemask_ps(lost));
+}
+
+/* 16 entries; with `rescue`, kept ones that come out as zero are rescued. */
 static inline __attribute__((always_inline)) void merge_16(const char *from, const float *u, char *to, int dtype,
                                                            int stored_as, int rescue, sums *s) {
     const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi32((int)0x80000000));
@@ -341,14 +352,18 @@ static inline __attribute__((always_inline)) void merge_16(const char *from, con
     for (int half = 0; half < 2; half++) {
         __m256 w = load(from + 8 * half * element_size(dtype), dtype), update = _mm256_loadu_ps(u + 8 * half);
         __m256 result = rounded(_mm256_mul_ps(_mm256_add_ps(update, _mm256_set1_ps(1.0f)), w), stored_as);
-        if (rescue) {
-            __m256 lost = _mm256_castsi256_ps(_mm256_andnot_si256(is_zero(w), is_zero(result)));
-            __m256 smallest = _mm256_castsi256_ps(_mm256_set1_epi32(stored_as == FLOAT16 ? 0x33800000 : 0x00800000));
-            result = _mm256_blendv_ps(result, _mm256_or_ps(_mm256_and_ps(w, sign), smallest), lost);
-            s->rescued += __builtin_popcount(_mm256_movemask_ps(lost));
+        __m256 alone = w; /* what is stored without an update */
+        if (rescue) s->rescued += rescued(w, stored_as, &result);
+        if (stored_as != dtype) {
+            alone = rounded(w, stored_as);
+            rescued(w, stored_as, &alone);
         }
         results[half] = result;
         update = _mm256_mul_ps(update, w);
+        __m256 updated = _mm256_cmp_ps(update, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+        __m256 moved = _mm256_and_ps(updated, _mm256_cmp_ps(result, alone, _CMP_NEQ_UQ));
+        s->updated = _mm256_sub_epi32(s->updated, _mm256_castps_si256(updated)); /* a mask is -1 */
+        s->moved = _mm256_sub_epi32(s->moved, _mm256_castps_si256(moved));
         __m256 change = _mm256_sub_ps(result, w);
         s->inner[half] = _mm256_add_ps(s->inner[half], _mm256_mul_ps(change, update));
         s->square[half] = _mm256_add_ps(s->square[half], _mm256_mul_ps(update, update));
@@ -410,6 +425,14 @@ static double total(const __m256 *halves) {
     return sum;
 }
 
+static i64 counted(__m256i counts) {
+    int32_t lanes[8];
+    i64 sum = 0;
+    memcpy(lanes, &counts, 32);
+    for (int k = 0; k < 8; k++) sum += lanes[k];
+    return sum;
+}
+
 static int lost(const uint8_t *old, const uint8_t *new, i64 bytes) {
     uint8_t found = 0;
     for (i64 i = 0; i < bytes; i++) found |= old[i] & ~new[i];
@@ -446,6 +469,8 @@ void spp_merge(const plan *p, const void *weight, void *out, uint8_t *bits, i64 
         f->square += total(s.square);
         f->largest = s.largest;
         f->rescued += s.rescued;
+        f->updated += counted(s.updated);
+        f->moved += counted(s.moved);
         from += count * size;
         to += count * stored;
     }

@@ -12,6 +12,7 @@ from spp.kernels.native.compiler import Refused
 from spp.kernels.native.products import FROZEN, Products, Update, block_of, empty_sums
 from spp.patterns import pack_bits
 from spp.rules import effective_weight, get_rule
+from spp.rules.canonical import WHOLE
 
 SHAPE = (19, 37, 75)  # T, m, n: nothing a multiple of a vector or of KEYS
 
@@ -55,12 +56,15 @@ def probe_merge(library: Any) -> None:
         params[0][0], params[1][0] = 0.25, 1.0
         params[0][0, :9] = -0.5  # M = 0
         expected = effective_weight(rule, weight, params, 2.0)
-        out, bits = torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
+        update, out, bits = torch.empty(m, n), torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
         matrix = Matrix(library, m, n, dtype, dtype, [rule.prepare(params, 2.0, m, torch.float32)])
         found = matrix.merge(weight.data_ptr(), out.data_ptr(), bits, 0, m * n)
         data = expected.view(torch.uint8).numpy().tobytes()
         if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) or found.crc != zlib.crc32(data):
             raise Refused(f"the compiled merge in {dtype} is not torch's on a small weight")
+        rule.delta(weight, rule.prepare(params, 2.0, m, torch.float32), WHOLE, WHOLE, update)
+        if (found.updated, found.moved) != (int(update.count_nonzero()), int((expected != weight).sum())):
+            raise Refused(f"the compiled counts in {dtype} are not torch's on a small weight")
         seen = scan(library, out.data_ptr(), dtype, m * n, np.empty_like(bits))
         if not np.array_equal(bits, pack_bits(weight)) or found.kept != seen.kept or found.rescued != 9:
             raise Refused(f"the compiled mask in {dtype} is not torch's on a small weight")
