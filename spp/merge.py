@@ -53,7 +53,8 @@ def merge(
         dtype: store in another floating dtype; the whole model is converted. None keeps each weight's own.
         rounding: "nearest", or "stochastic" (unbiased; for 16-bit dtypes, from which small updates would vanish).
         requantize: quantize merged weights in the form that they had; without it they come back dense, and once
-            nothing is quantized any more the model counts as a plain one.
+            nothing is quantized any more the model counts as a plain one. What the merge does not change keeps its
+            codes; of the rest the report counts what was stored, against what the forward multiplied by.
         seed: of stochastic rounding; None draws one from torch's global generator.
 
     Returns:
