@@ -26,7 +26,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from spp.errors import ConfigError, DataError, NonFiniteError, SPPWarning
+from spp.supported import require_supported
 from spp.targets import require_model
+
+require_supported()
 
 logger = logging.getLogger(__name__)
 

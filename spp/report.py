@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spp.certificate import SparsityReport, TensorSparsity
     from spp.checkpoint import ExportReport
     from spp.checkpoint.verdicts import Verification
-    from spp.merge import MergeReport
+    from spp.merge_model import MergeReport
     from spp.merge_weight import LayerMerge
 
 Entry = TypeVar("Entry")

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "spp").rglob("*.py"))
-LONGEST_FILE = 350
+LONGEST_FILE = 500
 
 # A room is a file or a folder right under spp/; `calibrate_statistics.py` belongs to the room `calibrate`.
 # A file imports from rooms of lower levels and from its own room only.
@@ -48,6 +48,7 @@ LEVELS = {
     "integrations": 11,
     "bench": 11,
     "cli": 12,
+    "__main__": 13,
 }
 # Within a level: the hash of a mask is a file's matter, its bits a pattern's; a projection may be
 # quantized, and how to read it is the packed room's matter.
@@ -227,6 +228,7 @@ def test_import_spp_stays_light() -> None:
     code = (
         "import json, sys\n"
         "import spp, spp.integrations, torch\n"
+        "for name in spp.__all__: getattr(spp, name)\n"
         f"loaded = [name for name in {NOT_LOADED_BY_IMPORT!r} if name in sys.modules]\n"
         "print(json.dumps([loaded, torch.cuda.is_initialized()]))\n"
     )

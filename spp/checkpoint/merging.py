@@ -24,7 +24,7 @@ from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, MaskError
 from spp.files import CheckpointReader, require_replaceable
-from spp.merge import MergeReport, check_rounding, draw_seed
+from spp.merge_model import MergeReport, check_rounding, draw_seed
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from spp.checkpoint.sources import input_axes
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.errors import AdapterError, ConfigError, StreamingError
 from spp.files import CheckpointReader, dtype_name
-from spp.merge import DTYPES
+from spp.merge_model import DTYPES
 from spp.packed.disk import is_packed
 from spp.rules import Rule, get_rule
 from spp.targets_layout import as_matrices, find_projections

@@ -10,6 +10,10 @@ The maths is in spp.pst.function.
 
 from __future__ import annotations
 
+from spp.supported import require_supported
+
+require_supported()  # first: what follows may fail with other versions
+
 from spp.pst.config import PSTConfig
 from spp.pst.files import load, save
 from spp.pst.layer import PSTLinear

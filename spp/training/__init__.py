@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from spp.supported import require_supported
+
+require_supported()  # first: what follows may fail with other versions
+
 from spp.inject_activations import set_saved_activations
 from spp.training.causal_loss import causal_lm_loss
 from spp.training.chunked_loss import chunked_cross_entropy

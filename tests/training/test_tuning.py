@@ -33,7 +33,7 @@ from spp.errors import (
 )
 from spp.evaluation import perplexity
 from spp.inject import is_wrapped
-from spp.merge import merge
+from spp.merge_model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
 from spp.training.callbacks import ProgressBar, read_log
 from spp.training.checkpoints import MARKER_NAME

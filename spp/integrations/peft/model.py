@@ -30,7 +30,7 @@ from spp.integrations.peft.places import layer_of, place_of, repeated, under_all
 from spp.integrations.peft.terms import TermsLayer
 from spp.layer_checks import check_linear
 from spp.layer_packed import PackedLinear
-from spp.merge import describe_base, report_merge
+from spp.merge_model import describe_base, report_merge
 from spp.offload import check_offloading
 from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection
