@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         verify,
     )
     from spp.checkpoint_prune import prune_checkpoint
-    from spp.config import SPPConfig
+    from spp.configs.adapter import SPPConfig
     from spp.errors import SPPError, SPPWarning
     from spp.inject import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
     from spp.inject_packed import pack, unpack
@@ -54,7 +54,7 @@ _HOMES = {
         *("merge_checkpoint", "save_model", "sparsity", "verify"),
     ),
     "spp.checkpoint_prune": ("prune_checkpoint",),
-    "spp.config": ("SPPConfig",),
+    "spp.configs.adapter": ("SPPConfig",),
     "spp.errors": ("SPPError", "SPPWarning"),
     "spp.inject": ("adapter_parameters", "disabled", "print_trainable_parameters", "unwrap", "wrap"),
     "spp.inject_packed": ("pack", "unpack"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.experts_forward import Multiply
 from spp.experts_packed import OverPackedExperts, PackedExperts, require_alone

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spp.config import SPPConfig, name_matches
-from spp.errors import ConfigError, TargetError, WrapError
+from spp.configs.adapter import SPPConfig
+from spp.configs.checks import name_matches
+from spp.errors import ConfigError, TargetError, WrapError, arg
 from spp.experts import SPPExperts, check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_dense import warn_dense
@@ -294,7 +295,9 @@ def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
     """Raise a ConfigError where an entry of rank_pattern means none of the targets, whose module paths are given."""
     unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path in paths)]
     if unused:
-        raise ConfigError(f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {paths[0]}")
+        raise ConfigError(
+            f"{arg('rank_pattern')}: {', '.join(unused)} matches none of the target modules, such as {paths[0]}"
+        )
 
 
 def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:

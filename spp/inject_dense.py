@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spp.errors import SPPWarning
+from spp.errors import SPPWarning, arg, call
 from spp.packed import PackedHolder, QuantizedWeight
 from spp.targets_layout import Projection
 
@@ -29,11 +29,13 @@ def warn_dense(targets: Sequence[Projection], purpose: str) -> None:
     )
     consequence = {
         "train": "SPP trains them, but there is no mask to preserve",
-        "pack": "packed, they take more memory than they did; name them in exclude_modules",
+        "pack": f"packed, they take more memory than they did; name them in {arg('exclude_modules')}",
     }[purpose]
     warnings.warn(
-        f"{what} dense (no zeros), such as {dense[0]}: {consequence}. Prune first: spp.prune(model, method, pattern)",
-        SPPWarning,
+        SPPWarning(
+            f"{what} dense (no zeros), such as {dense[0]}: {consequence}. Prune first: "
+            f"{call('prune', 'model, method, pattern')}"
+        ),
         stacklevel=4,
     )
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, WrapError
 from spp.experts import SPPExperts
 from spp.experts_packed import PackedExperts

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import Active, AdaptedLinear, convert_parameter
@@ -92,7 +92,7 @@ class SPPLinear(HookedAdapter, AdaptedLinear, PackedHolder):
                 r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
             )
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{where}: {error.marked}") from None
         check_linear(linear, config, where)
         self.spp_rule: Rule = get_rule(rule)
         self.spp_init = init

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layer_packed import PackedLinear
 from spp.offload import offloader, values

@@ -14,7 +14,7 @@ from spp.checkpoint.naming import same_names
 from spp.checkpoint.scanning import Scanned, scan_reader, scan_source
 from spp.checkpoint.sources import ModelOrPath, Source, checkpoint_directory, open_source
 from spp.checkpoint.verdicts import CONTENTS, FINITE, MASK, Problem, Verification, raise_differences
-from spp.errors import CheckpointError, ConfigError
+from spp.errors import CheckpointError, ConfigError, arg, call
 from spp.packed.disk import DenseReader
 from spp.patterns import count_kept, pack_bits
 
@@ -73,12 +73,14 @@ def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool
     """Do what `verify` does, and return what was found instead of raising it; arguments as there."""
     if after is not None:
         if deep:
-            raise ConfigError("deep=True compares a directory with its certificate; it needs one argument, not two")
+            raise ConfigError(
+                f"{arg('deep', True)} compares a directory with its certificate; it needs one argument, not two"
+            )
         with open_source(before) as one, open_source(after) as other:
             return _examine_two(*same_names(one, other))
     if isinstance(before, nn.Module):
         raise ConfigError(
-            "a model in memory has no certificate; pass what to compare it with: spp.verify(before, after)"
+            f"a model in memory has no certificate; pass what to compare it with: {call('verify', 'before, after')}"
         )
     return _examine_directory(checkpoint_directory(before), deep)
 
@@ -152,7 +154,8 @@ def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:
     certificate = Certificate.read(directory)
     if deep and certificate.content_sha256 is None:
         raise CheckpointError(
-            f"the certificate of {directory} holds no sha256 of contents; spp.certify(dir, deep=True) writes them"
+            f"the certificate of {directory} holds no sha256 of contents; {call('certify', 'dir', deep=True)} writes "
+            f"them"
         )
     problems: list[Problem] = []
     with DenseReader(directory) as reader:

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from spp.errors import OutputError, OutputExistsError
+from spp.errors import OutputError, OutputExistsError, arg
 from spp.files.leftovers import make_temporary, prefix, recover_siblings, remove
 
 _AT_FDCWD = -100
@@ -139,7 +139,8 @@ def _check_target(path: Path, overwrite: bool, directory: bool) -> None:
     except FileNotFoundError:
         return
     if not overwrite:
-        raise OutputExistsError(f"{path} exists already; choose another path, or pass overwrite=True (--overwrite)")
+        remedy = f"choose another path, or pass {arg('overwrite', True)}"
+        raise OutputExistsError(f"{path} exists already", remedy=remedy)
     if stat.S_ISDIR(mode) != directory:
         kind, wanted = ("file", "directory") if directory else ("directory", "file")
         raise OutputError(f"cannot write the {wanted} {path}: it is a {kind}; remove it or choose another path")

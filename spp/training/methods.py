@@ -11,6 +11,7 @@ from typing import Any
 
 from spp.adapters import load_adapter, save_adapter
 from spp.checkpoint import save_model
+from spp.configs.tuning import TuneConfig
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
 from spp.inject_packed import pack, packed_layers, unpack
@@ -19,7 +20,6 @@ from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
 from spp.pst import wrap as wrap_pst
 from spp.training.adapter_trainer import AdapterTrainer
-from spp.training.config import TuneConfig
 from spp.training.mask_updates import MaskUpdates
 from spp.training.pst_trainer import PSTTrainer
 from spp.training.run_directory import RunDirectory

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import spp.pst as pst
-from spp.bench.compare.contenders import Contender
 from spp.bench.harness import installed, require_peft
 from spp.certificate import report_from_tensors
+from spp.configs.contenders import Contender
 from spp.errors import ConfigError, TargetError
 from spp.inject import adapter_layers, wrap
 from spp.merge_model import merge

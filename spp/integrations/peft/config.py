@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
-from spp.config import FORMAT_VERSION, SPPConfig
+from spp.configs.adapter import FORMAT_VERSION, SPPConfig
 from spp.errors import AdapterError, ConfigError
 from spp.files import mask_sha256
 

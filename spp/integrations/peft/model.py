@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, MaskError, TargetError, WrapError, some_of
 from spp.experts import check_experts
 from spp.experts_forward import adapt_experts, release_experts
