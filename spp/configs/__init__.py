@@ -9,7 +9,8 @@ checks.py       checks that several configs share
 pattern.py      Pattern: "2:4" or a fraction
 adapter.py      SPPConfig
 pst.py          PSTConfig, and the numbers of its schedule
-tuning.py       TuneConfig, its recipes and mask updates
+tuning.py       TuneConfig and its recipes
+mask_updates.py MaskUpdateOptions
 pruning.py      PruneOptions, OWL, the methods by name; PruneConfig, which adds where to read and write
 calibration.py  what names calibration data
 contenders.py   the contenders of a comparison by name

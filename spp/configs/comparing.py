@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from spp.configs.checks import AUTO_DTYPES, check_choice, check_int
 from spp.configs.contenders import Contender, parse_contender, parse_contenders
+from spp.configs.mask_updates import MaskUpdateOptions
 from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, OPTIMISATION, RUN, Option
-from spp.configs.tuning import LARGEST_LR, TRAINING_DEVICES, TuneConfig, check_mask_updates
+from spp.configs.tuning import LARGEST_LR, TRAINING_DEVICES, TuneConfig
 from spp.errors import ConfigError, arg
 
 BUDGETS = ("steps", "time", "parameters")
@@ -227,7 +228,7 @@ class CompareConfig:
 def _check_mask_updates(contender: Contender) -> None:
     options = contender.options
     try:
-        check_mask_updates(options["every"], options["fraction"], 0.75, "cosine", "activation", "gradient")
+        MaskUpdateOptions(every=options["every"], fraction=options["fraction"])
     except ConfigError as error:
         raise ConfigError(f"contender {contender.name!r}: {error}") from None
 

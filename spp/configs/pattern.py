@@ -73,7 +73,7 @@ class Pattern:
             if math.isnan(value) or percent:
                 raise PatternError(_nonsense(pattern))
             return cls(fraction=value + 0.0)  # no −0.0
-        if isinstance(pattern, (bool, complex)) or not hasattr(pattern, "__float__") or getattr(pattern, "ndim", 0):
+        if isinstance(pattern, (bool, complex)) or not hasattr(pattern, "__float__") or getattr(pattern, "ndim", None):
             raise PatternError(_nonsense(pattern))
         try:
             fraction = float(pattern)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from spp.configs.checks import (
     check_path,
     parse_names,
 )
+from spp.configs.mask_updates import DECAYS, DROPS, GROWS, MaskUpdateOptions
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
 from spp.configs.pst import PSTConfig, check_schedule
@@ -49,14 +49,6 @@ PST_RECIPES: Recipes = {
     # For some hundred steps.
     "short": {"lr": 1e-3},
 }
-
-# How the share that mask updates exchange shrinks, by the part of the updates that is done.
-DECAYS: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "cubic": lambda done: (1 - done) ** 3,
-}
-DROPS = ("activation", "magnitude")
-GROWS = ("gradient", "saliency")
 
 # Options that one method alone has.
 _OWN = {
@@ -180,10 +172,12 @@ class TuneConfig:
     text_field: Annotated[str, Option("Field of a row with plain text.", DATA)] = "text"
     block_length: Annotated[int, Option("Tokens of a training row.", DATA)] = 512
     completions_only: Annotated[bool, Option("Learn the answers only, not the prompts.", DATA, negatable=True)] = True
-    r: Annotated[int, Option("SPP: rank of the adapter.", ADAPTER)] = 16
-    scaling: Annotated[float, Option("SPP: factor s of the adapter.", ADAPTER)] = 2.0
-    dropout: Annotated[float, Option("SPP: dropout probability.", ADAPTER)] = 0.0
-    dropout_mode: Annotated[str, Option("SPP: input or alpha.", ADAPTER, choices=DROPOUT_MODES)] = "input"
+    r: Annotated[int, Option("SPP: rank of the adapter.", ADAPTER)] = SPPConfig.r
+    scaling: Annotated[float, Option("SPP: factor s of the adapter.", ADAPTER)] = SPPConfig.scaling
+    dropout: Annotated[float, Option("SPP: dropout probability.", ADAPTER)] = SPPConfig.dropout
+    dropout_mode: Annotated[str, Option("SPP: input or alpha.", ADAPTER, choices=DROPOUT_MODES)] = (
+        SPPConfig.dropout_mode
+    )
     rule: Annotated[
         str,
         Option(
@@ -191,7 +185,7 @@ class TuneConfig:
             ADAPTER,
             choices=RULES,
         ),
-    ] = "spp"
+    ] = SPPConfig.rule
     saved_activations: Annotated[
         str,
         Option("SPP: full or bfloat16: inputs kept for backward at half the memory.", ADAPTER, choices=ACTIVATIONS),
@@ -245,17 +239,19 @@ class TuneConfig:
     ] = None
     mask_update_fraction: Annotated[
         float, Option("Share of kept weights that the first update exchanges.", MASK_UPDATES)
-    ] = 0.1
-    mask_update_until: Annotated[float, Option("Part of the steps after which masks stay.", MASK_UPDATES)] = 0.75
+    ] = MaskUpdateOptions.fraction
+    mask_update_until: Annotated[float, Option("Part of the steps after which masks stay.", MASK_UPDATES)] = (
+        MaskUpdateOptions.until
+    )
     mask_update_decay: Annotated[
         str, Option("How that share shrinks: cosine or cubic.", MASK_UPDATES, choices=tuple(DECAYS))
-    ] = "cosine"
+    ] = MaskUpdateOptions.decay
     mask_update_drop: Annotated[
         str, Option("What goes: lowest activation or magnitude.", MASK_UPDATES, choices=DROPS)
-    ] = "activation"
+    ] = MaskUpdateOptions.drop
     mask_update_grow: Annotated[
         str, Option("What comes: highest gradient or saliency.", MASK_UPDATES, choices=GROWS)
-    ] = "gradient"
+    ] = MaskUpdateOptions.grow
     pattern: Annotated[
         str | float | None,
         Option("PST: what is pruned at the end, N:M (N kept of M) or a fraction; required.", PST),
@@ -263,11 +259,13 @@ class TuneConfig:
     initial_sparsity: Annotated[float, Option("PST: pruned at the start.", PST)] = 0.0
     initial_warmup: Annotated[float, Option("PST: share of the steps before pruning begins.", PST)] = 0.1
     final_warmup: Annotated[float, Option("PST: share of the steps at the final sparsity.", PST)] = 0.3
-    weight_rank: Annotated[int, Option("PST: rank of the weight's update.", PST)] = 8
-    weight_scale: Annotated[float, Option("PST: factor of that update.", PST)] = 1.0
-    mask_rank: Annotated[int, Option("PST: rank of the importance.", PST)] = 8
-    low_rank_scale: Annotated[float, Option("PST: factor of the low-rank importance.", PST)] = 1.0
-    structured_scale: Annotated[float, Option("PST: factor of the structured importance.", PST)] = 1.0
+    weight_rank: Annotated[int, Option("PST: rank of the weight's update.", PST)] = PSTConfig.weight_rank
+    weight_scale: Annotated[float, Option("PST: factor of that update.", PST)] = PSTConfig.weight_scale
+    mask_rank: Annotated[int, Option("PST: rank of the importance.", PST)] = PSTConfig.mask_rank
+    low_rank_scale: Annotated[float, Option("PST: factor of the low-rank importance.", PST)] = PSTConfig.low_rank_scale
+    structured_scale: Annotated[float, Option("PST: factor of the structured importance.", PST)] = (
+        PSTConfig.structured_scale
+    )
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -348,6 +346,11 @@ class TuneConfig:
             exclude_modules=self.exclude_modules,
             seed=self.seed,
         )
+
+    def mask_updates(self) -> MaskUpdateOptions:
+        """Return the options of mask updates, of a run that has them."""
+        assert self.mask_update_every is not None
+        return MaskUpdateOptions(**{name.removeprefix("mask_update_"): getattr(self, name) for name in _MASK_UPDATES})
 
     def adapter_config(self) -> SPPConfig:
         """Return the options of SPP's adapter; its initial values are drawn from `seed`."""
@@ -436,7 +439,7 @@ class TuneConfig:
                         f"{arg('mask_update_every', ...)}"
                     )
         else:
-            check_mask_updates(*(getattr(self, name) for name in _MASK_UPDATES))
+            self.mask_updates()  # raises for an option that makes no sense
             if self.dense_model is None:
                 raise ConfigError(
                     f"{arg('dense_model', ...)} is missing: mask updates take the values of regrown weights from there"
@@ -452,15 +455,3 @@ def recipe_of(recipe: str, method: object) -> Mapping[str, Any]:
     recipes = PST_RECIPES if method == "pst" else RECIPES
     check_choice("recipe", recipe, tuple(recipes))
     return recipes[recipe]
-
-
-def check_mask_updates(
-    every: object, fraction: object, until: object, decay: object, drop: object, grow: object
-) -> None:
-    """Raise a ConfigError, naming it, for an option that makes no sense; what they mean, MaskUpdates says."""
-    check_int("mask_update_every", every, least=1)
-    check_number("mask_update_fraction", fraction, least=0.0, most=1.0)
-    check_number("mask_update_until", until, above=0.0, most=1.0)
-    check_choice("mask_update_decay", decay, tuple(DECAYS))
-    check_choice("mask_update_drop", drop, DROPS)
-    check_choice("mask_update_grow", grow, GROWS)

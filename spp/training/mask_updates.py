@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spp.configs.tuning import DECAYS, check_mask_updates
+from spp.configs.mask_updates import DECAYS, MaskUpdateOptions
 from spp.errors import SPPWarning, WrapError, arg
 from spp.kernels.blocks import row_step, slices
 from spp.patterns import nonzero_mask, pack_bits
@@ -66,13 +66,13 @@ class MaskUpdates(TrainerCallback):
         dense: DenseSource,
         *,
         every: int,
-        fraction: float = 0.1,
-        until: float = 0.75,
-        decay: str = "cosine",
-        drop: str = "activation",
-        grow: str = "gradient",
+        fraction: float = MaskUpdateOptions.fraction,
+        until: float = MaskUpdateOptions.until,
+        decay: str = MaskUpdateOptions.decay,
+        drop: str = MaskUpdateOptions.drop,
+        grow: str = MaskUpdateOptions.grow,
     ) -> None:
-        check_mask_updates(every, fraction, until, decay, drop, grow)
+        MaskUpdateOptions(every=every, fraction=fraction, until=until, decay=decay, drop=drop, grow=grow)  # checks
         self.dense, self.every, self.fraction, self.until = dense, every, fraction, until
         self.decay, self.drop, self.grow = decay, drop, grow
         self._state: MaskState | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,7 @@ class SPPMethod(Method):
         if config.mask_update_every is None:
             return None
         assert config.dense_model is not None
-        updates = MaskUpdates(
-            config.dense_model,
-            every=config.mask_update_every,
-            fraction=config.mask_update_fraction,
-            until=config.mask_update_until,
-            decay=config.mask_update_decay,
-            drop=config.mask_update_drop,
-            grow=config.mask_update_grow,
-        )
+        updates = MaskUpdates(config.dense_model, **asdict(config.mask_updates()))
         updates.attach(model)
         return updates
 
