@@ -72,19 +72,18 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = options_of(function)
         taken = {field.name for field in own}
-        others = [p for p in list(_parameters(function))[1:] if p.name not in taken]
+        others = [p for p in _parameters(function)[1:] if p.name not in taken]
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
             require_supported()
             given = {field.name: value for field in made for value in _values(field, values)}
-            extra = {p.name: values[p.name] for p in others if p.name in inspect.signature(function).parameters}
+            extra = {p.name: values[p.name] for p in others}
             extra |= {field.name: value for field in own for value in _values(field, values)}
             function((build or config)(**given), **extra)
 
         fields = sorted((*made, *own), key=_place)
-        typed = [parameter for field in fields for parameter in _typer_parameters(field)]
-        parameters = [*typed, *others]
+        parameters = [_typer_parameter(part) for field in fields for part in (field, *field.nested)] + others
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.spellings = spellings_of(fields)  # type: ignore[attr-defined]
@@ -93,7 +92,7 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
     return decorate
 
 
-def _parameters(function: Callable[..., Any]) -> Iterable[inspect.Parameter]:
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     signature = inspect.signature(function, eval_str=True)
     return [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
 
@@ -107,31 +106,18 @@ def _values(field: Field, values: Mapping[str, Any]) -> list[Any]:
     """Return the value that a field is given, in a list, or nothing where its default holds."""
     value = values[field.name]
     if field.nested:
-        parts = {inner.name: values[f"{field.name}_{inner.name}"] for inner in field.nested}
-        parts = {name: part for name, part in parts.items() if part is not None}
-        if parts and not value:
-            first = arg(f"{field.name}_{next(iter(parts))}")
-            on = arg(field.name, True)
+        inner = {part.name: given for part in field.nested for given in _values(part, values)}
+        if inner and not value:
+            first, on = arg(next(iter(inner))), arg(field.name, True)
             raise ConfigError(f"{first} is an option of {field.name.upper()}: add {on}, or leave it out")
-        return [field.type(**parts)] if value else []
-    if value is None or value == [] or (field.option.many and not value):
+        return [field.type(**{name.removeprefix(f"{field.name}_"): v for name, v in inner.items()})] if value else []
+    if value is None or (field.option.many and not value):
         return []
     return [value if field.option.parse is None else field.option.parse(value)]
 
 
-def _typer_parameters(field: Field) -> list[inspect.Parameter]:
-    if not field.nested:
-        return [_typer_parameter(field, field.name, field.type, field.spelling, field.off)]
-    flag = _typer_parameter(field, field.name, bool, field.spelling, None)
-    inner = [
-        _typer_parameter(part, f"{field.name}_{part.name}", part.type, f"{field.spelling}-{part.name}", part.off)
-        for part in field.nested
-    ]
-    return [flag, *inner]
-
-
-def _typer_parameter(field: Field, name: str, kind: Any, spelling: str, off: str | None) -> inspect.Parameter:
-    option = field.option
+def _typer_parameter(field: Field) -> inspect.Parameter:
+    option, kind = field.option, bool if field.nested else field.type
     metavar = option.metavar or (None if option.argument or kind is bool else _METAVARS[kind])
     shared: dict[str, Any] = {"help": field.help, "metavar": metavar, "show_default": False}
     if option.choices:
@@ -139,12 +125,13 @@ def _typer_parameter(field: Field, name: str, kind: Any, spelling: str, off: str
     if option.argument:
         info: Any = typer.Argument(**shared)
     else:
-        names = [f"{spelling}/{off}" if off else spelling, *([option.short] if option.short else [])]
+        spelling = f"{field.spelling}/{field.off}" if field.off else field.spelling
+        names = [spelling, *([option.short] if option.short else [])]
         info = typer.Option(*names, rich_help_panel=option.group, **shared)
-    kind = list[kind] if option.many else kind
-    annotation = Annotated[kind, info] if field.required else Annotated[kind | None, info]
+    typed: Any = list[kind] if option.many else kind  # type: ignore[valid-type]
+    annotation = Annotated[typed, info] if field.required else Annotated[typed | None, info]
     default = inspect.Parameter.empty if field.required else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _completing(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -156,12 +143,8 @@ def _completing(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 def spellings_of(fields: Iterable[Field]) -> dict[str, Spelling]:
     """Return {name in Python: how the command spells it}."""
-    found = {}
-    for field in fields:
-        found[field.name] = Spelling(field.spelling, field.off, field.option.argument)
-        for part in field.nested:
-            found[f"{field.name}_{part.name}"] = Spelling(f"{field.spelling}-{part.name}", part.off)
-    return found
+    every = [part for field in fields for part in (field, *field.nested)]
+    return {part.name: Spelling(part.spelling, part.off, part.option.argument) for part in every}
 
 
 def spoken(message: object, spellings: Spellings | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -96,8 +96,13 @@ class Field:
 
     @property
     def nested(self) -> tuple[Field, ...]:
-        """The fields of the dataclass that its value is, such as OWL: options of their own, --owl-threshold."""
-        return options_of(self.type) if is_dataclass(self.type) else ()
+        """The fields of the dataclass that its value is, such as OWL, as options of their own: --owl-threshold."""
+        inner = options_of(self.type) if is_dataclass(self.type) else ()
+        spelled = [replace(part.option, name=f"{self.spelling}{part.spelling[1:]}") for part in inner]
+        return tuple(
+            replace(part, name=f"{self.name}_{part.name}", option=option)
+            for part, option in zip(inner, spelled, strict=True)
+        )
 
     @property
     def help(self) -> str:
@@ -126,9 +131,11 @@ def options_of(source: Any) -> tuple[Field, ...]:
 
 
 def _typed(hint: Any, option: Option) -> Any:
-    """Return what is typed for a field: of `str | float | None` a str."""
+    """Return what is typed for a field: of `str | float | None` a str, of `tuple[int, ...]` an int."""
     if option.type is not None:
         return option.type
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0]
     if get_origin(hint) not in (Union, UnionType):
         return hint
     members = [member for member in get_args(hint) if member is not NoneType]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 import typer
 
 from spp.cli.main import COMMANDS, app
-from spp.cli.options import Spelling, spoken
-from spp.configs.options import GROUPS
+from spp.cli.options import Spelling, command, spoken
+from spp.configs.options import GROUPS, MODEL, Option
 from spp.errors import ConfigError, SPPWarning, arg, call
 from tests.cli.conftest import Outcome
 
@@ -35,11 +37,11 @@ def _described(parameter: Any) -> dict[str, Any]:
     }
 
 
-def _found(command: Any, path: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any]]]:
-    described = [_described(parameter) for parameter in command.params]
+def _found(tree: Any, path: tuple[str, ...] = ()) -> dict[str, list[dict[str, Any]]]:
+    described = [_described(parameter) for parameter in tree.params]
     described.sort(key=lambda p: (p["kind"] != "argument", p["names"] if p["kind"] == "option" else []))
     found = {" ".join(path) or "spp": described}
-    for name, inner in getattr(command, "commands", {}).items():
+    for name, inner in getattr(tree, "commands", {}).items():
         found |= _found(inner, (*path, name))
     return found
 
@@ -51,14 +53,14 @@ def test_every_command_has_the_options_of_the_golden_list() -> None:
         assert described == GOLDEN[name], name
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_help_shows_every_option_in_full(
-    spp: Callable[..., Outcome], command: str, monkeypatch: pytest.MonkeyPatch
+    spp: Callable[..., Outcome], verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    found = spp(command, "--help")
+    found = spp(verb, "--help")
     assert found.code == 0 and max(map(len, found.out.splitlines())) <= 80
-    for described in GOLDEN[command]:
+    for described in GOLDEN[verb]:
         for name in described["names"]:
             shown = {"repo_id": "REPO", "adapters": "ADAPTER[:WEIGHT]"}.get(name, name)
             shown = shown if name.startswith("--") else shown.upper()
@@ -90,9 +92,9 @@ def _run(arguments: list[str], **environment: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [(), *((name,) for name in (*COMMANDS, "bench"))], ids=" ".join)
-def test_help_loads_no_torch(command: tuple[str, ...]) -> None:
-    out, loaded = _run([*command, "--help"])
+@pytest.mark.parametrize("verb", [(), *((name,) for name in (*COMMANDS, "bench"))], ids=" ".join)
+def test_help_loads_no_torch(verb: tuple[str, ...]) -> None:
+    out, loaded = _run([*verb, "--help"])
     assert "Usage: spp" in out and loaded == []
 
 
@@ -153,3 +155,58 @@ def test_the_benchmarks_spell_every_argument_as_an_option() -> None:
 
 def test_of_other_messages_nothing_is_changed() -> None:
     assert spoken(KeyboardInterrupt("overwrite=True"), PRUNE) == "overwrite=True"
+
+
+@dataclass(frozen=True)
+class _Extra:
+    size: Annotated[int, Option("Size.")] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    place: Annotated[str, Option("Where.", argument=True)]
+    names: Annotated[tuple[str, ...], Option("Names.", many=True, parse=tuple)] = ()
+    good: Annotated[bool, Option("Good.", negatable=True)] = True
+    extra: Annotated[_Extra | None, Option("Extra.")] = None
+    kind: Annotated[str, Option("Kind.", MODEL, choices=("one", "two"))] = "one"
+
+
+def _made(**values: Any) -> tuple[_Config, dict[str, Any]]:
+    """What a command of this config hands to its function."""
+    got: list[Any] = []
+
+    @command(_Config)
+    def run(config: _Config, plot: Annotated[str | None, Option("Plot.")] = None) -> None:
+        got.extend((config, {"plot": plot}))
+
+    run(**{name: values.get(name) for name in inspect.signature(run).parameters})
+    return got[0], got[1]
+
+
+def test_what_is_not_given_keeps_the_default_of_its_field() -> None:
+    assert _made(place="p") == (_Config(place="p"), {"plot": None})
+    given = {"names": ["a", "b"], "good": False, "extra": True, "extra_size": 5, "kind": "two", "plot": "x"}
+    config = _Config(place="p", names=("a", "b"), good=False, extra=_Extra(5), kind="two")
+    assert _made(place="p", **given) == (config, {"plot": "x"})
+    assert _made(place="p", extra=True)[0].extra == _Extra()
+    with pytest.raises(ConfigError, match="extra_size is an option of EXTRA: add extra=True, or leave it out"):
+        _made(place="p", extra_size=5)
+
+
+def test_a_builder_has_options_too() -> None:
+    def build(base: Annotated[str, Option("Base.")] = "b", **options: Any) -> _Config:
+        return _Config(**{**options, "place": f"{base}/{options['place']}"})
+
+    got: list[_Config] = []
+
+    @command(_Config, build=build)
+    def run(config: _Config) -> None:
+        got.append(config)
+
+    assert list(inspect.signature(run).parameters) == [
+        *("place", "kind", "names", "good", "extra", "extra_size", "base"),
+    ]
+    run(**{**dict.fromkeys(inspect.signature(run).parameters), "place": "p", "base": "c"})
+    assert got == [_Config(place="c/p")]
+    assert run.spellings["good"] == Spelling("--good", "--no-good")
+    assert run.spellings["place"] == Spelling("PLACE", placed=True)

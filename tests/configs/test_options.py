@@ -61,7 +61,7 @@ def test_what_fields_say() -> None:
     assert [field.help for field in found.values()] == [
         *("Where.", "A word.", "Size (default: 3).", "Both (default: True).", "On.", "Inner.", "Told (default: all)."),
     ]
-    assert [part.name for part in found["inner"].nested] == ["depth"]
+    assert [(part.name, part.spelling) for part in found["inner"].nested] == [("inner_depth", "--inner-depth")]
 
 
 def test_parameters_of_a_function_say_the_same() -> None:
