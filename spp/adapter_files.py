@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory

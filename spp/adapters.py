@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from spp.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
 from spp.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
-from spp.config import SPPConfig
-from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, some_of
+from spp.configs.adapter import SPPConfig
+from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, arg, some_of
 from spp.experts import SPPExperts
 from spp.files import atomic_directory, mask_sha256, save_tensors, write_json
 from spp.inject import (
@@ -208,7 +208,7 @@ def _targets(model: nn.Module, files: AdapterFiles) -> dict[str, Projection]:
     try:
         return resolve_projections(model, files.config.target_modules, files.config.exclude_modules)
     except TargetError as error:
-        raise AdapterError(f"the adapter in {files.source} is not for this model: {error}") from None
+        raise AdapterError(f"the adapter in {files.source} is not for this model: {error.marked}") from None
 
 
 def _check_same_config(config: SPPConfig, files: AdapterFiles) -> None:
@@ -268,7 +268,8 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool
         f"{files.base_name or 'another base'}"
     )
     if strict:
-        raise MaskError(f"{message}; load it there, or pass strict=False to load it all the same")
+        remedy = f"load it there, or pass {arg('strict', False)} to load it all the same"
+        raise MaskError(message, remedy=remedy)
     warnings.warn(message, SPPWarning, stacklevel=3)
     return False
 

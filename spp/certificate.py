@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from spp._version import __version__
-from spp.errors import CheckpointError, some_of
+from spp.errors import CheckpointError, call, some_of
 from spp.files import atomic_file, dtype_name, read_json, write_json
 from spp.files.recognised import CERTIFICATE
 from spp.patterns import DENSE, all_finite, count_kept, detect_packed, pack_bits
@@ -246,8 +246,8 @@ class Certificate:
         path = Path(directory) / CERTIFICATE_NAME
         if not path.exists():
             raise CheckpointError(
-                f"{directory} has no {CERTIFICATE_NAME}; spp.certify writes one, and comparing two checkpoints with "
-                f"spp.verify(before, after) needs none"
+                f"{directory} has no {CERTIFICATE_NAME}; {call('certify')} writes one, and comparing two checkpoints "
+                f"with {call('verify', 'before, after')} needs none"
             )
         return cls.from_dict(read_json(path, "the certificate"), str(path))
 

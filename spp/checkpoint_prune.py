@@ -24,17 +24,17 @@ from spp._version import __version__
 from spp.calibrate import LayerReport, PruneReport
 from spp.calibrate.blocks import BlockRunner, evaluating, find_blocks
 from spp.calibrate.loop import BlockStore, layers_by_block, owl_patterns, prune_blocks
-from spp.calibrate.plan import Names, Patterns, PruneOptions, PrunePlan, check_layer, make_plan
-from spp.calibrate.windows import Calibration
+from spp.calibrate.plan import PrunePlan, check_layer, make_plan
+from spp.calibrate.windows import Calibration, check_calibration
 from spp.checkpoint.carrying import refuse_overlap
 from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
 from spp.checkpoint_prune_work import Work
+from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.errors import StreamingError, TargetError
 from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.reader import INDEX, SINGLE
 from spp.patterns import Pattern
-from spp.pruning.owl import OWL
 from spp.targets_layout import Projection
 
 
@@ -101,6 +101,8 @@ def prune_checkpoint(
         seed=seed,
         owl=owl,
     )
+    if calibration is not None:
+        check_calibration(calibration)
     target = Path(os.path.realpath(out))
     source = checkpoint_directory(directory)
     refuse_overlap(target, source, "the model")
@@ -206,7 +208,9 @@ def _blocks(model: nn.Module, plan: PrunePlan) -> tuple[str, list[nn.Module]]:
     except TargetError as error:
         if plan.calibrated:
             raise
-        raise StreamingError(f"{error}; it can be pruned in memory, but not block by block from the disk") from error
+        raise StreamingError(
+            f"{error.marked}; it can be pruned in memory, but not block by block from the disk"
+        ) from error
 
 
 def _job(

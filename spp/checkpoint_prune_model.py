@@ -19,7 +19,7 @@ from spp.calibrate.plan import FLOATS
 from spp.checkpoint_classes import auto_class
 from spp.checkpoint_keys import DiskKeys, Group
 from spp.checkpoint_memory import trim_memory
-from spp.errors import ConfigError, NonFiniteError, StreamingError
+from spp.errors import ConfigError, NonFiniteError, StreamingError, arg, call
 from spp.files import CheckpointReader, dtype_name, read_json
 from spp.packed.disk import DenseReader, packed_settings
 from spp.patterns import all_finite
@@ -44,7 +44,7 @@ class StreamedModel:
 
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype | None, device: str | torch.device) -> None:
         if dtype is not None and dtype not in FLOATS:
-            raise ConfigError(f"dtype is {dtype}; known: {', '.join(dtype_name(known) for known in FLOATS)}")
+            raise ConfigError(f"{arg('dtype')} is {dtype}; known: {', '.join(dtype_name(known) for known in FLOATS)}")
         self._reader = reader
         self._wanted = dtype
         self._device = device
@@ -205,7 +205,7 @@ def refuse_quantized(source: Path) -> None:
     path = source / "config.json"
     config = read_json(path, "the model's config") if path.exists() else {}
     if packed_settings(config) is not None:
-        raise ConfigError(f"{source} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
+        raise ConfigError(f"{source} is packed; {call('export_dense', 'dir, out')} gives the dense checkpoint")
     if config.get("quantization_config") is not None:
         raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
 

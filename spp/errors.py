@@ -19,15 +19,116 @@
     SPPWarning (UserWarning)
 
 The second base class is the built-in one that a caller who knows nothing of spp would catch.
+
+A message names arguments by `arg` and functions by `call`. Python shows them as Python writes them, `overwrite=True`
+and `spp.certify(dir)`; the command line renders the same message with its own spelling, `--overwrite` and
+`spp certify DIRECTORY` (spp.cli.options).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+_OPEN, _NEXT, _CLOSE = "\x0e", "\x1f", "\x0f"  # around a mention and between its parts: no message holds these
+_MENTION = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 
 
-class SPPError(Exception):
-    """Base class of everything that spp raises on purpose."""
+@dataclass(frozen=True)
+class Mention:
+    """An argument, or a call of a function of the package root, that a message names.
+
+    Attributes:
+        function: the function that is called, such as "certify"; empty for an argument alone.
+        places: the positional arguments of the call, as Python writes them.
+        options: (name, repr of the value) of each keyword argument; None as value names the argument alone, and an
+            empty one leaves the value open.
+    """
+
+    function: str
+    places: str
+    options: tuple[tuple[str, str | None], ...]
+
+    def python(self) -> str:
+        """Return it as Python writes it."""
+        options = [name if value is None else f"{name}={value}" for name, value in self.options]
+        if not self.function:
+            return options[0]
+        inside = ", ".join(filter(None, (self.places, *options)))
+        return f"spp.{self.function}({inside})" if inside else f"spp.{self.function}"
+
+    def marked(self) -> str:
+        """Return it as a part of a message."""
+        options = [part for name, value in self.options for part in (name, "" if value is None else f"={value}")]
+        return f"{_OPEN}{_NEXT.join((self.function, self.places, *options))}{_CLOSE}"
+
+
+def arg(name: str, *value: object) -> str:
+    """Return an argument as messages name it.
+
+    Args:
+        name: of the argument.
+        value: nothing, `...` for an open value, or the value.
+
+    Example:
+        >>> str(ConfigError(f"{arg('lr')} is 0; pass {arg('lr', 0.01)} or more, and {arg('steps', ...)}"))
+        'lr is 0; pass lr=0.01 or more, and steps='
+    """
+    told = None if not value else "" if value[0] is ... else repr(value[0])
+    return Mention("", "", ((name, told),)).marked()
+
+
+def call(function: str, places: str = "", **options: object) -> str:
+    """Return a call of a function of the package root as messages name it.
+
+    Args:
+        function: its name.
+        places: its positional arguments, as Python writes them; without any arguments the function alone is named.
+        options: its keyword arguments.
+
+    Example:
+        >>> str(SPPError(f"{call('certify', 'dir', deep=True)} writes them"))
+        'spp.certify(dir, deep=True) writes them'
+    """
+    return Mention(function, places, tuple((name, repr(value)) for name, value in options.items())).marked()
+
+
+def render(marked: str, say: Callable[[Mention], str] = Mention.python) -> str:
+    """Return a message with its mentions as `say` spells them; by default as Python does."""
+
+    def said(match: re.Match[str]) -> str:
+        function, places, *parts = match[1].split(_NEXT)
+        values = [value[1:] if value else None for value in parts[1::2]]
+        return say(Mention(function, places, tuple(zip(parts[::2], values, strict=True))))
+
+    return _MENTION.sub(said, marked)
+
+
+class Marked:
+    """An exception or warning whose message may name arguments and calls.
+
+    Args:
+        message: with `arg` and `call`.
+        option: the name of the argument that is at fault; None takes the one that the message begins with.
+        remedy: what to do about it; it ends the message.
+
+    Attributes:
+        marked: the whole message before it is rendered.
+        option: the name of the argument at fault, as in Python; None where there is none.
+        remedy: what to do about it, as Python spells it; None where the message says all.
+    """
+
+    def __init__(self, message: object = "", *, option: str | None = None, remedy: str | None = None) -> None:
+        self.marked = str(message) if remedy is None else f"{message}; {remedy}"
+        first = _MENTION.match(self.marked)
+        self.option = option or (first[1].split(_NEXT)[2] if first and first[1].startswith(_NEXT) else None)
+        self.remedy = None if remedy is None else render(remedy)
+        super().__init__(render(self.marked))  # type: ignore[call-arg]  # of the exception beside this class
+
+
+class SPPError(Marked, Exception):
+    """Base class of everything that spp raises on purpose; `option` and `remedy` as in Marked."""
 
 
 class ConfigError(SPPError, ValueError):
@@ -90,7 +191,7 @@ class DependencyError(SPPError, ImportError):
     """An optional package is missing."""
 
 
-class SPPWarning(UserWarning):
+class SPPWarning(Marked, UserWarning):
     """Something is allowed, but probably not what was meant."""
 
 

@@ -25,8 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from spp.errors import ConfigError, DataError, NonFiniteError, SPPWarning
+from spp.configs.checkpoints import check_windows
+from spp.errors import DataError, NonFiniteError, SPPWarning
+from spp.supported import require_supported
 from spp.targets import require_model
+
+require_supported()
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +116,6 @@ def perplexity_result(
         max_windows=max_windows,
         progress=progress,
     )
-
-
-def check_windows(window: object, batch_size: object = 1, max_windows: object = None) -> None:
-    """Raise a ConfigError for options of a measurement that make no sense."""
-    for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
-        none = value is None and name == "max_windows"
-        if not none and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

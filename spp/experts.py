@@ -16,7 +16,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, TargetError
 from spp.experts_forward import Multiply
 from spp.experts_packed import OverPackedExperts, PackedExperts, require_alone

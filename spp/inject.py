@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from spp.base_values import BaseVerdict
-from spp.config import SPPConfig, name_matches
-from spp.errors import ConfigError, TargetError, WrapError
+from spp.configs.adapter import SPPConfig
+from spp.configs.checks import name_matches
+from spp.errors import ConfigError, TargetError, WrapError, arg
 from spp.experts import SPPExperts, check_experts
 from spp.experts_forward import adapt_experts, release_experts
 from spp.inject_guards import WrapState, begin, end, guard_saving, layer_generator, uncompiled
@@ -238,7 +239,9 @@ def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
     """Raise a ConfigError where an entry of rank_pattern means none of the targets, whose module paths are given."""
     unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path in paths)]
     if unused:
-        raise ConfigError(f"rank_pattern: {', '.join(unused)} matches none of the target modules, such as {paths[0]}")
+        raise ConfigError(
+            f"{arg('rank_pattern')}: {', '.join(unused)} matches none of the target modules, such as {paths[0]}"
+        )
 
 
 def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> dict[str, Survey | None]:

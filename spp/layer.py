@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layer_adapted import AdaptedLinear
@@ -84,7 +84,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
                 r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
             )
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{where}: {error.marked}") from None
         if not checked:
             check_linear(linear, config, where)
             check_values(Projection(where, linear, input_axis=input_axis_of(linear)))

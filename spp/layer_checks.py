@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
-from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError
+from spp.configs.adapter import SPPConfig
+from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, arg, call
 from spp.layer_packed import PackedLinear
 from spp.offload import offloader
 from spp.packed import HoldsWeight, QuantizedWeight, quantized_kind, read_quantized
@@ -141,10 +141,12 @@ def warn_dense(found: Mapping[str, Survey | None], purpose: str) -> None:
     )
     consequence = {
         "train": "SPP trains them, but there is no mask to preserve",
-        "pack": "packed, they take more memory than they did; name them in exclude_modules",
+        "pack": f"packed, they take more memory than they did; name them in {arg('exclude_modules')}",
     }[purpose]
     warnings.warn(
-        f"{what} dense (no zeros), such as {dense[0]}: {consequence}. Prune first: spp.prune(model, method, pattern)",
-        SPPWarning,
+        SPPWarning(
+            f"{what} dense (no zeros), such as {dense[0]}: {consequence}. Prune first: "
+            f"{call('prune', 'model, method, pattern')}"
+        ),
         stacklevel=4,
     )

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from spp.base_values import UNSAID, BaseVerdict
 from spp.certificate import SparsityReport
-from spp.errors import SPPWarning
+from spp.errors import SPPWarning, arg
 from spp.rules.idle import no_update_text, rounded_away_text
 
 ENOUGH_SURVIVED = 0.9
@@ -116,7 +118,7 @@ class MergeReport:
         total = sum_layers(list(layers.values()))
         text = _warning(total, idle, requantized) if layers else None
         if text is not None:
-            warnings.warn(text, SPPWarning, stacklevel=4)
+            warnings.warn(SPPWarning(text), stacklevel=4)
         return cls(layers, total.survived, sparsity_report)
 
     def __repr__(self) -> str:
@@ -193,4 +195,7 @@ def _ways_out(requantized: bool) -> str:
         return (
             "Merge without requantize, which stores dense weights, or keep the adapter unmerged on the quantized model"
         )
-    return "Merge with dtype=torch.float32 or torch.float16, with rounding='stochastic', or serve the adapter unmerged"
+    return (
+        f"Merge with {arg('dtype', torch.float32)} or {arg('dtype', torch.float16)}, with "
+        f"{arg('rounding', 'stochastic')}, or serve the adapter unmerged"
+    )

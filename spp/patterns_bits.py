@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from spp.patterns import USUAL_GROUPS, count_kept, detect_counted, detect_packed, most_in_a_group
+from spp.configs.pattern import USUAL_GROUPS
+from spp.patterns import count_kept, detect_counted, detect_packed, most_in_a_group
 
 Bits = npt.NDArray[np.uint8]
 

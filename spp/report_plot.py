@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spp.errors import ConfigError, DependencyError
+from spp.configs.checks import check_chart
+from spp.errors import DependencyError
 from spp.files import atomic_file
 from spp.files.recognised import PICTURE
 
-FORMATS = ("png", "svg", "pdf")
 OURS, THEIRS = "#2a6f97", "#a9b4bd"
 DPI = 130
 
@@ -21,8 +21,7 @@ def check_plot(path: Path) -> None:
         ConfigError: the file's ending is not that of a known format.
         DependencyError: matplotlib is missing; the message names the extra.
     """
-    if path.suffix.removeprefix(".") not in FORMATS:
-        raise ConfigError(f"--plot is {path}; its name must end in .{', .'.join(FORMATS)}")
+    check_chart("plot", path)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

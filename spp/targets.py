@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spp.config import is_suffix, name_matches
-from spp.errors import ConfigError, TargetError, WrapError
+from spp.configs.checks import is_suffix, name_matches
+from spp.errors import ConfigError, TargetError, WrapError, arg
 from spp.offload import is_offloaded, values
 from spp.packed import quantized_kind, read_quantized
 from spp.targets_layout import EXPERT_WEIGHTS, Projection, find_projections, is_linear
@@ -259,7 +259,7 @@ def _excluded(found: Iterable[str], names: str | Sequence[str]) -> set[str]:
         return {path for path in found if name_matches(path, names)}
     unknown = sorted(name for name in names if not any(is_suffix(path, name) for path in found))
     if unknown:
-        raise TargetError(f"exclude_modules: no linear module is called {', '.join(unknown)}")
+        raise TargetError(f"{arg('exclude_modules')}: no linear module is called {', '.join(unknown)}")
     return {path for path in found if any(is_suffix(path, name) for name in names)}
 
 
@@ -271,9 +271,9 @@ def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: 
         name = f"{last_name(path)} {projection.shape}"
         suffixes.setdefault(name, []).append(path)
     listing = "\n".join(f"  {name}: {len(paths)} ×, such as {paths[0]}" for name, paths in sorted(suffixes.items()))
-    without = f" without exclude_modules={excluded!r}" if excluded is not None else ""
+    without = f" without {arg('exclude_modules', excluded)}" if excluded is not None else ""
     return (
-        f"target_modules={wanted!r}{without} matches no linear module. The model has these:\n{listing}\n"
+        f"{arg('target_modules', wanted)}{without} matches no linear module. The model has these:\n{listing}\n"
         f"{_suggestion(suffixes)}"
     )
 
@@ -296,8 +296,8 @@ def _suggestion(names: Mapping[str, Sequence[str]]) -> str:
         }
     )
     if not likely or any(name.isdigit() for name in likely):
-        return "Pass target_modules= with some of these names."
-    return f"Pass those that are projections, such as target_modules={likely}"
+        return f"Pass {arg('target_modules', ...)} with some of these names."
+    return f"Pass those that are projections, such as {arg('target_modules', likely)}"
 
 
 def _refuse_tied(model: nn.Module, chosen: Mapping[str, Projection]) -> None:

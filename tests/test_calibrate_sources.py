@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from spp.calibrate import prune
-from spp.calibrate.sources import DataSet, check_source, documents
+from spp.calibrate.sources import documents
 from spp.calibrate.windows import calibration_windows, check_calibration, needs_tokenizer
+from spp.configs.calibration import DataSet, check_source
 from spp.errors import DataError, DependencyError, SPPWarning
 from tests.models import tiny_llama, tiny_tokenizer
 

@@ -164,7 +164,7 @@ def test_a_merge_does_not_write_to_a_disk(way: str, first: str, tmp_path: Path) 
     model = prepared(WAYS[way], first, tmp_path)
     train(model)
     before = logits(model)
-    with pytest.raises(ConfigError, match=r"is offloaded to a disk .* `spp merge BASE path OUT`"):
+    with pytest.raises(ConfigError, match=r"is offloaded to a disk .* spp\.merge_checkpoint\(base, path, out\)"):
         spp.merge(model)
     assert_same_bits(logits(model), before)
     model = prepared(to_memory, first, tmp_path)

@@ -11,7 +11,7 @@ from spp.calibrate import LayerReport, PruneReport
 from spp.certificate import report_from_tensors
 from spp.errors import SPPWarning
 from spp.inject import wrap
-from spp.merge import merge
+from spp.merge_model import merge
 from spp.merge_report import LayerMerge, MergeReport
 from spp.report import Table, byte_text, kind_of, merge_table, prune_lines, prune_table, sparsity_table, time_text
 from tests.models import prune_nm_, tiny_llama

@@ -84,7 +84,7 @@ def test_a_file_is_written(tmp_path: Path) -> None:
         path = tmp_path / f"zeros.{ending}"
         plot_sparsity(report, "a model", path, overwrite=False)
         assert path.read_bytes().startswith(start)
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="overwrite=True"):
         plot_sparsity(report, "a model", path, overwrite=False)
     plot_sparsity(report, "a model", path, overwrite=True)
     text = (tmp_path / "zeros.svg").read_text()

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import spp
 from spp.bench.compare.chart import draw
-from spp.bench.compare.config import CompareConfig
 from spp.bench.compare.results import NAME
 from spp.bench.compare.study import compare, missing, plan_of, write_report
 from spp.bench.compare.tables import markdown
+from spp.configs.comparing import CompareConfig
 from spp.errors import DataError, SPPError
 from spp.files import read_json
 from spp.report_plot import check_plot

@@ -34,7 +34,7 @@ from spp.bench.cached import cached_share
 from spp.bench.models import SHAPES
 from spp.bench.plot import plot_ratios
 from spp.checkpoint import certify, merge_checkpoint, verify
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, SPPError
 from spp.files import CheckpointReader, mask_sha256, save_tensors, values_sha256, write_json, write_tensors
 from spp.files.hashes import tensor_bytes

@@ -24,8 +24,8 @@ from spp.bench.floor import forward_passes
 from spp.bench.models import add_model_options, load_dense, model_arguments
 from spp.bench.plot import plot_ratios
 from spp.calibrate import prune
-from spp.calibrate.methods import METHODS
 from spp.calibrate.windows import calibration_windows
+from spp.configs.pruning import METHODS
 from spp.errors import ConfigError, SPPError
 from spp.patterns import Pattern
 from spp.report import Table, byte_text

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from spp.errors import NonFiniteError, TargetError
+from spp.errors import NonFiniteError, TargetError, arg
 from spp.patterns import all_finite
 
 BATCH_TOKENS = 2048  # windows are run together up to this many tokens
@@ -52,14 +52,14 @@ def find_blocks(model: nn.Module, targets: Sequence[str]) -> tuple[str, list[nn.
     else:
         raise TargetError(
             "the model has no list of blocks (nn.ModuleList) that holds the target modules, so it cannot be "
-            'run block by block; method="magnitude" without calibration does not need to'
+            f"run block by block; {arg('method', 'magnitude')} without calibration does not need to"
         )
     outside = [target for target in targets if not _inside(target, path)]
     if outside:
         raise TargetError(
             f"{len(outside)} target modules lie outside the decoder blocks {path!r} and cannot be calibrated with "
-            f"them: {', '.join(outside[:5])}{', …' if len(outside) > 5 else ''}; leave them out with exclude_modules, "
-            f'or use method="magnitude" for them'
+            f"them: {', '.join(outside[:5])}{', …' if len(outside) > 5 else ''}; leave them out with "
+            f"{arg('exclude_modules')}, or use {arg('method', 'magnitude')} for them"
         )
     if len({id(block) for block in blocks}) < len(blocks):
         raise TargetError(f"some blocks of {path!r} are the same module: pruning one would change the other")
@@ -124,8 +124,8 @@ class BlockRunner:
             raise TargetError(f"{self._path}.{index} returns a {type(output).__name__}, not hidden states")
         if not all_finite(hidden):
             raise NonFiniteError(
-                f"the output of {self._path}.{index} holds NaN or infinity; load the model in a wider dtype, such as "
-                f"dtype=torch.float32"
+                f"the output of {self._path}.{index} holds NaN or infinity",
+                remedy=f"load the model in a wider dtype, such as {arg('dtype', torch.float32)}",
             )
         self._outputs[batch] = output
 

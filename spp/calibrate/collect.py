@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spp.calibrate.blocks import BlockRunner, Reached
-from spp.calibrate.methods import LayerInputs, Method
+from spp.calibrate.methods import LayerInputs
 from spp.calibrate.routed import routed_inputs
-from spp.errors import NonFiniteError
+from spp.configs.pruning import Method
+from spp.errors import NonFiniteError, arg
 from spp.pruning.stats import StatsCollector
 from spp.targets_layout import Projection
 
@@ -64,8 +66,9 @@ def _require_finite(collector: StatsCollector, where: str) -> None:
             collector.stats()
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"{where}: its {error}; load the model in a wider dtype, such as dtype=torch.float32, and check the "
-            f"calibration data"
+            f"{where}: its {error.marked}",
+            remedy=f"load the model in a wider dtype, such as {arg('dtype', torch.float32)}, and check the calibration "
+            f"data",
         ) from None
 
 

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from spp.calibrate.blocks import BlockRunner
 from spp.calibrate.collect import gather_inputs
-from spp.calibrate.methods import METHODS, LayerInputs, Method, prune_layer
+from spp.calibrate.methods import LayerInputs, prune_layer
 from spp.calibrate.report import LayerReport
+from spp.configs.pruning import METHODS, OWL, Method
 from spp.patterns import Pattern
-from spp.pruning.owl import OWL, outlier_share, owl_fractions
+from spp.pruning.owl import outlier_share, owl_fractions
 from spp.pruning.wanda import wanda_score
 from spp.targets_layout import Projection
 

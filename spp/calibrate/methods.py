@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spp.calibrate.report import LayerReport
-from spp.errors import ConfigError
+from spp.configs.pruning import Method
 from spp.patterns import Pattern, nonzero_mask
 from spp.pruning.dsnot import dsnot
 from spp.pruning.magnitude import magnitude_mask
@@ -26,52 +25,6 @@ from spp.targets_layout import Projection
 
 _NAMED = 8  # experts that a note names
 _DSNOT_THRESHOLD = 0.1  # of |ε| summed over the tokens of a window
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to prune.
-
-    Args:
-        name: what the user calls it.
-        mask: where the mask comes from: "magnitude", "wanda" or "sparsegpt".
-        refined: whether DSnoT refines it.
-    """
-
-    name: str
-    mask: str
-    refined: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs calibration inputs."""
-        return self.refined or self.mask != "magnitude"
-
-    @property
-    def updates(self) -> bool:
-        """Whether it changes the weights that stay."""
-        return self.mask == "sparsegpt" and not self.refined
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("magnitude", "magnitude"),
-        Method("wanda", "wanda"),
-        Method("sparsegpt", "sparsegpt"),
-        Method("dsnot", "wanda", refined=True),
-        Method("magnitude+dsnot", "magnitude", refined=True),
-        Method("wanda+dsnot", "wanda", refined=True),
-        Method("sparsegpt+dsnot", "sparsegpt", refined=True),
-    )
-}
-
-
-def get_method(name: str) -> Method:
-    """Return the method of that name, or raise a ConfigError that lists them."""
-    if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError(f"method is {name!r}; known: {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 class LayerInputs:

@@ -17,14 +17,14 @@ from tqdm import tqdm
 from spp.calibrate.blocks import BlockRunner, evaluating, find_blocks
 from spp.calibrate.loop import layers_by_block, owl_patterns, prune_blocks
 from spp.calibrate.methods import prune_layer
-from spp.calibrate.plan import Names, Patterns, PruneOptions, check_layer, make_plan
+from spp.calibrate.plan import check_layer, make_plan
 from spp.calibrate.report import PruneReport
-from spp.calibrate.windows import Calibration
+from spp.calibrate.windows import Calibration, check_calibration
+from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.errors import NonFiniteError, WrapError
 from spp.inject import is_wrapped
 from spp.inject_packed import packed_layers
 from spp.patterns import Pattern
-from spp.pruning.owl import OWL
 
 
 def prune(
@@ -90,6 +90,8 @@ def prune(
         seed=seed,
         owl=owl,
     )
+    if calibration is not None:
+        check_calibration(calibration)
     if is_wrapped(model):
         raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then prune")
     if packed_layers(model):
@@ -115,5 +117,7 @@ def prune(
                 BlockRunner(model, root, blocks, plan.windows), of_block, plan.method, patterns, plan.windows
             )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error} (blocks before it are pruned already: load the model anew)") from error
+            raise NonFiniteError(
+                f"{error.marked} (blocks before it are pruned already: load the model anew)"
+            ) from error
     return plan.report(done, started)

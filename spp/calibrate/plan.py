@@ -7,91 +7,27 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.calibrate.methods import Method, get_method
 from spp.calibrate.report import LayerReport, PruneReport
-from spp.calibrate.windows import Calibration, calibration_windows, check_calibration, describe_calibration, load_ids
-from spp.config import check_names, name_matches
-from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning
+from spp.calibrate.windows import Calibration, calibration_windows, describe_calibration, load_ids
+from spp.configs.checks import name_matches
+from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
+from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning, arg
 from spp.patterns import Pattern, all_finite
-from spp.pruning.owl import OWL
 from spp.targets import resolve_projections
 from spp.targets_layout import Projection, find_projections
 
 logger = logging.getLogger(__name__)
 
-Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
-Names = str | list[str] | tuple[str, ...] | None
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """The options of `spp.prune`, whose fields they are.
-
-    Raises:
-        ConfigError, PatternError, DataError: what is wrong with them whatever the model.
-
-    Example:
-        >>> PruneOptions("magnitude", "2:4").method
-        'magnitude'
-    """
-
-    method: str = "wanda"
-    pattern: Patterns = "2:4"
-    calibration: Calibration | None = None
-    target_modules: Names = None
-    exclude_modules: Names = None
-    nsamples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
-    owl: OWL | None = None
-
-    def __post_init__(self) -> None:
-        method, owl = get_method(self.method), self.owl
-        check_patterns(self.pattern)
-        if owl is not None and not isinstance(owl, OWL):
-            raise ConfigError(f"owl is {owl!r}; pass spp.pruning.OWL() with its options, or None")
-        if owl is not None and (isinstance(self.pattern, Mapping) or Pattern.parse(self.pattern).is_nm):
-            raise ConfigError(
-                f"owl= gives blocks different fractions, so pattern must be one fraction; it is {self.pattern!r}"
-            )
-        for name, value in (("nsamples", self.nsamples), ("seqlen", self.seqlen)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be an int of at least 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed is {self.seed!r}; it must be an int of at least 0 and below 2**64")
-        check_names("target_modules", self.target_modules)
-        check_names("exclude_modules", self.exclude_modules)
-        if self.calibration is not None:
-            check_calibration(self.calibration)
-        elif method.calibrated or owl is not None:
-            who = f"method {self.method!r}" if method.calibrated else "owl="
-            raise ConfigError(
-                f"{who} needs calibration data: pass calibration= (a text, JSON or JSONL file, token ids (k, L) or a "
-                f"file of them, a data set; in Python a list of texts too, with tokenizer= for all text); "
-                f'method="magnitude" alone needs none'
-            )
-
-    @property
-    def described(self) -> str | dict[str, str]:
-        """What a report says of the pattern that was asked for."""
-        if isinstance(self.pattern, Mapping):
-            return {name: str(Pattern.parse(value)) for name, value in self.pattern.items()}
-        return str(Pattern.parse(self.pattern))
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the options as keyword arguments of `spp.prune`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -158,16 +94,6 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     return PrunePlan(options, get_method(options.method), layers, patterns, windows)
 
 
-def check_patterns(pattern: Patterns) -> None:
-    """Raise a PatternError where a pattern, or a name in a mapping of them, makes no sense."""
-    for name, value in pattern.items() if isinstance(pattern, Mapping) else [(".*", pattern)]:
-        Pattern.parse(value)
-        try:
-            re.compile(name)
-        except (re.error, TypeError) as error:
-            raise PatternError(f"pattern: the name {name!r} is not a regular expression: {error}") from None
-
-
 def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dict[str, Pattern]:
     """Return the pattern of each layer.
 
@@ -182,11 +108,12 @@ def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dic
     for path in layers:
         name = next((name for name in parsed_by_name if name_matches(path, name)), None)
         if name is None:
-            raise PatternError(f'no name in pattern={dict(pattern)} matches {path}; add ".*" for all others')
+            told = arg("pattern", dict(pattern))
+            raise PatternError(f'no name in {told} matches {path}; add ".*" for all others')
         found[path] = name
     unused = sorted(set(parsed_by_name) - set(found.values()))
     if unused:
-        raise PatternError(f"names in pattern= that decide about no target module: {', '.join(unused)}")
+        raise PatternError(f"names in {arg('pattern', ...)} that decide about no target module: {', '.join(unused)}")
     return {path: parsed_by_name[name] for path, name in found.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spp.errors import TargetError
+from spp.errors import TargetError, arg
 from spp.targets_layout import Projection
 from spp.targets_products import ExpertProducts, plain_experts
 
@@ -52,5 +52,5 @@ def routed_inputs(projections: Mapping[str, Projection], read: Callable[[str, in
     if unseen:
         raise TargetError(
             f"{unseen[0]}: its experts ran, but not through a product with their matrices that can be followed; "
-            f'leave it out with exclude_modules, or use method="magnitude" for it'
+            f"leave it out with {arg('exclude_modules')}, or use {arg('method', 'magnitude')} for it"
         )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.calibrate.sources import KNOWN, check_source, documents, is_data_set, is_ids, read_ids
-from spp.errors import DataError, SPPWarning
+from spp.calibrate.sources import documents, read_ids
+from spp.configs.calibration import KNOWN, check_source, is_data_set, is_ids
+from spp.errors import DataError, SPPWarning, arg
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ def check_calibration(calibration: Calibration) -> None:
         check_source(os.fspath(calibration))
     elif not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
         raise DataError(
-            f"calibration is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a path or id: "
+            f"{arg('calibration')} is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a "
+            f"path or id: "
             f"{KNOWN}"
         )
 
@@ -86,11 +88,14 @@ def calibration_windows(
         return _drawn_rows(calibration, nsamples, generator)
     if tokenizer is None:
         raise DataError(
-            "calibration is text, and text needs the model's tokenizer: pass tokenizer=, or token ids (k, L)"
+            f"{arg('calibration')} is text, and text needs the model's tokenizer: pass {arg('tokenizer', ...)}, or "
+            f"token "
+            f"ids (k, L)"
         )
     if not callable(tokenizer):
         raise DataError(
-            f"tokenizer is {tokenizer!r}, which cannot be called with a text: pass the model's tokenizer itself, "
+            f"{arg('tokenizer')} is {tokenizer!r}, which cannot be called with a text: pass the model's tokenizer "
+            f"itself, "
             f"such as AutoTokenizer.from_pretrained(…)"
         )
     source = os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
@@ -142,7 +147,7 @@ def _cut(texts: Iterator[str], whole: bool, where: str, tokenizer: Any, nsamples
     if windows == 0:
         raise DataError(
             f"calibration text is too short: {where} gives {len(tokens)} tokens, less than one window of "
-            f"seqlen={seqlen}; pass more text or a smaller seqlen"
+            f"{arg('seqlen', seqlen)}; pass more text or a smaller {arg('seqlen')}"
         )
     if windows < nsamples:
         warnings.warn(

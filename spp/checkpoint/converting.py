@@ -20,7 +20,7 @@ from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, NonFiniteError
 from spp.files import CheckpointReader, content_crc32
-from spp.merge import check_rounding
+from spp.merge_model import check_rounding
 from spp.patterns import Pattern
 from spp.pst import PSTConfig
 from spp.pst.files import PSTState, read

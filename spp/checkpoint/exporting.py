@@ -29,7 +29,7 @@ from spp.checkpoint.export_report import ExportReport, report_export
 from spp.checkpoint.saving import make_certificate
 from spp.checkpoint.sources import checkpoint_directory, open_source
 from spp.checkpoint.verifying import header_problems, pruned_matrices, verify
-from spp.errors import CheckpointError, ConfigError, MaskError
+from spp.errors import CheckpointError, ConfigError, MaskError, call
 from spp.files import (
     CheckpointReader,
     atomic_directory,
@@ -93,7 +93,7 @@ def export_packed(
     with made as directory, DenseReader(base) as reader:
         config = _config_of(reader)
         if reader.packed or packed_settings(config) is not None:
-            raise ConfigError(f"{base} is packed already; spp.export_dense makes it dense")
+            raise ConfigError(f"{base} is packed already; {call('export_dense')} makes it dense")
         if config.get("quantization_config") is not None:
             raise ConfigError(f"{base} is quantized, which is small already: it is not packed")
         packing = _Packing(reader, strict_bits)
@@ -140,7 +140,7 @@ def export_dense(
     made = atomic_directory(out_dir, overwrite=overwrite, copies=[base])
     with made as directory, DenseReader(base) as reader:
         if not reader.packed:
-            raise ConfigError(f"{base} is not packed; spp.export_packed packs it")
+            raise ConfigError(f"{base} is not packed; {call('export_packed')} packs it")
         config = _config_of(reader)
         if packed_settings(config) is not None:
             del config["quantization_config"]
@@ -272,8 +272,8 @@ def _certify(reader: DenseReader) -> Certificate:
     if not same or (known.base and known.base.fingerprint != known.fingerprint()):
         verify(reader.directory, deep=deep)  # says what is amiss
         raise CheckpointError(
-            f"{reader.directory}: its {CERTIFICATE_NAME} names other tensors than this spp would; spp.certify(dir) "
-            f"writes a new one"
+            f"{reader.directory}: its {CERTIFICATE_NAME} names other tensors than this spp would; "
+            f"{call('certify', 'dir')} writes a new one"
         )
     return known
 

@@ -28,7 +28,7 @@ from spp.checkpoint.shards import output, write_shards
 from spp.checkpoint.sources import checkpoint_directory
 from spp.errors import AdapterError, MaskError, SPPWarning
 from spp.files import CheckpointReader
-from spp.merge import check_rounding, draw_seed
+from spp.merge_model import check_rounding, draw_seed
 from spp.merge_report import MergeReport
 from spp.rules.idle import idle_reason
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from spp.calibrate.plan import Names
 from spp.checkpoint.sources import checkpoint_directory
 from spp.checkpoint_prune_model import StreamedModel
+from spp.configs.pruning import Names
 from spp.experts_forward import adapt_experts
 from spp.experts_packed import PackedExperts
 from spp.inject_guards import guard_saving, replace_modules

@@ -15,9 +15,9 @@ from torch import Tensor
 from spp.checkpoint.adapters import Part
 from spp.checkpoint.sources import input_axes, require_projections
 from spp.checkpoint_keys import DiskKeys, Group
-from spp.errors import AdapterError, ConfigError, StreamingError
+from spp.errors import AdapterError, ConfigError, StreamingError, call
 from spp.files import CheckpointReader, dtype_name
-from spp.merge import DTYPES
+from spp.merge_model import DTYPES
 from spp.packed.disk import is_packed
 from spp.rules import Rule, get_rule
 from spp.targets_layout import as_matrices, find_projections
@@ -73,7 +73,9 @@ class Places:
 
     def __init__(self, reader: CheckpointReader, parts: Sequence[Part]) -> None:
         if is_packed(reader):
-            raise ConfigError(f"{reader.directory} is packed; spp.export_dense(dir, out) gives the dense checkpoint")
+            raise ConfigError(
+                f"{reader.directory} is packed; {call('export_dense', 'dir, out')} gives the dense checkpoint"
+            )
         self._reader = reader
         paths = list(dict.fromkeys(path for part in parts for path in part.layers))
         found, self.disk = locate(reader, paths)

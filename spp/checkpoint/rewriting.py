@@ -24,7 +24,7 @@ from spp.files import CheckpointReader
 from spp.files.header import size_of
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix
-from spp.merge import DTYPES
+from spp.merge_model import DTYPES
 from spp.targets import is_projection_key
 
 

@@ -24,7 +24,7 @@ from spp.checkpoint.sources import (
     unreadable_in,
 )
 from spp.checkpoint.verdicts import CONTENTS, FINITE, MASK, Problem, Verification, raise_differences
-from spp.errors import CheckpointError, ConfigError, SPPWarning
+from spp.errors import CheckpointError, ConfigError, SPPWarning, arg, call
 from spp.files import CheckpointReader
 from spp.packed.disk import DenseReader
 from spp.patterns import count_kept, pack_bits
@@ -100,12 +100,14 @@ def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool
     """Do what `verify` does, and return what was found instead of raising it; arguments as there."""
     if after is not None:
         if deep:
-            raise ConfigError("deep=True compares a directory with its certificate; it needs one argument, not two")
+            raise ConfigError(
+                f"{arg('deep', True)} compares a directory with its certificate; it needs one argument, not two"
+            )
         with open_source(before) as one, open_source(after) as other:
             return _examine_two(*same_names(one, other))
     if isinstance(before, nn.Module):
         raise ConfigError(
-            "a model in memory has no certificate; pass what to compare it with: spp.verify(before, after)"
+            f"a model in memory has no certificate; pass what to compare it with: {call('verify', 'before, after')}"
         )
     return _examine_directory(checkpoint_directory(before), deep)
 
@@ -219,7 +221,8 @@ def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:
         certificate = Certificate.read(directory)
         if deep and certificate.content_sha256 is None:
             raise CheckpointError(
-                f"the certificate of {directory} holds no sha256 of contents; spp.certify(dir, deep=True) writes them"
+                f"the certificate of {directory} holds no sha256 of contents; {call('certify', 'dir', deep=True)} "
+                f"writes them"
             )
         problems = header_problems(certificate, reader)
         misshapen = {problem.key for problem in problems if problem.kind == MASK}

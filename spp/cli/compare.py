@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spp.cli import console
+from spp.cli.options import command
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import GROUPS, KINDS
+from spp.configs.options import RUN, Option
+
+if TYPE_CHECKING:
+    from spp.bench.compare.results import Results
 
 NAME = "compare"
 
@@ -15,7 +22,6 @@ NAME = "compare"
 def _show_all(wanted: bool) -> None:
     if not wanted:
         return
-    from spp.bench.compare.contenders import GROUPS, KINDS
     from spp.report import Table
 
     rows = []
@@ -28,49 +34,19 @@ def _show_all(wanted: bool) -> None:
     raise typer.Exit()
 
 
+@command(CompareConfig)
 def run(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of the pruned model.")],
-    output_dir: Annotated[Path, typer.Argument(help="Directory for results.json and results.md.")],
-    data: Annotated[list[str], typer.Option(help="Training data, as for spp tune; may be repeated.")],
-    contenders: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Names with options, such as spp:r=8,dropout=0.05, or the groups main, ranks, dropout, ablations; "
-            "several with blanks between them, or repeated (default: main). --list shows all."
-        ),
-    ] = None,
-    dense: Annotated[
-        str | None, typer.Option(help="The model before it was pruned: for a row of its own, for PST and mask updates.")
-    ] = None,
-    eval_text: Annotated[
-        Path | None, typer.Option(help="Text to measure on (default: held out from the data).")
-    ] = None,
-    lr: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Learning rates to choose from: 4e-3,1e-2 for all, hira=4e-3,1e-2 for one; may be repeated "
-            "(default: three of each contender's own)."
-        ),
-    ] = None,
-    extend: Annotated[int, typer.Option(help="Learning rates tried beyond these where the best is at an end.")] = 1,
-    seeds: Annotated[str, typer.Option(help="Seeds; the learning rate is chosen with the first.")] = "0",
-    budget: Annotated[
-        str, typer.Option(help="What is equal: steps, time, or parameters (where there is a rank).")
-    ] = "steps",
-    steps: Annotated[int, typer.Option(help="Optimizer steps; with --budget time, those of spp.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 2,
-    block_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
-    window: Annotated[int, typer.Option(help="Tokens of a window of text that is measured.")] = 512,
-    test_windows: Annotated[int, typer.Option(help="Windows of text, or instruction rows, to measure on.")] = 20,
-    validation_windows: Annotated[int, typer.Option(help="Others, to choose the learning rate by.")] = 10,
-    cost_rounds: Annotated[int, typer.Option(help="Interleaved rounds of the step times; 0 measures no cost.")] = 5,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Draw quality against cost: a .png, .svg or .pdf file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where there are results.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results that there are.")] = False,
+    config: CompareConfig,
+    plot: Annotated[Path | None, Option("Draw quality against cost: a .png, .svg or .pdf file.", RUN)] = None,
     list_all: Annotated[
-        bool, typer.Option("--list", is_eager=True, callback=_show_all, help="Show the contenders and their options.")
+        bool,
+        typer.Option(
+            "--list",
+            is_eager=True,
+            callback=_show_all,
+            help="Show the contenders and their options.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
 ) -> None:
     """Compare SPP with its peers: perplexity, zeros, parameters, time and memory under one trainer.
@@ -80,29 +56,16 @@ def run(
 
     Example: spp compare pruned comparison --data train.txt --eval-text valid.txt --contenders "spp hira masked-lora"
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if v is not None and k not in ("plot", "list_all")}
-    given["contenders"] = tuple(name for text in contenders or ["main"] for name in text.split())
-    given["lr"], given["data"] = tuple(lr or ()), tuple(data)
-    given["seeds"] = tuple(_seed(text) for text in seeds.replace(",", " ").split())
-    compare_with(given, plot, overwrite=overwrite or resume)
-
-
-def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -> None:
-    """Run the comparison and print its table."""
-    from spp.bench.compare.chart import draw
-    from spp.bench.compare.config import CompareConfig
-    from spp.bench.compare.results import NAME, REPORT
+    from spp.bench.compare.results import NAME
     from spp.bench.compare.study import compare
-    from spp.bench.compare.tables import main_table, notes, verdict
     from spp.files.hub import local_directory
     from spp.files.recognised import PICTURE
     from spp.report_plot import check_plot
 
-    config = CompareConfig(**given)
     if plot is not None:
         check_plot(plot)
-        console.check_file(plot, overwrite, PICTURE)
-    local_directory(given["model"], "model")
+        console.check_file(plot, config.overwrite or config.resume, PICTURE)
+    local_directory(str(config.model), "model")
     console.quiet_libraries()
     with console.log():
         try:
@@ -111,6 +74,15 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
             path = Path(str(config.output_dir)) / NAME
             console.note(f"interrupted{f'; --resume goes on with what {path} holds' if path.exists() else ''}")
             raise
+    show(results, plot, overwrite=config.overwrite or config.resume)
+
+
+def show(results: Results, plot: Path | None, *, overwrite: bool) -> None:
+    """Print the table of a comparison, and draw its chart."""
+    from spp.bench.compare.chart import draw
+    from spp.bench.compare.results import REPORT
+    from spp.bench.compare.tables import main_table, notes, verdict
+
     contents = results.read()
     console.show(main_table(contents))
     for line in filter(None, (verdict(contents), *notes(contents))):
@@ -120,11 +92,3 @@ def compare_with(given: dict[str, Any], plot: Path | None, *, overwrite: bool) -
     if plot is not None:
         draw(contents, plot, overwrite=overwrite)
         console.wrote(plot)
-
-
-def _seed(text: str) -> int:
-    from spp.errors import ConfigError
-
-    if not text.isdigit():
-        raise ConfigError(f"--seeds: {text!r} is no whole number of at least 0")
-    return int(text)

@@ -9,33 +9,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
-from tqdm import tqdm
+from spp.cli.options import Spellings, spoken
+from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning, arg
 
-from spp.cli.wording import Options, as_options
-from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning
-from spp.files import check_target
-from spp.files.recognised import FileKind
-from spp.report import Table, time_text
+if TYPE_CHECKING:
+    from spp.files.recognised import FileKind
+    from spp.report import Table
 
 _FOR_DEVELOPERS = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)  # nothing that a user can mend
-_options: Options = {}  # of the command that runs
+_spellings: Spellings | None = {}  # of the command that runs
 
 
-def speak_of(options: Options) -> None:
-    """Have messages of the library name these options."""
-    global _options
-    _options = options
+def speak_of(spellings: Spellings | None) -> None:
+    """Set how messages of the library spell arguments: as the command that runs does."""
+    global _spellings
+    _spellings = spellings
 
 
-def spoken(message: str) -> str:
-    """Return a message of the library in the words of the command that runs."""
-    return as_options(message, _options)
+def said(message: object) -> str:
+    """Return a message, or an exception of the library, in the words of the command that runs."""
+    return spoken(message, _spellings)
 
 
 def say(text: str = "") -> None:
@@ -50,6 +45,11 @@ def note(text: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table: drawn on a terminal that is wide enough, else in plain aligned columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
     text = table.text()
     width = max(map(len, text.splitlines())) + 2 * len(table.columns)
     if not sys.stdout.isatty() or width > Console().width:
@@ -70,6 +70,8 @@ def wrote(path: Path | str) -> None:
 @contextmanager
 def step(text: str) -> Iterator[None]:
     """Say on standard error that something long begins, and how long it took."""
+    from spp.report import time_text
+
     note(f"{text} …")
     start = time.perf_counter()
     try:
@@ -97,8 +99,10 @@ def log() -> Iterator[None]:
 class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
+        from tqdm import tqdm
+
         level = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(level + spoken(record.getMessage()), file=sys.stderr)
+        tqdm.write(level + record.getMessage(), file=sys.stderr)
 
 
 def quiet_libraries() -> None:
@@ -128,7 +132,7 @@ def show_warnings_on_one_line() -> None:
         line: str | None = None,
     ) -> None:
         if issubclass(category, SPPWarning):
-            note(f"warning: {spoken(str(message))}")
+            note(f"warning: {said(message)}")
         elif not issubclass(category, _FOR_DEVELOPERS):
             before(message, category, filename, lineno, file, line)
 
@@ -141,38 +145,15 @@ def pick_device(device: str) -> str:
     """Return the device that `auto`, `cpu` or `cuda` stands for.
 
     Raises:
-        ConfigError: it is none of these, or there is no such device.
+        ConfigError: there is no such device.
     """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device is {device!r}; known: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is cuda, but this torch ({torch.__version__}) finds no CUDA device")
+        raise ConfigError(f"{arg('device')} is cuda, but this torch ({torch.__version__}) finds no CUDA device")
     return device
-
-
-def pick_dtype(dtype: str, *, auto: bool = True) -> str:
-    """Check the name of a dtype; `auto` (the checkpoint's own) is one where it is allowed.
-
-    Raises:
-        ConfigError: it is not known.
-    """
-    known = (*(["auto"] if auto else []), "float32", "bfloat16", "float16")
-    if dtype not in known:
-        raise ConfigError(f"--dtype is {dtype!r}; known: {', '.join(known)}")
-    return dtype
-
-
-def names(values: list[str] | None) -> str | list[str] | None:
-    """Return what `--target-modules` means: nothing, `all-linear`, one regular expression, or several names."""
-    if not values:
-        return None
-    if len(values) == 1 and (values[0] == "all-linear" or not values[0].replace("_", "").replace(".", "").isalnum()):
-        return values[0]
-    return values
 
 
 def check_directory(path: Path, overwrite: bool) -> None:
@@ -186,7 +167,8 @@ def check_directory(path: Path, overwrite: bool) -> None:
     if path.is_file():
         raise OutputExistsError(f"{path} is a file; choose the name of a directory")
     if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists; choose another output, or replace it with --overwrite")
+        remedy = f"choose another output, or replace it with {arg('overwrite', True)}"
+        raise OutputExistsError(f"{path} exists", remedy=remedy)
 
 
 def check_file(path: Path, overwrite: bool, kind: FileKind) -> None:
@@ -196,10 +178,13 @@ def check_file(path: Path, overwrite: bool, kind: FileKind) -> None:
         OutputExistsError: it exists and is not to be replaced, or is a directory.
         OutputError: it could not be written.
     """
+    from spp.files import check_target
+
     if path.is_dir():
         raise OutputExistsError(f"{path} is a directory; choose the name of a file")
     if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists; choose another file, or replace it with --overwrite")
+        remedy = f"choose another file, or replace it with {arg('overwrite', True)}"
+        raise OutputExistsError(f"{path} exists", remedy=remedy)
     check_target(path, overwrite=overwrite, kind=kind)
 
 

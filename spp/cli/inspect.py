@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from spp.cli import console
-from spp.errors import ConfigError
-from spp.report import Table, byte_text, kind_of
+from spp.cli.options import command
+from spp.configs.checkpoints import InspectConfig
+from spp.errors import ConfigError, arg
+
+if TYPE_CHECKING:
+    from spp.report import Table
 
 NAME = "inspect"
 
 
-def run(
-    path: Annotated[str, typer.Argument(help="Directory or hub id of a model or an adapter.")],
-    every: Annotated[bool, typer.Option("--all", help="List every tensor in the table.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw layers × projections as a heat map: a .png, .svg or .pdf file.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --plot.")] = False,
-) -> None:
+@command(InspectConfig)
+def run(config: InspectConfig) -> None:
     """Show the sparsity of a model's projections, or an adapter's options and sizes.
 
     Example: spp inspect pruned --plot pruned.png
@@ -34,22 +30,22 @@ def run(
     from spp.report_heatmap import plot_sparsity
     from spp.report_plot import check_plot
 
-    directory = local_directory(path, "model or adapter")
-    if plot is not None:
-        check_plot(plot)
-        console.check_file(plot, overwrite, PICTURE)
+    directory = local_directory(config.path, "model or adapter")
+    if config.plot is not None:
+        check_plot(config.plot)
+        console.check_file(config.plot, config.overwrite, PICTURE)
     if (directory / "adapter_config.json").exists():
-        if plot is not None:
-            raise ConfigError(f"--plot draws the zeros of a model; {path} is an adapter")
-        for table in adapter_tables(directory, every=every):
+        if config.plot is not None:
+            raise ConfigError(f"{arg('plot')} draws the zeros of a model; {config.path} is an adapter")
+        for table in adapter_tables(directory, every=config.every):
             console.show(table)
         return
-    with console.step(f"reading {path}"):
+    with console.step(f"reading {config.path}"):
         report = sparsity(directory)
-    console.show(sparsity_table(report, every=every))
-    if plot is not None:
-        plot_sparsity(report, path, plot, overwrite=overwrite)
-        console.wrote(plot)
+    console.show(sparsity_table(report, every=config.every))
+    if config.plot is not None:
+        plot_sparsity(report, config.path, config.plot, overwrite=config.overwrite)
+        console.wrote(config.plot)
 
 
 def _held(forms: Mapping[str, str]) -> str:
@@ -61,6 +57,7 @@ def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
     from spp.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles, method_of, read_adapter
     from spp.pst.files import read
+    from spp.report import Table, byte_text, kind_of
 
     adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
     options = [("method", PEFT_TYPE if isinstance(adapter, AdapterFiles) else PST_TYPE)]

@@ -9,7 +9,7 @@ import typer
 
 from spp._version import __version__
 from spp.cli import bench, certify, compare, console, eval, export, inspect, merge, prune, push, tune, verify
-from spp.cli.wording import options_of
+from spp.cli.help import Command
 from spp.errors import SPPError
 
 app = typer.Typer(
@@ -17,14 +17,16 @@ app = typer.Typer(
     help="Fine-tune pruned language models and keep every zero.\n\n"
     "Models are directories or hub ids; outputs are new directories; --overwrite replaces earlier outputs, and "
     "nothing else.",
+    epilog="The Tab key completes commands and options after: spp --install-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prune, tune, merge, verify, certify, inspect, eval, compare, export, push):
-    app.command(name=command.NAME)(command.run)
+COMMANDS = {module.NAME: module.run for module in (prune, tune, merge, verify, certify, inspect, eval, compare)}
+COMMANDS |= {module.NAME: module.run for module in (export, push)}
+for name, run in COMMANDS.items():
+    app.command(name=name, cls=Command)(run)
 app.add_typer(bench.app, name="bench")
 
 _debug = False
@@ -47,8 +49,9 @@ def options(
     """Set what holds for every command."""
     global _debug
     _debug = debug
-    commands = getattr(context.command, "commands", {})
-    console.speak_of(options_of(commands.get(context.invoked_subcommand)))
+    # The benchmarks read their own options: there every argument is one.
+    command = COMMANDS.get(context.invoked_subcommand or "")
+    console.speak_of(None if command is None else command.spellings)
     console.show_warnings_on_one_line()
     if not debug:
         console.quiet_imports()
@@ -61,8 +64,8 @@ def main() -> None:
     except SPPError as error:
         if _debug:
             raise
-        console.note(f"error: {console.spoken(str(error))}")
+        console.note(f"error: {console.said(error)}")
         sys.exit(1)
     except KeyboardInterrupt as interruption:
-        console.note(str(interruption) or "interrupted")
+        console.note(console.said(interruption) or "interrupted")
         sys.exit(130)

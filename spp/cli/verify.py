@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from spp.cli import console
-from spp.errors import ConfigError
+from spp.cli.options import command
+from spp.configs.checkpoints import VerifyConfig
 
 NAME = "verify"
 
 
-def run(
-    before: Annotated[str, typer.Argument(help="The pruned checkpoint; alone: a checkpoint with a certificate.")],
-    after: Annotated[str | None, typer.Argument(help="The checkpoint that must have the same zeros.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="The pruned checkpoint whose zeros the first one must have: BEFORE, named last.")
-    ] = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Compare sha256 of contents too, where the certificate has them.")
-    ] = False,
-    every: Annotated[bool, typer.Option("--all", help="List every tensor in the table.")] = False,
-) -> None:
+@command(VerifyConfig)
+def run(config: VerifyConfig) -> None:
     """Check that two checkpoints have the same zeros, or one against its own certificate; exit code 1 if not.
 
     The tables give a verdict on each tensor: its zeros and pattern, whether it is finite, and with a certificate its
@@ -35,16 +24,13 @@ def run(
     """
     from spp.certificate import CERTIFICATE_NAME
 
-    if against is not None and after is not None:
-        raise ConfigError("--against names the pruned checkpoint; leave out AFTER, or pass BEFORE AFTER without it")
-    if against is not None:
-        before, after = against, before
+    before, after = config.pair
     if after is None:
-        _check(before, None, deep, every)
+        _check(before, None, config.deep, config.every)
         return
-    _check(before, after, False, every)
+    _check(before, after, False, config.every)
     if (Path(after) / CERTIFICATE_NAME).is_file():
-        _check(after, None, deep, every)
+        _check(after, None, config.deep, config.every)
     else:
         console.say(f"{after} has no {CERTIFICATE_NAME}: its values were not checked")
 

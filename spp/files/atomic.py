@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from spp.errors import OutputError, OutputExistsError
+from spp.errors import OutputError, OutputExistsError, arg
 from spp.files.failures import is_failure_to_write, output_error
 from spp.files.leftovers import make_temporary, prefix, recover_siblings, remove
 from spp.files.recognised import ANY_OUTPUT, FileKind, require_replaceable, require_replaceable_file, shown
@@ -138,9 +138,8 @@ def _check_target(path: Path, overwrite: bool, directory: bool, judge: Judge) ->
     except FileNotFoundError:
         return
     if not overwrite:
-        raise OutputExistsError(
-            f"{shown(path)} exists already; choose another path, or pass overwrite=True (--overwrite)"
-        )
+        remedy = f"choose another path, or pass {arg('overwrite', True)}"
+        raise OutputExistsError(f"{shown(path)} exists already", remedy=remedy)
     if stat.S_ISLNK(mode):  # which is left of a path without links
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     if stat.S_ISDIR(mode) != directory:

@@ -15,7 +15,6 @@ import torch
 
 from spp.errors import DataError, DependencyError
 
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _BUFFER = 10_000  # rows of a stream that are shuffled at a time
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from typing import Any
 from spp.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
 from spp.certificate import Certificate
 from spp.checkpoint.carrying import CARD_NAME
-from spp.errors import CheckpointError, ConfigError
+from spp.errors import CheckpointError, ConfigError, arg
 from spp.files import read_json
 from spp.packed.disk import is_packed_directory
 from spp.report import Table, sparsity_table
@@ -54,7 +54,7 @@ def make_card(
         ConfigError: `base` is no hub id.
     """
     if base is not None and not _HUB_ID.fullmatch(base):
-        raise ConfigError(f"base is {base!r}; the card needs a hub id, such as owner/name")
+        raise ConfigError(f"{arg('base')} is {base!r}; the card needs a hub id, such as owner/name")
     found_run = run if run is not None else _run_beside(directory)
     recipe = {} if found_run is None else read_json(found_run / "config.json", "the run's config")
     results = _results(found_run)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -23,13 +22,13 @@ from spp.adapter_files import CONFIG_NAME, adapter_without_update, read_adapter
 from spp.certificate import CERTIFICATE_NAME
 from spp.checkpoint import verify
 from spp.checkpoint.carrying import CARD_NAME
-from spp.errors import CheckpointError, ConfigError, HubError, OutputExistsError, SPPWarning
+from spp.configs.checkpoints import check_repo_id
+from spp.errors import CheckpointError, HubError, OutputExistsError, SPPWarning, arg, call
 from spp.files import recover
 from spp.files.reader import require_inside
 from spp.integrations.card import make_card
 
 _KEPT = (".gitattributes", CARD_NAME)  # files of a repository that stay though the folder lacks them
-_REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ def push(
         >>> push("run/adapter", "owner/name", dry_run=True).files  # doctest: +SKIP
         {'README.md': 1514, 'adapter_config.json': 2711, 'adapter_model.safetensors': 9871360}
     """
-    if not _REPO_ID.fullmatch(repo_id):
-        raise ConfigError(f"repo_id is {repo_id!r}; it must be owner/name")
+    check_repo_id(repo_id)
     recover(dir)
     directory = Path(dir)
     if not directory.is_dir():
@@ -139,8 +137,8 @@ def _check(directory: Path) -> None:
         verify(directory)
     else:
         raise CheckpointError(
-            f"{directory} is no adapter and has no {CERTIFICATE_NAME}; spp.certify(dir) writes the certificate of a "
-            f"model"
+            f"{directory} is no adapter and has no {CERTIFICATE_NAME}; {call('certify', 'dir')} writes the certificate "
+            f"of a model"
         )
 
 
@@ -166,8 +164,8 @@ def _prepare(api: Any, repo_id: str, private: bool | None, revision: str | None,
         return set()
     if not overwrite:
         raise OutputExistsError(
-            f"the repository {repo_id} exists already; choose another name, or replace what is in it with "
-            f"overwrite=True (--overwrite)"
+            f"the repository {repo_id} exists already",
+            remedy=f"choose another name, or replace what is in it with {arg('overwrite', True)}",
         )
     return set(api.list_repo_files(repo_id, revision=revision))
 

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from spp.errors import ConfigError
-
-ACTIVATIONS = ("full", "bfloat16")
+from spp.configs.adapter import ACTIVATIONS
+from spp.configs.checks import check_choice
 
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # X -> (its version, its copy), while X lives
 
 
 def check_saved_activations(choice: str) -> None:
     """Raise a ConfigError unless `choice` is "full" or "bfloat16"."""
-    if choice not in ACTIVATIONS:
-        raise ConfigError(f"saved_activations is {choice!r}; known: {', '.join(ACTIVATIONS)}")
+    check_choice("saved_activations", choice, ACTIVATIONS)
 
 
 def kept_for_backward(x: Tensor, choice: str) -> Tensor:

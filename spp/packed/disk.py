@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from spp._version import __version__
+from spp.configs.pattern import USUAL_GROUPS
 from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, dtype_name, read_json
 from spp.files.hashes import tensor_bytes
 from spp.packed.layout import Layout
 from spp.packed.weight import DTYPES, PackedWeight
-from spp.patterns import USUAL_GROUPS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "spp_packed"

@@ -12,33 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from spp.errors import ConfigError, PatternError
-
-
-@dataclass(frozen=True)
-class OWL:
-    """The options of OWL.
-
-    Args:
-        threshold: M, how many times the mean a score must be above to be an outlier; the paper's 5.
-        spread: λ, half the distance between the sparsest and the densest block; the paper's 0.08.
-
-    Raises:
-        ConfigError: an option makes no sense.
-    """
-
-    threshold: float = 5.0
-    spread: float = 0.08
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.threshold) or not math.isfinite(self.threshold) or self.threshold <= 0:
-            raise ConfigError(f"OWL's threshold is {self.threshold!r}; it must be a finite number above 0")
-        if not _is_number(self.spread) or not 0 <= self.spread < 0.5:
-            raise ConfigError(f"OWL's spread is {self.spread!r}; it must be in [0, 0.5)")
+from spp.errors import PatternError
 
 
 def outlier_share(scores: Iterable[Tensor], threshold: float) -> float:
@@ -80,7 +57,3 @@ def owl_fractions(outliers: Sequence[float], fraction: float, spread: float) -> 
             f"{max(fractions):.3f}; they must lie between 0 and 1: take a spread below {room:.3f}"
         )
     return fractions
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

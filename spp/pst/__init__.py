@@ -10,7 +10,11 @@ The maths is in spp.pst.function.
 
 from __future__ import annotations
 
-from spp.pst.config import PSTConfig
+from spp.supported import require_supported
+
+require_supported()  # first: what follows may fail with other versions
+
+from spp.configs.pst import PSTConfig
 from spp.pst.files import load, save
 from spp.pst.layer import PSTLinear
 from spp.pst.model import convert, is_wrapped, pst_layers, set_sparsity, unwrap, wrap

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.adapter_files import CONFIG_NAME, PST_TYPE, WEIGHTS_NAME
+from spp.configs.pst import PSTConfig
 from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import (
     CheckpointReader,
@@ -26,7 +27,6 @@ from spp.files import (
 )
 from spp.files.hub import local_directory
 from spp.inject_guards import uncompiled
-from spp.pst.config import PSTConfig
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.config import SPPConfig
-from spp.errors import ConfigError, NonFiniteError, PatternError, TargetError
+from spp.configs.adapter import SPPConfig
+from spp.configs.pst import check_options, check_pattern
+from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layer_checks import check_linear, check_values
 from spp.layer_host import LinearHost
 from spp.layer_packed import PackedLinear
@@ -199,39 +200,6 @@ def _prepare_opaque_forward() -> None:
     global _opaque_forward
     if _opaque_forward is None:
         _opaque_forward = torch.compiler.disable(PSTLinear._compute)
-
-
-_TOO_LARGE = 2**63  # whole numbers from here on are none that torch takes
-
-
-def check_options(
-    weight_rank: object, weight_scale: object, mask_rank: object, low_rank_scale: object, structured_scale: object
-) -> None:
-    """Raise a ConfigError, naming it, for an option that makes no sense."""
-    for name, rank in (("weight_rank", weight_rank), ("mask_rank", mask_rank)):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"{name} is {rank!r}; it must be an int of at least 1")
-    scales = (
-        ("weight_scale", weight_scale),
-        ("low_rank_scale", low_rank_scale),
-        ("structured_scale", structured_scale),
-    )
-    for name, scale in scales:
-        whole = isinstance(scale, int) and not isinstance(scale, bool) and abs(scale) < _TOO_LARGE
-        if not whole and not (isinstance(scale, float) and abs(scale) <= torch.finfo(torch.float32).max):
-            raise ConfigError(f"{name} is {scale!r:.40}; it must be a finite number")
-
-
-def check_pattern(pattern: str | Pattern | None) -> Pattern | None:
-    """Return the parsed N:M pattern, or None; a PatternError for a fraction."""
-    if pattern is None:
-        return None
-    parsed = Pattern.parse(pattern)
-    if not parsed.is_nm:
-        raise PatternError(
-            f"pattern is {pattern!r}; it must be N:M or None: a fraction is the schedule's final_sparsity"
-        )
-    return parsed
 
 
 def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> None:

@@ -8,12 +8,12 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from spp.config import is_suffix
+from spp.configs.checks import is_suffix
+from spp.configs.pst import PSTConfig, check_pattern
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.inject import is_wrapped as is_spp_wrapped
 from spp.inject_guards import WrapState, begin, end, layer_generator, uncompiled
-from spp.pst.config import PSTConfig
-from spp.pst.layer import PSTLinear, check_base, check_pattern
+from spp.pst.layer import PSTLinear, check_base
 from spp.targets import resolve_projections, text_side
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ T steps in all, w_i and w_f the shares of them that stay at the initial and at t
 
 from __future__ import annotations
 
-import math
-
+from spp.configs.pst import check_schedule
 from spp.errors import ConfigError
 
 
@@ -51,22 +50,3 @@ def sparsity_schedule(
     left = 1 - (step - start) / span
     sparsity = final_sparsity + (initial_sparsity - final_sparsity) * left**3
     return min(max(sparsity, initial_sparsity), final_sparsity)
-
-
-def check_schedule(initial_warmup: float, final_warmup: float, initial_sparsity: float, final_sparsity: float) -> None:
-    """Raise a ConfigError, naming the number that is out of its range, unless a schedule can have these."""
-    for name, value, low, high in (
-        ("initial_warmup", initial_warmup, 0, 1),
-        ("final_warmup", final_warmup, 0, 1),
-        ("initial_sparsity", initial_sparsity, 0, math.nextafter(1, 0)),
-        ("final_sparsity", final_sparsity, 0, math.nextafter(1, 0)),
-    ):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not low <= value <= high:
-            raise ConfigError(f"{name} is {value!r}; it must be a number in [0, 1{']' if high == 1 else ')'}")
-    if initial_warmup + final_warmup > 1:
-        raise ConfigError(f"initial_warmup + final_warmup is {initial_warmup + final_warmup}; it must be at most 1")
-    if initial_sparsity > final_sparsity:
-        raise ConfigError(
-            f"initial_sparsity is {initial_sparsity}, above the final_sparsity {final_sparsity}: sparsity only grows"
-        )

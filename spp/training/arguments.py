@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from spp.training.config import TuneConfig
+from spp.configs.tuning import TuneConfig
 
 
 def training_arguments(config: TuneConfig, output_dir: Path, rows: int, *, save: bool = True) -> Any:

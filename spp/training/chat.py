@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.errors import DataError
+from spp.errors import DataError, arg
 from spp.evaluation import IGNORED
 from spp.training.rows import Message
 
@@ -72,8 +72,9 @@ def encode(
         return [_row(tokenizer, text, None, templated, block_length)]
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{type(tokenizer).__name__} cannot say which characters became which tokens, so the answers cannot "
-            "be told from the prompts: use a fast tokenizer, or completions_only=False"
+            f"{type(tokenizer).__name__} cannot say which characters became which tokens, so the answers cannot be "
+            f"told "
+            f"from the prompts: use a fast tokenizer, or {arg('completions_only', False)}"
         )
     text = _text(tokenizer, messages, where, templated, answer_next=False)
     answers = [
@@ -93,7 +94,7 @@ def _answer(tokenizer: Any, messages: list[Message], where: str, templated: bool
     if not text.startswith(prompt):
         raise DataError(
             f"{where}: with this tokenizer's chat template an answer does not continue its prompt, so the two cannot "
-            "be told apart: use completions_only=False"
+            f"be told apart: use {arg('completions_only', False)}"
         )
     return text, (len(prompt), len(text))
 

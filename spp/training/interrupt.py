@@ -11,12 +11,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from spp.errors import Marked, arg
+
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class TrainingInterrupted(KeyboardInterrupt):
+class TrainingInterrupted(Marked, KeyboardInterrupt):
     """Training was stopped by a signal after a resumable checkpoint was saved.
 
     A KeyboardInterrupt, so that nothing takes it for an error and goes on.
@@ -32,9 +34,8 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
         self.step = step
         super().__init__(
-            f"stopped by {signal.Signals(signal_number).name} after step {step}; saved {checkpoint}: "
-            "run the same again "
-            "with resume=True (--resume) to continue"
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; saved {checkpoint}",
+            remedy=f"run the same again with {arg('resume', True)} to continue",
         )
 
 

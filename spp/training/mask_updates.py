@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spp.errors import SPPWarning, WrapError
+from spp.configs.mask_updates import DECAYS, MaskUpdateOptions
+from spp.errors import SPPWarning, WrapError, arg
 from spp.kernels.blocks import row_step, slices
 from spp.patterns import nonzero_mask, pack_bits
 from spp.pruning.swap import swap
 from spp.rules import effective_weight
 from spp.rules.canonical import arithmetic_dtype
 from spp.training.dense_weights import DenseSource
-from spp.training.mask_options import DECAYS, check_mask_updates
 from spp.training.mask_state import LayerMask, MaskState
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,13 @@ class MaskUpdates(TrainerCallback):
         dense: DenseSource,
         *,
         every: int,
-        fraction: float = 0.1,
-        until: float = 0.75,
-        decay: str = "cosine",
-        drop: str = "activation",
-        grow: str = "gradient",
+        fraction: float = MaskUpdateOptions.fraction,
+        until: float = MaskUpdateOptions.until,
+        decay: str = MaskUpdateOptions.decay,
+        drop: str = MaskUpdateOptions.drop,
+        grow: str = MaskUpdateOptions.grow,
     ) -> None:
-        check_mask_updates(every, fraction, until, decay, drop, grow)
+        MaskUpdateOptions(every=every, fraction=fraction, until=until, decay=decay, drop=drop, grow=grow)  # checks
         self.dense, self.every, self.fraction, self.until = dense, every, fraction, until
         self.decay, self.drop, self.grow = decay, drop, grow
         self._state: MaskState | None = None
@@ -109,9 +109,11 @@ class MaskUpdates(TrainerCallback):
         last = math.ceil(self.until * state.max_steps) - 1  # at the end itself the fraction is 0
         if self.every > last:
             warnings.warn(
-                f"the masks stay as they are: the first update would be after step {self.every}, and the last may be "
-                f"after step {last} of {state.max_steps}; train for more steps, or lower mask_update_every=",
-                SPPWarning,
+                SPPWarning(
+                    f"the masks stay as they are: the first update would be after step {self.every}, and the last may "
+                    f"be after step {last} of {state.max_steps}; train for more steps, or lower "
+                    f"{arg('mask_update_every', ...)}"
+                ),
                 stacklevel=2,
             )
 

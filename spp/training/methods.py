@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from spp.adapters import load_adapter, store_adapter, warn_without_effect
 from spp.checkpoint import save_model
+from spp.configs.tuning import TuneConfig
 from spp.inject import is_wrapped, unwrap, wrap
 from spp.inject_activations import set_saved_activations
 from spp.inject_packed import pack, packed_layers, unpack
@@ -19,7 +20,6 @@ from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
 from spp.pst import wrap as wrap_pst
 from spp.training.adapter_trainer import AdapterTrainer
-from spp.training.config import TuneConfig
 from spp.training.mask_updates import MaskUpdates
 from spp.training.pst_trainer import PSTTrainer
 from spp.training.run_directory import RunDirectory
@@ -109,15 +109,7 @@ class SPPMethod(Method):
         if config.mask_update_every is None:
             return None
         assert config.dense_model is not None
-        updates = MaskUpdates(
-            config.dense_model,
-            every=config.mask_update_every,
-            fraction=config.mask_update_fraction,
-            until=config.mask_update_until,
-            decay=config.mask_update_decay,
-            drop=config.mask_update_drop,
-            grow=config.mask_update_grow,
-        )
+        updates = MaskUpdates(config.dense_model, **asdict(config.mask_updates()))
         updates.attach(model)
         return updates
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp.configs.calibration import JSON_SUFFIXES
 from spp.errors import DataError
-from spp.files.rows import JSON_SUFFIXES, read_dataset_rows, read_json_rows, read_text, shown
+from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | …, "content": str}
 

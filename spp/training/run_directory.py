@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from spp._version import __version__
-from spp.errors import CheckpointError, ConfigError, OutputExistsError
+from spp.configs.tuning import TuneConfig
+from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, output_error, read_json, require_directory, require_replaceable, write_json
 from spp.files.recognised import ADAPTER, MODEL, OWN, TRAININGS
-from spp.training.config import TuneConfig
 
 FORMAT = "spp-tune-1"
 
@@ -101,12 +101,13 @@ class RunDirectory:
         if earlier.get("format") != FORMAT:
             raise OutputExistsError(
                 f"{self.path} is not empty and no earlier run of this kind (its config.json does not say {FORMAT}): "
-                "choose another output_dir; nothing there is overwritten"
+                f"choose another {arg('output_dir')}; nothing there is overwritten"
             )
         if not (self.config.overwrite or self.config.resume):
             raise OutputExistsError(
-                f"{self.path} holds an earlier run: continue it with resume=True (--resume), replace it with "
-                "overwrite=True (--overwrite), or choose another output_dir"
+                f"{self.path} holds an earlier run",
+                remedy=f"continue it with {arg('resume', True)}, replace it with {arg('overwrite', True)}, or choose "
+                f"another {arg('output_dir')}",
             )
         if self.config.overwrite:
             self._require_replaceable()
@@ -127,12 +128,13 @@ class RunDirectory:
         if differing:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed with other options:\n  " + "\n  ".join(differing) + "\n"
-                "use the same options, or overwrite=True to start anew"
+                f"use the same options, or {arg('overwrite', True)} to start anew"
             )
         if earlier.get("data") != data:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed: its training data was another then ({earlier.get('data')}) "
-                f"than now ({data}); restore the data, or use overwrite=True to start anew"
+                f"than now ({data})",
+                remedy=f"restore the data, or use {arg('overwrite', True)} to start anew",
             )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from spp.configs.pst import check_schedule
 from spp.errors import ConfigError
 from spp.pst import set_sparsity, sparsity_schedule
 from spp.pst.model import require_layers
-from spp.pst.schedule import check_schedule
 
 
 class SparsitySchedule(TrainerCallback):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from spp.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
-from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
+from spp.errors import CheckpointError, ConfigError, MaskError, WrapError, arg
 from spp.inject import adapter_layers, adapter_parameters, is_wrapped
 from spp.inject_guards import uncompiled
 from spp.packed import PackedStack, PackedWeight
@@ -104,7 +104,7 @@ class SPPTrainer(AdapterTrainer):
         if has_masks != (self.mask_updates is not None):
             raise CheckpointError(
                 f"{directory} was written {'with' if has_masks else 'without'} mask updates; resume it likewise "
-                "(mask_updates=)"
+                f"({arg('mask_updates', ...)})"
             )
         if self.mask_updates is not None:
             self.mask_updates.state.load(directory)

@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback
 
-from spp.errors import ConfigError, DataError, WrapError
+from spp.configs.tuning import TuneConfig
+from spp.errors import ConfigError, DataError, WrapError, arg
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
 from spp.inject import is_wrapped
 from spp.training.arguments import training_arguments
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
-from spp.training.config import TuneConfig
 from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data
 from spp.training.interrupt import StopOnSignal, TrainingInterrupted
 from spp.training.loading import load_model, load_tokenizer
@@ -188,7 +188,7 @@ class _Measure:
             if self._tokens.numel() < config.eval_window:
                 raise DataError(
                     f"{config.eval_text} has {self._tokens.numel()} tokens, fewer than one window of "
-                    f"{config.eval_window}: give a longer text, or a smaller eval_window (--window)"
+                    f"{config.eval_window}: give a longer text, or a smaller {arg('eval_window')}"
                 )
             self.text = str(config.eval_text)
 

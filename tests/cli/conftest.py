@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from spp.cli.main import main
 from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
 
 LINES = [f"line {i}: the number {i} times {i + 1} is {i * (i + 1)}, and that is that." for i in range(120)]
+
+# What only Python says: overwrite=True, dtype=torch.float32, target_modules=['x'], pattern= is missing, spp.f(dir).
+PYTHON = re.compile(r"\b[a-z_]{2,}=(True|False|None|torch\.|['\"\[{(]|[ ,;.)]|$)|\bspp\.[a-z_]+\(", re.M)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ def spp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         captured = capsys.readouterr()
+        if code == 1:
+            assert not PYTHON.search(captured.err), f"Python's spelling on the command line: {captured.err}"
         return Outcome(code, captured.out, captured.err)
 
     return call

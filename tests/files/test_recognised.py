@@ -356,12 +356,12 @@ def test_names_are_shown_on_one_line(tmp_path: Path, name: str, said: str) -> No
 
 
 def test_the_names_of_a_message_are_no_options(tmp_path: Path) -> None:
-    from spp.cli.wording import as_options
+    from spp.cli.options import spoken
 
     make(tmp_path / "out", {"seed=0": "mine"})
     with pytest.raises(OutputExistsError) as caught:
         require_replaceable(tmp_path / "out")
-    assert "holds 'seed=0' and" in as_options(str(caught.value), {"seed": ("--seed", None)})
+    assert "holds 'seed=0' and" in spoken(caught.value, {})
 
 
 def test_very_many_files_are_told_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spp.configs.pattern import USUAL_GROUPS
 from spp.errors import ConfigError, NonFiniteError
 from spp.files.hashes import combine_crc32
 from spp.kernels import use_kernels
@@ -19,7 +20,7 @@ from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import PIECE, Found, Matrix, library, merge_matrix, scan, terms_of
 from spp.merge_report import LayerMerge
 from spp.merge_weight import merge_tensor
-from spp.patterns import USUAL_GROUPS, all_finite, nonzero_mask, pack_bits
+from spp.patterns import all_finite, nonzero_mask, pack_bits
 from spp.rules import Rule, get_rule
 from spp.rules.terms import TermsRule
 from tests.tolerances import assert_same_bits

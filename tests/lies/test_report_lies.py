@@ -16,7 +16,7 @@ import torch
 import spp
 from spp.certificate import SparsityReport, TensorSparsity
 from spp.errors import SPPWarning
-from spp.merge import MergeReport
+from spp.merge_report import MergeReport
 from tests.checkpoint.helpers import same_tensors
 from tests.lies.made import Q0, SINGLE, UP1, Made, Raw, bits, copied, tiny_adapter, tiny_model
 

@@ -33,7 +33,7 @@ from spp.errors import (
 )
 from spp.evaluation import perplexity
 from spp.inject import is_wrapped
-from spp.merge import merge
+from spp.merge_model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
 from spp.training.callbacks import ProgressBar, read_log
 from spp.training.checkpoints import MARKER_NAME
@@ -259,7 +259,7 @@ class TestInterruption:
             patch.setattr(SignalAt, "number", number)
             model = pruned()
             with pytest.raises(
-                TrainingInterrupted, match=rf"{number.name} after step 3; .*checkpoint-3: .*--resume"
+                TrainingInterrupted, match=rf"{number.name} after step 3; .*checkpoint-3; .*resume=True"
             ) as caught:
                 tune(config(text, tmp_path / "cut", **options), model=model, tokenizer=tiny_tokenizer())
         assert isinstance(caught.value, KeyboardInterrupt)
@@ -373,7 +373,7 @@ class TestRefused:
     def test_an_earlier_run(self, text: Path, tmp_path: Path) -> None:
         run_tune(config(text, tmp_path / "run"))
         before = bytes_of(tmp_path / "run")
-        with pytest.raises(OutputExistsError, match=r"--resume.*--overwrite"):
+        with pytest.raises(OutputExistsError, match=r"resume=True.*overwrite=True"):
             run_tune(config(text, tmp_path / "run"))
         assert bytes_of(tmp_path / "run") == before
 

@@ -1,11 +1,10 @@
 """spp compare: what repairs a pruned model best, SPP or a peer, under one trainer, on one model and one data set.
 
-    from spp.bench.compare.config import CompareConfig
+    from spp.configs.comparing import CompareConfig
     from spp.bench.compare.study import compare
     results = compare(CompareConfig(model="pruned", output_dir="out", data="train.txt", contenders=("spp", "hira")))
 
-config.py       what is compared: CompareConfig
-contenders.py   names such as "spp:r=8": what they mean and which options they have
+(spp.configs.comparing and .contenders: what is compared, and what names such as "spp:r=8" mean)
 methods.py      how each contender adapts a pruned model, and how it gives a plain one back
 data.py         training rows, and validation and test rows that share nothing
 trial.py        one contender, learning rate and seed: train, merge, measure

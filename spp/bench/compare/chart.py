@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp.bench.compare.contenders import REFERENCE, parse_contender
 from spp.bench.compare.summary import Summary, summaries
 from spp.bench.compare.tables import AT_AN_END, notes, title
+from spp.configs.contenders import REFERENCE, parse_contender
 from spp.errors import DataError
 from spp.report_plot import OURS, check_plot, new_figure, save_figure
 

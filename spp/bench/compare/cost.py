@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from spp.bench import harness
-from spp.bench.compare.config import CompareConfig
-from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.methods import adapt
 from spp.bench.compare.trial import device_of
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import REFERENCE, Contender, parse_contender
 from spp.errors import SPPError
 from spp.training.loading import load_model
 

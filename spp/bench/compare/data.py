@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.bench.compare.config import CompareConfig
+from spp.configs.comparing import CompareConfig
 from spp.errors import DataError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import spp.pst as pst
-from spp.bench.compare.contenders import Contender
 from spp.bench.harness import installed, require_peft
 from spp.certificate import report_from_tensors
+from spp.configs.contenders import Contender
 from spp.errors import ConfigError, TargetError
 from spp.inject import adapter_layers, wrap
-from spp.merge import merge
+from spp.merge_model import merge
 from spp.patterns import nonzero_mask, pack_bits, unpack_bits
 from spp.targets import name_targets, projection_weights, resolve_projections
 from spp.training.mask_updates import MaskUpdates

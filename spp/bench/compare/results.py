@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spp.errors import CheckpointError, ConfigError, OutputExistsError
+from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, check_target, output_error, read_json, write_json
 from spp.files.leftovers import lock
 from spp.files.recognised import COMPARISON, COMPARISON_TEXT, OWN
@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 _NEWER = {"data_sha256", "weights", "dense_weights"}  # conditions that the first results.json files did not have
 _NAMED = {"data": "data_sha256", "eval_text": "test_sha256"}  # file names, which tell nothing where these agree
 _PARTS = ("conditions", "baselines", "rows", "costs")
-_REMEDY = "put back a copy of it, begin anew (overwrite=True), or choose another directory"
+_REMEDY = f"put back a copy of it, begin anew ({arg('overwrite', True)}), or choose another directory"
 _NO_RESULTS = "put back a copy of it, move it away, or choose another directory"
 _ANY = {"loss": 0.0, "perplexity": 1.0}  # stands for a part that is not there
 _LOCK, _CLAIMS = ".lock", ".claims"
@@ -49,7 +49,9 @@ def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
         check_target(path, overwrite=True, kind=COMPARISON)
     if path.exists() and not (resume or overwrite) and not _holds_nothing(_read(path)):
         raise OutputExistsError(
-            f"{path} exists; go on with it (resume=True), replace it (overwrite=True), or choose another directory"
+            f"{path} exists",
+            remedy=f"go on with it ({arg('resume', True)}), replace it ({arg('overwrite', True)}), or choose another "
+            f"directory",
         )
 
 
@@ -146,7 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         contents = read_json(path, "the results")
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_NO_RESULTS}") from error
+        raise CheckpointError(error.marked, remedy=_NO_RESULTS) from error
     version = contents.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format_version {version!r}; this spp reads {FORMAT_VERSION}")

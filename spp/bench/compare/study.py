@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from spp.bench.compare import cost, trial
-from spp.bench.compare.config import CompareConfig
-from spp.bench.compare.contenders import REFERENCE, Contender, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import PST_KINDS, RULES_OF, require_methods
 from spp.bench.compare.results import NAME, REPORT, Results, refuse_existing
 from spp.bench.compare.tables import markdown
 from spp.bench.compare.trial import Trial
 from spp.certificate import fingerprint
-from spp.errors import ConfigError, NonFiniteError, some_of
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import REFERENCE, Contender, parse_contender
+from spp.errors import ConfigError, NonFiniteError, arg, some_of
 from spp.files import atomic_file, content_crc32, require_directory
 from spp.files.hashes import packed_sha256
 from spp.files.recognised import COMPARISON_TEXT
@@ -133,7 +133,8 @@ def compare(config: CompareConfig) -> Results:
     masks = _masks(model)
     if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
         raise ConfigError(
-            f"model is {config.model}, whose projections have no zeros; a comparison needs a pruned one: prune it first"
+            f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
+            f"prune it first"
         )
     facts = {**data.facts(), "masks": _hash(masks), "weights": _weights(model)}
     if config.budget == "parameters":
@@ -145,10 +146,13 @@ def compare(config: CompareConfig) -> Results:
         _require_finite(dense, config.dense)
         before = _masks(dense)
         if {name: shape for name, (shape, _) in before.items()} != {name: shape for name, (shape, _) in masks.items()}:
-            raise ConfigError(f"dense is {config.dense}, whose weights are not those of {config.model} before pruning")
+            raise ConfigError(
+                f"{arg('dense')} is {config.dense}, whose weights are not those of {config.model} before pruning"
+            )
         if not any((before[name][1] & ~bits).any() for name, (_, bits) in masks.items()):
             raise ConfigError(
-                f"dense is {config.dense}, which has the zeros of {config.model}; it must be the model before pruning"
+                f"{arg('dense')} is {config.dense}, which has the zeros of {config.model}; it must be the model before "
+                f"pruning"
             )
         facts["dense_weights"] = _weights(dense)
         del dense
@@ -173,7 +177,7 @@ def compare(config: CompareConfig) -> Results:
     _run_all(config, plan, data, results)  # what another process has left, or made possible, in the meantime
     for name in _report(config, plan, results):
         logger.warning(
-            "%s is not there yet: another process was at it; should that have ended, go on with resume=True", name
+            "%s is not there yet: another process was at it; should that have ended, resume the comparison", name
         )
     return results
 

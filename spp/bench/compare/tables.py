@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spp.bench.compare.contenders import KINDS, REFERENCE, parse_contender
 from spp.bench.compare.summary import Summary, over_equal_seeds, summaries
 from spp.bench.harness import environment_line
+from spp.configs.contenders import KINDS, REFERENCE, parse_contender
 from spp.report import Table, byte_text
 
 UNKNOWN = "–"

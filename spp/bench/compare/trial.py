@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from spp.bench import harness
-from spp.bench.compare.config import CompareConfig
-from spp.bench.compare.contenders import Contender
 from spp.bench.compare.data import CompareData
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.certificate import report_from_tensors
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import Contender
 from spp.errors import NonFiniteError
 from spp.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.targets import projection_weights

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError
 from spp.integrations.peft.config import SPPPeftConfig
 from spp.integrations.peft.terms import Term, TermsLayer

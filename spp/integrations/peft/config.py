@@ -13,7 +13,7 @@ from torch import nn
 
 from spp.adapter_files import why_malformed
 from spp.adapters import base_values
-from spp.config import FORMAT_VERSION, SPPConfig
+from spp.configs.adapter import FORMAT_VERSION, SPPConfig
 from spp.errors import AdapterError, ConfigError
 from spp.files import mask_sha256
 

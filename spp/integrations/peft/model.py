@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from spp.base_values import NOT_COMPARABLE, OTHER, BaseComparison
-from spp.config import SPPConfig
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, MaskError, SPPWarning, TargetError, WrapError, some_of
 from spp.experts import check_experts
 from spp.experts_forward import adapt_experts, release_experts
@@ -30,7 +30,7 @@ from spp.integrations.peft.places import layer_of, place_of, repeated, under_all
 from spp.integrations.peft.terms import TermsLayer, merged_idle
 from spp.layer_checks import check_linear, check_values, warn_dense
 from spp.layer_packed import PackedLinear
-from spp.merge import describe_base, report_merge
+from spp.merge_model import describe_base, report_merge
 from spp.offload import check_offloading
 from spp.targets import name_targets, resolve_projections
 from spp.targets_layout import Projection

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from spp.bench.compare.config import CompareConfig
-from spp.bench.compare.contenders import GROUPS, KINDS, parse_contender, parse_contenders
 from spp.bench.compare.methods import _METHODS, PST_KINDS
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import GROUPS, KINDS, parse_contender, parse_contenders
 from spp.errors import ConfigError
 
 

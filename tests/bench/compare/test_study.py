@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from spp.bench.compare.chart import make_figure
-from spp.bench.compare.contenders import parse_contenders
 from spp.bench.compare.results import Results
 from spp.bench.compare.study import Plan, _worth_testing
 from spp.bench.compare.summary import summaries
 from spp.bench.compare.tables import main_table, markdown, notes, search_table, verdict
 from spp.bench.compare.trial import Trial
+from spp.configs.contenders import parse_contenders
 from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsError
 
 CONDITIONS = {

@@ -18,12 +18,12 @@ import spp
 from spp.bench import harness
 from spp.bench.compare import cost
 from spp.bench.compare.chart import draw
-from spp.bench.compare.config import CompareConfig
-from spp.bench.compare.contenders import KINDS, parse_contender
 from spp.bench.compare.data import load
 from spp.bench.compare.methods import Goal, adapt, masks_of
 from spp.bench.compare.study import _count, _nearest, _shapes, compare
 from spp.bench.compare.trial import Trial, run_trial, zeros
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import KINDS, parse_contender
 from spp.errors import ConfigError, DataError, DependencyError, NonFiniteError, OutputError
 from spp.targets import resolve_projections
 from spp.training.loading import load_model, load_tokenizer

@@ -6,14 +6,33 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from spp.bench.compare.contenders import Contender, parse_contender, parse_contenders
-from spp.errors import ConfigError
-from spp.training.config import LARGEST_LR, TuneConfig
-from spp.training.mask_updates import MaskUpdates
+from spp.configs.checks import AUTO_DTYPES, check_choice, check_int
+from spp.configs.contenders import Contender, parse_contender, parse_contenders
+from spp.configs.mask_updates import MaskUpdateOptions
+from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, OPTIMISATION, RUN, Option
+from spp.configs.tuning import LARGEST_LR, TRAINING_DEVICES, TuneConfig
+from spp.errors import ConfigError, arg
 
 BUDGETS = ("steps", "time", "parameters")
+
+
+def parse_contenders_typed(values: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that `--contenders` means: several with blanks between them, or repeated."""
+    return tuple(name for text in values for name in text.split())
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds that `--seeds` means, with blanks or commas between them.
+
+    Raises:
+        ConfigError: one is no whole number.
+    """
+    for part in (parts := text.replace(",", " ").split()):
+        if not part.isdigit():
+            raise ConfigError(f"{arg('seeds')}: {part!r} is no whole number of at least 0")
+    return tuple(map(int, parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +43,7 @@ class CompareConfig:
         model: directory or hub id of the pruned model.
         output_dir: where results.json and results.md go.
         data: training files, as in TuneConfig: text, or instruction rows, of which the answers are learned.
-        contenders: names (spp.bench.compare.contenders) and groups: main, ranks, dropout, ablations.
+        contenders: names (spp.configs.contenders) and groups: main, ranks, dropout, ablations.
         dense: the model before it was pruned: for a row of its own, for PST to start from, for mask updates; None
             leaves them out.
         eval_text: text to measure on; None holds back part of the training data.
@@ -49,55 +68,98 @@ class CompareConfig:
         ConfigError: an option makes no sense; the message names it.
     """
 
-    model: str | os.PathLike[str]
-    output_dir: str | os.PathLike[str]
-    data: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...]
-    contenders: tuple[str, ...] = ("main",)
-    dense: str | os.PathLike[str] | None = None
-    eval_text: str | os.PathLike[str] | None = None
-    lr: tuple[str, ...] = ()
-    extend: int = 1
-    seeds: tuple[int, ...] = (0,)
-    budget: str = "steps"
-    steps: int = 100
-    batch_size: int = 2
-    block_length: int = 128
-    window: int = 512
-    test_windows: int = 20
-    validation_windows: int = 10
-    cost_rounds: int = 5
-    dtype: str = "float32"
-    overwrite: bool = False
-    resume: bool = False
+    model: Annotated[str | os.PathLike[str], Option("Directory or hub id of the pruned model.", argument=True)]
+    output_dir: Annotated[
+        str | os.PathLike[str], Option("Directory for results.json and results.md.", type=Path, argument=True)
+    ]
+    data: Annotated[
+        str | os.PathLike[str] | tuple[str | os.PathLike[str], ...],
+        Option("Training data, as for spp tune; may be repeated.", DATA, many=True, parse=tuple),
+    ]
+    contenders: Annotated[
+        tuple[str, ...],
+        Option(
+            "Names with options, such as spp:r=8,dropout=0.05, or the groups main, ranks, dropout, ablations; "
+            "several with blanks between them, or repeated. --list shows all.",
+            METHOD,
+            default="main",
+            type=str,
+            many=True,
+            parse=parse_contenders_typed,
+        ),
+    ] = ("main",)
+    dense: Annotated[
+        str | os.PathLike[str] | None,
+        Option("The model before it was pruned: for a row of its own, for PST and mask updates.", MODEL),
+    ] = None
+    eval_text: Annotated[
+        str | os.PathLike[str] | None,
+        Option("Text to measure on.", EVALUATION, type=Path, default="held out from the data"),
+    ] = None
+    lr: Annotated[
+        tuple[str, ...],
+        Option(
+            "Learning rates to choose from: 4e-3,1e-2 for all, hira=4e-3,1e-2 for one; may be repeated.",
+            OPTIMISATION,
+            default="three of each contender's own",
+            type=str,
+            many=True,
+            parse=tuple,
+        ),
+    ] = ()
+    extend: Annotated[int, Option("Learning rates tried beyond these where the best is at an end.", OPTIMISATION)] = 1
+    seeds: Annotated[
+        tuple[int, ...],
+        Option(
+            "Seeds; the learning rate is chosen with the first.",
+            OPTIMISATION,
+            default="0",
+            type=str,
+            parse=parse_seeds,
+        ),
+    ] = (0,)
+    budget: Annotated[
+        str,
+        Option("What is equal: steps, time, or parameters (where there is a rank).", METHOD, choices=BUDGETS),
+    ] = "steps"
+    steps: Annotated[int, Option("Optimizer steps; with --budget time, those of spp.", OPTIMISATION)] = 100
+    batch_size: Annotated[int, Option("Rows of a step.", OPTIMISATION)] = 2
+    block_length: Annotated[int, Option("Tokens of a row.", DATA)] = 128
+    window: Annotated[int, Option("Tokens of a window of text that is measured.", EVALUATION)] = 512
+    test_windows: Annotated[int, Option("Windows of text, or instruction rows, to measure on.", EVALUATION)] = 20
+    validation_windows: Annotated[int, Option("Others, to choose the learning rate by.", EVALUATION)] = 10
+    cost_rounds: Annotated[int, Option("Interleaved rounds of the step times; 0 measures no cost.", EVALUATION)] = 5
+    dtype: Annotated[str, Option("auto, float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)] = "float32"
+    overwrite: Annotated[bool, Option("Begin anew where there are results.", RUN)] = False
+    resume: Annotated[bool, Option("Go on with the results that there are.", RUN)] = False
     data_format: str = "auto"
     completions_only: bool = True
     weight_decay: float = 0.001
     warmup_ratio: float = 0.03
     schedule: str = "linear"
     max_grad_norm: float = 1.0
-    device: str = "auto"
+    device: Annotated[str, Option("auto or cpu.", MODEL, choices=TRAINING_DEVICES)] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("contenders", "lr", "seeds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.budget not in BUDGETS:
-            raise ConfigError(f"budget is {self.budget!r}; known: {', '.join(BUDGETS)}")
+        check_choice("budget", self.budget, BUDGETS)
         leasts = {"extend": 0, "window": 2, "test_windows": 1, "validation_windows": 1, "cost_rounds": 0}
         for name, least in leasts.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be an int of at least {least}")
+            check_int(name, getattr(self, name), least=least)
         if self.budget == "time" and not self.cost_rounds:
-            raise ConfigError("budget is 'time', which needs the time of a step, but cost_rounds is 0")
+            raise ConfigError(
+                f"{arg('budget')} is 'time', which needs the time of a step, but {arg('cost_rounds')} is 0"
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"seeds is {self.seeds!r}; it must name each seed once, and one at least")
+            raise ConfigError(f"{arg('seeds')} is {self.seeds!r}; it must name each seed once, and one at least")
         for seed in self.seeds:
             self.recipe(1.0, seed)  # checks the options that it shares with tuning
         contenders = self.parsed()
         self.learning_rates(contenders)
         needy = [contender.name for contender in contenders if contender.needs_dense]
         if needy and self.dense is None:
-            raise ConfigError(f"dense is None, but {', '.join(needy)} needs the dense model: say where it is")
+            raise ConfigError(f"{arg('dense')} is None, but {', '.join(needy)} needs the dense model: say where it is")
         for contender in contenders:
             if contender.kind == "spp-mask-updates":
                 _check_mask_updates(contender)
@@ -113,7 +175,9 @@ class CompareConfig:
             name, equals, numbers = text.rpartition("=")
             name = parse_contender(name).name if equals else ""
             if name and not any(name in (contender.asked, contender.kind) for contender in contenders):
-                raise ConfigError(f"lr is {text!r}, but {name} is not among the contenders; leave it out, or add it")
+                raise ConfigError(
+                    f"{arg('lr')} is {text!r}, but {name} is not among the contenders; leave it out, or add it"
+                )
             given.setdefault(name, []).extend(_numbers(text, numbers))
         chosen = {}
         for contender in contenders:
@@ -164,7 +228,7 @@ class CompareConfig:
 def _check_mask_updates(contender: Contender) -> None:
     options = contender.options
     try:
-        MaskUpdates("", every=options["every"], fraction=options["fraction"])
+        MaskUpdateOptions(every=options["every"], fraction=options["fraction"])
     except ConfigError as error:
         raise ConfigError(f"contender {contender.name!r}: {error}") from None
 
@@ -173,7 +237,9 @@ def _numbers(text: str, numbers: str) -> list[float]:
     try:
         found = [float(number) for number in numbers.split(",")]
     except ValueError:
-        raise ConfigError(f"lr is {text!r}; it must be a number, or CONTENDER=number,number") from None
+        raise ConfigError(f"{arg('lr')} is {text!r}; it must be a number, or CONTENDER=number,number") from None
     if not all(0 < number <= LARGEST_LR for number in found):
-        raise ConfigError(f"lr is {text!r}; a learning rate must be a number above 0 and at most {LARGEST_LR:g}")
+        raise ConfigError(
+            f"{arg('lr')} is {text!r}; a learning rate must be a number above 0 and at most {LARGEST_LR:g}"
+        )
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spp import SPPConfig
-from spp.config import name_matches
+from spp.configs.checks import name_matches
 from spp.errors import ConfigError
 
 

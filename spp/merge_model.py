@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spp.certificate import fingerprint, report_from_tensors
-from spp.errors import ConfigError, NonFiniteError
+from spp.configs.checkpoints import ROUNDINGS
+from spp.configs.checks import check_choice
+from spp.errors import ConfigError, NonFiniteError, arg, call
 from spp.experts import SPPExperts
 from spp.files import mask_sha256
 from spp.inject import AdapterLayer, base_verdict, require_layers, unwrap
@@ -33,7 +35,6 @@ from spp.rules.idle import idle_reason
 from spp.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
 
 logger = logging.getLogger(__name__)
-ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -137,16 +138,15 @@ def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[st
 
 def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
     """Raise a ConfigError unless the options of a merge make sense."""
-    if rounding not in ROUNDINGS:
-        raise ConfigError(f"rounding is {rounding!r}; known: {', '.join(ROUNDINGS)}")
+    check_choice("rounding", rounding, ROUNDINGS)
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype}; a merge stores {', '.join(str(d) for d in DTYPES)}")
+        raise ConfigError(f"{arg('dtype')} is {dtype}; a merge stores {', '.join(str(d) for d in DTYPES)}")
 
 
 def draw_seed(rounding: str, seed: int | None) -> int:
     """Return the seed of a merge: `seed`, or for stochastic rounding without one a draw from torch's generator."""
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"seed is {seed!r}; expected an integer, or None")
+        raise ConfigError(f"{arg('seed')} is {seed!r}; expected an integer, or None")
     if seed is None and rounding == "stochastic":
         return int(torch.randint(2**62, (1,)))
     return seed or 0
@@ -207,7 +207,7 @@ def _check_offloaded(model: nn.Module, layers: Mapping[str, AdapterLayer], dtype
     what = f"{on_disk[0]} is offloaded to a disk" if on_disk else f"{others[0]} is offloaded"
     raise ConfigError(
         f"{what} by accelerate, and a merge in memory writes only to what lies in memory, in its own dtype. Merge on "
-        f"disk: spp.save_adapter(model, path), then `spp merge BASE path OUT` (spp.merge_checkpoint), which holds one "
+        f"disk: spp.save_adapter(model, path), then {call('merge_checkpoint', 'base, path, out')}, which holds one "
         f"shard at a time"
     )
 
@@ -215,10 +215,11 @@ def _check_offloaded(model: nn.Module, layers: Mapping[str, AdapterLayer], dtype
 def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
     """Raise a ConfigError where quantizing again makes no sense."""
     if not any(isinstance(getattr(layer, "packed_layout", None), QuantizedLayout) for layer in layers.values()):
-        raise ConfigError("requantize=True, but none of the merged weights is quantized; leave it out")
+        raise ConfigError(f"{arg('requantize', True)}, but none of the merged weights is quantized; leave it out")
     if dtype is not None:
         raise ConfigError(
-            f"requantize=True and dtype={dtype}: a quantized weight has its own form; leave one of them out"
+            f"{arg('requantize', True)} and {arg('dtype', dtype)}: a quantized weight has its own form; leave one of "
+            f"them out"
         )
 
 

@@ -1,16 +1,19 @@
-"""PSTConfig: how a model is wrapped for PST."""
+"""PSTConfig: how a model is wrapped for PST; and the checks of its schedule (the formula: spp.pst.schedule)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from spp.config import check_names
-from spp.errors import ConfigError
-from spp.pst.layer import check_options, check_pattern
+from spp.configs.checks import check_int, check_names, check_seed
+from spp.configs.pattern import Pattern
+from spp.errors import ConfigError, PatternError, arg
 
 FORMAT_VERSION = 1
+_LARGEST = 3.4028234663852886e38  # of float32
+_TOO_LARGE = 2**63  # whole numbers from here on are none that torch takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,9 @@ class PSTConfig:
         saved = self.modules_to_save
         if saved is not None:
             if not isinstance(saved, (list, tuple)) or not all(isinstance(n, str) and n for n in saved):
-                raise ConfigError(f"modules_to_save is {saved!r}; it must be None or a list of names")
+                raise ConfigError(f"{arg('modules_to_save')} is {saved!r}; it must be None or a list of names")
             object.__setattr__(self, "modules_to_save", tuple(saved))
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ConfigError(f"seed is {self.seed!r}; it must be an int or None")
+        check_seed(self.seed)
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"this PST config has format_version {self.format_version!r}; this version of spp reads "
@@ -76,3 +78,54 @@ class PSTConfig:
             raise ConfigError(f"unknown PST config fields {', '.join(unknown)}")
         options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**options)
+
+
+def check_options(
+    weight_rank: object, weight_scale: object, mask_rank: object, low_rank_scale: object, structured_scale: object
+) -> None:
+    """Raise a ConfigError, naming it, for an option that makes no sense."""
+    check_int("weight_rank", weight_rank, least=1)
+    check_int("mask_rank", mask_rank, least=1)
+    scales = (
+        ("weight_scale", weight_scale),
+        ("low_rank_scale", low_rank_scale),
+        ("structured_scale", structured_scale),
+    )
+    for name, scale in scales:
+        whole = isinstance(scale, int) and not isinstance(scale, bool) and abs(scale) < _TOO_LARGE
+        if not whole and not (isinstance(scale, float) and abs(scale) <= _LARGEST):
+            raise ConfigError(f"{arg(name)} is {scale!r:.40}; it must be a finite number")
+
+
+def check_pattern(pattern: str | Pattern | None) -> Pattern | None:
+    """Return the parsed N:M pattern, or None; a PatternError for a fraction."""
+    if pattern is None:
+        return None
+    parsed = Pattern.parse(pattern)
+    if not parsed.is_nm:
+        raise PatternError(
+            f"{arg('pattern')} is {pattern!r}; it must be N:M or None: a fraction is the schedule's final_sparsity"
+        )
+    return parsed
+
+
+def check_schedule(initial_warmup: float, final_warmup: float, initial_sparsity: float, final_sparsity: float) -> None:
+    """Raise a ConfigError, naming the number that is out of its range, unless a schedule can have these."""
+    for name, value, low, high in (
+        ("initial_warmup", initial_warmup, 0, 1),
+        ("final_warmup", final_warmup, 0, 1),
+        ("initial_sparsity", initial_sparsity, 0, math.nextafter(1, 0)),
+        ("final_sparsity", final_sparsity, 0, math.nextafter(1, 0)),
+    ):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            raise ConfigError(f"{arg(name)} is {value!r}; it must be a number in [0, 1{']' if high == 1 else ')'}")
+    if initial_warmup + final_warmup > 1:
+        raise ConfigError(
+            f"{arg('initial_warmup')} + {arg('final_warmup')} is {initial_warmup + final_warmup}; it must be at most 1"
+        )
+    if initial_sparsity > final_sparsity:
+        raise ConfigError(
+            f"{arg('initial_sparsity')} is {initial_sparsity}, above the final sparsity {final_sparsity}: sparsity "
+            f"only grows"
+        )

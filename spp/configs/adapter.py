@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from spp.errors import ConfigError
+from spp.configs.checks import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_names,
+    check_regex,
+    check_seed,
+    is_number,
+    is_suffix,
+    name_matches,
+)
+from spp.errors import ConfigError, arg
 
 FORMAT_VERSION = 1
 DROPOUT_MODES = ("input", "alpha")
 INITS = ("paper",)
+RULES = ("spp", "hira", "masked_lora")  # the names of spp.rules.RULES
+ACTIVATIONS = ("full", "bfloat16")  # what layers keep of their inputs for backward
 
 
 @dataclass(frozen=True)
@@ -59,29 +71,20 @@ class SPPConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
-        if self.rank_pattern is not None:
-            if not isinstance(self.rank_pattern, Mapping) or not all(isinstance(k, str) for k in self.rank_pattern):
-                raise ConfigError(
-                    f"rank_pattern is {self.rank_pattern!r}; it must map names or regular expressions to r"
-                )
-            for name, r in self.rank_pattern.items():
-                _check_rank(f"rank_pattern[{name!r}]", r)
-                _check_regex("rank_pattern", name)
-        if not _is_number(self.scaling) or not math.isfinite(self.scaling) or self.scaling <= 0:
-            raise ConfigError(f"scaling is {self.scaling!r}; it must be a finite number above 0 (the paper's is 2.0)")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout!r}; it must be in [0, 1)")
-        if self.dropout_mode not in DROPOUT_MODES:
-            raise ConfigError(f"dropout_mode is {self.dropout_mode!r}; known: {', '.join(DROPOUT_MODES)}")
-        if self.init not in INITS:
-            raise ConfigError(f"init is {self.init!r}; known: {', '.join(INITS)}")
+        check_int("r", self.r, least=1)
+        self._check_rank_pattern()
+        if not is_number(self.scaling) or not math.isfinite(self.scaling) or self.scaling <= 0:
+            raise ConfigError(
+                f"{arg('scaling')} is {self.scaling!r}; it must be a finite number above 0 (the paper's is 2.0)"
+            )
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"{arg('dropout')} is {self.dropout!r}; it must be in [0, 1)")
+        check_choice("dropout_mode", self.dropout_mode, DROPOUT_MODES)
+        check_choice("init", self.init, INITS)
         if not isinstance(self.rule, str):
-            raise ConfigError(f"rule is {self.rule!r}; it must be the name of a rule, such as 'spp'")
-        if not isinstance(self.packed, bool):
-            raise ConfigError(f"packed is {self.packed!r}; it must be True or False")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ConfigError(f"seed is {self.seed!r}; it must be an int or None")
+            raise ConfigError(f"{arg('rule')} is {self.rule!r}; it must be the name of a rule, such as 'spp'")
+        check_flag("packed", self.packed)
+        check_seed(self.seed)
         if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ConfigError(
                 f"this adapter config has format_version {self.format_version!r}; this version of spp reads "
@@ -93,6 +96,16 @@ class SPPConfig:
             object.__setattr__(self, field, check_names(field, getattr(self, field)))
         if self.rank_pattern is not None:
             object.__setattr__(self, "rank_pattern", dict(sorted(self.rank_pattern.items())))
+
+    def _check_rank_pattern(self) -> None:
+        ranks = self.rank_pattern
+        if ranks is None:
+            return
+        if not isinstance(ranks, Mapping) or not all(isinstance(name, str) for name in ranks):
+            raise ConfigError(f"{arg('rank_pattern')} is {ranks!r}; it must map names or regular expressions to r")
+        for name, r in ranks.items():
+            check_int(f"rank_pattern[{name!r}]", r, least=1)
+            check_regex("rank_pattern", name)
 
     def rank_for(self, path: str) -> int:
         """Return the rank for a module path: its `rank_pattern` entry, or `r` where it has none.
@@ -123,47 +136,3 @@ class SPPConfig:
         if unknown:
             raise ConfigError(f"unknown config fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**dict(values))
-
-
-def is_suffix(path: str, name: str) -> bool:
-    """Whether `name` is the path of a module, or of its parameter `weight`, or the last components of it."""
-    return f".{path}".endswith("." + name) or f".{path}".endswith(f".{name}.weight")
-
-
-def name_matches(path: str, name: str) -> bool:
-    """Whether `name` means the module at `path`: as `is_suffix`, or a regular expression for the whole path."""
-    return is_suffix(path, name) or any(re.fullmatch(name, p) for p in (path, path.removesuffix(".weight")))
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63  # beyond, float() is an error of its own
-    return isinstance(value, float)
-
-
-def _check_rank(name: str, r: object) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ConfigError(f"{name} is {r!r}; it must be an int of at least 1")
-
-
-def _check_regex(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
-
-
-def check_names(field: str, names: object) -> str | tuple[str, ...] | None:
-    """Return what `target_modules` or `exclude_modules` is, names as a tuple; a ConfigError where it makes no sense."""
-    if names is None:
-        return None
-    if isinstance(names, str):
-        if not names:
-            raise ConfigError(f"{field} is an empty string; pass None for the default, or names")
-        _check_regex(field, names)
-        return names
-    if isinstance(names, (Sequence, set, frozenset)) and all(isinstance(n, str) and n for n in names):
-        if not names:
-            raise ConfigError(f"{field} is empty; pass None for the default, or names")
-        return tuple(sorted(names)) if isinstance(names, (set, frozenset)) else tuple(names)
-    raise ConfigError(f"{field} is {names!r}; it must be None, a string, or a list of names")

@@ -1,0 +1,209 @@
+"""The options of a command, made of the fields of a config; and messages of the library in a command's spelling.
+
+    @command(EvalConfig)
+    def run(config: EvalConfig) -> None: …
+
+`run` then takes the value of every option as typer passes it, None where an option was not given, and hands the config
+that they make to the function. A message of the library names arguments (spp.errors.arg); the command line says
+`--overwrite` where Python says `overwrite=True`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spp.configs.options import GROUPS, Field, options_of
+from spp.errors import ConfigError, Marked, Mention, arg, render
+from spp.supported import require_supported
+
+# Functions of the package root that are commands: what is typed for a call of one.
+_COMMANDS = {
+    "prune": "prune MODEL OUTPUT",
+    "certify": "certify DIRECTORY",
+    "verify": "verify BEFORE AFTER",
+    "export_dense": "export DIRECTORY OUTPUT --dense",
+    "export_packed": "export DIRECTORY OUTPUT --packed",
+    "merge_checkpoint": "merge BASE ADAPTER OUTPUT",
+}
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a command spells an argument.
+
+    Attributes:
+        on: the option, or the place of an argument, such as OUTPUT.
+        off: the option that switches it off, if there is one.
+        placed: whether it is an argument, whose value is typed alone.
+    """
+
+    on: str
+    off: str | None = None
+    placed: bool = False
+
+
+Spellings = Mapping[str, Spelling]
+
+
+def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[Callable[..., None]], Any]:
+    """Return a decorator that gives a function the options of a config, and the config that they make.
+
+    Args:
+        config: a dataclass whose fields have Options.
+        build: makes a config of the fields that are given; its own parameters with an Option are options too. None
+            is the class.
+
+    Returns:
+        What makes of `function(config, …)` a function for typer. Parameters of `function` beside the first are options
+        of their own: by an Option in their annotation, or as typer reads them. The result has `spellings`, {name in
+        Python: Spelling}.
+    """
+    made = options_of(config) + (options_of(build) if build is not None else ())
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = options_of(function)
+        taken = {field.name for field in own}
+        others = [p for p in _parameters(function)[1:] if p.name not in taken]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            require_supported()
+            given = {field.name: value for field in made for value in _values(field, values)}
+            extra = {p.name: values[p.name] for p in others}
+            extra |= {field.name: value for field in own for value in _values(field, values)}
+            function((build or config)(**given), **extra)
+
+        fields = sorted((*made, *own), key=_place)
+        parameters = [_typer_parameter(part) for field in fields for part in (field, *field.nested)] + others
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.spellings = spellings_of(fields)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    signature = inspect.signature(function, eval_str=True)
+    return [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
+
+
+def _place(field: Field) -> tuple[bool, int]:
+    """Sort arguments first, then by the groups of the help; a stable sort keeps the order of the fields."""
+    return not field.option.argument, 0 if field.option.argument else GROUPS.index(field.option.group)
+
+
+def _values(field: Field, values: Mapping[str, Any]) -> list[Any]:
+    """Return the value that a field is given, in a list, or nothing where its default holds."""
+    value = values[field.name]
+    if field.nested:
+        inner = {part.name: given for part in field.nested for given in _values(part, values)}
+        if inner and not value:
+            first, on = arg(next(iter(inner))), arg(field.name, True)
+            raise ConfigError(f"{first} is an option of {field.name.upper()}: add {on}, or leave it out")
+        return [field.type(**{name.removeprefix(f"{field.name}_"): v for name, v in inner.items()})] if value else []
+    if value is None or (field.option.many and not value):
+        return []
+    return [value if field.option.parse is None else field.option.parse(value)]
+
+
+def _typer_parameter(field: Field) -> inspect.Parameter:
+    option, kind = field.option, bool if field.nested else field.type
+    metavar = option.metavar or (None if option.argument or kind is bool else _METAVARS[kind])
+    shared: dict[str, Any] = {"help": field.help, "metavar": metavar, "show_default": False}
+    if option.choices:
+        shared["autocompletion"] = _completing(option.choices)
+    if option.argument:
+        info: Any = typer.Argument(**shared)
+    else:
+        spelling = f"{field.spelling}/{field.off}" if field.off else field.spelling
+        names = [spelling, *([option.short] if option.short else [])]
+        info = typer.Option(*names, rich_help_panel=option.group, **shared)
+    typed: Any = list[kind] if option.many else kind  # type: ignore[valid-type]
+    annotation = Annotated[typed, info] if field.required else Annotated[typed | None, info]
+    default = inspect.Parameter.empty if field.required else None
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _completing(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def starting(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return starting
+
+
+def spellings_of(fields: Iterable[Field]) -> dict[str, Spelling]:
+    """Return {name in Python: how the command spells it}."""
+    every = [part for field in fields for part in (field, *field.nested)]
+    return {part.name: Spelling(part.spelling, part.off, part.option.argument) for part in every}
+
+
+def spoken(message: object, spellings: Spellings | None) -> str:
+    """Return a message as a command says it.
+
+    Args:
+        message: an exception or a warning, whose mentions are spelled; of anything else its str.
+        spellings: those of the command; None spells every argument as an option of its name.
+
+    Example:
+        >>> from spp.errors import arg
+        >>> spoken(ConfigError(f"pass {arg('overwrite', True)}"), {"overwrite": Spelling("--overwrite")})
+        'pass --overwrite'
+    """
+    if not isinstance(message, Marked):
+        return str(message)
+    return render(message.marked, lambda mention: _said(mention, spellings))
+
+
+def _said(mention: Mention, spellings: Spellings | None) -> str:
+    if mention.function:
+        if mention.function not in _COMMANDS:
+            return mention.python()
+        options = [_typed(_option(name), value) or "" for name, value in mention.options]
+        return " ".join(filter(None, [f"spp {_COMMANDS[mention.function]}", *options]))
+    ((name, value),) = mention.options
+    spelling = _option(name) if spellings is None else spellings.get(name)
+    if spelling is None:  # no option of this command
+        return " ".join(filter(None, (name, "" if not value else _plain(value))))
+    return _typed(spelling, value) or mention.python()
+
+
+def _option(name: str) -> Spelling:
+    return Spelling(f"--{name.replace('_', '-')}")
+
+
+def _typed(spelling: Spelling, value: str | None) -> str | None:
+    """Return an option with the value of which this is the repr, as one types it; None where there is no way to."""
+    if not value:
+        return spelling.on
+    try:
+        meant = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return f"{spelling.on} {_plain(value)}"
+    if spelling.placed:
+        return str(meant)
+    if meant is True:
+        return spelling.on
+    if meant is False or meant is None:
+        return spelling.off if meant is False else None
+    if isinstance(meant, Mapping):
+        return _repeated(spelling.on, (f"{name}={part}" for name, part in meant.items()))
+    return _repeated(spelling.on, meant if isinstance(meant, (list, tuple)) else [meant])
+
+
+def _plain(value: str) -> str:
+    """Return a value as one types it: `float32` of torch.float32, `a` of 'a'."""
+    return value.removeprefix("torch.").strip("'\"")
+
+
+def _repeated(option: str, values: Iterable[object]) -> str:
+    return " ".join(f"{option} {value}" for value in values)

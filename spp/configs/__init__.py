@@ -1,0 +1,19 @@
+"""The options of every verb, each a frozen dataclass that is checked once, when it is made.
+
+This room loads no torch, so that help, completion and a refusal of an option come at once. What needs torch is checked
+here by name (dtypes, rules, devices) and looked up where it is used. A field that the command line has as an option
+says so in its annotation, once for everybody: `r: Annotated[int, Option("Rank.", ADAPTER)] = 16` (options.py).
+
+options.py      Option: what a field says of itself, and the groups of the help
+checks.py       checks that several configs share
+pattern.py      Pattern: "2:4" or a fraction
+adapter.py      SPPConfig
+pst.py          PSTConfig, and the numbers of its schedule
+tuning.py       TuneConfig and its recipes
+mask_updates.py MaskUpdateOptions
+pruning.py      PruneOptions, OWL, the methods by name; PruneConfig, which adds where to read and write
+calibration.py  what names calibration data
+contenders.py   the contenders of a comparison by name
+comparing.py    CompareConfig
+checkpoints.py  what merge, verify, certify, inspect, eval, export and push are told
+"""

@@ -1,0 +1,319 @@
+"""What the verbs on checkpoints are told: merge, verify, certify, inspect, eval, export and push."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from spp.configs.checks import (
+    AUTO_DTYPES,
+    DEVICES,
+    DTYPES,
+    check_chart,
+    check_choice,
+    check_int,
+    check_path,
+    check_seed,
+)
+from spp.configs.options import EVALUATION, METHOD, MODEL, RUN, Option
+from spp.errors import ConfigError, arg
+
+ROUNDINGS = ("nearest", "stochastic")
+_REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def parse_weighted(values: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Return the adapter and the weight that each `ADAPTER` or `ADAPTER:WEIGHT` names.
+
+    A directory of that name is itself.
+
+    Raises:
+        ConfigError: what follows the last colon is no finite number.
+    """
+    return tuple(map(_weighted, values))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise ConfigError(f"{text}: {weight!r} is no weight; write ADAPTER:WEIGHT with a finite number, or ADAPTER")
+    return name, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What `spp merge` is told.
+
+    Args:
+        base: directory or hub id of the pruned model; for PST, of the dense one.
+        adapters: (directory or hub id, weight) of each adapter; the weighted sum is merged.
+        output: directory to write the merged checkpoint to.
+        dtype: of the merged weights; None is the base's.
+        rounding: "nearest" or "stochastic".
+        seed: of stochastic rounding.
+        every: list every layer in the table.
+        dry_run: check everything, write nothing.
+        strict_values: refuse a base with other values than an adapter was trained on.
+        overwrite: replace an existing output.
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it.
+    """
+
+    base: Annotated[str, Option("Directory or hub id of the pruned model; for PST, of the dense one.", argument=True)]
+    adapters: Annotated[
+        tuple[tuple[str, float], ...],
+        Option(
+            "Directory or hub id of the adapter, or of what PST trained; or of several adapters, whose sum is merged, "
+            "each times its weight (default: 1).",
+            metavar="ADAPTER[:WEIGHT]",
+            type=str,
+            argument=True,
+            many=True,
+            parse=parse_weighted,
+        ),
+    ]
+    output: Annotated[Path, Option("Directory to write the merged checkpoint to.", argument=True)]
+    dtype: Annotated[
+        str | None,
+        Option(
+            "Store the merged weights as float32, bfloat16 or float16.", METHOD, choices=DTYPES, default="the base's"
+        ),
+    ] = None
+    rounding: Annotated[str, Option("nearest or stochastic.", METHOD, choices=ROUNDINGS)] = "nearest"
+    seed: Annotated[int | None, Option("Of stochastic rounding.", METHOD)] = None
+    every: Annotated[bool, Option("List every layer in the table.", RUN, name="--all")] = False
+    dry_run: Annotated[bool, Option("Check everything and print the table, but write nothing.", RUN)] = False
+    strict_values: Annotated[
+        bool, Option("Refuse a base with other values than an adapter was trained on.", RUN, name="--strict")
+    ] = False
+    overwrite: Annotated[bool, Option("Replace an existing output.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        check_path("base", self.base)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What `spp verify` is told.
+
+    Args:
+        before: the pruned checkpoint; alone, a checkpoint with a certificate.
+        after: the checkpoint that must have the same zeros.
+        against: the pruned checkpoint whose zeros the first one must have: `before`, named last.
+        deep: compare sha256 of contents too.
+        every: list every tensor in the table.
+
+    Raises:
+        ConfigError: `after` and `against` are both given.
+    """
+
+    before: Annotated[str, Option("The pruned checkpoint; alone: a checkpoint with a certificate.", argument=True)]
+    after: Annotated[str | None, Option("The checkpoint that must have the same zeros.", argument=True)] = None
+    against: Annotated[
+        str | None, Option("The pruned checkpoint whose zeros the first one must have: BEFORE, named last.", MODEL)
+    ] = None
+    deep: Annotated[bool, Option("Compare sha256 of contents too, where the certificate has them.", RUN)] = False
+    every: Annotated[bool, Option("List every tensor in the table.", RUN, name="--all")] = False
+
+    def __post_init__(self) -> None:
+        check_path("before", self.before)
+        if self.against is not None and self.after is not None:
+            raise ConfigError(
+                f"{arg('against')} names the pruned checkpoint; leave out {arg('after')}, or pass {arg('before')} and "
+                f"{arg('after')} without it"
+            )
+
+    @property
+    def pair(self) -> tuple[str, str | None]:
+        """The pruned checkpoint, and the one that must have its zeros; one checkpoint and None."""
+        return (self.before, self.after) if self.against is None else (self.against, self.before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyConfig:
+    """What `spp certify` is told.
+
+    Args:
+        directory: of the checkpoint.
+        base: the pruned checkpoint that it was tuned from.
+        deep: add the sha256 of every tensor's contents.
+        every: list every tensor in the table.
+        overwrite: replace an existing certificate.
+    """
+
+    directory: Annotated[Path, Option("Directory of the checkpoint (safetensors).", argument=True)]
+    base: Annotated[
+        str | None, Option("The pruned checkpoint that it was tuned from; its zeros must be the same.", MODEL)
+    ] = None
+    deep: Annotated[bool, Option("Add the sha256 of every tensor's contents.", RUN)] = False
+    every: Annotated[bool, Option("List every tensor in the table.", RUN, name="--all")] = False
+    overwrite: Annotated[bool, Option("Replace an existing certificate.", RUN)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What `spp inspect` is told.
+
+    Args:
+        path: directory or hub id of a model or an adapter.
+        every: list every tensor in the table.
+        plot: file for a heat map of layers × projections.
+        overwrite: replace the file of `plot`.
+
+    Raises:
+        ConfigError: `plot` has no ending of a chart.
+    """
+
+    path: Annotated[str, Option("Directory or hub id of a model or an adapter.", argument=True)]
+    every: Annotated[bool, Option("List every tensor in the table.", RUN, name="--all")] = False
+    plot: Annotated[Path | None, Option("Draw layers × projections as a heat map: a .png, .svg or .pdf file.", RUN)] = (
+        None
+    )
+    overwrite: Annotated[bool, Option("Replace the file of --plot.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        check_path("path", self.path)
+        if self.plot is not None:
+            check_chart("plot", self.plot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What `spp eval` is told.
+
+    Args:
+        model: directory or hub id of the model.
+        text: plain text to measure on.
+        window: tokens of a window.
+        batch_size: windows of one forward pass.
+        max_windows: measure the first windows only; None is all.
+        adapter: adapter, or what PST trained, to load onto the model.
+        strict: True refuses an adapter that was trained on other values than the model's, False accepts one that was
+            trained on other zeros; None refuses other zeros, and says other values.
+        dtype: to load the model in; "auto" is the checkpoint's own.
+        device: "auto", "cpu" or "cuda".
+        json: print one JSON object instead of a table.
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it.
+    """
+
+    model: Annotated[str, Option("Directory or hub id of the model.", argument=True)]
+    text: Annotated[Path, Option("Plain text to measure on, the whole file.", EVALUATION)]
+    window: Annotated[int, Option("Tokens of a window; perplexities compare at equal windows only.", EVALUATION)] = 1024
+    batch_size: Annotated[int, Option("Windows of one forward pass.", EVALUATION)] = 1
+    max_windows: Annotated[int | None, Option("Measure the first windows only.", EVALUATION, default="all")] = None
+    adapter: Annotated[Path | None, Option("Adapter, or what PST trained, to load onto the model.", MODEL)] = None
+    strict: Annotated[
+        bool | None,
+        Option(
+            "Refuse an adapter that was trained on other values than the model's, or accept one that was trained on "
+            "other zeros.",
+            MODEL,
+            negatable=True,
+            default="other zeros are refused, other values are said",
+        ),
+    ] = None
+    dtype: Annotated[
+        str, Option("auto (the checkpoint's own), float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu or cuda.", MODEL, choices=DEVICES)] = "auto"
+    json: Annotated[bool, Option("Print one JSON object instead of a table.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        check_path("model", self.model)
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, AUTO_DTYPES)
+        check_windows(self.window, self.batch_size, self.max_windows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `spp export` is told.
+
+    Args:
+        directory: directory or hub id of the checkpoint.
+        output: directory to write to.
+        packed: store kept weights and masks instead of zeros.
+        dense: make a packed checkpoint a plain one again.
+        strict_bits: with `packed`, refuse −0.0.
+        every: list every tensor in the table.
+        overwrite: replace an existing output.
+
+    Raises:
+        ConfigError: not one of `packed` and `dense` is asked for, or `strict_bits` with `dense`.
+    """
+
+    directory: Annotated[str, Option("Directory or hub id of the checkpoint.", argument=True)]
+    output: Annotated[Path, Option("Directory to write to.", argument=True)]
+    packed: Annotated[bool, Option("Store kept weights and masks instead of zeros.", METHOD)] = False
+    dense: Annotated[bool, Option("Make a packed checkpoint a plain one again.", METHOD)] = False
+    strict_bits: Annotated[bool, Option("With --packed: refuse −0.0, which would come back as 0.0.", METHOD)] = False
+    every: Annotated[bool, Option("List every tensor in the table.", RUN, name="--all")] = False
+    overwrite: Annotated[bool, Option("Replace an existing output.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        check_path("directory", self.directory)
+        if self.packed == self.dense:
+            raise ConfigError(f"pass one of {arg('packed', True)} and {arg('dense', True)}")
+        if self.dense and self.strict_bits:
+            raise ConfigError(
+                f"{arg('strict_bits')} goes with {arg('packed', True)}: a packed checkpoint holds no −0.0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """What `spp push` is told; the fields are the arguments of spp.integrations.hub.push.
+
+    Raises:
+        ConfigError: `repo_id` is not of the form owner/name.
+    """
+
+    directory: Annotated[Path, Option("Directory of an adapter, or of a model with its certificate.", argument=True)]
+    repo_id: Annotated[str, Option("owner/name; made if it is not there.", metavar="REPO", argument=True)]
+    private: Annotated[
+        bool | None, Option("Make a new repository private.", METHOD, default="the owner's", negatable=True)
+    ] = None
+    revision: Annotated[str | None, Option("Branch to push to.", METHOD, default="the main one")] = None
+    message: Annotated[str | None, Option("Message of the commit.", METHOD)] = None
+    run: Annotated[
+        Path | None, Option("Run directory of spp tune: its recipe and results go into the card.", MODEL)
+    ] = None
+    base: Annotated[str | None, Option("Hub id of the base, where the files name a directory.", MODEL)] = None
+    license: Annotated[str | None, Option("Licence for the card, such as apache-2.0.", MODEL)] = None
+    new_card: Annotated[bool, Option("Make a card in spite of a README.md that is there.", MODEL)] = False
+    overwrite: Annotated[bool, Option("Replace what is in an existing repository.", RUN)] = False
+    dry_run: Annotated[bool, Option("Check files, print the card, send nothing.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        check_repo_id(self.repo_id)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise unless a repository's name is owner/name."""
+    if not _REPO_ID.fullmatch(repo_id):
+        raise ConfigError(f"{arg('repo_id')} is {repo_id!r}; it must be owner/name")
+
+
+def check_windows(window: object, batch_size: object = 1, max_windows: object = None) -> None:
+    """Raise a ConfigError for options of a perplexity that make no sense."""
+    check_int("window", window, least=2)  # one token is no prediction
+    check_int("batch_size", batch_size, least=1)
+    if max_windows is not None:
+        check_int("max_windows", max_windows, least=1)

@@ -1,0 +1,265 @@
+"""PruneOptions: what pruning is told, in memory and on disk; PruneConfig adds where to read and write.
+
+The methods by name, and OWL, whose formula is in spp.pruning.owl.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from spp.configs.calibration import check_source
+from spp.configs.checks import (
+    AUTO_DTYPES,
+    DEVICES,
+    check_choice,
+    check_int,
+    check_names,
+    check_path,
+    is_number,
+    parse_names,
+)
+from spp.configs.options import DATA, METHOD, MODEL, RUN, Option
+from spp.configs.pattern import Pattern
+from spp.errors import ConfigError, PatternError, arg
+
+Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
+Names = str | list[str] | tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class OWL:
+    """The options of OWL.
+
+    Args:
+        threshold: M, how many times the mean a score must be above to be an outlier; the paper's 5.
+        spread: λ, half the distance between the sparsest and the densest block; the paper's 0.08.
+
+    Raises:
+        ConfigError: an option makes no sense.
+    """
+
+    threshold: Annotated[float, Option("OWL: times the mean that an outlier is above.", METHOD)] = 5.0
+    spread: Annotated[float, Option("OWL: how far a block may be from the fraction.", METHOD)] = 0.08
+
+    def __post_init__(self) -> None:
+        if not is_number(self.threshold) or not math.isfinite(self.threshold) or self.threshold <= 0:
+            raise ConfigError(f"OWL's threshold is {self.threshold!r}; it must be a finite number above 0")
+        if not is_number(self.spread) or not 0 <= self.spread < 0.5:
+            raise ConfigError(f"OWL's spread is {self.spread!r}; it must be in [0, 0.5)")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune.
+
+    Args:
+        name: what the user calls it.
+        mask: where the mask comes from: "magnitude", "wanda" or "sparsegpt".
+        refined: whether DSnoT refines it.
+    """
+
+    name: str
+    mask: str
+    refined: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration inputs."""
+        return self.refined or self.mask != "magnitude"
+
+    @property
+    def updates(self) -> bool:
+        """Whether it changes the weights that stay."""
+        return self.mask == "sparsegpt" and not self.refined
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("magnitude", "magnitude"),
+        Method("wanda", "wanda"),
+        Method("sparsegpt", "sparsegpt"),
+        Method("dsnot", "wanda", refined=True),
+        Method("magnitude+dsnot", "magnitude", refined=True),
+        Method("wanda+dsnot", "wanda", refined=True),
+        Method("sparsegpt+dsnot", "sparsegpt", refined=True),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """Return the method of that name, or raise a ConfigError that lists them."""
+    check_choice("method", name, tuple(METHODS))
+    return METHODS[name]
+
+
+def parse_patterns(values: Sequence[str]) -> str | dict[str, str]:
+    """Return what `--pattern` means: one pattern, or {name: pattern} with the one without a name last, for all others.
+
+    Raises:
+        PatternError: two patterns without a name, or a name given twice.
+    """
+    named: dict[str, str] = {}
+    plain = []
+    for value in values:
+        name, equals, pattern = value.rpartition("=")
+        if not equals:
+            plain.append(value)
+        elif not name or name in named:
+            what = "has no name before =" if not name else f"is the second for {name}"
+            raise PatternError(f"{arg('pattern')} {value} {what}; write NAME=PATTERN, each name once")
+        else:
+            named[name] = pattern
+    if len(plain) > 1:
+        raise PatternError(
+            f"{arg('pattern')} is given {len(plain)} times without a name ({', '.join(plain)}); one is enough, or "
+            f"write NAME=PATTERN for layers of that name"
+        )
+    if not named:
+        return plain[0]
+    return named | ({".*": plain[0]} if plain else {})
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """The options of `spp.prune`, whose fields they are.
+
+    Raises:
+        ConfigError, PatternError, DataError: what is wrong with them whatever the model.
+
+    Example:
+        >>> PruneOptions("magnitude", "2:4").method
+        'magnitude'
+    """
+
+    method: Annotated[
+        str,
+        Option(
+            "magnitude, wanda, sparsegpt, dsnot, or one+dsnot, such as sparsegpt+dsnot.",
+            METHOD,
+            choices=tuple(METHODS),
+        ),
+    ] = "wanda"
+    pattern: Annotated[
+        Patterns,
+        Option(
+            "N:M (N kept of every M) or the fraction pruned, such as 0.5. Repeated, NAME=PATTERN for layers by name "
+            "suffix or regular expression, of which the first that matches counts; one without NAME is for all others.",
+            METHOD,
+            many=True,
+            parse=parse_patterns,
+        ),
+    ] = "2:4"
+    calibration: Annotated[
+        Any,  # token ids, texts, or what names them: spp.calibrate.windows
+        Option(
+            "Data for the methods that look at activations: a text file (.txt, .md, .raw), rows with a field text "
+            "(.json, .jsonl), token ids (.pt, .safetensors), or a data set, NAME[:CONFIG[:SPLIT[:FIELD]]] with a "
+            "folder or hub id as NAME, such as allenai/c4:en.",
+            DATA,
+            type=str,
+        ),
+    ] = None
+    target_modules: Annotated[
+        Names,
+        Option("Names, a regular expression or all-linear; may be repeated.", MODEL, many=True, parse=parse_names),
+    ] = None
+    exclude_modules: Annotated[
+        Names, Option("Names or a regular expression to leave dense.", MODEL, many=True, parse=parse_names)
+    ] = None
+    nsamples: Annotated[int, Option("Calibration windows at most.", DATA)] = 128
+    seqlen: Annotated[int, Option("Tokens of a window that is cut from text.", DATA)] = 2048
+    seed: Annotated[int, Option("Of the draw of windows.", DATA)] = 0
+    owl: Annotated[
+        OWL | None,
+        Option("Prune blocks with many outliers less (OWL); the pattern must be a fraction.", METHOD),
+    ] = None
+
+    def __post_init__(self) -> None:
+        method, owl = get_method(self.method), self.owl
+        check_patterns(self.pattern)
+        if owl is not None and not isinstance(owl, OWL):
+            raise ConfigError(f"{arg('owl')} is {owl!r}; pass spp.pruning.OWL() with its options, or None")
+        if owl is not None and (isinstance(self.pattern, Mapping) or Pattern.parse(self.pattern).is_nm):
+            raise ConfigError(
+                f"{arg('owl', ...)} gives blocks different fractions, so {arg('pattern')} must be one fraction; it is "
+                f"{self.pattern!r}"
+            )
+        check_int("nsamples", self.nsamples, least=1)
+        check_int("seqlen", self.seqlen, least=1)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"{arg('seed')} is {self.seed!r}; it must be an int of at least 0 and below 2**64")
+        check_names("target_modules", self.target_modules)
+        check_names("exclude_modules", self.exclude_modules)
+        if isinstance(self.calibration, (str, os.PathLike)):
+            check_source(os.fspath(self.calibration))
+        elif self.calibration is None and (method.calibrated or owl is not None):
+            who = f"method {self.method!r}" if method.calibrated else arg("owl", ...)
+            raise ConfigError(
+                f"{who} needs calibration data: pass {arg('calibration', ...)} (a text, JSON or JSONL file, token ids "
+                f"(k, L) or a file of them, a data set; in Python a list of texts too, with {arg('tokenizer', ...)} "
+                f"for all text); {arg('method', 'magnitude')} alone needs none"
+            )
+
+    @property
+    def described(self) -> str | dict[str, str]:
+        """What a report says of the pattern that was asked for."""
+        if isinstance(self.pattern, Mapping):
+            return {name: str(Pattern.parse(value)) for name, value in self.pattern.items()}
+        return str(Pattern.parse(self.pattern))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments of `spp.prune`."""
+        return {field.name: getattr(self, field.name) for field in fields(PruneOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(PruneOptions):
+    """What `spp prune` is told: the options of `spp.prune`, and what to read and write.
+
+    Args:
+        model: directory or hub id of the dense model.
+        output: directory to write the pruned checkpoint to.
+        dtype: of the weights while they are pruned and as they are written; "auto" is the checkpoint's own.
+        device: "auto", "cpu" or "cuda".
+        in_memory: load the whole model instead of one block at a time.
+        report: JSON file for what was done to each layer.
+        every: list every layer in the table.
+        overwrite: replace an existing output.
+
+    Raises:
+        ConfigError, PatternError, DataError: an option makes no sense; the message names it.
+    """
+
+    model: Annotated[str, Option("Directory or hub id of the dense model.", argument=True)]
+    output: Annotated[Path, Option("Directory to write the pruned checkpoint to.", argument=True)]
+    dtype: Annotated[
+        str, Option("auto (the checkpoint's own), float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu or cuda.", MODEL, choices=DEVICES)] = "auto"
+    in_memory: Annotated[bool, Option("Load the whole model instead of one block at a time.", MODEL)] = False
+    report: Annotated[Path | None, Option("JSON file to write what was done to each layer to.", RUN)] = None
+    every: Annotated[bool, Option("List every layer in the table.", RUN, name="--all")] = False
+    overwrite: Annotated[bool, Option("Replace an existing output.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("model", self.model)
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, AUTO_DTYPES)
+
+
+def check_patterns(pattern: Patterns) -> None:
+    """Raise a PatternError where a pattern, or a name in a mapping of them, makes no sense."""
+    for name, value in pattern.items() if isinstance(pattern, Mapping) else [(".*", pattern)]:
+        Pattern.parse(value)
+        try:
+            re.compile(name)
+        except (re.error, TypeError) as error:
+            raise PatternError(f"{arg('pattern')}: the name {name!r} is not a regular expression: {error}") from None
