@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from spp.errors import some_of
+from spp.files.hashes import dtype_name
 from spp.targets import OTHER_PROJECTIONS, PROJECTIONS, is_projection_key
 from spp.targets_layout import EXPERT_WEIGHTS
 
@@ -56,6 +57,7 @@ def unreadable_projections(tensors: Tensors) -> dict[str, str]:
     """
     plain: set[str] = set()
     found: set[str] = set()
+    codes: dict[str, torch.dtype] = {}  # of a weight's own name
     children: defaultdict[str, list[str]] = defaultdict(list)  # {key up to a full stop: what stands behind it}
     for key, (ndim, dtype) in tensors.items():
         parent, _, name = key.rpartition(".")
@@ -66,11 +68,15 @@ def unreadable_projections(tensors: Tensors) -> dict[str, str]:
         elif dtype.is_floating_point and name == "weight":
             plain.add(parent)  # of a convolution, say
         elif is_projection_key(key, ndim):
-            found.add(key.removesuffix(".weight"))
+            codes[key.removesuffix(".weight")] = dtype
         elif path is not None and is_projection_key(f"{path}.weight", 2):
             found.add(path)
-    stored = {path: _parts_of(path, children) for path in sorted(found - plain)}
-    return {path: _described(parts) for path, parts in stored.items() if not parts <= _BESIDE}
+    stored = {path: _parts_of(path, children) for path in sorted((found | codes.keys()) - plain)}
+    return {
+        path: _described(parts, codes.get(path))
+        for path, parts in stored.items()
+        if path in codes or not parts <= _BESIDE
+    }
 
 
 def describe_unreadable(unreadable: Mapping[str, str]) -> str:
@@ -95,6 +101,8 @@ def _parts_of(path: str, children: Mapping[str, Collection[str]]) -> set[str]:
     return parts or beside  # of experts, whose weights are no modules
 
 
-def _described(parts: set[str]) -> str:
+def _described(parts: set[str], codes: torch.dtype | None) -> str:
+    if codes is not None and parts <= {"weight", *_BESIDE}:
+        return f"weight ({dtype_name(codes)})"
     name = next((f" ({name})" for of_format, name in _FORMATS if of_format <= parts), "")
     return some_of(parts) + name

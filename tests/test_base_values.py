@@ -25,7 +25,7 @@ from spp.packed import held, quantized_kind, read_quantized
 from spp.targets import resolve_projections
 from tests.models import moe_model, tiny_llama
 from tests.offloading import WAYS
-from tests.quantized import quantized_llama, torchao_llama
+from tests.quantized import merge_again, quantized_llama, torchao_llama
 from tests.test_adapters import authors_adapter
 from tests.test_inject import assert_untouched, pruned, snapshot, stir
 
@@ -310,8 +310,9 @@ def test_quantized_bases(form: str, tmp_path: Path) -> None:
     assert set(config_of(path)["base_forms"].values()) == {said}
     model = spp.load_adapter(quantized_llama(form), path, strict_values=True)
     assert base_verdict(model).state == SAME
-    report = spp.merge(spp.load_adapter(model, path), requantize=True)
+    report, said_of_it = merge_again(spp.load_adapter(model, path))
     assert report.base.state == SAME
+    assert [("too coarse" in text) for text in said_of_it] == ([] if form == "int8" else [True])
     other = quantized_llama(form)
     linear = other.get_submodule(UP)
     if form == "int8":
@@ -382,7 +383,7 @@ class Counted:
 
 def test_a_second_save_hashes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = Counted(monkeypatch)
-    model = spp.wrap(pruned(), r=4, seed=0)
+    model = stir(spp.wrap(pruned(), r=4, seed=0))
     for number in range(3):
         spp.save_adapter(model, tmp_path / str(number))
     assert count.calls == 14
@@ -401,7 +402,7 @@ def test_a_second_save_hashes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_write_is_noticed(write: Callable[[torch.Tensor], Any], packed: bool, tmp_path: Path) -> None:
-    model = spp.wrap(spp.pack(pruned()) if packed else pruned(), r=4, seed=0, packed=packed)
+    model = stir(spp.wrap(spp.pack(pruned()) if packed else pruned(), r=4, seed=0, packed=packed))
     before = config_of(spp.save_adapter(model, tmp_path / "before"))["base_values"]
     layer = adapter_layers(model)[DOWN]
     with torch.no_grad():
@@ -415,7 +416,7 @@ def test_weights_of_inference_mode_are_hashed_each_time(tmp_path: Path, monkeypa
     count = Counted(monkeypatch)
     with torch.inference_mode():
         model = pruned()
-    model = spp.wrap(model, r=4, seed=0)
+    model = stir(spp.wrap(model, r=4, seed=0))
     for number in range(2):
         spp.save_adapter(model, tmp_path / str(number))
     assert count.calls == 28

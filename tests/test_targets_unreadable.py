@@ -43,11 +43,14 @@ def test_experts_and_forms_without_a_name() -> None:
     experts = {f"layers.0.mlp.experts.{n}_{p}": U for n in ("gate_up_proj", "down_proj") for p in ("blocks", "scales")}
     found = unreadable_projections({**experts, f"{Q}.strange": U, "a.b.fc1.weight": U})
     assert found == {
-        "a.b.fc1": "weight",
+        "a.b.fc1": "weight (uint8)",
         "layers.0.mlp.experts.down_proj": "blocks, scales (MXFP4)",
         "layers.0.mlp.experts.gate_up_proj": "blocks, scales (MXFP4)",
         Q: "strange",
     }
+    fused = {"layers.0.mlp.experts.gate_up_proj": (3, torch.int8), "layers.0.mlp.experts.gate_up_proj_bias": F}
+    assert unreadable_projections(fused) == {"layers.0.mlp.experts.gate_up_proj": "weight (int8)"}
+    assert unreadable_projections({f"{Q}.weight": I, f"{Q}.bias": F}) == {Q: "weight (int32)"}
     assert describe_unreadable(found).startswith("2 stored as blocks, scales (MXFP4): layers.0.mlp.experts.down_proj, ")
 
 

@@ -15,7 +15,7 @@ import torch
 
 import spp
 from spp.checkpoint import merge_checkpoint, verify
-from spp.errors import AdapterError, CheckpointError, OutputError, SPPError
+from spp.errors import AdapterError, CheckpointError, OutputError, SPPError, SPPWarning
 from spp.files import output, read_json, save_tensors, write_json
 from tests.checkpoint.helpers import Q0, contents, make_sources, shard, tensors_of, wrapped_model
 from tests.checkpoint.kills import WORKS
@@ -132,10 +132,23 @@ def test_a_bad_base(base: Path, adapter: Path, tmp_path: Path, name: str) -> Non
 def test_whole_numbers_where_weights_should_be(base: Path, adapter: Path, tmp_path: Path) -> None:
     tensors = tensors_of(base)
     save_tensors(base / "model.safetensors", {**tensors, Q0: (tensors[Q0] * 100).to(torch.int32)})
-    with pytest.raises(AdapterError, match=r"q_proj.* is int32 \(64, 64\); expected a floating-point matrix"):
+    path = Q0.removesuffix(".weight")
+    said = (
+        rf"base: the zeros of 1 of its 14 projections .*: 1 stored as weight \(int32\): {path}\. Plain floating-point"
+    )
+    with pytest.raises(CheckpointError, match=said):
         merge_checkpoint(base, adapter, tmp_path / "out")
     with pytest.raises(SPPError, match=Q0):
         verify(base)
+    head = tensors["lm_head.weight"]  # no projection by its name: the adapter's own check finds it
+    save_tensors(base / "model.safetensors", {**tensors, "lm_head.weight": (head * 100).to(torch.int32)})
+    with pytest.warns(SPPWarning, match="dense"):
+        of_head = wrapped_model(target_modules=["lm_head"])
+    spp.save_adapter(of_head, tmp_path / "of_head")
+    said = r"lm_head: lm_head\.weight is int32 \(\d+, \d+\); expected a floating-point matrix"
+    with pytest.raises(AdapterError, match=said):
+        merge_checkpoint(base, tmp_path / "of_head", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapters_file_that_is_a_link_out(base: Path, adapter: Path, tmp_path: Path) -> None:

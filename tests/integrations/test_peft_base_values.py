@@ -23,6 +23,7 @@ from tests.models import moe_model
 from tests.offloading import WAYS
 from tests.quantized import quantized_llama
 from tests.test_base_values import Counted, config_of, edit, scaled
+from tests.test_inject import stir
 
 
 def adapted(model: nn.Module, **options: Any) -> PeftModel:
@@ -36,7 +37,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_peft_records_what_spp_records(saved: Path, tmp_path: Path) -> None:
-    ours = config_of(spp.save_adapter(spp.wrap(pruned(), r=4), tmp_path / "ours"))
+    ours = config_of(spp.save_adapter(stir(spp.wrap(pruned(), r=4)), tmp_path / "ours"))
     theirs = config_of(saved)
     assert len(ours["base_values"]) == 14
     for name in ("base_masks", "base_values", "base_forms"):
@@ -97,7 +98,7 @@ def test_experts(tmp_path: Path) -> None:
     model = moe_model("mixtral")
     spp.prune(model, "magnitude", "2:4")
     adapted(copy.deepcopy(model)).save_pretrained(tmp_path / "adapter")
-    ours = spp.save_adapter(spp.wrap(copy.deepcopy(model), r=2), tmp_path / "ours")
+    ours = spp.save_adapter(stir(spp.wrap(copy.deepcopy(model), r=2)), tmp_path / "ours")
     assert config_of(tmp_path / "adapter")["base_values"] == config_of(ours)["base_values"]
     name = next(name for name, _ in model.named_parameters() if name.endswith("experts.down_proj"))
     PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").load_adapter(tmp_path / "adapter", "second")
@@ -115,7 +116,7 @@ def test_an_offloaded_base(way: str, saved: Path, tmp_path: Path) -> None:
 def test_a_quantized_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("bitsandbytes")
     adapted(quantized_llama("nf4")).save_pretrained(tmp_path / "adapter")
-    ours = spp.save_adapter(spp.wrap(quantized_llama("nf4"), r=4), tmp_path / "ours")
+    ours = spp.save_adapter(stir(spp.wrap(quantized_llama("nf4"), r=4)), tmp_path / "ours")
     assert config_of(tmp_path / "adapter")["base_values"] == config_of(ours)["base_values"]
     PeftModel.from_pretrained(quantized_llama("nf4"), tmp_path / "adapter")
     edit(tmp_path / "adapter", base_forms=dict.fromkeys(config_of(ours)["base_values"], "float32"))

@@ -31,6 +31,7 @@ EMBEDDING = "model.embed_tokens.weight"
 NAN, INFINITY, DENORMAL, MINUS_ZERO = 0x7FC0, 0x7F80, 0x0001, 0x8000  # bits of bfloat16
 
 Tell = Callable[[Path], None]
+Said = type[SPPError] | type[SPPWarning] | None
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,30 @@ class Lie:
     Attributes:
         name: in words.
         tell: does it, to a copy of the folder.
-        error: what must be raised; None for what is not promised: then the call must pass.
+        error: what must be raised, or warned of, once; None for what is not promised: then the call must be silent.
         says: a part of the message, the tensor's name above all; or why it is not promised.
     """
 
     name: str
     tell: Tell
-    error: type[SPPError] | None
+    error: Said
     says: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether the call does its work all the same."""
+        return self.error is None or issubclass(self.error, SPPWarning)
 
     def must_be_caught(self, folder: Path, call: Callable[[Path], Any]) -> None:
         """Tell it of a folder, then have a call look at that."""
         self.tell(folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SPPWarning)
-            if self.error is None:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", SPPWarning)
+            if self.error is None or self.passes:
                 call(folder)
+                said = [str(one.message) for one in warned if issubclass(one.category, SPPWarning)]
+                assert len(said) == (0 if self.error is None else 1), said
+                assert all(self.says in text for text in said), said
                 return
             with pytest.raises(self.error) as caught:
                 call(folder)
@@ -77,9 +86,9 @@ def tiny_model(seed: int = 0) -> Any:
     return model.to(torch.bfloat16)
 
 
-def tiny_adapter(model: Any) -> Any:
-    """The model, wrapped at rank 4, with an adapter that changes every kept weight."""
-    spp.wrap(model, r=4, seed=1)
+def tiny_adapter(model: Any, **options: Any) -> Any:
+    """The model, wrapped, at rank 4 by default, with an adapter that changes every kept weight."""
+    spp.wrap(model, **{"r": 4, "seed": 1, **options})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in spp.adapter_parameters(model):

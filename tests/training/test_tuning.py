@@ -425,8 +425,8 @@ class TestRefused:
         for name in ("checkpoints", "adapter"):
             (run / name).rename(tmp_path / f"disk-{name}")
             (run / name).symlink_to(tmp_path / f"disk-{name}")
-        run_tune(config(text, run, overwrite=True, steps=1))
-        assert [path.name for path in (tmp_path / "disk-checkpoints").iterdir()] == ["checkpoint-1"]
+        run_tune(config(text, run, overwrite=True, steps=2))
+        assert [path.name for path in (tmp_path / "disk-checkpoints").iterdir()] == ["checkpoint-2"]
         assert (run / "adapter").is_symlink() and (tmp_path / "disk-adapter/adapter_config.json").exists()
         disk.mkdir()
         (disk / "precious.txt").write_text("mine")
