@@ -15,7 +15,7 @@ import torch
 
 import spp
 from spp.bench.harness import measure_memory
-from spp.checkpoint import merge_checkpoint, pipeline, save_model, scanning, verify
+from spp.checkpoint import merge_checkpoint, save_model, scanning, verify
 from spp.checkpoint.rewrite_jobs import OtherJob, TorchJob, WeightJob
 from spp.errors import CheckpointError, MaskError, NonFiniteError, OutputError, OutputExistsError
 from spp.files import CheckpointReader, output, save_tensors, write_json, write_tensors
@@ -256,7 +256,7 @@ def test_no_thread_to_be_had_is_an_error_that_leaves_nothing(
     def none(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(pipeline.threading.Thread, "start", none)
+    monkeypatch.setattr(threading.Thread, "start", none)
     with pytest.raises(RuntimeError, match="new thread"):
         merge_checkpoint(base, adapter, tmp_path / "out")
     nothing_left(tmp_path, ["base", "adapter"])
