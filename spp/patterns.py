@@ -161,13 +161,20 @@ def detect_counted(kept: int, count: int, inputs: int, most: Callable[[int], int
         return DENSE
     if kept == 0:
         return UNSTRUCTURED
-    share = 0.5  # the lowest N / M that so many kept weights allow
-    while share * count / 2 >= kept:
-        share /= 2
-    for group in (m for m in USUAL_GROUPS if inputs % m == 0 and share * m >= 1):
-        if most(group) <= share * group:
-            return f"{int(share * group)}:{group}"
+    share = _lowest_share(kept, count)
+    for group in USUAL_GROUPS:
+        allowed = int(share * group)  # N of the group
+        if inputs % group == 0 and allowed >= 1 and most(group) <= allowed:
+            return f"{allowed}:{group}"
     return UNSTRUCTURED
+
+
+def _lowest_share(kept: int, count: int) -> float:
+    """Return the lowest N / M, of 1/2, 1/4, 1/8, …, that allows `kept` of `count` weights; 1/2 where none does."""
+    share = 0.5
+    while share / 2 * count >= kept:
+        share /= 2
+    return share
 
 
 def most_in_a_group(packed: npt.NDArray[np.uint8], group: int, enough: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from spp.checkpoint.adapters import Part, sum_of
 from spp.checkpoint.places import Place, Places
 from spp.checkpoint.rewriting import Rewriting, ValueHashes
 from spp.checkpoint.scanning import Bytes
+from spp.checkpoint_keys import Group
 from spp.errors import MaskError, some_of
 from spp.files import CheckpointReader, dtype_name, mask_sha256, values_sha256
 from spp.files.hashes import joined_sha256, piece_sha256
@@ -63,33 +65,34 @@ class Merging(Rewriting):
         if place is None:
             return super().matrices(key)
         before, after, shape = self.reader.dtype(key), self.stored(key), self.reader.shape(key)
-        by_chance = self.rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
         library = elementwise.compiled(before, after)
-        if library is None or by_chance or place.group is not None or 0 in shape:
+        if library is None or self._needs_torch(place, after, shape):
             return None
-        rows, cols = shape[-2:]
-        if len(shape) == 3 and rows * cols % 8:
-            return None  # packed bits of an expert would begin inside a byte
-        layer = self.layers[place.path]
+        layer, (rows, cols) = self.layers[place.path], shape[-2:]
         outputs = cols if place.transposed else rows
-        of_experts = zip(*(p.unbind(0) for p in layer.params), strict=True) if len(shape) == 3 else [layer.params]
         matrices = []
-        for params in of_experts:
+        for params in _of_experts(layer.params) if len(shape) == 3 else [layer.params]:
             terms = terms_of(layer.rule, layer.rule.prepare(list(params), layer.scaling, outputs, torch.float32))
             if terms is None:
                 return None
             matrices.append(Matrix(library, rows, cols, before, after, terms, transposed=place.transposed))
         return matrices
 
-    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> str:
-        """Record a weight that was made; its mask is the base's too."""
-        mask = self.base_masks[key] = super().keep(key, dtype, bits, found)
-        return mask
+    def _needs_torch(self, place: Place, after: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Whether the compiled pass does not merge such a weight."""
+        by_chance = self.rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
+        splits_a_byte = len(shape) == 3 and shape[1] * shape[2] % 8 != 0  # in which an expert's packed bits would begin
+        return by_chance or splits_a_byte or place.group is not None or 0 in shape
 
-    def changed_by(self, key: str, mask: str, found: list[Found]) -> None:
+    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> None:
+        """Record a weight that was made; its mask is the base's too."""
+        super().keep(key, dtype, bits, found)
+        self.base_masks[key] = self.tensors[key].mask_sha256
+
+    def changed_by(self, key: str, found: list[Found]) -> None:
         """Check and record what the compiled pass merged."""
         place = self.place_of[key]
-        self.require_masks(place.path, mask)
+        self.require_masks(place.path, self.base_masks[key])
         done = [layer_merge(of_one) for of_one in found]
         self.merges[place.path] = sum_layers(done) if len(place.shape) == 3 else done[0]
 
@@ -134,25 +137,32 @@ class Merging(Rewriting):
     def make(self, key: str, tensor: Tensor) -> Tensor:
         """Return one tensor on disk of a merged weight; the others of its group wait to be asked for."""
         place = self.place_of[key]
+        if place.group is None:
+            return self._merge(place, tensor).contiguous()
         if key not in self._ready:
-            if place.group is None:
-                self._ready[key] = self._merge(place, tensor)
-            else:
-                disk = self.places.disk
-                assert disk is not None
-                joined = disk.join(place.group, self.reader.tensor)
-                for part in place.keys:
-                    self.reader.release(part)
-                for other in self.places.places:
-                    if other.group is place.group:
-                        name = next(name for name in joined if name in (other.path, f"{other.path}.weight"))
-                        joined[name] = self._merge(other, joined[name])
-                self._ready |= disk.split(joined)
+            self._ready |= self._merged_group(place.group)
         return self._ready.pop(key).contiguous()
+
+    def _merged_group(self, group: Group) -> dict[str, Tensor]:
+        """Return the tensors on disk of a group whose weights in memory were merged."""
+        joined = self._joined(group)
+        for key in group.disk:
+            self.reader.release(key)
+        for place in self.places.places:
+            if place.group is group:
+                name = _name_among(joined, place)
+                joined[name] = self._merge(place, joined[name])
+        assert self.places.disk is not None
+        return self.places.disk.split(joined)
+
+    def _joined(self, group: Group) -> dict[str, Tensor]:
+        """Return the tensors in memory that a group becomes."""
+        assert self.places.disk is not None
+        return self.places.disk.join(group, self.reader.tensor)
 
     def _merge(self, place: Place, weight: Tensor) -> Tensor:
         """Return the merged weight of a layer, in the layout of `weight`."""
-        path = place.path
+        path, layer = place.path, self.layers[place.path]
         self.require_masks(path, mask_sha256(weight))
         hashes = {dtype_name(dtype): values_sha256(weight, dtype) for dtype in self._recorded(path)}
         self.compare_values(path, weight.dtype, hashes)
@@ -162,36 +172,46 @@ class Merging(Rewriting):
             "generator": layer_generator(self.seed, path),
             "where": path,
         }
-        layer = self.layers[path]
         matrices = place.matrices(weight)
         if len(place.shape) == 3:
-            of_experts = list(zip(*(p.unbind(0) for p in layer.params), strict=True))
-            merged, self.merges[path] = merge_experts(
-                layer.rule, matrices, of_experts, layer.scaling, transposed=place.transposed, **options
-            )
-        else:
-            merged, self.merges[path] = merge_tensor(layer.rule, matrices[0], layer.params, layer.scaling, **options)
-            merged = merged.T if place.transposed else merged
-        return merged
+            params = _of_experts(layer.params)
+            options["transposed"] = place.transposed
+            merged, self.merges[path] = merge_experts(layer.rule, matrices, params, layer.scaling, **options)
+            return merged
+        merged, self.merges[path] = merge_tensor(layer.rule, matrices[0], layer.params, layer.scaling, **options)
+        return merged.T if place.transposed else merged
 
     def _raise_masks(self, part: Part) -> None:
-        masks, differing = part.files.base_masks or {}, []
-        for place in self.places.places:
-            if place.path not in part.layers or place.path not in masks:
-                continue
-            if place.group is None:
-                weight = self.reader.tensor(place.keys[0])
-            else:
-                assert self.places.disk is not None
-                joined = self.places.disk.join(place.group, self.reader.tensor)
-                weight = joined.get(place.path, joined.get(f"{place.path}.weight", torch.empty(0)))
-            if mask_sha256(weight) != masks[place.path]:
-                differing.append(place.path)
+        """Name all layers of the base whose zeros are not those that an adapter was trained on."""
+        masks = part.files.base_masks or {}
+        differing = [
+            place.path
+            for place in self.places.places
+            if place.path in part.layers and place.path in masks
+            if mask_sha256(self._weight(place)) != masks[place.path]
+        ]
         raise MaskError(
             f"the zeros of {self.reader.directory} are not those that the adapter in {part.files.source} was trained "
             f"on in {len(differing)} layers: {some_of(differing)}. It belongs to "
             f"{part.files.base_name or 'another base'}: pass that one"
         )
+
+    def _weight(self, place: Place) -> Tensor:
+        """Return the weight of a layer of the base, as it is in memory."""
+        if place.group is None:
+            return self.reader.tensor(place.keys[0])
+        joined = self._joined(place.group)
+        return joined[_name_among(joined, place)]
+
+
+def _of_experts(params: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Return a stack's parameters expert by expert."""
+    return list(zip(*(p.unbind(0) for p in params), strict=True))
+
+
+def _name_among(tensors: Iterable[str], place: Place) -> str:
+    """Return the name of a layer's weight among those of its group."""
+    return next(name for name in tensors if name in (place.path, f"{place.path}.weight"))
 
 
 class PieceHashes(ValueHashes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from threading import Lock
 
 from torch import Tensor
@@ -25,38 +26,52 @@ def same_names(one: Source, other: Source) -> tuple[Source, Source]:
 
 def _as_on_disk(source: Source, reader: CheckpointReader) -> Source:
     """Return a model's weights as the checkpoint stores them; as they are, where that is all the same or not known."""
-    model = source.model
-    if model is None or not hasattr(model, "base_model_prefix") or all(key in reader for key in source.axes):
+    if source.model is None or all(key in reader for key in source.axes):
         return source
-    held = {**source.axes, **source.matrices}
-    packed = {name: source.get(name).to("meta") for name in sorted(held.keys() - model.state_dict().keys())}
-    try:
-        keys = DiskKeys(model, {key: reader.shape(key) for key in reader}, packed)
-    except StreamingError:
+    keys = _disk_keys(source, reader)
+    if keys is None:
         return source
+    groups = {key: group for key in reader if (group := keys.group_of(key)) is not None and _holds(source, group)}
+    names = {key: keys.memory[key] for key in reader if keys.group_of(key) is None}  # in memory, of the same tensor
     on_disk = input_axes(reader)
-    parts: dict[str, Group] = {}
-    axes: dict[str, int] = {}
-    matrices: dict[str, int] = {}
-    for key in sorted(reader, key=lambda key: (getattr(keys.group_of(key), "disk", ()), key)):  # a group in one piece
-        group, name = keys.group_of(key), keys.memory[key]
-        if group is not None and all(name in source.axes for name in group.memory):
-            axes[key], parts[key] = on_disk[key], group
-        elif group is None and name in held:
-            (axes if name in source.axes else matrices)[key] = held[name]
-    known = {keys.memory[key] for key in (*axes, *matrices)} | {n for g in parts.values() for n in g.memory}
-    axes |= {name: axis for name, axis in source.axes.items() if name not in known}
-    matrices |= {name: axis for name, axis in source.matrices.items() if name not in known}
-    last: list[tuple[Group, Mapping[str, Tensor]]] = []  # the group that was split last: its parts come in turn
-    splitting = Lock()
+    ordered = sorted(reader, key=lambda key: (getattr(keys.group_of(key), "disk", ()), key))  # a group in one piece
+    axes = {
+        key: on_disk[key] if key in groups else source.axes[names[key]]
+        for key in ordered
+        if key in groups or names.get(key) in source.axes
+    }
+    matrices = {key: source.matrices[name] for key, name in names.items() if name in source.matrices}
+    found = {name for group in groups.values() for name in group.memory} | set(names.values())
+    axes |= {name: axis for name, axis in source.axes.items() if name not in found}
+    matrices |= {name: axis for name, axis in source.matrices.items() if name not in found}
+    splitting = Lock()  # threads that ask for parts of a group wait for the one that splits it
+
+    @lru_cache(maxsize=1)  # the parts of a group are asked for in turn
+    def split(group: Group) -> Mapping[str, Tensor]:
+        return keys.split({name: source.get(name).detach() for name in group.memory})
 
     def get(key: str) -> Tensor:
-        group = parts.get(key)
-        if group is None:
+        if key not in groups:
             return source.get(keys.memory.get(key, key))
         with splitting:
-            if not last or last[0][0] is not group:
-                last[:] = [(group, keys.split({name: source.get(name).detach() for name in group.memory}))]
-            return last[0][1][key]
+            return split(groups[key])[key]
 
     return replace(source, axes=axes, matrices=matrices, get=get)
+
+
+def _disk_keys(source: Source, reader: CheckpointReader) -> DiskKeys | None:
+    """Return the checkpoint's keys beside those of the model; None where transformers' tables do not tell."""
+    model = source.model
+    if model is None or not hasattr(model, "base_model_prefix"):
+        return None
+    held = {*source.axes, *source.matrices}
+    packed = {name: source.get(name).to("meta") for name in sorted(held - model.state_dict().keys())}
+    try:
+        return DiskKeys(model, {key: reader.shape(key) for key in reader}, packed)
+    except StreamingError:
+        return None
+
+
+def _holds(source: Source, group: Group) -> bool:
+    """Whether all weights that a group on disk becomes are projections of the model."""
+    return all(name in source.axes for name in group.memory)

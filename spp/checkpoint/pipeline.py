@@ -1,11 +1,12 @@
 """Work on tensors, cut into pieces, by a few threads.
 
-    jobs, in order: piece 0, piece 1, …    each piece: read → compute → write, by whichever thread is free
-    last piece of a job: finish
+    jobs, in order: piece 0, piece 1, …    each piece, by whichever thread is free: read → compute → write
+    last piece of a job done: finish
 
-A thread that reads or writes waits for the system, and compiled functions let go of Python's lock, so one piece is read
-while another is computed and a third is written. Memory is a piece or two a thread, whatever the size of a tensor. The
-first error stops all threads and is raised when they have stopped; so is an interruption.
+A thread that reads or writes waits for the system, and compiled functions release Python's lock, so one piece is read
+while another is computed and a third is written. The pieces that are begun or wait for a thread are at most twice as
+many as the threads, and a thread reuses its buffers, so memory does not depend on the size of a tensor. The first error
+in the order of the pieces stops the work, and so does an interruption; it is raised when no thread is at work any more.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +31,14 @@ MOST_THREADS = 8  # more than a disk keeps busy
 _ALERT = 0.2  # seconds after which the main thread looks for a signal that another thread was woken up for
 
 
-class Scratch:
-    """A thread's own buffers, used again from piece to piece."""
+class Scratch(threading.local):
+    """Buffers that are reused from piece to piece; every thread sees its own."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
 
     def bytes(self, tag: str, count: int, place: int = 0) -> npt.NDArray[np.uint8]:
-        """Return `count` bytes; those that were returned before for the tag are no longer the caller's.
+        """Return `count` bytes; the thread's earlier ones of this tag are no longer the caller's.
 
         Args:
             place: where in a page of memory they begin.
@@ -84,111 +88,64 @@ def run(jobs: Iterable[Job], done: Callable[[Job], object] | None = None, *, wai
     """Do all jobs, with as many threads as torch uses.
 
     Args:
-        jobs: taken one after the other, when a thread is free.
-        done: called with each job that is finished; one call at a time.
+        jobs: taken one after the other, shortly before their pieces are begun.
+        done: called with each job that is finished, in order.
         waiting: threads more, for as many as wait for the disk at a time.
 
     Raises:
-        Exception: the first that a job raised; what others raised after it is dropped.
+        Exception: the first that a job raised, in the order of jobs and pieces; later ones are dropped.
     """
-    work = _Work(iter(jobs), done)
-    try:
-        with _deaf() as heard:  # Thread.start is not to be interrupted: has it started one, or not?
-            for number in range(max(1, min(torch.get_num_threads() + waiting, MOST_THREADS))):
-                work.start(number)
-        if heard:
-            signal.raise_signal(signal.SIGINT)
-        work.wait()
-    except BaseException as error:
-        work.stop(error)
-        with _deaf():  # however often the user interrupts: threads are at our files
-            work.wait()
-    if work.error is not None:
-        raise work.error
+    threads = max(1, min(torch.get_num_threads() + waiting, MOST_THREADS))
+    begun: deque[tuple[Future[None], Job | None]] = deque()  # (a piece, its job if it is the last one)
+    scratch = Scratch()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="spp")
+
+    def complete() -> None:
+        piece, job = begun.popleft()
+        while not wait([piece], _ALERT).done:
+            handle_signals()
+        piece.result()
+        if job is not None:
+            job.finish()
+            if done is not None:
+                done(job)
+
+    with _signals_deferred() as handle_signals:
+        try:
+            for job in jobs:
+                for piece in range(job.pieces):
+                    handle_signals()
+                    if len(begun) == 2 * threads:
+                        complete()
+                    begun.append((pool.submit(job.do, piece, scratch), job if piece == job.pieces - 1 else None))
+            while begun:
+                complete()
+        finally:
+            pool.shutdown(cancel_futures=True)  # threads are at our files
 
 
 @contextmanager
-def _deaf() -> Iterator[list[int]]:
-    """Put Ctrl-C off; give the list to which it is added."""
+def _signals_deferred() -> Iterator[Callable[[], None]]:
+    """Defer the handlers of Ctrl-C and SIGTERM; yield a function that calls those whose signal has come.
+
+    A handler that raised inside the pool could make it forget a thread that it has just started.
+    """
     heard: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield heard
-        return
-    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
+
+    def handle() -> None:
+        while heard:
+            number = heard.pop()
+            handlers[number](number, None)
+
+    for number in handlers:
+        signal.signal(number, lambda number, _: heard.append(number))
     try:
-        yield heard
+        yield handle
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Work:
-    """What the threads share. The main thread takes none of its locks: a signal could keep it from letting go."""
-
-    def __init__(self, jobs: Iterator[Job], done: Callable[[Job], object] | None) -> None:
-        self.error: BaseException | None = None
-        self._jobs = jobs
-        self._done = done
-        self._lock = threading.Lock()
-        self._job: Job | None = None
-        self._next = 0
-        self._left: dict[Job, int] = {}  # {job that was begun: pieces that are not done}
-        self._begun: list[threading.Thread] = []  # Thread.join would not do: after a signal it takes one for stopped
-        self._ended: list[threading.Thread] = []
-        self._bell = threading.Lock()  # free when all threads have ended
-        self._bell.acquire()
-
-    def start(self, number: int) -> None:
-        """Start a thread."""
-        thread = threading.Thread(target=self._run, name=f"spp-{number}", daemon=True)
-        self._begun.append(thread)
-        try:
-            thread.start()
-        except RuntimeError:  # the system has none left
-            self._begun.remove(thread)
-            raise
-
-    def wait(self) -> None:
-        """Wait until no thread is at work."""
-        while len(self._ended) < len(self._begun):
-            self._bell.acquire(timeout=_ALERT)
-
-    def stop(self, error: BaseException) -> None:
-        """Remember the first error; nothing more is begun."""
-        self.error = self.error or error
-
-    def _run(self) -> None:
-        """Do pieces until there are none, or until something went wrong: a thread's whole life."""
-        scratch = Scratch()
-        try:
-            while (taken := self._take()) is not None:
-                job, piece = taken
-                job.do(piece, scratch)
-                with self._lock:
-                    self._left[job] -= 1
-                    last = not self._left[job]
-                if last and self.error is None:
-                    job.finish()
-                    with self._lock:
-                        del self._left[job]
-                        if self._done is not None:
-                            self._done(job)
-        except BaseException as error:
-            self.stop(error)
-        finally:
-            with self._lock:
-                self._ended.append(threading.current_thread())
-                if self._bell.locked():
-                    self._bell.release()
-
-    def _take(self) -> tuple[Job, int] | None:
-        with self._lock:
-            if self.error is not None:
-                return None
-            if self._job is None or self._next == self._job.pieces:
-                self._job, self._next = next(self._jobs, None), 0
-                if self._job is None:
-                    return None
-                self._left[self._job] = self._job.pieces
-            piece, self._next = self._next, self._next + 1
-            return self._job, piece
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        handle()

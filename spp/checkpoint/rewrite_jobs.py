@@ -1,8 +1,10 @@
 """What is done to each tensor of a checkpoint that is written anew.
 
-    not a weight          read → convert, if that is asked for → write, sum up
-    a weight              read → change or convert, round, rescue → masks packed and compared → write, sum up
-    by plain torch        the same, a whole tensor at a time: what the compiled pass does not do
+    CopyJob        not a weight: read → sum up, write
+    ConvertJob     not a weight: read → convert → sum up, write
+    WeightJob      a weight as it is: read → pack its mask, sum up → write
+    CompiledJob    a weight: read → change or convert, round, rescue → pack masks and compare them, sum up → write
+    TorchJob       the same, a whole tensor at a time: what the compiled pass does not do
 
 A weight's checks come when all of its pieces are done, in the order of their meaning: the base is finite, it has the
 zeros that an adapter was trained on, the result is finite and has them too.
@@ -20,62 +22,80 @@ from spp.checkpoint.pipeline import Job, Scratch, Sink
 from spp.checkpoint.rewriting import Rewriting
 from spp.checkpoint.scanning import PIECE_BYTES, Bytes, crc32, entry_pieces, put_together, read_piece, scan_piece
 from spp.errors import MaskError
+from spp.files.header import size_of
 from spp.kernels.native.elementwise import Found, Matrix
 from spp.patterns import all_finite, pack_bits
 from spp.rules import rescue_
 from spp.targets import is_other_matrix
 
 
+def bytes_of(tensor: Tensor) -> Bytes:
+    """Return the bytes of a contiguous tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+
+
 def job_of(rewriting: Rewriting, key: str, sink: Sink) -> Job:
     """Return the work on a tensor, which hands its bytes to `sink`."""
-    if key not in rewriting.changed:
-        if not rewriting.is_weight(key):
-            return OtherJob(rewriting, key, sink)
-        if rewriting.stored(key) == rewriting.reader.dtype(key):
-            return WeightJob(rewriting, key, sink, [])
+    unchanged = key not in rewriting.changed
+    if unchanged and rewriting.stored(key) == rewriting.reader.dtype(key):
+        return WeightJob(rewriting, key, sink) if rewriting.is_weight(key) else CopyJob(rewriting, key, sink)
+    if unchanged and not rewriting.is_weight(key):
+        return ConvertJob(rewriting, key, sink)
     matrices = rewriting.matrices(key)
-    return TorchJob(rewriting, key, sink) if matrices is None else WeightJob(rewriting, key, sink, matrices)
+    return TorchJob(rewriting, key, sink) if matrices is None else CompiledJob(rewriting, key, sink, matrices)
 
 
-class OtherJob(Job):
-    """A tensor that the certificate does not describe: copied byte for byte, or converted; a matrix keeps its zeros."""
+class CopyJob(Job):
+    """A tensor that the certificate does not describe, copied byte for byte."""
+
+    def __init__(self, rewriting: Rewriting, key: str, sink: Sink) -> None:
+        self.rewriting, self.key, self.sink = rewriting, key, sink
+        size = size_of(rewriting.reader.dtype(key), rewriting.reader.shape(key))
+        self.bytes = entry_pieces(size, PIECE_BYTES)
+        self.pieces = len(self.bytes)
+        self.found = [Found()] * self.pieces
+
+    def do(self, piece: int, scratch: Scratch) -> None:
+        """Copy some bytes."""
+        begin, end = self.bytes[piece]
+        data = read_piece(self.rewriting.reader, self.key, begin, end, scratch, self.sink.place(begin))
+        self.found[piece] = Found(crc=crc32(data), size=data.size)
+        self.sink.write(begin, data)
+
+    def finish(self) -> None:
+        """Record the checksum."""
+        self.rewriting.other[self.key] = put_together(self.found).crc
+
+
+class ConvertJob(Job):
+    """A tensor that the certificate does not describe, in another dtype; a matrix keeps its zeros."""
 
     def __init__(self, rewriting: Rewriting, key: str, sink: Sink) -> None:
         self.rewriting, self.key, self.sink = rewriting, key, sink
         self.before, self.after = rewriting.reader.dtype(key), rewriting.stored(key)
         shape = rewriting.reader.shape(key)
-        count, self.is_matrix = math.prod(shape), is_other_matrix(key, len(shape), self.before)
-        if self.before == self.after:
-            size = count * self.before.itemsize
-            self.bounds = [(at, min(at + PIECE_BYTES, size)) for at in range(0, max(size, 1), PIECE_BYTES)]
-        else:
-            self.bounds = entry_pieces(count)
-        self.pieces = len(self.bounds)
+        self.is_matrix = is_other_matrix(key, len(shape), self.before)
+        self.entries = entry_pieces(math.prod(shape))
+        self.pieces = len(self.entries)
         self.found = [Found()] * self.pieces
 
     def do(self, piece: int, scratch: Scratch) -> None:
-        """Copy or convert a piece."""
-        begin, end = self.bounds[piece]
-        reader = self.rewriting.reader
-        if self.before == self.after:
-            data = read_piece(reader, self.key, begin, end, scratch, self.sink.place(begin))
-            self.found[piece] = Found(crc=crc32(data), size=data.size)
-            self.sink.write(begin, data)
-            return
+        """Convert some entries."""
+        begin, end = self.entries[piece]
         size = self.before.itemsize
-        data = read_piece(reader, self.key, begin * size, end * size, scratch)
+        data = read_piece(self.rewriting.reader, self.key, begin * size, end * size, scratch)
         values = torch.frombuffer(data, dtype=self.before) if data.size else torch.empty(0, dtype=self.before)
         result = values.to(self.after)
         if self.is_matrix:
             rescue_(result, values)
-        made: Bytes = result.view(torch.uint8).numpy() if result.numel() else np.empty(0, np.uint8)
+        made = bytes_of(result)
         self.found[piece] = Found(
             finite_before=all_finite(values), finite_after=all_finite(result), crc=crc32(made), size=made.size
         )
         self.sink.write(begin * self.after.itemsize, made)
 
     def finish(self) -> None:
-        """Record the checksum."""
+        """Check the tensor as a whole and record its checksum."""
         found = put_together(self.found)
         if found.finite_before and not found.finite_after:
             raise self.rewriting.overflow(self.key)
@@ -83,63 +103,88 @@ class OtherJob(Job):
 
 
 class WeightJob(Job):
-    """A weight, by pieces.
+    """A weight that stays as it is: copied while its mask is packed."""
 
-    Args:
-        matrices: for the compiled pass, one or one an expert; none to leave it as it is.
-    """
-
-    def __init__(self, rewriting: Rewriting, key: str, sink: Sink, matrices: list[Matrix]) -> None:
-        self.rewriting, self.key, self.sink, self.matrices = rewriting, key, sink, matrices
+    def __init__(self, rewriting: Rewriting, key: str, sink: Sink) -> None:
+        self.rewriting, self.key, self.sink = rewriting, key, sink
         self.before, self.after = rewriting.reader.dtype(key), rewriting.stored(key)
         count = math.prod(rewriting.reader.shape(key))
-        each = count // max(len(matrices), 1)
-        self.bounds = [
-            (k, k * each, begin, end) for k in range(max(len(matrices), 1)) for begin, end in entry_pieces(each)
-        ]
-        self.pieces = len(self.bounds)
+        self.entries = self.cut(count)
+        self.pieces = len(self.entries)
         self.found = [Found()] * self.pieces
         self.bits = np.empty((count + 7) // 8, np.uint8)
-        self.values = rewriting.value_hashes(key, self.pieces) if matrices else None
+
+    def cut(self, count: int) -> list[tuple[int, int]]:
+        """Return (begin, end) of the pieces of the weight's entries."""
+        return entry_pieces(count)
 
     def do(self, piece: int, scratch: Scratch) -> None:
-        """Change, convert or look at a piece."""
-        number, first, begin, end = self.bounds[piece]
-        begin, end = first + begin, first + end
-        size, stored = self.before.itemsize, self.after.itemsize
-        reader, place = self.rewriting.reader, self.sink.place(begin * stored)
+        """Make some entries and write them."""
+        begin, end = self.entries[piece]
         bits = self.bits[begin // 8 : (end + 7) // 8]
-        if self.matrices:
-            data = scratch.bytes("out", (end - begin) * stored, place)
-            matrix, of_matrix = self.matrices[number], (data.ctypes.data, bits, begin - first, end - first)
-            if self.values is None:
-                with reader.reading(self.key) as (file, start):
-                    self.found[piece] = matrix.merge_file(file, start + begin * size, *of_matrix)
-            else:
-                before = read_piece(reader, self.key, begin * size, end * size, scratch)
-                self.values.add(piece, before)
-                self.found[piece] = matrix.merge(before.ctypes.data, *of_matrix)
-        else:
-            data = read_piece(reader, self.key, begin * size, end * size, scratch, place)
-            self.found[piece] = scan_piece(data, self.before, bits)
-        self.sink.write(begin * stored, data)
+        data, self.found[piece] = self.made(piece, bits, scratch)
+        self.sink.write(begin * self.after.itemsize, data)
+
+    def made(self, piece: int, bits: Bytes, scratch: Scratch) -> tuple[Bytes, Found]:
+        """Return the bytes of a piece's entries after, and what was found; pack their mask into `bits`."""
+        (begin, end), size = self.entries[piece], self.before.itemsize
+        place = self.sink.place(begin * size)
+        data = read_piece(self.rewriting.reader, self.key, begin * size, end * size, scratch, place)
+        return data, scan_piece(data, self.before, bits)
 
     def finish(self) -> None:
         """Check the weight as a whole and record it."""
-        rewriting, key, found = self.rewriting, self.key, put_together(self.found)
-        rewriting.require_finite(key, found.finite_before)
-        mask = rewriting.keep(key, self.after, self.bits, found)
-        if key in rewriting.changed:
-            rewriting.changed_by(key, mask, self._of_matrices())
-        if self.values is not None:
-            self.values.finish()
-        if found.changed or not found.finite_after:
-            self._raise()
+        found = put_together(self.found)
+        self.rewriting.require_finite(self.key, found.finite_before)
+        self.rewriting.keep(self.key, self.after, self.bits, found)
         del self.bits, self.found
 
-    def _of_matrices(self) -> list[Found]:
-        pieces = self.pieces // len(self.matrices)
-        return [put_together(self.found[k : k + pieces]) for k in range(0, self.pieces, pieces)]
+
+class CompiledJob(WeightJob):
+    """A weight that the compiled pass changes or converts.
+
+    Args:
+        matrices: of one size, which the weight is in a row: one, or one an expert.
+    """
+
+    def __init__(self, rewriting: Rewriting, key: str, sink: Sink, matrices: list[Matrix]) -> None:
+        self.matrices = matrices
+        super().__init__(rewriting, key, sink)
+        self.values = rewriting.value_hashes(key, self.pieces)
+
+    def cut(self, count: int) -> list[tuple[int, int]]:
+        """Return (begin, end) of the pieces of the weight's entries; none is of two matrices."""
+        each = self.matrices[0].count
+        pieces = entry_pieces(each)
+        return [(first + begin, first + end) for first in range(0, count, each) for begin, end in pieces]
+
+    def made(self, piece: int, bits: Bytes, scratch: Scratch) -> tuple[Bytes, Found]:
+        """Merge a piece's entries while they are read; where their values are hashed, once they have been."""
+        begin, end = self.entries[piece]
+        each = self.matrices[0].count
+        first = begin // each * each  # entry that the matrix begins with
+        size = self.after.itemsize
+        data = scratch.bytes("out", (end - begin) * size, self.sink.place(begin * size))
+        matrix, of_matrix = self.matrices[begin // each], (data.ctypes.data, bits, begin - first, end - first)
+        at, stop = begin * self.before.itemsize, end * self.before.itemsize
+        if self.values is not None:
+            before = read_piece(self.rewriting.reader, self.key, at, stop, scratch)
+            self.values.add(piece, before)
+            return data, matrix.merge(before.ctypes.data, *of_matrix)
+        with self.rewriting.reader.reading(self.key) as (file, start):
+            return data, matrix.merge_file(file, start + at, *of_matrix)
+
+    def finish(self) -> None:
+        """Check the weight and the result, and record them."""
+        each = self.pieces // len(self.matrices)
+        of_matrices = [put_together(self.found[k : k + each]) for k in range(0, self.pieces, each)]
+        super().finish()
+        if self.key in self.rewriting.changed:
+            self.rewriting.changed_by(self.key, of_matrices)
+        if self.values is not None:
+            self.values.finish()
+        if any(found.changed or not found.finite_after for found in of_matrices):
+            self._raise()
 
     def _raise(self) -> None:
         """Say what is wrong with the result: torch finds the place."""
@@ -164,7 +209,7 @@ class TorchJob(Job):
         """Do all of it; while the result is written, another thread may begin the next."""
         with self.rewriting.by_torch:
             result = self._made()
-        data: Bytes = result.reshape(-1).view(torch.uint8).numpy() if result.numel() else np.empty(0, np.uint8)
+        data = bytes_of(result)
         bits, size, found = np.empty_like(self.before), result.element_size(), []
         for begin, end in entry_pieces(result.numel()):
             part = data[begin * size : end * size]

@@ -109,26 +109,24 @@ class Rewriting(ABC):
             return None
         return [Matrix(library, math.prod(shape[:-1]), shape[-1], before, after)]
 
-    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> str:
-        """Record a weight that was made; return the sha256 of its mask.
+    def keep(self, key: str, dtype: torch.dtype, bits: Bytes, found: Found) -> None:
+        """Record a weight that was made.
 
         Args:
-            dtype: it has now.
+            dtype: the weight's, in the output.
             bits: its packed mask.
-            found: of its bytes.
+            found: what is known of its bytes.
         """
         facts, mask = describe(self.reader.shape(key), dtype, self.axes[key], bits, found)
         self.tensors[key] = TensorRecord(
             facts.shape, facts.dtype, self.axes[key], facts.pattern, facts.zeros, mask, found.crc
         )
-        return mask
 
-    def changed_by(self, key: str, mask: str, found: list[Found]) -> None:
-        """Check and record what the compiled pass made of a changed weight.
+    def changed_by(self, key: str, found: list[Found]) -> None:
+        """Check and record what the compiled pass made of a changed weight, after `keep`.
 
         Args:
-            mask: sha256 of its mask.
-            found: of each of its matrices.
+            found: what is known of each of its matrices.
         """
         raise NotImplementedError(key)  # whose `matrices` are never a changed weight's
 

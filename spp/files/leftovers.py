@@ -75,46 +75,49 @@ def _same_file(handle: int, path: Path) -> bool:
 
 
 def recover_siblings(path: Path) -> None:
-    """`recover` for a path without symbolic links; what the system refuses is an OSError."""
+    """`recover` for a path without symbolic links; what the system refuses is an OSError.
+
+    Beside the target are temporaries that are unfinished (`tmp`), complete (`new`) or set aside (`old`). What is done:
+
+        a writer lives   target    complete   set aside   done
+        yes              any       any        any         remove the dead unfinished: it may be between its renames
+        no               there     any        any         remove all
+        no               missing   some       any         move a complete one in, remove the others
+        no               missing   none       some        move one back that was set aside, remove the others
+        no               missing   none       none        remove all
+    """
     start = prefix(path)
-    found = [entry.path for entry in os.scandir(path.parent) if entry.name.startswith(start)]
-    dead: dict[str, int] = {}
-    try:
-        alive = False
-        for name in found:
-            if f"{start}old-" in name:
-                continue
-            handle = _claim(name)
-            if handle is None:
-                alive = True
-            else:
-                dead[name] = handle
-        complete = [n for n in dead if f"{start}new-" in n]
-        aside = [n for n in found if f"{start}old-" in n]
-        if alive:  # a live writer may be between its renames: leave what belongs to an exchange alone
-            aside = complete = []
-        elif not os.path.lexists(path) and (complete or aside):
-            os.rename((complete or aside)[0], path)
-        for name in [*aside, *dead]:
-            if name in complete or f"{start}new-" not in name:
-                remove(Path(name))
-    finally:
-        for handle in dead.values():
-            os.close(handle)
+    found = [Path(entry.path) for entry in os.scandir(path.parent) if entry.name.startswith(start)]
+    aside = [name for name in found if name.name.startswith(f"{start}old-")]  # nobody locks these
+    with contextlib.ExitStack() as claims:
+        dead = [name for name in found if name not in aside and _claim(name, claims)]
+        complete = [name for name in dead if name.name.startswith(f"{start}new-")]
+        removed = [*aside, *dead]
+        if len(removed) < len(found):  # a writer lives
+            removed = [name for name in dead if name not in complete]
+        elif os.path.lexists(path):
+            pass
+        elif complete:
+            os.rename(complete[0], path)
+            removed.remove(complete[0])
+        elif aside:
+            os.rename(aside[0], path)
+            removed.remove(aside[0])
+        for name in removed:
+            remove(name)
 
 
-def _claim(name: str) -> int | None:
-    """Return a locked handle of a dead process's temporary, None if somebody lives who uses it, or may."""
+def _claim(name: Path, claims: contextlib.ExitStack) -> bool:
+    """Lock a dead process's temporary until `claims` ends; False if somebody lives who uses it, or may."""
     try:
-        if not stat.S_ISREG(os.lstat(name).st_mode) and not stat.S_ISDIR(os.lstat(name).st_mode):
-            return None
+        mode = os.lstat(name).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            return False
         handle = os.open(name, os.O_RDONLY)
     except OSError:
-        return None
-    if lock(handle) is True and _same_file(handle, Path(name)):
-        return handle
-    os.close(handle)
-    return None
+        return False
+    claims.callback(os.close, handle)
+    return lock(handle) is True and _same_file(handle, name)
 
 
 def remove(path: Path) -> None:

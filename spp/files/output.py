@@ -1,15 +1,13 @@
 """A file that several threads write, each at its own place; a large one around the system's cache.
 
 A checkpoint of gigabytes that goes through the cache is copied there, drives out what other programs read, and waits
-for the disk at the end. Where the system can (O_DIRECT), whole pages go to the disk from where they lie in memory, if
-they begin in a page of memory as they do in the file, and the file's place on the disk is taken beforehand, so that
-several go at a time and a full disk is found out at once. The rest of a piece, less than a page at either end, is kept
-and written the usual way when the others are done; so is everything where the system cannot.
+for the disk at the end. Where the system can (O_DIRECT), whole pages go to the disk straight from memory, if they begin
+in a page of memory as they do in the file. The rest of a piece, less than a page at either end, is kept and written the
+usual way when the others are done; so is everything where the system cannot.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
@@ -23,7 +21,6 @@ _AT_ONCE = 2**18  # bytes through the cache; with more, the system looks for lar
 _MOST_KEPT = 2**26  # bytes of ends of pieces; those of a file of 30 GB
 
 _CANNOT = (errno.EINVAL, errno.ENOTSUP)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFile:
@@ -42,15 +39,9 @@ class OutputFile:
         self._lock = threading.Lock()
         self._direct = -1
         self._ends: list[tuple[int, bytes]] = []
-        try:
-            if size >= LARGE and hasattr(os, "O_DIRECT"):
-                with suppress(OSError):
-                    self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-                if self._direct >= 0:
-                    _reserve(self._direct, size)
-        except BaseException:
-            self.close()
-            raise
+        if size >= LARGE and hasattr(os, "O_DIRECT"):
+            with suppress(OSError):
+                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
 
     def finish(self) -> None:
         """Write what is left."""
@@ -107,17 +98,6 @@ class OutputFile:
                     self._file.seek(at)
                     count = self._file.write(data) or 0
             data, at = data[count:], at + count
-
-
-def _reserve(handle: int, size: int) -> None:
-    """Take a file's place on the disk, where the system can."""
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate  # Python's would write zeros where the system cannot
-    except (OSError, AttributeError):
-        return
-    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if fallocate(handle, 0, 0, size) != 0 and ctypes.get_errno() in _FULL:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _address(data: memoryview) -> int:

@@ -1,7 +1,8 @@
 """The model card of an adapter or a model: what it is, its zeros, how it was made, what was measured.
 
 Made of the files alone: the adapter's config or the certificate, and the directory of the tuning run where there is
-one. The same files give the same bytes; no times, and no paths of the machine that they were made on.
+one. The same files give the same bytes; no times, and no paths of the machine that they were made on. The metadata
+block is read and written by huggingface_hub.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from spp.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
 from spp.certificate import Certificate
@@ -89,10 +93,12 @@ def make_card(
 
 
 def _front_matter(metadata: Mapping[str, str], tags: Sequence[str]) -> str:
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(metadata.items()) if value]
-    if "base_model" not in metadata or not metadata["base_model"]:
-        lines = [line for line in lines if not line.startswith("base_model_relation")]  # a relation to nothing
-    return "\n".join(["---", *lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+    """Return the metadata block, its fields sorted; an empty one is left out, and so is a relation to no base."""
+    fields: dict[str, Any] = {name: value for name, value in metadata.items() if value}
+    if "base_model" not in fields:
+        fields.pop("base_model_relation", None)
+    fields["tags"] = list(tags)
+    return f"---\n{ModelCardData(**fields).to_yaml(original_order=sorted(fields))}\n---"
 
 
 def _adapter_body(adapter: AdapterFiles, repo_id: str, base: str) -> str:
@@ -202,13 +208,15 @@ def _public(name: str | None) -> str | None:
 
 
 def _license_of(base: str | None) -> str | None:
+    """Return the license that the card of a base directory names; None where there is no card that can be read."""
     path = Path(base or "") / CARD_NAME
     if not base or not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    found = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+    try:
+        found = (metadata_load(path) or {}).get("license")
+    except (OSError, ValueError, YAMLError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _generates(directory: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,8 @@ UP1 = "model.layers.1.mlp.up_proj.weight"
 
 
 def assert_no_threads_at_work() -> None:
-    """No thread of a pipeline is there; one whose work is over needs a moment to be gone."""
-    for _ in range(100):
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("spp-")]
-        if not left:
-            break
-        time.sleep(0.05)
-    assert not left
+    """No thread of a pipeline is there."""
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("spp_")]
 
 
 def pruned_model(dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -28,7 +28,7 @@ def test_push(
     assert hub.repos == {}
     found = spp("push", model, "owner/name", "--private", "--license", "mit", "--base", "org/base")
     assert found.code == 0 and "wrote https://hub/owner/name/commit/1" in found.out, found.err
-    assert ("create", "owner/name", True) in hub.calls and b'license: "mit"' in hub.repos["owner/name"]["README.md"]
+    assert ("create", "owner/name", True) in hub.calls and b"license: mit\n" in hub.repos["owner/name"]["README.md"]
     found = spp("push", model, "owner/name")
     assert found.code == 1 and "exists already" in found.err and "with --overwrite" in found.err
     assert spp("push", adapter, "owner/adapter").code == 0

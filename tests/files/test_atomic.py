@@ -303,6 +303,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
         ({"new": "2", "old": "1"}, "2"),  # … between the renames: finished
         ({"old": "1", "out": "2"}, "2"),  # … before the old one was removed
         ({"old": "1"}, "1"),  # rolled back
+        ({"tmp": "3", "new": "2", "old": "1"}, "2"),  # … and a writer that was killed before it was done
     ],
 )
 def test_an_interrupted_exchange_is_finished_or_rolled_back(tmp_path: Path, left: dict[str, str], after: str) -> None:
@@ -316,12 +317,12 @@ def test_an_interrupted_exchange_is_finished_or_rolled_back(tmp_path: Path, left
 
 
 def test_a_live_exchange_is_left_alone(tmp_path: Path) -> None:
-    for kind in ("new", "old"):
+    for kind in ("new", "old", "tmp"):
         (tmp_path / f".out.spp-{kind}-1234").mkdir()
     handle = os.open(tmp_path / ".out.spp-new-1234", os.O_RDONLY)
     assert leftovers.lock(handle)
     recover(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == [".out.spp-new-1234", ".out.spp-old-1234"]
+    assert sorted(os.listdir(tmp_path)) == [".out.spp-new-1234", ".out.spp-old-1234"]  # the dead one's is removed
     os.close(handle)
 
 

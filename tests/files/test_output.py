@@ -79,22 +79,6 @@ def test_ends_of_pieces_that_become_many_are_written_on_the_way(
     assert (tmp_path / "file").read_bytes() == data
 
 
-def test_a_file_that_will_not_fit_is_found_out_at_once(
-    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(handle: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
-    monkeypatch.setattr(output, "_reserve", full)
-    if hasattr(os, "O_DIRECT"):
-        try:
-            os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
-        except OSError:
-            pytest.skip("no O_DIRECT here")
-        with pytest.raises(OutputError, match="disk is full"):
-            TensorFile(tmp_path / "file", {"a": (torch.uint8, (4 * PAGE,))})
-
-
 def test_small_files_go_through_the_cache(tmp_path: Path) -> None:
     assert fill(tmp_path / "file", bytes(10 * PAGE), 0) == ["through"]
 

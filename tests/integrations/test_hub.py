@@ -115,6 +115,25 @@ def test_the_card_of_a_merged_model(made: Path) -> None:
     assert again == report
 
 
+def test_the_metadata_block_byte_for_byte(made: Path) -> None:
+    card = push(made / "merged", REPO, base="org/pruned", license="no", dry_run=True).card
+    assert card is not None and card.startswith(
+        "---\n"
+        "base_model: org/pruned\n"
+        "base_model_relation: finetune\n"
+        "library_name: transformers\n"
+        "license: 'no'\n"  # a word that YAML would read as false
+        "pipeline_tag: text-generation\n"
+        "tags:\n"
+        "- spp\n"
+        "- pruned\n"
+        "- sparse\n"
+        "- '2:4'\n"  # and a number of base 60
+        "---\n\n"
+        "# name\n\n"
+    )
+
+
 def test_instruction_rows_have_no_window(made: Path, copy: Callable[[str], Path]) -> None:
     run = copy("run")
     write_json(
@@ -175,6 +194,9 @@ def test_the_licence_is_the_bases_if_it_says_one(made: Path, copy: Callable[[str
         ('---\nlanguage: en\nlicense: "mit"\n---\n', "mit"),
         ("# base\nlicense: mit\n", None),
         ("---\nlicence: mit\n---\n", None),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", None),
+        ("---\nlicense: [mit\n---\n", None),  # no YAML
+        ("---\n- license\n---\n", None),  # no mapping
     ):
         (base / "README.md").write_text(text)
         metadata, _ = parsed(push(merged, REPO, dry_run=True))
