@@ -22,7 +22,7 @@ Names = str | list[str] | tuple[str, ...] | None
 
 
 def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names = None) -> Model:
-    """Store the pruned weights of a model packed, in place: kept values and a mask, or in-group indices for N:M.
+    """Store the pruned weights of a model packed, in place: kept values and a mask.
 
     At most one dense weight exists beside the packed ones at any time, of those that nothing else refers to; fused
     experts stay with their module, and of them one expert's is copied at a time. The model computes what it did, to the

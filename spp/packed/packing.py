@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -57,10 +55,7 @@ def pack_tensor(weight: Tensor, layout: Layout, kept: int) -> tuple[Tensor, Tens
         taken = part.view(bits).reshape(-1).numpy()[chosen]
         taken[taken == torch.iinfo(bits).min] = 0  # −0.0, where a group keeps fewer than N
         flat[place : place + len(chosen)] = taken
-        if layout.index_bits:
-            codes[first : first + step] = _pack_indices(chosen, len(part), layout)
-        else:
-            codes[first : first + step] = np.packbits(mask, axis=1)
+        codes[first : first + step] = np.packbits(mask, axis=1)
         if layout.stretches:
             counts = stretch_counts(codes[first : first + step]).reshape(-1)
             begins = place + np.cumsum(counts, dtype=np.int64) - counts
@@ -97,16 +92,3 @@ def _fill_groups(mask: npt.NDArray[np.bool_], layout: Layout) -> None:
     if len(short):
         order = np.argsort(~groups[short], axis=1, kind="stable")[:, : layout.kept]
         groups[short[:, None], order] = True
-
-
-def _pack_indices(chosen: npt.NDArray[Any], rows: int, layout: Layout) -> npt.NDArray[np.uint8]:
-    """Return the codes (rows, B) of kept positions, counted over the rows; M divides n, so groups never straddle."""
-    width = layout.index_bits
-    index = (chosen % layout.group).astype(np.uint8).reshape(rows, layout.row_values)
-    per_byte = 8 // width
-    padded = np.zeros((rows, layout.row_bytes * per_byte), np.uint8)
-    padded[:, : layout.row_values] = index
-    shifts = (8 - width * (1 + np.arange(per_byte))).astype(np.uint8)
-    lanes = padded.reshape(rows, layout.row_bytes, per_byte) << shifts
-    codes: npt.NDArray[np.uint8] = np.bitwise_or.reduce(lanes, axis=2)
-    return codes

@@ -108,10 +108,6 @@ class PackedWeight(PackedTensors):
         if self.codes.is_meta or not self.codes.numel():
             return None
         codes = self.codes.cpu().numpy()
-        if layout.index_bits:
-            shifts = (8 - layout.index_bits * (1 + np.arange(8 // layout.index_bits))).astype(np.uint8)
-            largest = max(int((codes >> s & (1 << layout.index_bits) - 1).max()) for s in shifts)
-            return f"an index is {largest} in groups of {layout.group}" if largest >= layout.group else None
         if layout.is_nm:
             groups = np.unpackbits(codes, axis=1)[:, : layout.cols].reshape(-1, layout.group)
             wrong = int((groups.sum(1, dtype=np.int16) != layout.kept).sum())
