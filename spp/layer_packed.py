@@ -14,7 +14,6 @@ from spp.packed import (
     PackedWeight,
     QuantizedLayout,
     QuantizedWeight,
-    give_back_pages,
     release_quantized,
     write_quantized,
 )
@@ -150,7 +149,3 @@ def release_weight(linear: nn.Module) -> None:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
-    storage = weight.untyped_storage() if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta else None
-    del weight
-    if storage is not None:
-        give_back_pages(storage)

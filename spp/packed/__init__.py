@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from spp.packed.holder import NAMES, PackedHolder
 from spp.packed.layout import Layout
-from spp.packed.mapped import give_back_pages
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.quantizers import (
     quantize_like,
@@ -29,7 +28,6 @@ __all__ = [
     "QuantizedLayout",
     "QuantizedWeight",
     "StackLayout",
-    "give_back_pages",
     "quantize_like",
     "quantized_kind",
     "read_quantized",
