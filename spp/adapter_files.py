@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -29,6 +28,7 @@ from spp.errors import AdapterError, CheckpointError, NonFiniteError
 from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
+from spp.patterns import all_finite
 from spp.rules import get_rule
 
 PEFT_TYPE = "SPP"
@@ -99,7 +99,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         kind = values.get("peft_type", "unknown")
         remedy = "spp.pst.load, on the dense model" if kind == PST_TYPE else "the library that made it"
         raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
-    bad = sorted(key for key, tensor in files.tensors.items() if not np.isfinite(tensor.numpy()).all())
+    bad = sorted(key for key, tensor in files.tensors.items() if not all_finite(tensor))
     if bad:
         raise NonFiniteError(
             f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"

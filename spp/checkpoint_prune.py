@@ -33,7 +33,7 @@ from spp.checkpoint_prune_work import Work
 from spp.errors import OutputExistsError, StreamingError, TargetError
 from spp.files import CheckpointReader, dtype_name, require_replaceable
 from spp.files.reader import INDEX, SINGLE
-from spp.patterns import Pattern
+from spp.patterns import Pattern, as_array
 from spp.pruning.owl import OWL
 from spp.targets_layout import Projection
 
@@ -224,7 +224,7 @@ def _job(
         "owl": None if owl is None else [owl.threshold, owl.spread],
         "dtype": str(dtype),
         "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
-        "windows": hashlib.sha256(plan.windows.numpy().tobytes()).hexdigest(),
+        "windows": hashlib.sha256(as_array(plan.windows.contiguous()).data).hexdigest(),
         "shape": list(plan.windows.shape),
         "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
     }

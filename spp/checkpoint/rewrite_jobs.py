@@ -21,7 +21,7 @@ from spp.checkpoint.rewriting import Rewriting
 from spp.checkpoint.scanning import PIECE_BYTES, Bytes, crc32, entry_pieces, put_together, read_piece, scan_piece
 from spp.errors import MaskError
 from spp.kernels.native.elementwise import Found, Matrix
-from spp.patterns import all_finite, pack_bits
+from spp.patterns import all_finite, as_array, pack_bits
 from spp.rules import rescue_
 from spp.targets import is_other_matrix
 
@@ -68,7 +68,7 @@ class OtherJob(Job):
         result = values.to(self.after)
         if self.is_matrix:
             rescue_(result, values)
-        made: Bytes = result.view(torch.uint8).numpy() if result.numel() else np.empty(0, np.uint8)
+        made: Bytes = as_array(result.view(torch.uint8))
         self.found[piece] = Found(
             finite_before=all_finite(values), finite_after=all_finite(result), crc=crc32(made), size=made.size
         )
@@ -157,7 +157,7 @@ class TorchJob(Job):
         """Do all of it; while the result is written, another thread may begin the next."""
         with self.rewriting.by_torch:
             result = self._made()
-        data: Bytes = result.reshape(-1).view(torch.uint8).numpy() if result.numel() else np.empty(0, np.uint8)
+        data: Bytes = as_array(result.reshape(-1).view(torch.uint8))
         bits, size, found = np.empty_like(self.before), result.element_size(), []
         for begin, end in entry_pieces(result.numel()):
             part = data[begin * size : end * size]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spp.packed.layout import STRETCH, Layout
 from spp.packed.packing import INTEGERS, row_counts
+from spp.patterns import as_array
 
 _CHUNK = 1 << 17  # weights decoded together: places, values and the result of a chunk stay in a core's cache
 _THREADED_CHUNK = 1 << 19  # the same for several cores
@@ -43,6 +44,8 @@ def decode_cpu(
     cut = slice(cols.start - first, cols.stop - first)
     whole = cut.stop - cut.start == last - first
     source, target = values.view(bits), out.view(bits)
+    held, bytes_ = as_array(source), as_array(codes)
+    begins = bytes_ if starts is None else as_array(starts)  # N:M has none
     threaded = layout.is_nm and torch.get_num_threads() > 1
     step = _rows_together(last - first, threaded)
     spare = None if whole else torch.empty((step, last - first), dtype=bits, device="cpu")
@@ -53,10 +56,9 @@ def decode_cpu(
         if threaded:
             _decode_groups_threaded(layout, source, codes, part, first, last, block)
         elif layout.is_nm:
-            _decode_groups(layout, source.numpy(), codes.numpy(), part, first, last, block.numpy())
+            _decode_groups(layout, held, bytes_, part, first, last, as_array(block))
         else:
-            assert starts is not None
-            _decode_mask(source.numpy(), codes.numpy(), starts.numpy(), part, first, last, block.numpy())
+            _decode_mask(held, bytes_, begins, part, first, last, as_array(block))
         if spare is not None:
             at.copy_(block[:, cut])
 

@@ -38,7 +38,7 @@ from spp.files import CheckpointReader, dtype_name, read_json
 from spp.files.hashes import tensor_bytes
 from spp.packed.layout import Layout
 from spp.packed.weight import DTYPES, PackedWeight
-from spp.patterns import USUAL_GROUPS
+from spp.patterns import USUAL_GROUPS, as_array
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "spp_packed"
@@ -197,7 +197,7 @@ class DenseReader(CheckpointReader):
         """Return a tensor's bytes: those on the disk, or decoded ones."""
         if key not in self.packed:
             return super().raw(key)
-        return self.tensor(key).reshape(-1).view(torch.uint8).numpy().data.toreadonly()
+        return as_array(self.tensor(key).reshape(-1).view(torch.uint8)).data.toreadonly()
 
     def pieces(self, key: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes; of a packed one some rows at a time."""
@@ -317,7 +317,7 @@ def _is_known(layout: Layout) -> bool:
 
 def _check(weight: PackedWeight) -> None:
     """Raise a ConfigError unless a packed weight's places are possible and written in the one way that there is."""
-    layout, codes = weight.layout, weight.codes.numpy()
+    layout, codes = weight.layout, as_array(weight.codes)
     if weight.numel == 0:
         if weight.values.numel():
             raise ConfigError(f"{weight.values.numel()} values of a weight without entries")

@@ -22,7 +22,7 @@ from spp.packed.layout import STRETCH, Layout
 from spp.packed.packing import layout_of_bits, pack_tensor, stretch_counts
 from spp.packed.tensors import PackedTensors
 from spp.packed.weight import PackedWeight, check_matrix
-from spp.patterns import count_kept, pack_bits
+from spp.patterns import as_array, count_kept, pack_bits
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class PackedStack(PackedTensors):
         experts, rows, stretches = self.starts.shape
         if not rows or not stretches:
             return [0] * experts
-        last = self.codes[:, -1, (stretches - 1) * STRETCH // 8 :].cpu().numpy()
+        last = as_array(self.codes[:, -1, (stretches - 1) * STRETCH // 8 :].cpu())
         begins = self.starts[:, -1, -1].tolist()
         return [begin + int(count) for begin, count in zip(begins, stretch_counts(last)[:, 0], strict=True)]
 
