@@ -21,7 +21,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -31,6 +30,7 @@ from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
+from spp.patterns import all_finite
 from spp.rules import get_rule
 from spp.rules.idle import idle_reason, no_update_text
 
@@ -118,7 +118,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
     if not files.tensors:
         raise AdapterError(f"{directory}: the adapter holds no tensor; save or fetch it again")
-    bad = sorted(key for key, tensor in files.tensors.items() if not np.isfinite(tensor.numpy()).all())
+    bad = sorted(key for key, tensor in files.tensors.items() if not all_finite(tensor))
     if bad:
         raise NonFiniteError(
             f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"

@@ -34,7 +34,7 @@ from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.errors import StreamingError, TargetError
 from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.reader import INDEX, SINGLE
-from spp.patterns import Pattern
+from spp.patterns import Pattern, as_array
 from spp.targets_layout import Projection
 
 
@@ -226,7 +226,7 @@ def _job(
         "owl": None if owl is None else [owl.threshold, owl.spread],
         "dtype": str(dtype),
         "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
-        "windows": hashlib.sha256(plan.windows.numpy().tobytes()).hexdigest(),
+        "windows": hashlib.sha256(as_array(plan.windows.contiguous()).data).hexdigest(),
         "shape": list(plan.windows.shape),
         "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
     }

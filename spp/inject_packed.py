@@ -22,12 +22,16 @@ Names = str | list[str] | tuple[str, ...] | None
 
 
 def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names = None) -> Model:
-    """Store the pruned weights of a model packed, in place: kept values and a mask, or in-group indices for N:M.
+    """Store the pruned weights of a model packed, in place: kept values and a mask.
 
     At most one dense weight exists beside the packed ones at any time, of those that nothing else refers to; fused
-    experts stay with their module, and of them one expert's is copied at a time. The model computes what it did, to the
-    order of summation of a product that is done in blocks, and each call decodes: meant for memory, and for many tokens
-    a call. `spp.wrap(model, packed=True)` trains it, `spp.unpack(model)` is the way back.
+    experts stay with their module, and of them one expert's is copied at a time. Tensors mapped from a file, as
+    safetensors loads them, are freed together, with the last one of the file: to load, prune and pack a model in one
+    process takes the memory of both forms, to `spp.load_packed` a pruned checkpoint that of the packed one.
+
+    The model computes what it did, to the order of summation of a product that is done in blocks, and each call
+    decodes: meant for memory, and for many tokens a call. `spp.wrap(model, packed=True)` trains it, `spp.unpack(model)`
+    is the way back.
 
     Args:
         model: any torch module with linears, Conv1D or fused experts; not wrapped.

@@ -17,7 +17,6 @@ from spp.packed import (
     HoldsWeight,
     PackedWeight,
     QuantizedWeight,
-    give_back_pages,
     quantized_kind,
     release_quantized,
     write_quantized,
@@ -162,7 +161,3 @@ def release_parameter(module: nn.Module, name: str) -> None:
         return
     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    storage = parameter.untyped_storage() if type(parameter) in (Tensor, nn.Parameter) else None
-    del parameter
-    if storage is not None:
-        give_back_pages(storage)

@@ -39,6 +39,32 @@ _COUNT = _IN_BYTE.sum(axis=1, dtype=np.uint8)  # kept weights among the 8 of a b
 _MOST = {m: _IN_BYTE.reshape(256, 8 // m, m).sum(axis=2, dtype=np.uint8).max(axis=1) for m in (2, 4, 8)}
 
 
+class _Memory:
+    """The memory of a tensor in terms of numpy's array interface; an array made from it keeps the tensor alive."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, t: Tensor, dtype: np.dtype[Any]) -> None:
+        if not t.is_cpu or not t.data_ptr():
+            raise TypeError(f"a tensor on {t.device}, a {type(t).__name__}, has no memory that numpy can read")
+        strides = None if t.is_contiguous() else tuple([stride * t.element_size() for stride in t.stride()])
+        facts = {"version": 3, "typestr": dtype.str, "shape": tuple(t.shape), "strides": strides}
+        self.tensor, self.__array_interface__ = t, {**facts, "data": (t.data_ptr(), False)}  # not read-only
+
+
+def as_array(t: Tensor) -> npt.NDArray[Any]:
+    """Return a CPU tensor as a numpy array of the same memory, whether it requires grad or not.
+
+    `Tensor.numpy` would mark the storage as one that can never be resized, which FSDP2 does to parameters.
+    `np.from_dlpack` leaves no mark, but an array of numpy 1.26 that it returns cannot be written to.
+
+    Args:
+        t: of a dtype that numpy has, any strides; bfloat16 is viewed as int16 first.
+    """
+    dtype = np.dtype(str(t.dtype).removeprefix("torch."))
+    return np.asarray(_Memory(t, dtype)) if t.numel() else np.empty(tuple(t.shape), dtype)
+
+
 def nonzero_mask(t: Tensor) -> Tensor:
     """Return a bool tensor of t's shape, True where t is not zero, decided by its bits and never by arithmetic.
 
@@ -56,7 +82,7 @@ def nonzero_mask(t: Tensor) -> Tensor:
     if t.device.type != "cpu" or not t.is_contiguous():
         return view.ne(0).logical_and_(view.ne(torch.iinfo(bits).min))
     mask = torch.empty(t.shape, dtype=torch.bool)
-    flat, out = view.reshape(-1).numpy(), mask.view(-1).numpy()
+    flat, out = as_array(view.reshape(-1)), as_array(mask.view(-1))
     for start in range(0, len(flat), _CHUNK):
         _nonzero(flat[start : start + _CHUNK], out[start : start + _CHUNK])
     return mask
@@ -88,11 +114,11 @@ def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
     packed = np.empty((count + 7) // 8, dtype=np.uint8)
     for start, part in _chunks(t.detach()):
         if t.device.type == "cpu" and t.dtype in _BITS:  # numpy: no bool outlives the cache, no pool of threads to wake
-            mask = _nonzero(part.view(_BITS[t.dtype]).numpy())
+            mask = _nonzero(as_array(part.view(_BITS[t.dtype])))
         elif t.device.type == "cpu" and t.dtype == torch.bool:
-            mask = part.numpy()
+            mask = as_array(part)
         else:
-            mask = nonzero_mask(part).cpu().numpy()
+            mask = as_array(nonzero_mask(part).cpu())
         bits = np.packbits(mask)
         packed[start // 8 : start // 8 + len(bits)] = bits
     return packed

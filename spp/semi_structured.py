@@ -7,11 +7,12 @@ is measured: dense and sparse take turns on the device, for each shape, and the 
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +23,7 @@ from spp.errors import ConfigError, WrapError
 from spp.files import dtype_name
 from spp.inject import is_wrapped
 from spp.inject_guards import uncompiled
-from spp.inject_packed import packed_layers
+from spp.inject_packed import Names, packed_layers
 from spp.layer_packed import check_packable
 from spp.packed import quantized_kind
 from spp.patterns import detect_pattern, is_nm
@@ -33,21 +34,14 @@ _CAPABILITY = (8, 0)  # Ampere: the first with 2:4 products
 _ROUNDS, _CALLS = 7, 10  # turns of each contender, products of a turn
 _CHECKED = 64  # rows of X that the sparse product is compared on
 _TOLERANCE = 0.02  # of the largest number of the dense product
-Names = str | list[str] | tuple[str, ...] | None
-Group = tuple[int, int, torch.dtype]
 
 
 @dataclass(frozen=True)
 class ProductTiming:
-    """One shape: X Wᵀ dense and sparse.
+    """X Wᵀ, dense and sparse, of the `layers` weights of one shape (m, n).
 
-    Args:
-        shape: (m, n) of the weights.
-        dtype: of the weights.
-        layers: how many have it.
-        dense_seconds, sparse_seconds: a product, medians.
-        ratio: median of sparse over dense, turn by turn; below 1 the sparse product is faster.
-        sparse: whether these layers are sparse now.
+    Seconds are medians of a product, `ratio` that of sparse over dense, turn by turn: below 1 the sparse one is faster.
+    `sparse`: whether these layers are sparse now.
     """
 
     shape: tuple[int, int]
@@ -61,7 +55,7 @@ class ProductTiming:
 
 @dataclass(frozen=True, repr=False)
 class SemiStructuredReport:
-    """What became sparse, and how fast it is.
+    """Which layers became sparse, and how fast they are.
 
     Args:
         device: its name.
@@ -131,29 +125,32 @@ def to_semi_structured(
         raise WrapError("the model is wrapped: merge first, spp.merge(model); adapters train on dense weights")
     if packed_layers(model):
         raise WrapError("the model is packed: spp.unpack(model) first")
-    targets = dict(resolve_targets(model, target_modules, exclude_modules))
-    device = _require_gpu({path: _weight(module).device for path, module in targets.items()})
-    dense = {path: reason for path, module in targets.items() if (reason := _unsuited(path, module)) is not None}
-    groups: dict[Group, list[str]] = {}
-    for path in (path for path in targets if path not in dense):
-        weight = _weight(targets[path])
-        groups.setdefault((*weight.shape, weight.dtype), []).append(path)
+    targets: dict[str, Any] = dict(resolve_targets(model, target_modules, exclude_modules))
+    device = _require_gpu({path: module.weight.device for path, module in targets.items()})
+    dense, groups = {}, defaultdict(list)
+    for path, module in targets.items():
+        if (reason := _unsuited(path, module)) is None:
+            groups[module.weight.shape, module.weight.dtype].append(path)
+        else:
+            dense[path] = reason
     if not groups:
-        reasons = "\n  ".join(f"{reason}: {count}" for reason, count in _counted(dense).items())
-        raise ConfigError(f"none of the {len(dense)} target weights can be stored as 2:4:\n  {reasons}")
+        reasons = "".join(f"\n  {reason}: {count}" for reason, count in Counter(dense.values()).items())
+        raise ConfigError(f"none of the {len(dense)} target weights can be stored as 2:4:{reasons}")
     timings = []
     for paths in groups.values():
-        timing, reason = _measure(_weight(targets[paths[0]]), tokens, len(paths), keep)
-        if reason is None:
-            for path in paths:
-                targets[path].weight = nn.Parameter(_convert(_weight(targets[path])), requires_grad=False)
-        else:
-            dense |= dict.fromkeys(paths, reason)
-        if timing is not None:
-            timings.append(timing)
+        try:
+            timings.append(timing := _measure(targets[paths[0]].weight, tokens, len(paths), keep))
+            reason = None if timing.sparse else f"the dense product is faster: sparse / dense {timing.ratio:.2f}"
+        except ConfigError as error:
+            reason = str(error)
+        for path in paths:
+            if reason is None:
+                targets[path].weight = nn.Parameter(_convert(targets[path].weight), requires_grad=False)
+            else:
+                dense[path] = reason
     if any(timing.sparse for timing in timings) and hasattr(model, "save_pretrained"):
         model.save_pretrained = refuse_to_save  # type: ignore[assignment]
-    return SemiStructuredReport(_device_name(device), tokens, tuple(timings), dict(sorted(dense.items())))
+    return SemiStructuredReport(torch.cuda.get_device_name(device), tokens, tuple(timings), dict(sorted(dense.items())))
 
 
 def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
@@ -180,35 +177,29 @@ def sparse_weight(weight: Tensor, x: Tensor) -> Tensor:
     return sparse
 
 
-def _measure(weight: Tensor, tokens: int, layers: int, keep: str) -> tuple[ProductTiming | None, str | None]:
-    """Return the times of both products with one weight, and why it stays dense, or None."""
+def _measure(weight: Tensor, tokens: int, layers: int, keep: str) -> ProductTiming:
+    """Return the times of both products with one weight; a ConfigError where there is no sparse one."""
     (m, n), dtype = weight.shape, weight.dtype
     x = torch.randn(tokens, n, device=weight.device, dtype=dtype)
-    try:
-        sparse = sparse_weight(weight, x)
-    except ConfigError as error:
-        return None, str(error)
+    sparse = sparse_weight(weight, x)
     times = _time({"dense": lambda: F.linear(x, weight), "sparse": lambda: F.linear(x, sparse)}, weight.device)
-    ratio = statistics.median(s / d for s, d in zip(times["sparse"], times["dense"], strict=True))
-    faster = keep == "all" or ratio < 1
-    medians = (statistics.median(times["dense"]), statistics.median(times["sparse"]))
-    timing = ProductTiming((m, n), dtype_name(dtype), layers, *medians, ratio, faster)
-    return timing, None if faster else f"the dense product is faster: sparse / dense {ratio:.2f}"
+    ratio = median(s / d for s, d in zip(times["sparse"], times["dense"], strict=True))
+    medians = median(times["dense"]), median(times["sparse"])
+    return ProductTiming((m, n), dtype_name(dtype), layers, *medians, ratio, keep == "all" or ratio < 1)
 
 
 def _time(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
     """Return the seconds of a call, for each of some turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(_ROUNDS + 1):
+    for _ in range(_ROUNDS + 1):
         for name, call in calls.items():
             torch.cuda.synchronize(device)
             start = time.perf_counter()
             for _ in range(_CALLS):
                 call()
             torch.cuda.synchronize(device)
-            if turn:  # the first turn warms up
-                times[name].append((time.perf_counter() - start) / _CALLS)
-    return times
+            times[name].append((time.perf_counter() - start) / _CALLS)
+    return {name: found[1:] for name, found in times.items()}  # the first turn warms up
 
 
 def _convert(weight: Tensor) -> Tensor:
@@ -220,23 +211,19 @@ def _convert(weight: Tensor) -> Tensor:
 def _require_gpu(devices: dict[str, torch.device]) -> torch.device:
     """Return the device of the target layers; a ConfigError unless it is one GPU that has 2:4 products."""
     needed = "torch's 2:4 products need an NVIDIA GPU of compute capability 8.0 (Ampere) or later"
-    if len(set(devices.values())) != 1:
-        raise ConfigError(
-            f"the target layers are on {', '.join(sorted(map(str, set(devices.values()))))}: move them to one GPU"
-        )
     path, device = next(iter(devices.items()))
+    if len(set(devices.values())) != 1:
+        found = ", ".join(sorted(map(str, set(devices.values()))))
+        raise ConfigError(f"the target layers are on {found}: move them to one GPU")
     if device.type != "cuda":
         raise ConfigError(f"{path} is on {device}: {needed}; model.to('cuda') moves a model there")
     if torch.version.cuda is None:
         raise ConfigError(f"this torch ({torch.__version__}) is not built for CUDA: {needed}")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        raise ConfigError(f"{_device_name(device)} has compute capability {capability[0]}.{capability[1]}: {needed}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"{name} has compute capability {major}.{minor}: {needed}")
     return device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
 
 
 def _unsuited(path: str, module: nn.Module) -> str | None:
@@ -244,26 +231,15 @@ def _unsuited(path: str, module: nn.Module) -> str | None:
     if quantized_kind(module):
         return "it is quantized"
     check_packable(module, path)
-    weight = _weight(module)
+    weight = module.get_parameter("weight")
     if not is_nm(weight, 2, 4):
         return f"its zeros are not 2:4 ({detect_pattern(weight)})"
-    backend: Any = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
-    if torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS:
-        backend = torch.sparse.SparseSemiStructuredTensorCUTLASS
-    limits = backend._DTYPE_SHAPE_CONSTRAINTS.get(weight.dtype)
-    if limits is None or not weight.dtype.is_floating_point or weight.dtype.itemsize != 2:
+    if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype_name(weight.dtype)} weights have no 2:4 product; float16 and bfloat16 have"
-    m, n = weight.shape
+    kinds: Any = torch.sparse
+    cutlass = kinds.SparseSemiStructuredTensor._FORCE_CUTLASS
+    kind = kinds.SparseSemiStructuredTensorCUTLASS if cutlass else kinds.SparseSemiStructuredTensorCUSPARSELT
+    (m, n), limits = weight.shape, kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
     if m % limits.sparse_min_rows or n % limits.sparse_min_cols:
         return f"its shape {m} × {n} is no multiple of {limits.sparse_min_rows} × {limits.sparse_min_cols}"
     return None
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _counted(reasons: dict[str, str]) -> dict[str, int]:
-    return {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.offload import values
-from spp.packed import HeldWeight, give_back_pages, quantized_kind, read_quantized
+from spp.packed import HeldWeight, quantized_kind, read_quantized
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
@@ -132,10 +132,6 @@ class Projection:
         with torch.inference_mode(False):
             self.module.__dict__[self.name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         self.module._parameters[self.name] = None  # in its place, so that the order of keys is kept
-        storage = None if parameter.is_meta else parameter.untyped_storage()
-        del parameter
-        if storage is not None:
-            give_back_pages(storage)
 
     def stand_for(self, dtype: torch.dtype) -> None:
         """Have the tensor that stands for a released parameter be of a dtype."""

@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -330,3 +331,16 @@ def test_parameters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
         spp.print_trainable_parameters(spp.wrap(pruned(), r=4, packed=packed))
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
+
+
+def test_an_array_mapped_from_a_file_keeps_what_was_written_to_it(tmp_path: Path) -> None:
+    """Nobody but the array's owner may give its pages back: they hold changes that the file does not."""
+    np.ones((64, 512), np.float32).tofile(tmp_path / "w")
+    array = np.memmap(tmp_path / "w", np.float32, "c", shape=(64, 512))
+    array *= np.float32([2, 0, 0, 3] * 128)
+    expected = np.array(array)
+    linear = nn.Linear(512, 64, bias=False, device="meta")
+    linear.weight = nn.Parameter(torch.from_numpy(array))
+    model = spp.pack(nn.Sequential(linear), target_modules="all-linear")
+    assert np.array_equal(array, expected)
+    assert torch.equal(model[0].weight, torch.from_numpy(expected))

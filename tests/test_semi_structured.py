@@ -50,7 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return {"dense": [1.0, 2.0, 1.0], "sparse": [sparse, 2 * sparse, 9.0]}
 
     monkeypatch.setattr(semi_structured, "_require_gpu", require)
-    monkeypatch.setattr(semi_structured, "_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(semi_structured, "_time", timer)
     monkeypatch.setattr(semi_structured, "_convert", lambda weight: weight.detach().clone().as_subclass(Sparse))
     return times
@@ -183,7 +183,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="not built for CUDA"):
         require({"a": cuda})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(semi_structured, "_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(ConfigError, match=r"Tesla V100 has compute capability 7\.0: .* 8\.0 \(Ampere\) or later"):
         require({"a": cuda})

@@ -24,14 +24,14 @@ from spp.checkpoint.scanning import PIECE_BYTES, Bytes, crc32, entry_pieces, put
 from spp.errors import MaskError
 from spp.files.header import size_of
 from spp.kernels.native.elementwise import Found, Matrix
-from spp.patterns import all_finite, pack_bits
+from spp.patterns import all_finite, as_array, pack_bits
 from spp.rules import rescue_
 from spp.targets import is_other_matrix
 
 
 def bytes_of(tensor: Tensor) -> Bytes:
     """Return the bytes of a contiguous tensor, not copied."""
-    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    return as_array(tensor.reshape(-1).view(torch.uint8)) if tensor.numel() else np.empty(0, np.uint8)
 
 
 def job_of(rewriting: Rewriting, key: str, sink: Sink) -> Job:

@@ -26,7 +26,7 @@ from spp.files.hashes import packed_sha256
 from spp.kernels.native import elementwise
 from spp.kernels.native.compiler import DTYPES
 from spp.kernels.native.elementwise import PIECE, Found
-from spp.patterns import all_finite, count_kept, pack_bits
+from spp.patterns import all_finite, as_array, count_kept, pack_bits
 from spp.patterns_bits import detect_along
 
 Bytes = npt.NDArray[np.uint8]
@@ -212,7 +212,7 @@ class TensorJob(Job):
         """Look at the tensor where it is; elsewhere than on the CPU a part of it is copied at a time."""
         t = self.get(self.name).detach()
         if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPES:
-            flat: Bytes = t.reshape(-1).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
+            flat: Bytes = as_array(t.reshape(-1).view(torch.uint8))
             bits, size = np.empty((t.numel() + 7) // 8, np.uint8), t.element_size()
             bounds = entry_pieces(t.numel())
             parts = [scan_piece(flat[a * size : b * size], t.dtype, bits[a // 8 : (b + 7) // 8]) for a, b in bounds]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp.patterns import pack_bits
+from spp.patterns import as_array, pack_bits
 
 _ONE, _POLYNOMIAL = 1 << 31, 0xEDB88320  # of CRC-32, the bits in mirrored order
 _PIECE = 1 << 22  # bytes that a copy to the CPU or to row-major order takes at once
@@ -157,4 +157,4 @@ def tensor_bytes(t: Tensor) -> Iterator[memoryview]:
         parts = list(t.split(rows))
     for part in parts:
         flat = part.contiguous().cpu().reshape(-1)
-        yield np.from_dlpack(flat.view(torch.uint8)).data
+        yield as_array(flat.view(torch.uint8)).data

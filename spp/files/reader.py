@@ -20,6 +20,7 @@ from spp.errors import CheckpointError
 from spp.files.header import TensorEntry, read_header
 from spp.files.jsonio import read_json
 from spp.files.leftovers import recover
+from spp.patterns import as_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -135,7 +136,7 @@ class CheckpointReader:
         entry = self._entry(key)
         loaded = torch.empty(entry.shape, dtype=entry.dtype)
         if loaded.numel():
-            self.read(key, 0, loaded.view(-1).view(torch.uint8).numpy().data)
+            self.read(key, 0, as_array(loaded.view(-1).view(torch.uint8)).data)
         return loaded
 
     def read(self, key: str, start: int, out: memoryview) -> None:

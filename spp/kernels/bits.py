@@ -26,6 +26,6 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the bool tensor of `shape` that `pack_bits` packed."""
     if bits.device.type == "cpu":
-        return patterns.unpack_bits(bits.numpy(), shape)
+        return patterns.unpack_bits(patterns.as_array(bits), shape)
     shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(1) >> shifts & 1).view(-1)[: math.prod(shape)].to(torch.bool).view(*shape)

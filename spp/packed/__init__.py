@@ -8,7 +8,6 @@ from __future__ import annotations
 from spp.packed.held import FLOATS, HeldWeight
 from spp.packed.holder import NAMES, HoldsWeight, converting
 from spp.packed.layout import Layout
-from spp.packed.mapped import give_back_pages
 from spp.packed.quantized import QuantizedLayout, QuantizedWeight
 from spp.packed.quantizers import (
     quantize_like,
@@ -33,7 +32,6 @@ __all__ = [
     "QuantizedWeight",
     "StackLayout",
     "converting",
-    "give_back_pages",
     "quantize_like",
     "quantized_kind",
     "read_quantized",

@@ -25,9 +25,6 @@ def decode_anywhere(
 def _decode(
     layout: Layout, values: Tensor, codes: Tensor, starts: Tensor | None, rows: slice, cols: slice, out: Tensor
 ) -> None:
-    if layout.index_bits:
-        _decode_indices(layout, values, codes, rows, cols, out)
-        return
     stretch = 0 if layout.is_nm else cols.start // STRETCH
     first = stretch * STRETCH  # counting begins here: of a row, or of a stretch
     bytes_ = codes[rows, first // 8 : -(-cols.stop // 8)]
@@ -41,17 +38,6 @@ def _decode(
     else:
         begins = starts[rows, stretch].to(torch.int64)
     _take(values.reshape(-1), mask, begins.unsqueeze(1) + rank, out)
-
-
-def _decode_indices(layout: Layout, values: Tensor, codes: Tensor, rows: slice, cols: slice, out: Tensor) -> None:
-    width = layout.index_bits
-    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=codes.device)
-    index = (codes[rows].unsqueeze(2) >> shifts & (1 << width) - 1).flatten(1)[:, : layout.row_values]
-    value = torch.arange(layout.row_values, device=codes.device)
-    places = value // layout.kept * layout.group + index  # (rows, values of a row): columns
-    whole = torch.zeros(places.shape[0], layout.cols, dtype=values.dtype, device=values.device)
-    whole.scatter_(1, places, values[rows])
-    out.copy_(whole[:, cols])
 
 
 def _take(values: Tensor, mask: Tensor, places: Tensor, out: Tensor) -> None:

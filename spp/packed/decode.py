@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spp.packed.layout import STRETCH, Layout
 from spp.packed.packing import INTEGERS, row_counts
+from spp.patterns import as_array
 
 _CHUNK = 1 << 17  # weights decoded together: places, values and the result of a chunk stay in a core's cache
 _THREADED_CHUNK = 1 << 19  # the same for several cores
@@ -38,12 +39,13 @@ def decode_cpu(
     if out.numel() == 0:
         return
     bits = INTEGERS[values.element_size()]
-    unit = layout.unit[0]
-    first = cols.start // unit * unit
-    last = min(-(-cols.stop // unit) * unit, layout.cols)
+    first = cols.start // 8 * 8
+    last = min(-(-cols.stop // 8) * 8, layout.cols)
     cut = slice(cols.start - first, cols.stop - first)
     whole = cut.stop - cut.start == last - first
     source, target = values.view(bits), out.view(bits)
+    held, bytes_ = as_array(source), as_array(codes)
+    begins = bytes_ if starts is None else as_array(starts)  # N:M has none
     threaded = layout.is_nm and torch.get_num_threads() > 1
     step = _rows_together(last - first, threaded)
     spare = None if whole else torch.empty((step, last - first), dtype=bits, device="cpu")
@@ -54,10 +56,9 @@ def decode_cpu(
         if threaded:
             _decode_groups_threaded(layout, source, codes, part, first, last, block)
         elif layout.is_nm:
-            _decode_groups(layout, source.numpy(), codes.numpy(), part, first, last, block.numpy())
+            _decode_groups(layout, held, bytes_, part, first, last, as_array(block))
         else:
-            assert starts is not None
-            _decode_mask(source.numpy(), codes.numpy(), starts.numpy(), part, first, last, block.numpy())
+            _decode_mask(held, bytes_, begins, part, first, last, as_array(block))
         if spare is not None:
             at.copy_(block[:, cut])
 
@@ -65,14 +66,13 @@ def decode_cpu(
 def _decode_groups(
     layout: Layout, values: Array, codes: Array, rows: slice, first: int, last: int, block: Array
 ) -> None:
-    """Write W[rows, first:last] into `block`, N:M; both columns are multiples of the unit, or `last` is n."""
-    unit, bytes_ = layout.unit
+    """Write W[rows, first:last] into `block`, N:M; `first` is a multiple of 8, `last` is one or is n."""
     width = last - first
-    table = _places_in_byte(layout.kept, layout.group, layout.index_bits)
-    inside = codes[rows, first // unit * bytes_ : -(-last // unit) * bytes_]
+    table = _places_in_byte(layout.kept, layout.group)
+    inside = codes[rows, first // 8 : -(-last // 8)]
     count = width // layout.group * layout.kept
-    places = table.take(inside).view(np.int64)[:, :count]  # (rows, count): in the byte's columns, or in the group's
-    places += _first_places(layout.kept, layout.group, layout.index_bits, width)[: len(block)]
+    places = table.take(inside).view(np.int64)[:, :count]  # (rows, count): in the byte's columns
+    places += _first_places(layout.kept, layout.group, width)[: len(block)]
     block.fill(0)
     begin = first // layout.group * layout.kept
     block.reshape(-1)[places.reshape(-1)] = values[rows, begin : begin + count].reshape(-1)
@@ -82,14 +82,13 @@ def _decode_groups_threaded(
     layout: Layout, values: Tensor, codes: Tensor, rows: slice, first: int, last: int, block: Tensor
 ) -> None:
     """Write W[rows, first:last] into `block`, as `_decode_groups` does, with torch's operations."""
-    unit, bytes_ = layout.unit
     width = last - first
-    table = torch.from_numpy(_places_in_byte(layout.kept, layout.group, layout.index_bits).view(np.int64)).view(256, -1)
-    inside = codes[rows, first // unit * bytes_ : -(-last // unit) * bytes_].reshape(-1).to(torch.int32)
+    table = torch.from_numpy(_places_in_byte(layout.kept, layout.group).view(np.int64)).view(256, -1)
+    inside = codes[rows, first // 8 : -(-last // 8)].reshape(-1).to(torch.int32)
     count = width // layout.group * layout.kept
     places = torch.index_select(table, 0, inside, out=_scratch(len(inside), table.shape[1]))
     places = places.view(len(block), -1)[:, :count]
-    places += torch.from_numpy(_first_places(layout.kept, layout.group, layout.index_bits, width, True))[: len(block)]
+    places += torch.from_numpy(_first_places(layout.kept, layout.group, width, True))[: len(block)]
     block.zero_()
     begin = first // layout.group * layout.kept
     block.view(-1).index_copy_(0, places.reshape(-1), values[rows, begin : begin + count].reshape(-1))
@@ -125,29 +124,20 @@ def _scratch(rows: int, cols: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _places_in_byte(kept: int, group: int, index_bits: int) -> Array:
+def _places_in_byte(kept: int, group: int) -> Array:
     """Return, for each byte of codes, the places of its values as one opaque item of int64s."""
-    if index_bits:
-        shifts = 8 - index_bits * (1 + np.arange(8 // index_bits))
-        places = np.arange(256)[:, None] >> shifts & (1 << index_bits) - 1
-    else:
-        count = 8 // group * kept
-        places = np.zeros((256, count), np.int64)
-        for byte in range(256):
-            found = [j for j in range(8) if byte >> (7 - j) & 1][:count]
-            places[byte, : len(found)] = found
-    table = np.ascontiguousarray(places, np.int64)
+    count = 8 // group * kept
+    table = np.zeros((256, count), np.int64)
+    for byte in range(256):
+        found = [j for j in range(8) if byte >> (7 - j) & 1][:count]
+        table[byte, : len(found)] = found
     return table.view(f"V{table.shape[1] * 8}").reshape(256)
 
 
 @lru_cache(maxsize=16)
-def _first_places(kept: int, group: int, index_bits: int, width: int, threaded: bool = False) -> Array:
-    """Return, for each value of a full chunk, where the byte or the group that its place counts from begins."""
-    value = np.arange(width // group * kept)
-    if index_bits:
-        begins = value // kept * group
-    else:
-        begins = value // (8 // group * kept) * 8
+def _first_places(kept: int, group: int, width: int, threaded: bool = False) -> Array:
+    """Return, for each value of a full chunk, where the byte that its place counts from begins."""
+    begins = np.arange(width // group * kept) // (8 // group * kept) * 8
     return begins + np.arange(_rows_together(width, threaded))[:, None] * width
 
 

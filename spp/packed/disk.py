@@ -3,16 +3,16 @@
 A packed checkpoint is a Hugging Face checkpoint like any other, model.safetensors or shards with their index, in which
 some tensors are packed. A packed tensor K is stored as
 
-    K           int64 (5 + d,)   its descriptor: 1 (the format version), the input axis, N, M, w, and K's d = 2 or 3
+    K           int64 (5 + d,)   its descriptor: 1 (the format version), the input axis, N, M, 0, and K's d = 2 or 3
                                  dimensions
     K_values    K's dtype        the kept weights
     K_codes     uint8            where they belong
-    K_starts    int32 or int64   where stretches of rows begin; only where N = M = w = 0
+    K_starts    int32 or int64   where stretches of rows begin; only where N = M = 0
 
-Values, codes and starts are those of layout version 1 (`spp.packed.layout`) of a matrix W (m, n): K with its input axis
-last and its other axes made one, so that experts lie one below the other; n is K's length along the input axis. N:M is
-the pattern of the layout, all 0 for any pattern; w is the width of an index, 0 where codes hold a mask. Everything
-else is stored as it is. A zero is a zero: −0.0 is not kept.
+Values, codes and starts are those of a matrix W (m, n) as `spp.packed.layout` stores it: K with its input axis last and
+its other axes made one, so that experts lie one below the other; n is K's length along the input axis. N:M is the
+pattern of the layout, both 0 for any pattern. The number behind them is always 0. Everything else is stored as it is.
+A zero is a zero: −0.0 is not kept.
 
 A loader that does not know the format meets, under K, a tensor of another shape and stops, instead of going on with a
 weight that it never found. config.json says the same to transformers, {"quantization_config": {"quant_method":
@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from spp.files import CheckpointReader, dtype_name, read_json
 from spp.files.hashes import tensor_bytes
 from spp.packed.layout import Layout
 from spp.packed.weight import DTYPES, PackedWeight
+from spp.patterns import as_array
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "spp_packed"
@@ -89,15 +89,20 @@ class Descriptor:
             raise CheckpointError(f"{where}: no possible shape of a packed tensor: {str(shape)[:80]}")
         if axis not in (len(shape) - 2, len(shape) - 1):
             raise CheckpointError(f"{where}: input axis {axis} of the shape {shape}")
-        found = Layout(*_matrix(shape, axis), kept, group, width)
+        if width:
+            raise CheckpointError(
+                f"{where}: codes of width {width} are indices within groups, not a mask (width 0). Index codes were "
+                "never released and are not read: pack the dense checkpoint again, spp.export_packed(directory, output)"
+            )
+        found = Layout(*_matrix(shape, axis), kept, group)
         if found != Layout(found.rows, found.cols) and not _is_known(found):
-            raise CheckpointError(f"{where}: no layout of {kept}:{group} with indices of {width} bits for {shape}")
+            raise CheckpointError(f"{where}: no layout of {kept}:{group} for {shape}")
         return cls(tuple(shape), axis, found)
 
     def tensor(self) -> Tensor:
         """Return what is stored under the tensor's own key."""
         layout = self.layout
-        numbers = (FORMAT_VERSION, self.input_axis, layout.kept, layout.group, layout.index_bits, *self.shape)
+        numbers = (FORMAT_VERSION, self.input_axis, layout.kept, layout.group, 0, *self.shape)
         return torch.tensor(numbers, dtype=torch.int64)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ class DenseReader(CheckpointReader):
         """Return a tensor's bytes: those on the disk, or decoded ones."""
         if key not in self.packed:
             return super().raw(key)
-        return self.tensor(key).reshape(-1).view(torch.uint8).numpy().data.toreadonly()
+        return as_array(self.tensor(key).reshape(-1).view(torch.uint8)).data.toreadonly()
 
     def pieces(self, key: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes; of a packed one some rows at a time."""
@@ -320,12 +325,12 @@ def _is_known(layout: Layout) -> bool:
 
 def _check(weight: PackedWeight) -> None:
     """Raise a ConfigError unless a packed weight's places are possible and written in the one way that there is."""
-    layout, codes = weight.layout, weight.codes.numpy()
+    layout, codes = weight.layout, as_array(weight.codes)
     if weight.numel == 0:
         if weight.values.numel():
             raise ConfigError(f"{weight.values.numel()} values of a weight without entries")
         return
-    spare = 8 * layout.row_bytes - (layout.row_values * layout.index_bits if layout.index_bits else layout.cols)
+    spare = 8 * layout.row_bytes - layout.cols
     if spare and bool((codes[:, -1] & (1 << spare) - 1).any()):
         raise ConfigError("bits are set behind the end of a row")
     if not layout.is_nm:
@@ -336,9 +341,3 @@ def _check(weight: PackedWeight) -> None:
         part = slice(first, min(first + step, layout.rows))
         rows = replace(layout, rows=part.stop - part.start)
         PackedWeight(rows, weight.values[part], weight.codes[part]).check()
-        if layout.index_bits and layout.kept > 1:
-            width = layout.index_bits
-            shifts = (8 - width * (1 + np.arange(8 // width))).astype(np.uint8)
-            index = (codes[part, :, None] >> shifts & (1 << width) - 1).reshape(rows.rows, -1)[:, : layout.row_values]
-            if bool((np.diff(index.reshape(-1, layout.kept).astype(np.int16), axis=1) <= 0).any()):
-                raise ConfigError("the indices of a group do not rise")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spp.packed.layout import STRETCH, Layout
-from spp.patterns import count_kept, detect_packed, nonzero_mask, pack_bits
+from spp.patterns import as_array, count_kept, detect_packed, nonzero_mask, pack_bits
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a weight: values are moved as bits
 _CHUNK = 1 << 17  # weights looked at together
@@ -41,37 +39,31 @@ def pack_tensor(weight: Tensor, layout: Layout, kept: int) -> tuple[Tensor, Tens
     """
     rows, cols = weight.shape
     shape = (rows, layout.row_values) if layout.is_nm else (kept,)
-    values = torch.empty(shape, dtype=weight.dtype)
+    values = torch.empty(shape, dtype=weight.dtype, device="cpu")
     bits = INTEGERS[weight.element_size()]
-    flat = values.view(bits).reshape(-1).numpy()
-    codes = np.zeros((rows, layout.row_bytes), np.uint8)
-    starts = np.zeros((rows, layout.stretches), np.int32 if kept < 2**31 else np.int64)
+    codes = torch.empty((rows, layout.row_bytes), dtype=torch.uint8, device="cpu")
+    wide = torch.int32 if kept < 2**31 else torch.int64
+    starts = torch.empty((rows, layout.stretches), dtype=wide, device="cpu")
+    flat, bytes_, begins = as_array(values.view(bits).reshape(-1)), as_array(codes), as_array(starts)
     place = 0
     step = max(1, _CHUNK // max(1, cols))
     for first in range(0, rows, step):
         part = weight.detach()[first : first + step].cpu().contiguous()
-        mask = nonzero_mask(part).numpy()
+        mask = as_array(nonzero_mask(part))
         if layout.is_nm:
             _fill_groups(mask, layout)
         chosen = np.flatnonzero(mask)
-        taken = part.view(bits).reshape(-1).numpy()[chosen]
+        taken = as_array(part.view(bits).reshape(-1))[chosen]
         taken[taken == torch.iinfo(bits).min] = 0  # −0.0, where a group keeps fewer than N
         flat[place : place + len(chosen)] = taken
-        if layout.index_bits:
-            codes[first : first + step] = _pack_indices(chosen, len(part), layout)
-        else:
-            codes[first : first + step] = np.packbits(mask, axis=1)
+        bytes_[first : first + step] = np.packbits(mask, axis=1)
         if layout.stretches:
-            counts = stretch_counts(codes[first : first + step]).reshape(-1)
-            begins = place + np.cumsum(counts, dtype=np.int64) - counts
-            starts[first : first + step] = begins.reshape(len(part), -1)
+            counts = stretch_counts(bytes_[first : first + step]).reshape(-1)
+            found = place + np.cumsum(counts, dtype=np.int64) - counts
+            begins[first : first + step] = found.reshape(len(part), -1)
         place += len(chosen)
     on = weight.device
-    return (
-        values.to(on),
-        torch.from_numpy(codes).to(on),
-        None if layout.is_nm else torch.from_numpy(starts).to(on),
-    )
+    return values.to(on), codes.to(on), None if layout.is_nm else starts.to(on)
 
 
 def stretch_counts(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -97,16 +89,3 @@ def _fill_groups(mask: npt.NDArray[np.bool_], layout: Layout) -> None:
     if len(short):
         order = np.argsort(~groups[short], axis=1, kind="stable")[:, : layout.kept]
         groups[short[:, None], order] = True
-
-
-def _pack_indices(chosen: npt.NDArray[Any], rows: int, layout: Layout) -> npt.NDArray[np.uint8]:
-    """Return the codes (rows, B) of kept positions, counted over the rows; M divides n, so groups never straddle."""
-    width = layout.index_bits
-    index = (chosen % layout.group).astype(np.uint8).reshape(rows, layout.row_values)
-    per_byte = 8 // width
-    padded = np.zeros((rows, layout.row_bytes * per_byte), np.uint8)
-    padded[:, : layout.row_values] = index
-    shifts = (8 - width * (1 + np.arange(per_byte))).astype(np.uint8)
-    lanes = padded.reshape(rows, layout.row_bytes, per_byte) << shifts
-    codes: npt.NDArray[np.uint8] = np.bitwise_or.reduce(lanes, axis=2)
-    return codes

@@ -22,7 +22,7 @@ from spp.packed.layout import STRETCH, Layout
 from spp.packed.packing import layout_of_bits, pack_tensor, stretch_counts
 from spp.packed.tensors import PackedTensors
 from spp.packed.weight import PackedWeight, check_matrix
-from spp.patterns import count_kept, pack_bits
+from spp.patterns import as_array, count_kept, pack_bits
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PackedStack(PackedTensors):
             first = get(0)
             rows, cols = first.shape
             layout = layout_of_bits(_joined(bits, rows * cols), experts * rows, cols, first.element_size())
-            matrix = Layout(rows, cols, layout.kept, layout.group, layout.index_bits)
+            matrix = Layout(rows, cols, layout.kept, layout.group)
             shape = (experts, rows, matrix.row_values) if matrix.is_nm else (sum(kept),)
             values = torch.empty(shape, dtype=first.dtype, device=first.device)
             codes = torch.empty((experts, rows, matrix.row_bytes), dtype=torch.uint8, device=first.device)
@@ -119,7 +119,7 @@ class PackedStack(PackedTensors):
             packed: the matrix. experts: E. transposed: as for `pack`.
         """
         whole, rows = packed.layout, packed.layout.rows // experts
-        matrix = Layout(rows, whole.cols, whole.kept, whole.group, whole.index_bits)
+        matrix = Layout(rows, whole.cols, whole.kept, whole.group)
         codes = packed.codes.clone().view(experts, rows, whole.row_bytes)
         layout = StackLayout(matrix, experts, transposed)
         if packed.starts is None:
@@ -190,7 +190,7 @@ class PackedStack(PackedTensors):
         experts, rows, stretches = self.starts.shape
         if not rows or not stretches:
             return [0] * experts
-        last = self.codes[:, -1, (stretches - 1) * STRETCH // 8 :].cpu().numpy()
+        last = as_array(self.codes[:, -1, (stretches - 1) * STRETCH // 8 :].cpu())
         begins = self.starts[:, -1, -1].tolist()
         return [begin + int(count) for begin, count in zip(begins, stretch_counts(last)[:, 0], strict=True)]
 

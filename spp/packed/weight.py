@@ -14,6 +14,7 @@ from spp.packed.decode import as_rows, decode_cpu
 from spp.packed.layout import Layout
 from spp.packed.packing import choose_layout, pack_tensor, stretch_counts
 from spp.packed.tensors import PackedTensors
+from spp.patterns import as_array
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,11 +108,7 @@ class PackedWeight(PackedTensors):
                 return f"{name} is {tuple(tensor.shape)}, expected {shape}"
         if self.codes.is_meta or not self.codes.numel():
             return None
-        codes = self.codes.cpu().numpy()
-        if layout.index_bits:
-            shifts = (8 - layout.index_bits * (1 + np.arange(8 // layout.index_bits))).astype(np.uint8)
-            largest = max(int((codes >> s & (1 << layout.index_bits) - 1).max()) for s in shifts)
-            return f"an index is {largest} in groups of {layout.group}" if largest >= layout.group else None
+        codes = as_array(self.codes.cpu())
         if layout.is_nm:
             groups = np.unpackbits(codes, axis=1)[:, : layout.cols].reshape(-1, layout.group)
             wrong = int((groups.sum(1, dtype=np.int16) != layout.kept).sum())
@@ -122,7 +119,7 @@ class PackedWeight(PackedTensors):
             return f"the mask keeps {total} weights, but there are {self.values.numel()} values"
         assert self.starts is not None
         begins = (np.cumsum(counts) - counts).reshape(layout.rows, layout.stretches)
-        return None if np.array_equal(begins, self.starts.cpu().numpy()) else "starts are not where the mask says"
+        return None if np.array_equal(begins, as_array(self.starts.cpu())) else "starts are not where the mask says"
 
 
 def check_matrix(weight: Tensor, where: str) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
-from spp.patterns import Pattern, all_finite, magnitude_bits
+from spp.patterns import Pattern, all_finite, as_array, magnitude_bits
 from spp.pruning.select import keep_groups, pruned_count
 
 _LONGEST_COMPARED_GROUP = 32  # up to here comparing all pairs of a group is faster than sorting it
@@ -63,11 +63,11 @@ def _keep_groups(weight: Tensor, kept: int, group: int) -> Tensor:
     if weight.device.type != "cpu" or group > _LONGEST_COMPARED_GROUP:
         return keep_groups(magnitude_bits(weight), kept, group)
     mask = torch.empty(weight.shape, dtype=torch.bool)
-    out = mask.view(-1, group).numpy()
+    out = as_array(mask.view(-1, group))
     groups = weight.detach().reshape(-1, group)  # (groups, M)
     step = max(1, _SCORES // group)
     for start in range(0, len(groups), step):
-        slots = np.ascontiguousarray(magnitude_bits(groups[start : start + step]).numpy().T)  # (M, step)
+        slots = np.ascontiguousarray(as_array(magnitude_bits(groups[start : start + step])).T)  # (M, step)
         beaten = np.zeros(slots.shape, dtype=np.uint8)  # how many of its group beat a slot
         for high in range(1, group):
             for low in range(high):

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from spp.errors import DataError
 from spp.evaluation import IGNORED, tokenize
+from spp.patterns import as_array
 from spp.training.chat import PLAIN_HEADINGS, encode
 from spp.training.rows import Source, read_source
 
@@ -291,5 +292,5 @@ def _sha256(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(len(tensor).to_bytes(8, "little"))
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(as_array(tensor.contiguous()).data)
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, s
 from spp.inject import adapter_layers, require_layers
 from spp.layer import SPPLinear
 from spp.packed import PackedWeight, QuantizedLayout
-from spp.patterns import all_finite, nonzero_mask, pack_bits, unpack_bits
+from spp.patterns import all_finite, as_array, nonzero_mask, pack_bits, unpack_bits
 from spp.pruning.swap import group_of
 from spp.training.dense_weights import DenseSource, DenseWeights
 
@@ -208,7 +208,7 @@ class MaskState:
         for path, layer in self.layers.items():
             if masks[path].dtype != torch.uint8 or masks[path].shape != layer.start_bits.shape:
                 raise CheckpointError(f"{directory / MASKS_NAME}: the mask of {path} has another shape or dtype")
-        self.write({path: bits.numpy() for path, bits in masks.items()})
+        self.write({path: as_array(bits) for path, bits in masks.items()})
         self.changed = True
 
 

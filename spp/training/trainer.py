@@ -121,16 +121,12 @@ class SPPTrainer(AdapterTrainer):
         """The fraction of zeros in the weights that the adapter scales, in [0, 1]."""
         return self._zeros.sparsity(self._bare_model())
 
-    def check_masks(self) -> None:
-        """Compare the zero pattern of the base with the one that it must have.
+    def check(self, model: nn.Module) -> None:
+        """Compare the zero pattern of the base with the one at the start, or that of the last mask update.
 
         Raises:
             MaskError: they differ; the message names the layers.
         """
-        self.check(self._bare_model())
-
-    def check(self, model: nn.Module) -> None:
-        """Compare the zero pattern of the base with the one at the start, or that of the last mask update."""
         expected = self._masks if self.mask_updates is None else self.mask_updates.state.hashes()
         now = base_masks(model)
         changed = sorted(path for path, mask in expected.items() if now.get(path) != mask)

@@ -72,7 +72,7 @@ class Compiler:
 
 def matrices() -> dict[str, torch.Tensor | PackedWeight]:
     """W in every form."""
-    pattern = {"2:4": [1, 1, 0, 0], "1:8": [1, 0, 0, 0, 0, 0, 0, 0], "any pattern": [1, 1, 1, 0, 0, 1, 0, 0]}
+    pattern = {"2:4": [1, 1, 0, 0], "any pattern": [1, 1, 1, 0, 0, 1, 0, 0]}
     found: dict[str, torch.Tensor | PackedWeight] = {"dense": torch.ones(M, N)}
     for name, kept in pattern.items():
         found[name] = PackedWeight.pack(torch.tensor(kept).repeat(M, N // len(kept)).float())

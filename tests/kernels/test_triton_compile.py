@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDED = {"mul.rn.f32", "add.rn.f32"}  # said to round by themselves: no later stage of the compiler may join them
-FORMS = {"80": ["dense"], "90": ["dense", "2:4", "1:8", "any pattern"]}  # of W, by the capability of a GPU
+FORMS = {"80": ["dense"], "90": ["dense", "2:4", "any pattern"]}  # of W, by the capability of a GPU
 ARITHMETIC = {"build": ROUNDED, "delta": {"mul.rn.f32"}, "reduce": ROUNDED, "decode": set()}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spp.kernels.triton.tile import GROUPS, INDICES, MASK
+from spp.kernels.triton.tile import GROUPS, MASK
 from spp.packed import PackedWeight
 from spp.rules import get_rule
 from spp.rules.spp import Factors
@@ -14,12 +14,12 @@ from tests.tolerances import assert_matches, assert_same_bits
 
 RULE = get_rule("spp")
 WHOLE = slice(None)
-# (N of M or None for any pattern, rows, columns, form): every width of an index, several tiles, several stretches
+# (N of M or None for any pattern, rows, columns, form): several tiles, several stretches
 MATRICES = [
-    ((1, 2), 5, 38, INDICES),
-    ((1, 4), 5, 52, INDICES),
-    ((2, 16), 3, 560, INDICES),
-    ((4, 32), 3, 96, INDICES),
+    ((1, 2), 5, 38, GROUPS),
+    ((1, 4), 5, 52, GROUPS),
+    ((2, 16), 3, 560, MASK),
+    ((4, 32), 3, 96, MASK),
     ((2, 4), 13, 36, GROUPS),
     ((4, 8), 3, 1032, GROUPS),
     ((2, 8), 1, 8, GROUPS),
@@ -85,7 +85,7 @@ def test_any_rectangle_is_decoded(
 def test_groups_with_fewer_values_than_they_may_have(triton_device: torch.device) -> None:
     from spp.kernels.triton import decode
 
-    for pattern, form in (((2, 4), GROUPS), ((2, 16), INDICES)):
+    for pattern, form in (((2, 4), GROUPS), ((2, 8), GROUPS)):
         weight = matrix(pattern, 4, 64, torch.float16, triton_device)
         weight[0, :8] = 0
         weight[2, weight[2].nonzero()[0]] = 0

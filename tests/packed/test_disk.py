@@ -87,7 +87,7 @@ def test_version_1_byte_for_byte(tmp_path: Path) -> None:
 WEIGHTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "2:4": (lambda t: t * torch.tensor([1.0, 0, 0, 1]).repeat(t.shape[-1] // 4), -1),
     "2:8": (lambda t: t * torch.tensor([0.0, 0, 1, 1, 0, 0, 0, 0]).repeat(t.shape[-1] // 8), -1),
-    "2:16, indices": (lambda t: t * torch.tensor([0.0] * 14 + [1, 1]).repeat(t.shape[-1] // 16), -1),
+    "2:16": (lambda t: t * torch.tensor([0.0] * 14 + [1, 1]).repeat(t.shape[-1] // 16), -1),
     "1:4 of (in, out)": (lambda t: t * torch.tensor([0.0, 1, 0, 0]).repeat(t.shape[-2] // 4)[:, None], -2),
     "any": (lambda t: t * (t > 0.3), -1),
     "all zero": (lambda t: t * 0, -1),
@@ -176,7 +176,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "a negative input axis": (number(1, -1), "input axis -1"),
     "a pattern that is not stored": (number(2, 3), "no layout of 3:4"),
     "a group that does not divide": (number(3, 32), "no layout of 2:32"),
-    "an index width of its own": (number(4, 8), "no layout of 2:4 with indices of 8 bits"),
+    "a long group": (put("pairs", torch.tensor([1, 1, 2, 16, 0, 2, 16])), r"no layout of 2:16 for \[2, 16\]"),
+    "indices": (number(4, 8), "codes of width 8 are indices within groups.*never released and are not read"),
+    "a negative width": (number(4, -1), "codes of width -1.*never released"),
+    "indices of any pattern": (number(4, 1, "any"), "any: codes of width 1.*never released"),
     "an endless group": (number(3, 2**62), "no layout"),
     "a negative dimension": (number(5, -2), "no possible shape"),
     "an endless dimension": (number(5, 2**62), r"no possible shape|pairs_"),
@@ -204,15 +207,11 @@ LATER: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "a value without a place": (flip("any_codes", 0, 0b10000000), "the mask keeps 4 weights, but there are 5"),
     "wrong starts": (flip("any_starts", 1, 1), "starts are not where the mask says"),
     "a bit behind the end": (flip("any_codes", 3, 1), "bits are set behind the end of a row"),
-    "an index twice": (put("few_codes", torch.tensor([[0x33]] * 2, dtype=torch.uint8)), "indices of a group"),
-    "indices that fall": (put("few_codes", torch.tensor([[0x31]] * 2, dtype=torch.uint8)), "indices of a group"),
 }
 
 
 def good() -> dict[str, Tensor]:
-    few = torch.zeros(2, 16)
-    few[:, [1, 3]] = 1
-    return {**pack("any", ANY), **pack("pairs", PAIRS), **pack("few", few)}
+    return {**pack("any", ANY), **pack("pairs", PAIRS)}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -234,14 +233,21 @@ def test_places_that_are_wrong_are_met_when_they_are_read(tmp_path: Path, name: 
             reader.tensor(key)
     change(tensors)
     with DenseReader(save(tmp_path / "it", tensors)) as reader:
-        key = name_of_key(name)
+        key = "pairs" if "group of three" in name else "any"
         for read in (reader.tensor, reader.raw, reader.packed_weight):
             with pytest.raises(CheckpointError, match=f"model.safetensors: {key}: .*{message}"):
                 read(key)
 
 
-def name_of_key(fault: str) -> str:
-    return "pairs" if "group of three" in fault else "few" if "ind" in fault and "behind" not in fault else "any"
+def test_what_was_stored_with_indices_is_refused(tmp_path: Path) -> None:
+    """1:4 of 2 × 8, two bits a value: the form that N:M with few values once had."""
+    tensors = {
+        "w": torch.tensor([1, 1, 1, 4, 2, 2, 8]),
+        "w_values": torch.ones(2, 2),
+        "w_codes": torch.tensor([[0b01_11_0000]] * 2, dtype=torch.uint8),
+    }
+    with pytest.raises(CheckpointError, match=r"model.safetensors: w: codes of width 2 .*pack the dense checkpoint"):
+        DenseReader(save(tmp_path / "it", tensors))
 
 
 def test_the_config_says_a_newer_version_too(tmp_path: Path) -> None:
@@ -256,5 +262,5 @@ def test_the_config_says_a_newer_version_too(tmp_path: Path) -> None:
             DenseReader(folder)
     write_json(folder / "config.json", {"quantization_config": {"quant_method": "gptq"}})
     with DenseReader(folder) as reader:
-        assert set(reader.packed) == {"any", "few", "pairs"}
+        assert set(reader.packed) == {"any", "pairs"}
     assert not is_packed_directory(folder)

@@ -512,6 +512,6 @@ def test_saves_after_the_first_hash_no_value_again(tmp_path: Path, monkeypatch: 
 
 def test_masks_are_compared_by_value(tmp_path: Path) -> None:
     made = trainer(tmp_path)
-    made.check_masks()
+    made.check(made.model)
     assert base_masks(made.model) == made._masks
     assert math.isclose(made.sparsity, 0.5)

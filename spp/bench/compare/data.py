@@ -13,6 +13,7 @@ from spp.configs.comparing import CompareConfig
 from spp.errors import DataError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
+from spp.patterns import as_array
 from spp.training.data import Collator, TokenBlocks, TokenRows, TrainingData, batches, load_data
 
 _TOKENS = 1024  # of one forward pass of a measurement: bounds its logits
@@ -48,7 +49,7 @@ class HeldOut:
         digest = hashlib.sha256()
         tensors = [self.tokens] if self.tokens is not None else [t for row in self.rows.rows for t in row]  # type: ignore[union-attr]
         for tensor in tensors:
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(as_array(tensor.contiguous()).data)
         return digest.hexdigest()
 
 

@@ -73,9 +73,7 @@ def combined_config(first: SPPPeftConfig, ranks: Mapping[str, int], targets: Seq
     return config
 
 
-def stack(
-    layer: TermsLayer, adapters: Sequence[str], weights: Sequence[float], name: str, scaling: float, r: int | None
-) -> float:
+def stack(layer: TermsLayer, adapters: Sequence[str], weights: Sequence[float], name: str) -> float:
     """Give a layer the sum as it is; the error is 0."""
     here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.spp_terms]
     alpha = torch.cat([layer.spp_alpha[adapter].detach() for adapter, _ in here], dim=-2)  # (…, Σ r_t, n)

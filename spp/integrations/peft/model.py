@@ -188,10 +188,10 @@ class SPPPeftModel(BaseTuner):
         layers = {
             p: layer for p, layer in tuner_layers(self.model).items() if any(a in layer.spp_terms for a in adapters)
         }
-        combine = stack if combination_type == "stack" else approximate
         errors, ranks = {}, {}
         for path, layer in layers.items():
-            errors[path] = combine(layer, adapters, weights, adapter_name, first.scaling, r)
+            given = (layer, adapters, weights, adapter_name)
+            errors[path] = stack(*given) if combination_type == "stack" else approximate(*given, first.scaling, r)
             ranks[path] = sum(term.rank for term in layer.spp_terms[adapter_name])
         config = combined_config(first, ranks, name_targets(self.model, list(layers)))
         self.peft_config[adapter_name] = config

@@ -10,7 +10,7 @@ import torch
 
 from spp.kernels.native.compiler import Refused
 from spp.kernels.native.products import FROZEN, Products, Update, block_of, empty_sums
-from spp.patterns import pack_bits
+from spp.patterns import as_array, pack_bits
 from spp.rules import effective_weight, get_rule
 from spp.rules.canonical import WHOLE
 
@@ -59,7 +59,7 @@ def probe_merge(library: Any) -> None:
         update, out, bits = torch.empty(m, n), torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
         matrix = Matrix(library, m, n, dtype, dtype, [rule.prepare(params, 2.0, m, torch.float32)])
         found = matrix.merge(weight.data_ptr(), out.data_ptr(), bits, 0, m * n)
-        data = expected.view(torch.uint8).numpy().tobytes()
+        data = as_array(expected.view(torch.uint8)).tobytes()
         if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) or found.crc != zlib.crc32(data):
             raise Refused(f"the compiled merge in {dtype} is not torch's on a small weight")
         rule.delta(weight, rule.prepare(params, 2.0, m, torch.float32), WHOLE, WHOLE, update)

@@ -149,13 +149,13 @@ def block_of(weight: Tensor, first: int, all_rows: int, update: Update, form: in
 
 
 def packed_block(packed: PackedWeight, update: Update, form: int, rounded_to: torch.dtype) -> Block | None:
-    """Return all rows of a packed weight, to be decoded while they are compressed; None for a layout with indices.
+    """Return all rows of a packed weight, to be decoded while they are compressed; None for codes with gaps.
 
     Args:
         packed: W, on the CPU. The rest as in `block_of`.
     """
     layout, starts = packed.layout, packed.starts
-    if layout.index_bits or (layout.is_nm and 8 % layout.group) or not packed.codes.is_contiguous():
+    if not packed.codes.is_contiguous():
         return None
     return Block(
         weight=packed.values.data_ptr(), codes=packed.codes.data_ptr(),

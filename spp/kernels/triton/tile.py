@@ -1,8 +1,7 @@
 """A tile of W in registers, from a tensor or from a packed matrix; how the latter lies, spp.packed.layout says.
 
     tensor          one load, any strides
-    N:M, indices    the value whose index is the column's place in its group, if there is one
-    N:M, a mask     values of whole bytes before the column, and the bits set before it in its own byte
+    N:M             values of whole bytes before the column, and the bits set before it in its own byte
     any pattern     starts[i, stretch], the bits set between there and the tile, and a running sum inside the tile
 
 A tile of columns begins at a multiple of its own width, which divides 1024: it lies within one stretch.
@@ -17,7 +16,7 @@ from torch import Tensor
 from spp.packed import PackedWeight
 from spp.packed.layout import STRETCH
 
-TENSOR, MASK, GROUPS, INDICES = 0, 1, 2, 3  # the form of W: how a kernel reads it
+TENSOR, MASK, GROUPS = 0, 1, 2  # the form of W: how a kernel reads it
 
 
 @triton.jit
@@ -26,32 +25,6 @@ def _ones(byte):
     pairs = byte - ((byte >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return (fours + (fours >> 4)) & 0x0F
-
-
-@triton.jit
-def _by_indices(
-    values_ptr,
-    codes_ptr,
-    rows,
-    cols,
-    inside,
-    row_values,
-    row_bytes,
-    KEPT: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    LARGEST: tl.constexpr,
-):
-    group = cols // GROUP
-    place = cols - group * GROUP
-    found = tl.zeros_like(inside.to(tl.int32)) - 1
-    for k in tl.static_range(KEPT):
-        number = group * KEPT + k  # of the value in its row
-        bit = number * BITS
-        code = tl.load(codes_ptr + rows[:, None] * row_bytes + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
-        index = (code >> (8 - BITS - bit % 8)[None, :]) & LARGEST
-        found = tl.where(index == place[None, :], number[None, :], found)
-    return tl.load(values_ptr + rows[:, None] * row_values + found, mask=inside & (found >= 0), other=0.0)
 
 
 @triton.jit
@@ -108,10 +81,6 @@ def load_tile(
     row_bytes,
     stretches,
     FORM: tl.constexpr,
-    KEPT: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    LARGEST: tl.constexpr,
     PER_BYTE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -124,10 +93,6 @@ def load_tile(
     if FORM == 0:
         places = rows[:, None] * stride_row + (cols.to(tl.int64) * stride_col)[None, :]
         weight = tl.load(weight_ptr + places, mask=inside, other=0.0)
-    elif FORM == 3:
-        weight = _by_indices(
-            weight_ptr, codes_ptr, rows, cols, inside, stride_row, row_bytes, KEPT, GROUP, BITS, LARGEST
-        )
     else:
         weight = _by_mask(
             weight_ptr,
@@ -152,17 +117,14 @@ def operand(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...], tuple[int, 
     """Return how W is passed to a kernel: (weight, codes, starts), (stride_row, stride_col, row_bytes, stretches), and
     the constants of `load_tile` but for WIDTH.
     """
-    names = ("FORM", "KEPT", "GROUP", "BITS", "LARGEST", "PER_BYTE")
     if isinstance(weight, Tensor):
         weight = weight.detach()
-        return (weight, weight, weight), (*weight.stride(), 0, 0), dict.fromkeys(names, 0)
+        return (weight, weight, weight), (*weight.stride(), 0, 0), {"FORM": TENSOR, "PER_BYTE": 0}
     layout, values, codes = weight.layout, weight.values.detach().contiguous(), weight.codes.contiguous()
     starts = codes if weight.starts is None else weight.starts.contiguous()
-    form = INDICES if layout.index_bits else GROUPS if layout.is_nm else MASK
-    per_byte = 8 // layout.group * layout.kept if form == GROUPS else 0
+    per_byte = 8 // layout.group * layout.kept if layout.is_nm else 0
     numbers = (layout.row_values if layout.is_nm else 0, 0, layout.row_bytes, layout.stretches)
-    constants = (form, layout.kept, layout.group, layout.index_bits, (1 << layout.index_bits) - 1, per_byte)
-    return (values, codes, starts), numbers, dict(zip(names, constants, strict=True))
+    return (values, codes, starts), numbers, {"FORM": GROUPS if layout.is_nm else MASK, "PER_BYTE": per_byte}
 
 
 assert STRETCH == 1024  # written out in the kernels, which see no globals
