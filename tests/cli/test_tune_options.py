@@ -31,6 +31,7 @@ IN_WORDS = {
     "exclude_modules",
     "overwrite",
     "resume",
+    "strict_values",
 }
 
 
@@ -50,7 +51,7 @@ def test_the_help_tells_the_default(field) -> None:
 
 def test_an_option_that_is_not_given_is_left_to_the_recipe() -> None:
     for name, parameter in PARAMETERS.items():
-        if name not in ("model", "output_dir", "data", "recipe", "overwrite", "resume"):
+        if name not in ("model", "output_dir", "data", "recipe", "overwrite", "resume", "strict_values"):
             assert parameter.default is None, name
 
 
