@@ -157,7 +157,7 @@ TABLE: dict[str, tuple[Tell, Expected, Expected, Expected, Expected]] = {
     "codes renamed": (rename(f"{Q0}_codes", "x_codes"), *everywhere(CheckpointError, f"{Q0}_codes is missing")),
     "another pattern in the descriptor": (
         descriptor(Q0, at=2, value=1),
-        *everywhere(CheckpointError, f"{Q0}: no layout of 1:4"),
+        *everywhere(CheckpointError, f"{Q0}_values is bfloat16 (32, 16), expected bfloat16 (32, 8)"),
     ),
     "another shape in the descriptor": (
         descriptor(Q0, at=5, value=16),
