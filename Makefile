@@ -45,7 +45,7 @@ format: $(READY)
 	$(BIN)/python -m ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m spp.bench.step --model "$$($(BIN)/python examples/smollm2.py)" $(ARGS)
+	$(BIN)/python -m benchmarks.step --model "$$($(BIN)/python examples/smollm2.py)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build spp.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out bench-out

@@ -6,7 +6,7 @@
     spp.merge(model)                         # the same zeros, asserted
     spp.save_model(model, "out")             # a plain checkpoint, and the certificate of its zeros
 
-Imported by name: spp.training, spp.evaluation, spp.report, spp.bench, spp.integrations.peft, .trl, .transformers, .hub.
+Imported by name: spp.training, spp.evaluation, spp.report, spp.integrations.peft, .trl, .transformers, .hub.
 
 A name is imported when it is first used (PEP 562), so that `import spp` and the help of the program load no torch.
 """
@@ -20,49 +20,46 @@ from spp._version import __version__
 
 if TYPE_CHECKING:
     from spp import functional, pruning, pst
-    from spp.adapters import adapter_state_dict, load_adapter, save_adapter
-    from spp.calibrate import prune
-    from spp.certificate import SparsityReport
-    from spp.checkpoint import (
-        certify,
-        convert_checkpoint,
-        export_dense,
-        export_packed,
-        load_packed,
-        merge_checkpoint,
-        save_model,
-        sparsity,
-        verify,
-    )
-    from spp.checkpoint_prune import prune_checkpoint
+    from spp.certifying.certificate import SparsityReport
+    from spp.certifying.save import certify, save_model
+    from spp.certifying.verify import sparsity, verify
     from spp.configs.adapter import SPPConfig
     from spp.errors import SPPError, SPPWarning
-    from spp.inject import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
-    from spp.inject_packed import pack, unpack
-    from spp.layer import SPPLinear
-    from spp.merge_model import merge
-    from spp.merge_report import MergeReport
-    from spp.semi_structured import SemiStructuredReport, to_semi_structured
+    from spp.layers.linear import SPPLinear
+    from spp.merging.disk import merge_checkpoint
+    from spp.merging.model import merge
+    from spp.merging.report import MergeReport
+    from spp.packing.export import export_dense, export_packed
+    from spp.packing.load import load_packed
+    from spp.packing.model import pack, unpack
+    from spp.packing.semi_structured import SemiStructuredReport, to_semi_structured
+    from spp.pruning import prune
+    from spp.pruning.disk import prune_checkpoint
+    from spp.pst.disk import convert_checkpoint
+    from spp.wrapping.adapters import adapter_state_dict, load_adapter, save_adapter
+    from spp.wrapping.wrap import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
 
 _MODULES = ("functional", "pruning", "pst")
 # Where each name is defined: the imports above, which type checkers read, are the same (tests/test_root.py).
 _HOMES = {
-    "spp.adapters": ("adapter_state_dict", "load_adapter", "save_adapter"),
-    "spp.calibrate": ("prune",),
-    "spp.certificate": ("SparsityReport",),
-    "spp.checkpoint": (
-        *("certify", "convert_checkpoint", "export_dense", "export_packed", "load_packed"),
-        *("merge_checkpoint", "save_model", "sparsity", "verify"),
-    ),
-    "spp.checkpoint_prune": ("prune_checkpoint",),
+    "spp.certifying.certificate": ("SparsityReport",),
+    "spp.certifying.save": ("certify", "save_model"),
+    "spp.certifying.verify": ("sparsity", "verify"),
     "spp.configs.adapter": ("SPPConfig",),
     "spp.errors": ("SPPError", "SPPWarning"),
-    "spp.inject": ("adapter_parameters", "disabled", "print_trainable_parameters", "unwrap", "wrap"),
-    "spp.inject_packed": ("pack", "unpack"),
-    "spp.layer": ("SPPLinear",),
-    "spp.merge_model": ("merge",),
-    "spp.merge_report": ("MergeReport",),
-    "spp.semi_structured": ("SemiStructuredReport", "to_semi_structured"),
+    "spp.layers.linear": ("SPPLinear",),
+    "spp.merging.disk": ("merge_checkpoint",),
+    "spp.merging.model": ("merge",),
+    "spp.merging.report": ("MergeReport",),
+    "spp.packing.export": ("export_dense", "export_packed"),
+    "spp.packing.load": ("load_packed",),
+    "spp.packing.model": ("pack", "unpack"),
+    "spp.packing.semi_structured": ("SemiStructuredReport", "to_semi_structured"),
+    "spp.pruning": ("prune",),
+    "spp.pruning.disk": ("prune_checkpoint",),
+    "spp.pst.disk": ("convert_checkpoint",),
+    "spp.wrapping.adapters": ("adapter_state_dict", "load_adapter", "save_adapter"),
+    "spp.wrapping.wrap": ("adapter_parameters", "disabled", "print_trainable_parameters", "unwrap", "wrap"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from spp.configs.checkpoints import check_windows
 from spp.errors import DataError, NonFiniteError, SPPWarning
+from spp.models.targets import require_model
 from spp.supported import require_supported
-from spp.targets import require_model
 
 require_supported()
 

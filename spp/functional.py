@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.kernels import Run, linear
+from spp.kernels import Run
+from spp.kernels.linear import linear
 from spp.rules import Adapter, get_rule
 from spp.rules import effective_weight as _effective_weight
 

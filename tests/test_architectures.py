@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import spp
 from spp.files import CheckpointReader
-from spp.inject import adapter_layers
-from spp.patterns import is_nm, nonzero_mask
-from spp.targets import last_name
-from spp.targets_layout import find_projections
-from tests.models import MOE_ARCHITECTURES, NAMED_OTHERWISE
-from tests.tolerances import LOGITS, error
+from spp.masks.patterns import is_nm, nonzero_mask
+from spp.models.projection import find_projections
+from spp.models.targets import last_name
+from spp.wrapping.wrap import adapter_layers
+from tests.helpers.models import MOE_ARCHITECTURES, NAMED_OTHERWISE
+from tests.helpers.tolerances import LOGITS, error
 
 IMAGE = 95  # the token that stands for a piece of an image
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96, "pad_token_id": 0}

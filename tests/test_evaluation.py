@@ -19,7 +19,7 @@ from spp.evaluation import (
     token_perplexity,
     tokenize,
 )
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.helpers.models import tiny_llama, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps. " * 8
 

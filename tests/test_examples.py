@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import spp
-from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
+from tests.helpers.models import prune_nm_, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "\n".join(["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs!"] * 40)

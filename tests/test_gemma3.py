@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import spp
 from spp.evaluation import perplexity
 from spp.files import read_json
-from spp.patterns import nonzero_mask
+from spp.masks.patterns import nonzero_mask
 from tests.conftest import EXAMPLES
+from tests.helpers.tolerances import LOGITS, error
 from tests.test_smollm2 import TEXT
-from tests.tolerances import LOGITS, error
 
 pytestmark = pytest.mark.slow
 

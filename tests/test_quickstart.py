@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.helpers.models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spp.cli.main import app
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.helpers.models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

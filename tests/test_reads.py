@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spp
 import spp.pst
-from spp.layer_checks import survey
-from spp.targets import resolve_projections
+from spp.layers.checks import survey
+from spp.models.targets import resolve_projections
 
 _VIEWS = ("view", "detach", "t", "transpose", "slice", "select", "split", "unbind", "alias", "unsqueeze", "as_strided")
 

@@ -1,6 +1,6 @@
 """No storage of a model is marked as one that can never be resized: FSDP2 resizes those of parameters.
 
-`Tensor.numpy` leaves that mark for good; `spp.patterns.as_array` does not.
+`Tensor.numpy` leaves that mark for good; `spp.masks.patterns.as_array` does not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 import spp
 from spp.errors import SPPWarning
 from spp.files import content_crc32, content_sha256, mask_sha256
-from spp.patterns import as_array
-from tests.models import moe_model, prune_nm_, tiny_llama
+from spp.masks.patterns import as_array
+from tests.helpers.models import moe_model, prune_nm_, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 

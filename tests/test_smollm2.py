@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spp.adapters import load_adapter, save_adapter
-from spp.checkpoint import merge_checkpoint, save_model, verify
+from spp.certifying.save import save_model
+from spp.certifying.verify import verify
 from spp.evaluation import perplexity
-from spp.inject import adapter_parameters, unwrap, wrap
-from tests.models import projections, prune_nm_
+from spp.merging.disk import merge_checkpoint
+from spp.wrapping.adapters import load_adapter, save_adapter
+from spp.wrapping.wrap import adapter_parameters, unwrap, wrap
+from tests.helpers.models import projections, prune_nm_
 
 pytestmark = pytest.mark.slow
 TEXT = (

@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import spp
-from spp.bench.compare.chart import draw
-from spp.bench.compare.results import NAME
-from spp.bench.compare.study import compare, missing, plan_of, write_report
-from spp.bench.compare.tables import markdown
+from spp.comparing.chart import draw
+from spp.comparing.results import NAME
+from spp.comparing.study import compare, missing, plan_of, write_report
+from spp.comparing.tables import markdown
 from spp.configs.comparing import CompareConfig
 from spp.errors import DataError, SPPError
 from spp.files import read_json
-from spp.report_plot import check_plot
+from spp.report.plot import check_plot
 from spp.training.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).parent
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, or what is left of it."""
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("spp.bench").setLevel(logging.INFO)
+    logging.getLogger("spp.comparing").setLevel(logging.INFO)
     if options.plot:
         check_plot(CHART)
     for config in () if options.report else list(configs(options)):  # all of them: a mistake shows before the first

@@ -15,8 +15,8 @@ def run(config: CertifyConfig) -> None:
 
     Example: spp certify merged --base pruned
     """
-    from spp.certificate import CERTIFICATE_NAME
-    from spp.checkpoint import certify
+    from spp.certifying.save import certify
+    from spp.files.carry import CERTIFICATE_NAME
     from spp.files.recognised import CERTIFICATE
     from spp.report import sparsity_table
 

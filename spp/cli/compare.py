@@ -14,7 +14,7 @@ from spp.configs.contenders import GROUPS, KINDS
 from spp.configs.options import RUN, Option
 
 if TYPE_CHECKING:
-    from spp.bench.compare.results import Results
+    from spp.comparing.results import Results
 
 NAME = "compare"
 
@@ -56,11 +56,11 @@ def run(
 
     Example: spp compare pruned comparison --data train.txt --eval-text valid.txt --contenders "spp hira masked-lora"
     """
-    from spp.bench.compare.results import NAME
-    from spp.bench.compare.study import compare
+    from spp.comparing.results import NAME
+    from spp.comparing.study import compare
     from spp.files.hub import local_directory
     from spp.files.recognised import PICTURE
-    from spp.report_plot import check_plot
+    from spp.report.plot import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -79,9 +79,9 @@ def run(
 
 def show(results: Results, plot: Path | None, *, overwrite: bool) -> None:
     """Print the table of a comparison, and draw its chart."""
-    from spp.bench.compare.chart import draw
-    from spp.bench.compare.results import REPORT
-    from spp.bench.compare.tables import main_table, notes, verdict
+    from spp.comparing.chart import draw
+    from spp.comparing.results import REPORT
+    from spp.comparing.tables import main_table, notes, verdict
 
     contents = results.read()
     console.show(main_table(contents))

@@ -12,7 +12,7 @@ from spp.configs.checkpoints import EvalConfig
 from spp.errors import ConfigError, arg
 
 if TYPE_CHECKING:
-    from spp.base_values import BaseVerdict
+    from spp.weights.base_values import BaseVerdict
 
 NAME = "eval"
 
@@ -23,11 +23,11 @@ def run(config: EvalConfig) -> None:
 
     Example: spp eval merged --text valid.txt --window 1024
     """
-    from spp.base_values import BaseVerdict
     from spp.evaluation import perplexity_result
     from spp.files.hub import local_directory
     from spp.report import Table
     from spp.training.loading import load_model, load_tokenizer
+    from spp.weights.base_values import BaseVerdict
 
     where = console.pick_device(config.device)
     passage = console.read_text_file(config.text)
@@ -62,10 +62,10 @@ def load_trained(model: Any, adapter: Path, strict: bool | None) -> BaseVerdict 
     Returns:
         Whether the model has the values that the adapter was trained on; None for what PST trained.
     """
-    from spp.adapter_files import PST_TYPE, method_of
-    from spp.adapters import load_adapter
-    from spp.inject import base_verdict
     from spp.pst import load
+    from spp.wrapping.adapter_files import PST_TYPE, method_of
+    from spp.wrapping.adapters import load_adapter
+    from spp.wrapping.wrap import base_verdict
 
     if method_of(adapter) != PST_TYPE:
         return base_verdict(load_adapter(model, adapter, strict=strict is not False, strict_values=strict is True))

@@ -17,7 +17,7 @@ def run(config: ExportConfig) -> None:
 
     Example: spp export pruned packed --packed
     """
-    from spp.checkpoint import export_dense, export_packed
+    from spp.packing.export import export_dense, export_packed
     from spp.report import byte_text, export_table
 
     directory, output, overwrite = config.directory, config.output, config.overwrite

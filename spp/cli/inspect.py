@@ -23,12 +23,12 @@ def run(config: InspectConfig) -> None:
 
     Example: spp inspect pruned --plot pruned.png
     """
-    from spp.checkpoint import sparsity
+    from spp.certifying.verify import sparsity
     from spp.files.hub import local_directory
     from spp.files.recognised import PICTURE
     from spp.report import sparsity_table
-    from spp.report_heatmap import plot_sparsity
-    from spp.report_plot import check_plot
+    from spp.report.heatmap import plot_sparsity
+    from spp.report.plot import check_plot
 
     directory = local_directory(config.path, "model or adapter")
     if config.plot is not None:
@@ -55,9 +55,9 @@ def _held(forms: Mapping[str, str]) -> str:
 
 def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
     """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
-    from spp.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles, method_of, read_adapter
     from spp.pst.files import read
     from spp.report import Table, byte_text, kind_of
+    from spp.wrapping.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles, method_of, read_adapter
 
     adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
     options = [("method", PEFT_TYPE if isinstance(adapter, AdapterFiles) else PST_TYPE)]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spp._version import __version__
-from spp.cli import bench, certify, compare, console, eval, export, inspect, merge, prune, push, tune, verify
+from spp.cli import certify, compare, console, eval, export, inspect, merge, prune, push, tune, verify
 from spp.cli.help import Command
 from spp.errors import SPPError
 
@@ -27,7 +27,6 @@ COMMANDS = {module.NAME: module.run for module in (prune, tune, merge, verify, c
 COMMANDS |= {module.NAME: module.run for module in (export, push)}
 for name, run in COMMANDS.items():
     app.command(name=name, cls=Command)(run)
-app.add_typer(bench.app, name="bench")
 
 _debug = False
 
@@ -49,7 +48,6 @@ def options(
     """Set what holds for every command."""
     global _debug
     _debug = debug
-    # The benchmarks read their own options: there every argument is one.
     command = COMMANDS.get(context.invoked_subcommand or "")
     console.speak_of(None if command is None else command.spellings)
     console.show_warnings_on_one_line()

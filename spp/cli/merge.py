@@ -22,9 +22,10 @@ def run(config: MergeConfig) -> None:
     """
     import torch
 
-    from spp.adapter_files import PST_TYPE, method_of
-    from spp.checkpoint import convert_checkpoint, merge_checkpoint
+    from spp.merging.disk import merge_checkpoint
+    from spp.pst.disk import convert_checkpoint
     from spp.report import merge_table, sparsity_table
+    from spp.wrapping.adapter_files import PST_TYPE, method_of
 
     base, adapters, output = config.base, config.adapters, config.output
     dtype = None if config.dtype is None else getattr(torch, config.dtype)

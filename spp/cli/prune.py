@@ -12,7 +12,7 @@ from spp.configs.pruning import PruneConfig
 from spp.errors import CheckpointError, StreamingError
 
 if TYPE_CHECKING:
-    from spp.calibrate import PruneReport
+    from spp.pruning import PruneReport
 
 NAME = "prune"
 
@@ -52,10 +52,10 @@ def stream(config: PruneConfig, device: str) -> PruneReport | None:
     """Prune block by block from the disk; None, with a line that says why, where that cannot be."""
     import torch
 
-    from spp.calibrate.windows import needs_tokenizer
-    from spp.checkpoint_prune import prune_checkpoint
-    from spp.checkpoint_prune_work import work_folder
     from spp.files.hub import local_directory
+    from spp.pruning.disk import prune_checkpoint
+    from spp.pruning.windows import needs_tokenizer
+    from spp.pruning.work import work_folder
     from spp.training.loading import load_tokenizer
 
     directory = local_directory(config.model, "model")
@@ -84,13 +84,13 @@ def stream(config: PruneConfig, device: str) -> PruneReport | None:
 
 def load_and_prune(config: PruneConfig, device: str) -> PruneReport:
     """Load the model, prune it and save it."""
-    from spp.calibrate import prune
-    from spp.calibrate.windows import needs_tokenizer
-    from spp.checkpoint import save_model
-    from spp.checkpoint.carrying import refuse_overlap
-    from spp.checkpoint_prune_model import refuse_quantized
+    from spp.certifying.save import save_model
     from spp.files import check_target
+    from spp.files.carry import refuse_overlap
     from spp.files.hub import local_directory
+    from spp.models.streamed import refuse_quantized
+    from spp.pruning import prune
+    from spp.pruning.windows import needs_tokenizer
     from spp.training.loading import load_model, load_tokenizer
 
     directory = local_directory(config.model, "model")

@@ -22,7 +22,7 @@ def run(config: VerifyConfig) -> None:
 
     The same: spp verify merged --against pruned
     """
-    from spp.certificate import CERTIFICATE_NAME
+    from spp.files.carry import CERTIFICATE_NAME
 
     before, after = config.pair
     if after is None:
@@ -37,7 +37,7 @@ def run(config: VerifyConfig) -> None:
 
 def _check(before: str, after: str | None, deep: bool, every: bool) -> None:
     """Show what was found, and raise what is wrong."""
-    from spp.checkpoint.verifying import examine
+    from spp.certifying.verify import examine
     from spp.report import verdict_table
 
     with console.step("verifying" if after is not None else "verifying contents"):

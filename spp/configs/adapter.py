@@ -37,7 +37,7 @@ class SPPConfig:
         dropout: probability p in [0, 1), used in training only.
         dropout_mode: "input" drops entries of X in the residual branch (the paper's formula; five products);
             "alpha" drops entries of W_α (three products; a different regulariser).
-        target_modules: None (the projections of the decoder blocks, see spp.targets), "all-linear",
+        target_modules: None (the projections of the decoder blocks, see spp.models.targets), "all-linear",
             a list of name suffixes, or a regular expression that must match the whole module path.
         exclude_modules: a list of name suffixes or a regular expression of modules to leave alone.
         rank_pattern: {name suffix or regular expression: r} for modules whose rank differs from `r`.

@@ -1,6 +1,6 @@
 """PruneOptions: what pruning is told, in memory and on disk; PruneConfig adds where to read and write.
 
-The methods by name, and OWL, whose formula is in spp.pruning.owl.
+The methods by name, and OWL, whose formula is in spp.masks.owl.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class PruneOptions:
         ),
     ] = "2:4"
     calibration: Annotated[
-        Any,  # token ids, texts, or what names them: spp.calibrate.windows
+        Any,  # token ids, texts, or what names them: spp.pruning.windows
         Option(
             "Data for the methods that look at activations: a text file (.txt, .md, .raw), rows with a field text "
             "(.json, .jsonl), token ids (.pt, .safetensors), or a data set, NAME[:CONFIG[:SPLIT[:FIELD]]] with a "

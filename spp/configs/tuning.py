@@ -114,7 +114,7 @@ class TuneConfig:
         loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together;
             None takes it at once. Less memory, the same values up to the order of summation.
         saved_activations: "full", or "bfloat16": layers keep float32 inputs rounded for backward. Less memory; see
-            spp.inject_activations for what the gradients lose.
+            spp.wrapping.wrap for what the gradients lose.
         dtype: dtype to load the model in; "auto" is the checkpoint's own.
         bf16: autocast to bfloat16.
         device: "auto" (an accelerator where there is one) or "cpu".
@@ -125,7 +125,7 @@ class TuneConfig:
         overwrite: replace an earlier run in `output_dir`.
         resume: continue the run in `output_dir` from its last complete checkpoint; start it if there is none.
         strict_values: SPP: refuse to resume on a base with other values than the checkpoint was trained on, instead of
-            warning (spp.base_values); PST always refuses.
+            warning (spp.weights.base_values); PST always refuses.
         progress: show a progress bar; None shows it on a terminal.
 
     Raises:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp.patterns import as_array, pack_bits
+from spp.masks.patterns import as_array, pack_bits
 
 _ONE, _POLYNOMIAL = 1 << 31, 0xEDB88320  # of CRC-32, the bits in mirrored order
 _PIECE = 1 << 22  # bytes that a copy to the CPU or to row-major order takes at once

@@ -20,7 +20,7 @@ from spp.errors import CheckpointError
 from spp.files.header import TensorEntry, read_header
 from spp.files.jsonio import read_json
 from spp.files.leftovers import recover
-from spp.patterns import as_array
+from spp.masks.patterns import as_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,13 +17,13 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from spp.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
-from spp.certificate import Certificate
-from spp.checkpoint.carrying import CARD_NAME
+from spp.certifying.certificate import Certificate
 from spp.errors import CheckpointError, ConfigError, arg
 from spp.files import read_json
-from spp.packed.disk import is_packed_directory
+from spp.files.carry import CARD_NAME
 from spp.report import Table, sparsity_table
+from spp.weights.packed.disk import is_packed_directory
+from spp.wrapping.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
 
 _PAPER = "[SPP](https://arxiv.org/abs/2405.16057)"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")

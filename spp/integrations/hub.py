@@ -18,15 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.adapter_files import CONFIG_NAME, adapter_without_update, read_adapter
-from spp.certificate import CERTIFICATE_NAME
-from spp.checkpoint import verify
-from spp.checkpoint.carrying import CARD_NAME
+from spp.certifying.verify import verify
 from spp.configs.checkpoints import check_repo_id
 from spp.errors import CheckpointError, HubError, OutputExistsError, SPPWarning, arg, call
 from spp.files import recover
+from spp.files.carry import CARD_NAME, CERTIFICATE_NAME
 from spp.files.reader import require_inside
 from spp.integrations.card import make_card
+from spp.wrapping.adapter_files import CONFIG_NAME, adapter_without_update, read_adapter
 
 _KEPT = (".gitattributes", CARD_NAME)  # files of a repository that stay though the folder lacks them
 

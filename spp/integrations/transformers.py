@@ -1,4 +1,4 @@
-"""transformers: packed checkpoints (spp.packed.disk) load by `AutoModelForCausalLM.from_pretrained`.
+"""transformers: packed checkpoints (spp.weights.packed.disk) load by `AutoModelForCausalLM.from_pretrained`.
 
     import spp.integrations.transformers          # once, before
     model = AutoModelForCausalLM.from_pretrained("packed-2of4")
@@ -25,12 +25,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spp.checkpoint_keys import DiskKeys
 from spp.errors import ConfigError
-from spp.inject_guards import guard_saving, replace_modules
-from spp.layer_packed import PackedLinear
-from spp.packed import PackedWeight
-from spp.packed.disk import FORMAT_VERSION, QUANT_METHOD, DenseReader, Descriptor, check_version
+from spp.layers.packed import PackedLinear
+from spp.models.disk_keys import DiskKeys
+from spp.weights import PackedWeight
+from spp.weights.packed.disk import FORMAT_VERSION, QUANT_METHOD, DenseReader, Descriptor, check_version
+from spp.wrapping.state import guard_saving, replace_modules
 
 
 @register_quantization_config(QUANT_METHOD)

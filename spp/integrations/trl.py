@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from spp.errors import ConfigError, DependencyError
-from spp.inject import adapter_layers
-from spp.targets import output_head
+from spp.models.targets import output_head
 from spp.training import SPPTrainer
+from spp.wrapping.wrap import adapter_layers
 
 try:
     from trl import SFTTrainer

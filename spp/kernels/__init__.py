@@ -10,7 +10,7 @@ block):
     no dropout, backward  2 (dX, G)             build again; W ⊙ G in place, read for dα, read for dβ
     alpha dropout         as no dropout         as no dropout, and one over W_α (r × n)
     input dropout         5 (2 forward)         W′ twice, W ⊙ G and its two sums
-    evaluation, ≤ 32 rows 1                     none: W_eff is kept between calls (layer_adapted.py)
+    evaluation, ≤ 32 rows 1                     none: W_eff is kept between calls (layers/adapted.py)
     checkpointing         as above, forward     the recomputation stops before the block's last product, unless it is
                           again                 reentrant
 
@@ -21,29 +21,29 @@ while its non-zeros are compressed. A multiply-add there reads its operand from 
 has it in a register, which costs a third of the speed: at d = 1/2 a product takes 0.7 of the dense one's time, at 1/4
 0.45. X and dY are repacked once a product: one pass over T × n and T × m.
 
-A 16-bit base on a CPU that does not multiply 16 bits faster (cpu.py) is rounded to its dtype and widened again in the
-same blocks: two passes more in plain torch, none in native/. Of activations a layer keeps X alone for backward
-(keep.py: or its bfloat16 copy), with input dropout one bit an entry more. On a GPU see whole.py.
+A 16-bit base on a CPU that does not multiply 16 bits faster (processor.py) is rounded to its dtype and widened again in
+the same blocks: two passes more in plain torch, none in native/. Of activations a layer keeps X alone for backward
+(autograd.py: or its bfloat16 copy), with input dropout one bit an entry more. On a GPU see gpu.py.
 
-Measured: `spp bench layer --layers 4096x4096 11008x4096 --tokens 512 2048 --threads 2 --contenders spp spp-packed full
-hira branches lora spp-alpha-dropout`, 2:4, float32, medians of interleaved rounds on two cores, torch 2.13, wall time
-of spp relative to full fine-tuning of the layer, by shape and rows in that order: AMD EPYC with AVX-512 0.65, 0.70,
-0.67, 0.77 (on packed weights 1.03, 1.07, 1.11, 1.00 times as long as dense); AMD EPYC with AVX2 0.76, 0.74 (4096 ×
-4096 alone); Intel Xeon with AVX-512 in plain torch (SPP_KERNELS=torch) 1.08, 1.02, 1.09, 1.04. The low-rank rules
-(`--contenders spp masked-lora hira-rule`, 4096 × 4096, 512 rows, AMD EPYC with AVX2): SPP takes 0.90 of masked LoRA's
-time and 0.91 of that of HiRA's form; in plain torch 0.58 and 0.80.
+Measured: `python -m benchmarks.layer --layers 4096x4096 11008x4096 --tokens 512 2048 --threads 2 --contenders spp
+spp-packed full hira branches lora spp-alpha-dropout`, 2:4, float32, medians of interleaved rounds on two cores, torch
+2.13, wall time of spp relative to full fine-tuning of the layer, by shape and rows in that order: AMD EPYC with AVX-512
+0.65, 0.70, 0.67, 0.77 (on packed weights 1.03, 1.07, 1.11, 1.00 times as long as dense); AMD EPYC with AVX2 0.76, 0.74
+(4096 × 4096 alone); Intel Xeon with AVX-512 in plain torch (SPP_KERNELS=torch) 1.08, 1.02, 1.09, 1.04. The low-rank
+rules (`--contenders spp masked-lora hira-rule`, 4096 × 4096, 512 rows, AMD EPYC with AVX2): SPP takes 0.90 of masked
+LoRA's time and 0.91 of that of HiRA's form; in plain torch 0.58 and 0.80.
 """
 
 from __future__ import annotations
 
+from spp.kernels.autograd import check_saved_activations
 from spp.kernels.choice import use_kernels
 from spp.kernels.frozen import base_linear
-from spp.kernels.keep import check_saved_activations
-from spp.kernels.offloaded import OffloadedExperts, offloaded_weight
-from spp.kernels.packed import PackedSource
-from spp.kernels.sources import WeightSource
-from spp.kernels.three_products import Run, linear
-from spp.kernels.workspace import release_workspace, workspace_bytes
+from spp.kernels.linear import Run
+from spp.weights.base import WeightSource
+from spp.weights.offload import OffloadedExperts, offloaded_weight
+from spp.weights.packed.matrix import PackedSource
+from spp.weights.workspace import release_workspace, workspace_bytes
 
 __all__ = [
     "OffloadedExperts",
@@ -52,7 +52,6 @@ __all__ = [
     "WeightSource",
     "base_linear",
     "check_saved_activations",
-    "linear",
     "offloaded_weight",
     "release_workspace",
     "use_kernels",

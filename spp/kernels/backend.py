@@ -1,7 +1,7 @@
 """A backend: one way to compute the products of an adapted layer.
 
-`spp.kernels.linear` asks the backends in their order and takes the first that takes the operation; what it saved in
-forward comes back to it in backward. A new backend is one class here and one entry there.
+`spp.kernels.linear.linear` asks the backends in their order and takes the first that takes the operation; what it saved
+in forward comes back to it in backward. A new backend is one class here and one entry there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.kernels.sources import WeightSource
 from spp.rules.base import Rule
+from spp.weights.base import WeightSource
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]
 

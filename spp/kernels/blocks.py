@@ -1,13 +1,24 @@
-"""How a product is cut into blocks, and in which dtype it runs."""
+"""Blocks: how W is cut into them, a block of W_eff, and what is found out of a weight once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from spp.kernels import cpu
+from spp.kernels import processor
 from spp.kernels.choice import kernels
+from spp.rules.base import Rule
+from spp.rules.canonical import arithmetic_dtype, effective_block
+from spp.weights import PackedWeight
+from spp.weights.base import WeightSource
+from spp.weights.packed.matrix import PackedSource
+from spp.weights.workspace import workspace
+
+# ---- How a product is cut into blocks, and in which dtype it runs.
 
 # Measured on CPUs: matrix products with fewer than 512 rows or columns of W are slower than the whole, and the passes
 # over a block that builds W_eff or reduces G are fastest while the block stays in the last cache.
@@ -45,6 +56,98 @@ def _step(length: int) -> int:
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype in which products of `dtype` operands run on `device`; the compiled ones know float32 alone."""
-    if device.type == "cpu" and dtype.itemsize == 2 and (kernels() == "native" or not cpu.has_products(dtype)):
+    if device.type == "cpu" and dtype.itemsize == 2 and (kernels() == "native" or not processor.has_products(dtype)):
         return torch.float32
     return dtype
+
+
+# ---- One block of W_eff or of W_eff − W in the shared workspace, in the dtype of the product that it is for.
+
+WHOLE = slice(None)
+
+
+def effective(
+    rule: Rule,
+    block: Tensor,
+    factors: Any,
+    rows: slice,
+    cols: slice,
+    stored_as: torch.dtype,
+    dtype: torch.dtype,
+    vanish: bool,
+) -> Tensor:
+    """Return W_eff[rows, cols] for a product in `dtype`: rounded to the base's dtype, then to the input's.
+
+    Args:
+        block: W[rows, cols].
+        stored_as: the input's dtype.
+        vanish: whether a kept weight can come out as zero.
+    """
+    device = block.device
+    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(block.dtype), device)
+    same = scratch.dtype == block.dtype
+    rounded = None if same else workspace("rounded", tuple(block.shape), block.dtype, device)
+    result = effective_block(rule, block, factors, rows, cols, scratch, rounded=rounded, may_vanish=vanish)
+    if stored_as != result.dtype:  # autocast
+        result = workspace("autocast", tuple(block.shape), stored_as, device).copy_(result)
+    return result if result.dtype == dtype else scratch.copy_(result)
+
+
+def delta(rule: Rule, block: Tensor, factors: Any, rows: slice, cols: slice, dtype: torch.dtype) -> Tensor:
+    """Return (W_eff − W)[rows, cols], rounded once to the dtype of the product; `block` is W[rows, cols]."""
+    scratch = workspace("effective", tuple(block.shape), arithmetic_dtype(block.dtype), block.device)
+    rule.delta(block, factors, rows, cols, scratch)
+    if scratch.dtype == dtype:
+        return scratch
+    return workspace("rounded", tuple(block.shape), dtype, block.device).copy_(scratch)
+
+
+def plain(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a block of W for a product in `dtype`."""
+    return block if block.dtype == dtype else workspace("frozen", tuple(block.shape), dtype, block.device).copy_(block)
+
+
+# ---- What the kernels find out of a frozen weight once and remember while it stays as it is.
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight or its base -> {(fact, place): (version, value)}
+
+
+def remembered(fact: str, weight: Tensor, find: Callable[[Tensor], float]) -> float:
+    """Return find(weight), computed anew only after the weight changed in place.
+
+    A view, such as one expert of many or the transpose of a Conv1D's weight, is known by where it lies in its base.
+
+    Args:
+        fact: names what `find` finds.
+        weight: a plain tensor in memory.
+    """
+    if weight.is_inference():  # it has no version to tell whether it changed
+        return find(weight)
+    base = weight if weight._base is None else weight._base
+    facts: dict[object, tuple[int, float]] = _known.setdefault(base, {})
+    place = (fact, weight.data_ptr(), tuple(weight.shape), weight.stride())
+    known = facts.get(place)
+    if known is None or known[0] != weight._version:
+        known = facts[place] = weight._version, find(weight)
+    return known[1]
+
+
+# ---- The share of weights that a layer keeps, counted once a weight.
+
+
+def density(weight: WeightSource) -> float:
+    """Return how many of W's entries are kept, relative to all of them; 1 for a weight without entries."""
+    m, n = weight.shape
+    if not m * n:
+        return 1.0
+    if isinstance(weight, PackedSource) and not isinstance(weight.packed, PackedWeight):
+        # A quantized weight holds no values to count: its blocks are decoded, once.
+        count = remembered("kept", weight.packed.codes, lambda _: _count(weight))
+    else:
+        count = remembered("kept", weight.kept(), lambda kept: int(torch.count_nonzero(kept)))
+    return count / (m * n)
+
+
+def _count(weight: WeightSource) -> int:
+    m, n = weight.shape
+    return sum(int(torch.count_nonzero(weight.block(rows, slice(None)))) for rows in slices(m, row_step(m, n, 1)))

@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from spp.errors import ConfigError, DependencyError, SPPWarning
+from spp.weights.packed.matrix import PackedWeight, add_decoder
 
 VARIABLE = "SPP_KERNELS"
 CHOICES = ("auto", "torch", "native", "triton")
@@ -123,3 +125,16 @@ def _works(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def _decode(packed: PackedWeight, rows: slice, cols: slice, out: Tensor) -> bool:
+    """Decode a block of a packed matrix by Triton's kernel where that does the work; return whether it did."""
+    if not by_triton(packed.device, packed.dtype):
+        return False
+    from spp.kernels.triton import decode
+
+    decode(packed, rows, cols, out)
+    return True
+
+
+add_decoder(_decode)

@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spp.kernels.autocast import autocast_dtype, no_autocast
-from spp.kernels.blocks import col_step, row_step, slices
-from spp.kernels.build import WHOLE, plain
-from spp.kernels.once import Once
-from spp.kernels.sources import WeightSource
+from spp.kernels.autograd import Once, autocast_dtype, no_autocast
+from spp.kernels.blocks import WHOLE, col_step, plain, row_step, slices
 from spp.rules.canonical import arithmetic_dtype
+from spp.weights.base import WeightSource
 
 
 def base_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:

@@ -1,10 +1,29 @@
-"""Pruning methods as pure functions on tensors: each says which weights stay, or what they become."""
+"""Pruning: a whole model in memory (`prune`) or on disk, block by block, with calibration data.
+
+The methods themselves are pure functions on tensors: each says which weights stay, or what they become.
+"""
+
+from __future__ import annotations
 
 from spp.configs.pruning import OWL
-from spp.pruning.dsnot import dsnot
-from spp.pruning.magnitude import magnitude_mask
-from spp.pruning.sparsegpt import sparsegpt
-from spp.pruning.stats import InputStats
-from spp.pruning.wanda import wanda_mask
+from spp.masks.dsnot import dsnot
+from spp.masks.magnitude import magnitude_mask
+from spp.masks.sparsegpt import sparsegpt
+from spp.masks.stats import InputStats
+from spp.masks.wanda import wanda_mask
+from spp.pruning.model import prune
+from spp.pruning.report import LayerReport, PruneReport
+from spp.pruning.windows import calibration_windows
 
-__all__ = ["OWL", "InputStats", "dsnot", "magnitude_mask", "sparsegpt", "wanda_mask"]
+__all__ = [
+    "OWL",
+    "InputStats",
+    "LayerReport",
+    "PruneReport",
+    "calibration_windows",
+    "dsnot",
+    "magnitude_mask",
+    "prune",
+    "sparsegpt",
+    "wanda_mask",
+]

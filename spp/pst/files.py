@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spp.adapter_files import CONFIG_NAME, PST_TYPE, WEIGHTS_NAME
 from spp.configs.pst import PSTConfig
 from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import (
@@ -26,8 +25,9 @@ from spp.files import (
     write_json,
 )
 from spp.files.hub import local_directory
-from spp.inject_guards import uncompiled
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
+from spp.wrapping.adapter_files import CONFIG_NAME, PST_TYPE, WEIGHTS_NAME
+from spp.wrapping.state import uncompiled
 
 Model = TypeVar("Model", bound=nn.Module)
 _LISTED = 12  # problems that a message lists

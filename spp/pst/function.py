@@ -18,7 +18,7 @@ loses more than N:M takes from it, and at sparsity 1 − N / M, where a schedule
 
 A training step of SmolLM2 at 2:4 (4 × 256 tokens, float32, one thread of a busy AMD EPYC, median processor time of 3
 rounds): the plain formula under autograd takes 1.02 of it and 1.53 of the peak memory, LoRA (r = 8) 0.76 and SPP
-(r = 16) 0.74 of its time: `spp bench step --contenders pst pst-autograd lora spp`.
+(r = 16) 0.74 of its time: `python -m benchmarks.step --contenders pst pst-autograd lora spp`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.kernels.autocast import autocast_dtype, no_autocast
-from spp.kernels.bits import pack_bits, unpack_bits
-from spp.kernels.once import Once
-from spp.patterns import Pattern
-from spp.pruning.select import keep_groups, keep_of_all, pruned_count
+from spp.kernels.autograd import Once, autocast_dtype, no_autocast
+from spp.masks.bits import pack_bits, unpack_bits
+from spp.masks.patterns import Pattern
+from spp.masks.select import keep_groups, keep_of_all, pruned_count
 from spp.rules.canonical import arithmetic_dtype
 
 _BLOCK = 1 << 22  # entries of G that exist together

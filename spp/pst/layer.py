@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from spp.configs.adapter import SPPConfig
 from spp.configs.pst import check_options, check_pattern
 from spp.errors import ConfigError, NonFiniteError, TargetError
-from spp.layer_checks import check_linear, check_values
-from spp.layer_host import LinearHost
-from spp.layer_packed import PackedLinear
-from spp.packed import quantized_kind
-from spp.patterns import Pattern
+from spp.layers.checks import check_linear, check_values
+from spp.layers.host import LinearHost
+from spp.layers.packed import PackedLinear
+from spp.masks.patterns import Pattern
+from spp.models.projection import Projection, features, input_axis_of
 from spp.pst.function import Factors, Scales, masked_weight, pruned_by, pst_linear
 from spp.rules.canonical import arithmetic_dtype
-from spp.targets_layout import Projection, features, input_axis_of
+from spp.weights import quantized_kind
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
 _opaque_forward: Callable[[PSTLinear, Tensor], Tensor] | None = None

@@ -11,10 +11,10 @@ from torch import nn
 from spp.configs.checks import is_suffix
 from spp.configs.pst import PSTConfig, check_pattern
 from spp.errors import ConfigError, TargetError, WrapError
-from spp.inject import is_wrapped as is_spp_wrapped
-from spp.inject_guards import WrapState, begin, end, layer_generator, uncompiled
+from spp.models.targets import resolve_projections, text_side
 from spp.pst.layer import PSTLinear, check_base
-from spp.targets import resolve_projections, text_side
+from spp.wrapping.state import WrapState, begin, end, layer_generator, uncompiled
+from spp.wrapping.wrap import is_wrapped as is_spp_wrapped
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)

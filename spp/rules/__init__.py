@@ -10,8 +10,7 @@ from spp.errors import ConfigError
 from spp.rules.adapter import Adapter
 from spp.rules.base import Rule
 from spp.rules.canonical import effective_block, effective_weight, rescue_
-from spp.rules.hira import HiRARule
-from spp.rules.masked_lora import MaskedLoRARule
+from spp.rules.low_rank import HiRARule, MaskedLoRARule
 from spp.rules.spp import SPPRule
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (SPPRule(), HiRARule(), MaskedLoRARule())}

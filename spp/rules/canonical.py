@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.patterns import nonzero_mask
+from spp.masks.patterns import nonzero_mask
 from spp.rules.base import Rule
 
 FP16_SMALLEST = 2.0**-24

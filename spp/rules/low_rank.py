@@ -10,15 +10,18 @@ A rule says how U changes W. It takes 2 r passes over a block, which is why they
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import ConfigError
+from spp.masks.patterns import nonzero_mask
 from spp.rules.base import Rule
 from spp.rules.spp import KAIMING_A
 
@@ -116,3 +119,95 @@ class LowRankRule(Rule):
 
     def row_alignment(self, factors: LowRankFactors) -> int:
         return 1
+
+
+# ---- Masked LoRA: a low-rank summand that is held to the mask of the frozen weight (SQFT's SparsePEFT, arXiv
+# 2410.03750).
+#
+#     W_eff = W + U ⊙ M,  U = s·B A,  M = [W ≠ 0]      A (r, n), B (m, r): LoRA's parameters, LoRA's s = alpha / r
+#     H     = M ⊙ G
+#
+# M is read from W's bits. LoRA that is masked only once it is trained deploys another function than it learned; here
+# the mask is there in every step.
+
+
+class MaskedLoRARule(LowRankRule):
+    """W plus s·B A where W is not zero."""
+
+    name: ClassVar[str] = "masked_lora"
+    multiplies: ClassVar[bool] = False
+
+    def build(self, weight: Tensor, factors: LowRankFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        self.delta(weight, factors, rows, cols, out)
+        out.add_(weight)
+
+    def delta(self, weight: Tensor, factors: LowRankFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        self.update(factors, rows, cols, out)
+        out.mul_(_mask(weight, out.dtype))
+
+    def gate(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.mul_(_mask(weight, gradient.dtype))
+
+    def largest_factor(self, factors: LowRankFactors) -> float:
+        largest = self.bound(factors)
+        return math.inf if largest > 0 else largest  # relative to a W that can be as small as it likes
+
+    def oracle(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        params: Sequence[Tensor],
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        a, b = params
+        branch = x if mask is None else x * mask
+        return F.linear(x, weight, bias) + scaling * F.linear(branch, (b @ a) * nonzero_mask(weight))
+
+
+def _mask(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return M in the arithmetic's dtype: a CPU multiplies by floats several times faster than by bools."""
+    return nonzero_mask(weight).to(dtype)
+
+
+# ---- HiRA's form: a frozen sparse weight, scaled element-wise by a low-rank matrix (HiRA, ICLR 2025, §3).
+#
+#     W_eff = W · (1 + U),  U = s·B A                  A (r, n), B (m, r): r·(n + m) parameters, SPP's are r·n + m
+#     H     = W ⊙ G
+#
+# A zero of W is a zero of W_eff. PEFT's HiRA is the same formula with s = 1 and its branches kept apart.
+
+
+class HiRARule(LowRankRule):
+    """W scaled by 1 + s·B A."""
+
+    name: ClassVar[str] = "hira"
+
+    def build(self, weight: Tensor, factors: LowRankFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        self.update(factors, rows, cols, out)
+        out.add_(1.0)
+        out.mul_(weight)
+
+    def delta(self, weight: Tensor, factors: LowRankFactors, rows: slice, cols: slice, out: Tensor) -> None:
+        self.update(factors, rows, cols, out)
+        out.mul_(weight)
+
+    def gate(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.mul_(weight)
+
+    def largest_factor(self, factors: LowRankFactors) -> float:
+        return self.bound(factors)
+
+    def oracle(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        params: Sequence[Tensor],
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        a, b = params
+        branch = x if mask is None else x * mask
+        return F.linear(x, weight, bias) + scaling * F.linear(branch, weight * (b @ a))

@@ -10,7 +10,6 @@ from spp.supported import require_supported
 require_supported()  # first: what follows may fail with other versions
 
 from spp.configs.tuning import RECIPES, TuneConfig
-from spp.inject_activations import set_saved_activations
 from spp.training.causal_loss import causal_lm_loss
 from spp.training.chunked_loss import chunked_cross_entropy
 from spp.training.data import Collator, TrainingData, load_data
@@ -20,6 +19,7 @@ from spp.training.pst_trainer import PSTTrainer
 from spp.training.sparsity_schedule import SparsitySchedule
 from spp.training.trainer import SPPTrainer
 from spp.training.tuning import TuneResult, tune
+from spp.wrapping.wrap import set_saved_activations
 
 __all__ = [
     "RECIPES",

@@ -16,10 +16,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from spp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from spp.errors import CheckpointError, SPPWarning
 from spp.files import output_error, read_json, recover, write_json
 from spp.files.leftovers import make_temporary
+from spp.wrapping.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
 MARKER_NAME = "spp_complete.json"
 _PROBES, _PROBE = 4, 2**20  # writes, and bytes of each: one to a disk that is nearly full is cut short first

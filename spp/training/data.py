@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from spp.errors import DataError
 from spp.evaluation import IGNORED, tokenize
-from spp.patterns import as_array
+from spp.masks.patterns import as_array
 from spp.training.chat import PLAIN_HEADINGS, encode
 from spp.training.rows import Source, read_source
 

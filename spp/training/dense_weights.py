@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spp.checkpoint.places import Place, locate
 from spp.errors import ConfigError
 from spp.files import CheckpointReader
 from spp.files.hub import local_directory
-from spp.targets_layout import find_projections
+from spp.merging.places import Place, locate
+from spp.models.projection import find_projections
 
 DenseSource = str | os.PathLike[str] | nn.Module
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from spp.adapter_files import CONFIG_NAME
-from spp.checkpoint import load_packed
-from spp.checkpoint_classes import auto_class
 from spp.errors import CheckpointError, some_of
 from spp.files import read_json
 from spp.files.hub import local_directory
-from spp.packed.disk import is_packed_directory
+from spp.models.streamed import auto_class
+from spp.packing.load import load_packed
+from spp.weights.packed.disk import is_packed_directory
+from spp.wrapping.adapter_files import CONFIG_NAME
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from spp.errors import CheckpointError, ConfigError, SPPWarning
-from spp.experts import SPPExperts
 from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, save_tensors, write_json
-from spp.inject import adapter_layers, require_layers
-from spp.layer import SPPLinear
-from spp.packed import PackedWeight, QuantizedLayout
-from spp.patterns import all_finite, as_array, nonzero_mask, pack_bits, unpack_bits
-from spp.pruning.swap import group_of
+from spp.layers.experts import SPPExperts
+from spp.layers.linear import SPPLinear
+from spp.masks.patterns import all_finite, as_array, nonzero_mask, pack_bits, unpack_bits
+from spp.masks.swap import group_of
 from spp.training.dense_weights import DenseSource, DenseWeights
+from spp.weights import PackedWeight, QuantizedLayout
+from spp.wrapping.wrap import adapter_layers, require_layers
 
 MASKS_NAME = "masks.safetensors"
 STATE_NAME = "masks.json"

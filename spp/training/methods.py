@@ -9,13 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from spp.adapters import load_adapter, store_adapter, warn_without_effect
-from spp.checkpoint import save_model
+from spp.certifying.save import save_model
 from spp.configs.tuning import TuneConfig
-from spp.inject import is_wrapped, unwrap, wrap
-from spp.inject_activations import set_saved_activations
-from spp.inject_packed import pack, packed_layers, unpack
-from spp.packed import Layout
+from spp.packing.model import pack, packed_layers, unpack
 from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
 from spp.pst import wrap as wrap_pst
@@ -24,6 +20,9 @@ from spp.training.mask_updates import MaskUpdates
 from spp.training.pst_trainer import PSTTrainer
 from spp.training.run_directory import RunDirectory
 from spp.training.trainer import SPPTrainer
+from spp.weights import Layout
+from spp.wrapping.adapters import load_adapter, store_adapter, warn_without_effect
+from spp.wrapping.wrap import is_wrapped, set_saved_activations, unwrap, wrap
 
 
 class Method(ABC):

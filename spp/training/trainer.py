@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from spp.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
 from spp.errors import CheckpointError, ConfigError, MaskError, WrapError, arg
-from spp.inject import adapter_layers, adapter_parameters, is_wrapped
-from spp.inject_guards import uncompiled
-from spp.packed import PackedStack, PackedWeight
-from spp.patterns import nonzero_mask
+from spp.masks.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.mask_state import STATE_NAME
 from spp.training.mask_updates import MaskUpdates
+from spp.weights import PackedStack, PackedWeight
+from spp.wrapping.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
+from spp.wrapping.state import uncompiled
+from spp.wrapping.wrap import adapter_layers, adapter_parameters, is_wrapped
 
 _PEFT_MARK = "_hf_peft_config_loaded"
 

@@ -17,7 +17,6 @@ from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, WrapError, arg
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
-from spp.inject import is_wrapped
 from spp.training.arguments import training_arguments
 from spp.training.callbacks import LogFile, ProgressBar
 from spp.training.checkpoints import last_complete
@@ -26,6 +25,7 @@ from spp.training.interrupt import StopOnSignal, TrainingInterrupted
 from spp.training.loading import load_model, load_tokenizer
 from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
+from spp.wrapping.wrap import is_wrapped
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spp.cli.main import main
-from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
+from tests.helpers.models import prune_nm_, tiny_llama, tiny_tokenizer
 
 LINES = [f"line {i}: the number {i} times {i + 1} is {i * (i + 1)}, and that is that." for i in range(120)]
 
@@ -78,8 +78,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the pruned checkpoint whose β is not zero."""
     import torch
 
-    from spp.adapters import save_adapter
-    from spp.inject import adapter_parameters, wrap
+    from spp.wrapping.adapters import save_adapter
+    from spp.wrapping.wrap import adapter_parameters, wrap
 
     model = wrap(prune_nm_(tiny_llama()), r=4, seed=0)
     generator = torch.Generator().manual_seed(0)

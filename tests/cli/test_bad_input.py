@@ -203,14 +203,6 @@ def test_an_adapter_that_is_not_there(spp: Call, pruned: Path, tmp_path: Path) -
     refused(spp("merge", pruned, tmp_path / "none", tmp_path / "out"), "none")
 
 
-def test_bench_options(spp: Call, tmp_path: Path) -> None:
-    refused(spp("bench", "step", "--shape", "tiny", "--rounds", 0), "--rounds")
-    refused(spp("bench", "step", "--shape", "tiny", "--tokens", 0), "--tokens")
-    refused(spp("bench", "step", "--shape", "tiny", "--device", "abacus"), "abacus")
-    (tmp_path / "rows.json").write_text("mine")
-    refused(spp("bench", "step", "--shape", "tiny", "--out", tmp_path / "rows.json"), "rows.json", "--overwrite")
-
-
 def test_unknown_commands_and_missing_arguments_are_usage_errors(spp: Call) -> None:
     assert spp("prone").code == 2
     assert spp("merge", "only-one").code == 2

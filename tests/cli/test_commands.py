@@ -74,7 +74,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert all(command in run.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(spp: Call, command: str) -> None:
     assert f"Example: spp {command} " in ok(spp(command, "--help")).out
 
@@ -259,13 +259,3 @@ def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
     assert rows["parameters"] == [str(2 * sum(4 * n + m for m, n in shapes))]
     assert rows["self_attn.k_proj.spp_beta"] == ["2", "32×1", "64"]
-
-
-@pytest.mark.slow
-def test_bench_step(spp: Call, tmp_path: Path) -> None:
-    path = tmp_path / "step.json"
-    options = ("--shape", "tiny", "--batch", 1, "--tokens", 8, "--rounds", 2, "--warmup", 1, "--rank", 4)
-    found = ok(spp("bench", "step", *options, "--no-memory", "--contenders", "spp", "spp-input-dropout", "--out", path))
-    assert f"wrote {path}" in found.out and "thread" in found.out
-    assert [row["contender"] for row in json.loads(path.read_text())["rows"]] == ["spp", "spp-input-dropout"]
-    assert "usage: spp bench step" in ok(spp("bench", "step", "--help")).out

@@ -72,7 +72,7 @@ def test_an_interruption_says_what_is_kept(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spp.bench.compare.trial.run_trial", interrupted)
+    monkeypatch.setattr("spp.comparing.trial.run_trial", interrupted)
     out = tmp_path / "out"
     found = spp("compare", pruned, out, "--data", text, *QUICK, "--contenders", "norms")
     assert found.code == 130 and f"interrupted; --resume goes on with what {out / 'results.json'} holds" in found.err

@@ -12,7 +12,7 @@ import pytest
 from spp.cli import console
 from spp.cli.main import main
 from spp.training.callbacks import ProgressBar, read_log
-from tests.models import prune_nm_, tiny_llama, tiny_tokenizer
+from tests.helpers.models import prune_nm_, tiny_llama, tiny_tokenizer
 
 
 class TerminatedAtStepTwo(ProgressBar):

@@ -92,7 +92,7 @@ def _run(arguments: list[str], **environment: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [(), *((name,) for name in (*COMMANDS, "bench"))], ids=" ".join)
+@pytest.mark.parametrize("verb", [(), *((name,) for name in COMMANDS)], ids=" ".join)
 def test_help_loads_no_torch(verb: tuple[str, ...]) -> None:
     out, loaded = _run([*verb, "--help"])
     assert "Usage: spp" in out and loaded == []

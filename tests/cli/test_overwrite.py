@@ -186,12 +186,6 @@ def test_a_certificate(spp: Call, base: Path) -> None:
     assert spp("certify", base, "--overwrite").code == 0
 
 
-def test_a_measurement(spp: Call, tmp_path: Path) -> None:
-    put(tmp_path, {"rows.json": '{"rows": [{"text": "mine"}]}'})
-    found = spp("bench", "step", "--shape", "tiny", "--out", tmp_path / "rows.json", "--overwrite")
-    refused(found, "rows.json is no file of measurements of spp bench")
-
-
 def test_pushing_leaves_the_folder_alone(spp: Call, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
     put(tmp_path / "adapter", {"notes.txt": "mine"})

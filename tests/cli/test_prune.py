@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import spp.calibrate.loop as loop
 import spp.cli.prune as command
+import spp.pruning.loop as loop
 from tests.cli.conftest import Outcome
 from tests.cli.test_bad_input import refused
 from tests.cli.test_commands import ok

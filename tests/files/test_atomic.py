@@ -23,7 +23,7 @@ from spp.files import (
     recover,
     save_tensors,
 )
-from tests.forks import side_by_side
+from tests.helpers.forks import side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 

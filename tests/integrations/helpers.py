@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.models import prune_nm_, tiny_llama
+from tests.helpers.models import prune_nm_, tiny_llama
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -30,9 +30,9 @@ from spp.files import CheckpointReader, save_tensors, write_json
 from spp.files.hub import local_directory
 from spp.integrations.card import make_card
 from spp.integrations.hub import PushReport, push
-from tests.checkpoint.helpers import Q0, grown, pruned_model, rewrite, tensors_of, wrapped_model
+from tests.helpers.checkpoints import Q0, grown, pruned_model, rewrite, tensors_of, wrapped_model
+from tests.helpers.models import tiny_llama, tiny_tokenizer
 from tests.integrations.fake_hub import FakeHub
-from tests.models import tiny_llama, tiny_tokenizer
 
 REPO = "owner/name"
 

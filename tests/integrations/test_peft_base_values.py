@@ -14,16 +14,16 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 import spp
-from spp.base_values import SAME
 from spp.errors import ConfigError, SPPWarning
-from spp.inject import base_verdict
 from spp.integrations.peft import SPPPeftConfig
+from spp.weights.base_values import SAME
+from spp.wrapping.wrap import base_verdict
+from tests.helpers.models import moe_model
+from tests.helpers.offloading import WAYS
+from tests.helpers.quantized import quantized_llama
 from tests.integrations.helpers import Q0, pruned, scatter
-from tests.models import moe_model
-from tests.offloading import WAYS
-from tests.quantized import quantized_llama
-from tests.test_base_values import Counted, config_of, edit, scaled
-from tests.test_inject import stir
+from tests.weights.test_base_values import Counted, config_of, edit, scaled
+from tests.wrapping.test_wrap import stir
 
 
 def adapted(model: nn.Module, **options: Any) -> PeftModel:

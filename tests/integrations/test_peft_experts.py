@@ -13,14 +13,14 @@ from torch import nn
 
 import spp
 from spp.errors import ConfigError, MaskError, NonFiniteError, TargetError
-from spp.inject import adapter_layers
-from spp.inject_packed import packed_layers
 from spp.integrations.peft import SPPPeftConfig, SPPPeftExperts
 from spp.integrations.peft.model import tuner_layers
-from spp.patterns import nonzero_mask
+from spp.masks.patterns import nonzero_mask
+from spp.packing.model import packed_layers
+from spp.wrapping.wrap import adapter_layers
+from tests.helpers.models import moe_model
+from tests.helpers.tolerances import LOGITS, assert_matches, assert_same_bits, error
 from tests.integrations.helpers import logits, scatter, train
-from tests.models import moe_model
-from tests.tolerances import LOGITS, assert_matches, assert_same_bits, error
 
 ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss", "jetmoe"]  # gpt_oss stores (E, in, out)
 

@@ -17,8 +17,8 @@ import spp
 from spp.errors import AdapterError, MaskError, SPPWarning
 from spp.integrations.peft import SPPPeftConfig
 from spp.integrations.peft.model import tuner_layers
+from tests.helpers.tolerances import assert_same_bits
 from tests.integrations.helpers import Q0, logits, pruned, scatter, train
-from tests.tolerances import assert_same_bits
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 

@@ -16,11 +16,11 @@ from torch import nn
 
 import spp
 from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, WrapError
-from spp.inject import adapter_layers
 from spp.integrations.peft import SPPPeftConfig, SPPPeftLinear
 from spp.integrations.peft.model import tuner_layers
+from spp.wrapping.wrap import adapter_layers
+from tests.helpers.tolerances import assert_matches, assert_same_bits
 from tests.integrations.helpers import IDS, Q0, logits, pruned, scatter, train
-from tests.tolerances import assert_matches, assert_same_bits
 
 
 def same_parameters(model: nn.Module, wrapped: nn.Module, adapter: str = "default") -> None:
@@ -234,7 +234,7 @@ def test_quantized_weights_are_refused() -> None:
 
 
 def test_a_dense_model_warns() -> None:
-    from tests.models import tiny_llama
+    from tests.helpers.models import tiny_llama
 
     with pytest.warns(SPPWarning, match="all 14 target layers are dense"):
         model = get_peft_model(tiny_llama(), SPPPeftConfig(r=4, task_type="CAUSAL_LM"))

@@ -17,9 +17,9 @@ from spp.integrations.peft import SPPPeftConfig
 from spp.integrations.peft.model import tuner_layers
 from spp.kernels import use_kernels
 from spp.rules.spp import row_groups
+from tests.helpers.models import projections
+from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 from tests.integrations.helpers import IDS, Q0, logits, pruned, scatter, train
-from tests.models import projections
-from tests.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

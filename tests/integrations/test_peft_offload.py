@@ -15,10 +15,10 @@ import spp
 from spp.errors import ConfigError
 from spp.integrations.peft import SPPPeftConfig
 from spp.integrations.peft.model import tuner_layers
+from tests.helpers.models import moe_model
+from tests.helpers.offloading import MAP, WAYS, on_meta, to_disk
+from tests.helpers.tolerances import assert_same_bits
 from tests.integrations.helpers import Q0, logits, pruned, train
-from tests.models import moe_model
-from tests.offloading import MAP, WAYS, on_meta, to_disk
-from tests.tolerances import assert_same_bits
 
 INSIDE = {f"base_model.model.{path}": device for path, device in MAP.items()}
 

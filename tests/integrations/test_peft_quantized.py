@@ -15,10 +15,10 @@ import spp
 from spp.errors import ConfigError, MaskError, NonFiniteError
 from spp.integrations.peft import SPPPeftConfig
 from spp.integrations.peft.model import tuner_layers
+from tests.helpers.models import projections
+from tests.helpers.quantized import FORMS, own_dense, quantized_llama
+from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 from tests.integrations.helpers import IDS, Q0, logits, scatter, train
-from tests.models import projections
-from tests.quantized import FORMS, own_dense, quantized_llama
-from tests.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 
 pytest.importorskip("bitsandbytes")
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)

@@ -13,8 +13,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 import spp
 from spp.integrations.peft import SPPPeftConfig
 from spp.training import Collator
+from tests.helpers.tolerances import assert_same_bits
 from tests.integrations.helpers import logits, pruned
-from tests.tolerances import assert_same_bits
 from tests.training.helpers import arguments, blocks, losses
 
 

@@ -13,10 +13,10 @@ import spp
 import spp.integrations.transformers as integration
 from spp.errors import CheckpointError, ConfigError, WrapError
 from spp.files import read_json, write_json
-from spp.layer_packed import PackedLinear
-from tests.checkpoint.helpers import shard
-from tests.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
-from tests.tolerances import assert_same_bits
+from spp.layers.packed import PackedLinear
+from tests.helpers.checkpoints import shard
+from tests.helpers.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
+from tests.helpers.tolerances import assert_same_bits
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from spp.errors import ConfigError, WrapError  # noqa: E402
 from spp.integrations.peft import SPPPeftConfig  # noqa: E402
 from spp.integrations.trl import SPPSFTTrainer  # noqa: E402
 from spp.training.checkpoints import MARKER_NAME  # noqa: E402
+from tests.helpers.models import projections, tiny_tokenizer  # noqa: E402
+from tests.helpers.tolerances import assert_same_bits  # noqa: E402
 from tests.integrations.helpers import logits, pruned, scatter  # noqa: E402
-from tests.models import projections, tiny_tokenizer  # noqa: E402
-from tests.tolerances import assert_same_bits  # noqa: E402
 
 TEXTS = [f"number {i} is followed by {i + 1}." for i in range(12)]
 PAIRS = [{"prompt": f"after {i}: ", "chosen": f"{i + 1}.", "rejected": f"{i + 2}!"} for i in range(6)]

@@ -26,8 +26,8 @@ from spp.kernels.triton import (
     reduce,
     reduce_kernel,
 )
-from spp.packed import PackedWeight
 from spp.rules import get_rule
+from spp.weights import PackedWeight
 
 FLOAT_ARITHMETIC = r"\b((?:fma|mad|mul|add|sub|cvt)\.\S*f32)\s"
 ACCESS = r"\b((?:ld|st)\.global\S*)\s"

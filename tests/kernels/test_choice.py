@@ -12,7 +12,7 @@ from spp.errors import ConfigError, SPPWarning
 from spp.functional import spp_linear
 from spp.kernels import choice
 from spp.kernels.choice import by_triton, kernels, use_kernels
-from tests.layers import make_case
+from tests.helpers.layers import make_case
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -18,12 +18,12 @@ from spp.files.hashes import combine_crc32
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import PIECE, Found, Matrix, library, merge_matrix, scan, terms_of
-from spp.merge_report import LayerMerge
-from spp.merge_weight import merge_tensor
-from spp.patterns import all_finite, nonzero_mask, pack_bits
+from spp.masks.patterns import all_finite, nonzero_mask, pack_bits
+from spp.merging.report import LayerMerge
+from spp.merging.weight import merge_tensor
 from spp.rules import Rule, get_rule
 from spp.rules.terms import TermsRule
-from tests.tolerances import assert_same_bits
+from tests.helpers.tolerances import assert_same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SUMS = 1e-5  # relative: products are added up in float32 in another order than torch's

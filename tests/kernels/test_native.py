@@ -15,17 +15,18 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, linear, native, use_kernels
+from spp.kernels import blocks, native, use_kernels
+from spp.kernels.linear import linear
 from spp.kernels.native import compiler
-from spp.kernels.native.compiler import library
-from spp.kernels.native.products import EFFECTIVE, Products, Update, block_of
-from spp.kernels.packed import PackedSource
-from spp.packed import PackedWeight
-from spp.patterns import Pattern
+from spp.kernels.native.products import EFFECTIVE, Products, Update, block_of, library
+from spp.masks.patterns import Pattern
 from spp.pruning import magnitude_mask
 from spp.rules import Adapter, get_rule
-from tests.kernels.test_sources import Forgetful
-from tests.kernels.test_three_products import (  # noqa: F401  # what must hold whoever computes runs here again
+from spp.weights import PackedWeight
+from spp.weights.packed.matrix import PackedSource
+from tests.helpers.layers import SHAPES, Case, make_case
+from tests.helpers.tolerances import assert_matches, assert_same_bits
+from tests.kernels.test_linear import (  # noqa: F401  # what must hold whoever computes runs here again
     check,
     run,
     run_reference,
@@ -40,8 +41,7 @@ from tests.kernels.test_three_products import (  # noqa: F401  # what must hold 
     test_retain_graph_and_repeated_calls_give_the_same_gradients,
     test_the_weight_is_frozen_even_when_it_requires_a_gradient,
 )
-from tests.layers import SHAPES, Case, make_case
-from tests.tolerances import assert_matches, assert_same_bits
+from tests.kernels.test_sources import Forgetful
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGER = [  # across the edges of a tile of tokens, of 64 columns, of a thread's share; groups of one and of many rows
@@ -400,9 +400,9 @@ def test_an_unknown_choice_is_an_error() -> None:
 
 def test_a_quantized_weight_is_counted_by_its_values() -> None:
     pytest.importorskip("bitsandbytes")
-    from spp.kernels.density import density
-    from spp.layer import SPPLinear
-    from tests.quantized import quantized_llama
+    from spp.kernels.blocks import density
+    from spp.layers.linear import SPPLinear
+    from tests.helpers.quantized import quantized_llama
 
     model = quantized_llama("nf4")
     linear = model.model.layers[0].self_attn.q_proj

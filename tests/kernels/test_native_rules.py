@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from spp.kernels import blocks, linear, native, use_kernels
-from spp.kernels.native.compiler import library
-from spp.kernels.native.products import EFFECTIVE, FROZEN, Products, Update, block_of, empty_sums
-from spp.kernels.packed import PackedSource
-from spp.packed import PackedWeight
+from spp.kernels import blocks, native, use_kernels
+from spp.kernels.linear import linear
+from spp.kernels.native.products import EFFECTIVE, FROZEN, Products, Update, block_of, empty_sums, library
 from spp.rules import Adapter, effective_weight, get_rule
+from spp.weights import PackedWeight
+from spp.weights.packed.matrix import PackedSource
+from tests.helpers.layers import Case, make_case
+from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 from tests.kernels.test_native import DTYPES, calls  # noqa: F401  # a fixture
 from tests.kernels.test_sources import Forgetful
-from tests.layers import Case, make_case
-from tests.rules.test_low_rank_rules import NAMES, SCALING, make_params, plain
-from tests.tolerances import assert_matches, assert_same_bits, assert_same_zeros
+from tests.rules.test_low_rank import NAMES, SCALING, make_params, plain
 
 SHAPES = [  # across the edges of a tile of tokens, of 64 columns, of a thread's share; one row, one column, no tokens
     (13, 7, 5, (3,)),

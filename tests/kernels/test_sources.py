@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from spp.kernels import blocks, linear
+from spp.kernels import blocks
 from spp.kernels.frozen import frozen_linear
-from spp.kernels.sources import DenseWeight, WeightSource
+from spp.kernels.linear import linear
 from spp.rules import Adapter, get_rule
-from tests.layers import SHAPES, make_case
-from tests.tolerances import assert_same_bits
+from spp.weights.base import DenseWeight, WeightSource
+from tests.helpers.layers import SHAPES, make_case
+from tests.helpers.tolerances import assert_same_bits
 
 
 class Forgetful(WeightSource):

@@ -9,8 +9,8 @@ from torch import Tensor
 from spp.rules import get_rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
 from spp.rules.spp import Factors, row_groups
-from tests.layers import SHAPES, make_case
-from tests.tolerances import assert_matches, assert_same_bits, assert_same_zeros
+from tests.helpers.layers import SHAPES, make_case
+from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 
 RULE = get_rule("spp")
 WHOLE = slice(None)

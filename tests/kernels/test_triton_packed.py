@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from spp.kernels.triton.tile import GROUPS, MASK
-from spp.packed import PackedWeight
 from spp.rules import get_rule
 from spp.rules.spp import Factors
-from tests.tolerances import assert_matches, assert_same_bits
+from spp.weights import PackedWeight
+from tests.helpers.tolerances import assert_matches, assert_same_bits
 
 RULE = get_rule("spp")
 WHOLE = slice(None)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from spp.rules import get_rule
 from spp.rules.spp import Factors
-from tests.layers import make_case
-from tests.tolerances import assert_matches, assert_same_bits
+from tests.helpers.layers import make_case
+from tests.helpers.tolerances import assert_matches, assert_same_bits
 
 RULE = get_rule("spp")
 WHOLE = slice(None)

@@ -17,8 +17,8 @@ import torch
 
 import spp
 from spp.errors import SPPError, SPPWarning
-from tests.checkpoint.helpers import shard
-from tests.models import prune_nm_, tiny_llama
+from tests.helpers.checkpoints import shard
+from tests.helpers.models import prune_nm_, tiny_llama
 
 SINGLE, INDEX, CERTIFICATE = "model.safetensors", "model.safetensors.index.json", "sparsity.json"
 Q0 = "model.layers.0.self_attn.q_proj.weight"  # 32 × 32, 2:4, bfloat16

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import spp
-from spp.certificate import SparsityReport, TensorSparsity
+from spp.certifying.certificate import SparsityReport, TensorSparsity
 from spp.errors import SPPWarning
-from spp.merge_report import MergeReport
-from tests.checkpoint.helpers import same_tensors
+from spp.merging.report import MergeReport
+from tests.helpers.checkpoints import same_tensors
 from tests.lies.made import Q0, SINGLE, UP1, Made, Raw, bits, copied, tiny_adapter, tiny_model
 
 Array = np.ndarray[Any, Any]

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from spp.errors import ConfigError, GradientError, NonFiniteError, PatternError, TargetError
 from spp.pst import PSTLinear, convert
+from tests.helpers.tolerances import assert_matches, assert_same_bits
 from tests.pst.plain import plain_weight
-from tests.tolerances import assert_matches, assert_same_bits
 
 SHAPES = [(13, 7, (3,)), (5, 3, (2, 4)), (1, 3, (2,)), (48, 32, (9,)), (8, 4, (0,)), (31, 64, ())]
 SCALES = (0.7, 0.5, 1.5)

@@ -16,8 +16,8 @@ import spp
 from spp.errors import AdapterError, ConfigError, NonFiniteError, TargetError, WrapError
 from spp.pst import PSTConfig, PSTLinear, pst_layers
 from spp.pst.model import trained_parameters
-from tests.models import moe_model, prune_nm_, tiny_llama
-from tests.tolerances import assert_same_bits
+from tests.helpers.models import moe_model, prune_nm_, tiny_llama
+from tests.helpers.tolerances import assert_same_bits
 
 SMALL = {
     "hidden_size": 32,

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 import spp
 from spp.training import Collator, MaskUpdates, SPPTrainer
 from spp.training.data import TokenBlocks
-from tests.models import prune_nm_, tiny_llama
+from tests.helpers.models import prune_nm_, tiny_llama
 
 
 def pruned() -> Any:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import spp
 from spp.errors import ConfigError
 from spp.training import causal_lm_loss
-from tests.tolerances import assert_matches
+from tests.helpers.tolerances import assert_matches
 from tests.training.helpers import losses, trainer, wrapped
 
 _SMALL = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.training import chunked_cross_entropy
-from tests.tolerances import assert_matches, assert_same_bits
+from tests.helpers.tolerances import assert_matches, assert_same_bits
 
 TOKENS, WIDTH, VOCABULARY = 13, 6, 29
 FORMS: list[dict[str, Any]] = [{}, {"scale": 0.5}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 1.5}]

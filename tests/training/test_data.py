@@ -17,7 +17,7 @@ from spp.training import Collator, TrainingData, load_data
 from spp.training.chat import encode
 from spp.training.data import TokenRows, batches
 from spp.training.rows import read_source
-from tests.models import tiny_tokenizer
+from tests.helpers.models import tiny_tokenizer
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 + 1", "output": "2"},

@@ -14,13 +14,13 @@ from transformers import TrainerCallback
 
 import spp
 from spp.errors import CheckpointError, ConfigError, SPPWarning, WrapError
-from spp.inject import adapter_layers, adapter_parameters
-from spp.patterns import is_nm
+from spp.masks.patterns import is_nm
 from spp.training import MaskUpdates, SPPTrainer
 from spp.training.mask_state import MASKS_NAME, STATE_NAME, LayerMask, MaskState
-from tests.models import moe_model, projections, prune_nm_, tiny_llama
-from tests.pruning.test_swap import plain_swap
-from tests.tolerances import assert_same_bits, assert_same_zeros
+from spp.wrapping.wrap import adapter_layers, adapter_parameters
+from tests.helpers.models import moe_model, projections, prune_nm_, tiny_llama
+from tests.helpers.tolerances import assert_same_bits, assert_same_zeros
+from tests.masks.test_swap import plain_swap
 from tests.training.helpers import bytes_of, losses, pruned, trainer
 from tests.training.test_trainer import StopAt
 

@@ -17,7 +17,7 @@ from spp.pst import pst_layers, sparsity_schedule
 from spp.pst.model import trained_parameters
 from spp.training import Collator, PSTTrainer, SparsitySchedule
 from spp.training.checkpoints import MARKER_NAME
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 from tests.pst.test_model import classifier
 from tests.training.helpers import arguments, blocks, bytes_of, losses
 from tests.training.test_trainer import StopAt

@@ -13,12 +13,12 @@ import torch
 from transformers import TrainerCallback
 
 import spp
-from spp.adapters import adapter_state_dict, base_masks, load_adapter, save_adapter
 from spp.errors import AdapterError, CheckpointError, ConfigError, MaskError, OutputError, SPPWarning, WrapError
 from spp.files import values_sha256
-from spp.inject import adapter_layers
 from spp.training import SPPTrainer
 from spp.training.checkpoints import MARKER_NAME, last_complete, mark_complete, rotate, why_incomplete
+from spp.wrapping.adapters import adapter_state_dict, base_masks, load_adapter, save_adapter
+from spp.wrapping.wrap import adapter_layers
 from tests.training.helpers import arguments, blocks, bytes_of, losses, pruned, trainer, wrapped
 
 
@@ -455,7 +455,7 @@ class TestRefused:
         assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_of(model).items())
 
     def test_a_checkpoint_of_another_model(self, tmp_path: Path) -> None:
-        from tests.models import prune_nm_, tiny_llama
+        from tests.helpers.models import prune_nm_, tiny_llama
 
         trainer(tmp_path, save_strategy="steps", save_steps=6).train()
         other = spp.wrap(prune_nm_(tiny_llama(intermediate_size=128)), r=4)
@@ -505,7 +505,7 @@ def test_saves_after_the_first_hash_no_value_again(tmp_path: Path, monkeypatch: 
         hashed.append(weight.shape)
         return values_sha256(weight, *rest)
 
-    monkeypatch.setattr("spp.packed.held.values_sha256", counted)
+    monkeypatch.setattr("spp.weights.held.values_sha256", counted)
     trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=3).train()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3 and len(hashed) == 14
 

@@ -12,13 +12,13 @@ import torch
 import spp
 from spp.errors import ConfigError, MaskError, OutputError
 from spp.evaluation import perplexity
-from spp.inject import adapter_layers, is_wrapped
 from spp.pst import pst_layers, sparsity_schedule
 from spp.training import PSTTrainer, SPPTrainer, TrainingInterrupted, TuneConfig, tune
 from spp.training.callbacks import read_log
 from spp.training.methods import method_of
-from tests.models import projections, tiny_llama, tiny_tokenizer
-from tests.tolerances import assert_same_bits
+from spp.wrapping.wrap import adapter_layers, is_wrapped
+from tests.helpers.models import projections, tiny_llama, tiny_tokenizer
+from tests.helpers.tolerances import assert_same_bits
 from tests.training.helpers import arguments, bytes_of, pruned
 from tests.training.test_tuning import ROWS, TEXT, SignalAt, config
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from spp.adapters import adapter_state_dict, load_adapter
 from spp.errors import (
     CheckpointError,
     ConfigError,
@@ -32,14 +31,15 @@ from spp.errors import (
     WrapError,
 )
 from spp.evaluation import perplexity
-from spp.inject import is_wrapped
-from spp.merge_model import merge
+from spp.merging.model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
 from spp.training.callbacks import ProgressBar, read_log
 from spp.training.checkpoints import MARKER_NAME
 from spp.training.interrupt import StopOnSignal
 from spp.training.run_directory import RunDirectory
-from tests.models import tiny_llama, tiny_tokenizer
+from spp.wrapping.adapters import adapter_state_dict, load_adapter
+from spp.wrapping.wrap import is_wrapped
+from tests.helpers.models import tiny_llama, tiny_tokenizer
 from tests.training.helpers import bytes_of, pruned
 
 SENTENCES = [

@@ -20,12 +20,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import spp
-from spp.adapters import adapter_state_dict
 from spp.evaluation import tokenize
 from spp.training import Collator, SPPTrainer
 from spp.training.data import Item, TokenBlocks
-from tests.models import prune_nm_, tiny_llama
-from tests.tolerances import STEP_LOSS
+from spp.wrapping.adapters import adapter_state_dict
+from tests.helpers.models import prune_nm_, tiny_llama
+from tests.helpers.tolerances import STEP_LOSS
 from tests.training.helpers import arguments, losses
 
 LR, DECAY, WARMUP, CLIP, SCALING = 4e-3, 0.001, 0.03, 1.0, 2.0

@@ -11,11 +11,11 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
-from spp.adapter_files import why_malformed
-from spp.adapters import base_values
 from spp.configs.adapter import FORMAT_VERSION, SPPConfig
 from spp.errors import AdapterError, ConfigError
 from spp.files import mask_sha256
+from spp.wrapping.adapter_files import why_malformed
+from spp.wrapping.adapters import base_values
 
 _SPP_FIELDS = tuple(field.name for field in fields(SPPConfig))
 
@@ -36,7 +36,7 @@ class SPPPeftConfig(PeftConfig):
             saved; where it is given, an adapter is refused on a base with other zeros (None skips this check and the
             next).
         base_values, base_forms: {module path: hash of its values} and {module path: what was hashed}, likewise
-            (spp.base_values); a base with the same zeros and other values is warned of.
+            (spp.weights.base_values); a base with the same zeros and other values is warned of.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.

@@ -1,7 +1,7 @@
 """The tuner layer of a fused expert weight: any number of SPP adapters beside it, expert by expert.
 
 The weight stays a parameter of the module that has it, and that module's own forward runs, its products replaced
-(spp.experts). An adapter has W_α (E, r, n) and W_β (E, m, 1), in the files under `<path>.experts.gate_up_proj`.
+(spp.layers.experts). An adapter has W_α (E, r, n) and W_β (E, m, 1), in the files under `<path>.experts.gate_up_proj`.
 
 An adapter lies where its parameter is, under the same name, which attribute access finds first: `FindsAdapters` has a
 model's `get_submodule` find the adapter, as transformers' `model.load_adapter` needs it.
@@ -15,16 +15,17 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from spp.experts_packed import OverPackedExperts, PackedExperts
 from spp.files import dtype_name
 from spp.integrations.peft.terms import TermsLayer
-from spp.kernels import Run, linear
-from spp.merge_report import LayerMerge
-from spp.merge_weight import merge_experts
-from spp.offload import home, is_offloaded
-from spp.packed import HeldWeight, PackedStack
+from spp.kernels import Run
+from spp.kernels.linear import linear
+from spp.layers.experts_packed import OverPackedExperts, PackedExperts
+from spp.merging.report import LayerMerge
+from spp.merging.weight import merge_experts
+from spp.models.projection import Projection, as_matrices
 from spp.rules import get_rule
-from spp.targets_layout import Projection, as_matrices
+from spp.weights import HeldWeight, PackedStack
+from spp.weights.offload import home, is_offloaded
 
 
 class SPPPeftExperts(OverPackedExperts, TermsLayer):

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import PackedSource, WeightSource, offloaded_weight
-from spp.layer_adapted import AdaptedLinear
-from spp.layer_host import release_parameter, share_hooks
-from spp.layer_packed import PackedLinear
-from spp.merge_report import LayerMerge
-from spp.merge_weight import merge_tensor
-from spp.offload import execution_device, home, offloader, values
-from spp.offload_hooks import move_hook
-from spp.packed import HeldWeight, quantized_kind, read_quantized
+from spp.layers.adapted import AdaptedLinear
+from spp.layers.host import release_parameter, share_hooks
+from spp.layers.packed import PackedLinear
+from spp.merging.report import LayerMerge
+from spp.merging.weight import merge_tensor
+from spp.models.projection import features, input_axis_of
 from spp.rules import get_rule
-from spp.targets_layout import features, input_axis_of
+from spp.weights import HeldWeight, quantized_kind, read_quantized
+from spp.weights.hooks import move_hook
+from spp.weights.offload import execution_device, home, offloader, values
 
 _SPP = get_rule("spp")
 Place = tuple[nn.Module, str]  # the parent of a module, and its name there

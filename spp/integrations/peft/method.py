@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 from typing import Any, TypeVar
 
-PREFIX = "spp_"
+from spp.integrations.peft.terms import PREFIX
+
 Member = TypeVar("Member", bound=enum.Enum)
 
 

@@ -11,29 +11,27 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from torch import nn
+from torch import Tensor, nn
 
-from spp.base_values import NOT_COMPARABLE, OTHER, BaseComparison
 from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, MaskError, SPPWarning, TargetError, WrapError, some_of
-from spp.experts import check_experts
-from spp.experts_forward import adapt_experts, release_experts
 from spp.files import mask_sha256
-from spp.inject import check_rank_pattern, is_wrapped
-from spp.inject_quantized import check_quantizer, dtype_of_model, forget_quantizer
 from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
 from spp.integrations.peft.config import SPPPeftConfig
 from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
-from spp.integrations.peft.layer import SPPPeftLinear
-from spp.integrations.peft.method import PREFIX
-from spp.integrations.peft.places import layer_of, place_of, repeated, under_all_names
-from spp.integrations.peft.terms import TermsLayer, merged_idle
-from spp.layer_checks import check_linear, check_values, warn_dense
-from spp.layer_packed import PackedLinear
-from spp.merge_model import describe_base, report_merge
-from spp.offload import check_offloading
-from spp.targets import name_targets, resolve_projections
-from spp.targets_layout import Projection
+from spp.integrations.peft.layer import Place, SPPPeftLinear
+from spp.integrations.peft.terms import PREFIX, TermsLayer, merged_idle
+from spp.layers.checks import check_linear, check_values, warn_dense
+from spp.layers.experts import check_experts
+from spp.layers.experts_forward import adapt_experts, adapters_of, release_experts
+from spp.layers.packed import PackedLinear
+from spp.merging.model import describe_base, report_merge
+from spp.models.projection import Projection
+from spp.models.targets import name_targets, resolve_projections
+from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison
+from spp.weights.offload import check_offloading
+from spp.wrapping.state import check_quantizer, dtype_of_model, forget_quantizer
+from spp.wrapping.wrap import check_rank_pattern, is_wrapped
 
 logger = logging.getLogger(__name__)
 REFERENCE = "ref"  # the name that TRL gives to the adapter it compares with
@@ -50,7 +48,7 @@ class SPPPeftModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = TermsLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's interface; spp.targets chooses
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's interface; spp.models.targets chooses
 
     def _prepare_adapter_config(self, peft_config: SPPPeftConfig, model_config: Any) -> SPPPeftConfig:
         """Choose the targets as `spp.wrap` does, check all of them, and write their names into the config."""
@@ -363,3 +361,39 @@ def _check_values(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
         warnings.warn(verdict.message, SPPWarning, stacklevel=3)
     elif verdict.state == NOT_COMPARABLE:
         logger.info(verdict.message)
+
+
+# ---- Where tuner layers are in a model. PEFT looks at the first of a module's names only; it may have several.
+
+
+def repeated(model: nn.Module) -> dict[int, tuple[Place, ...]]:
+    """Return {id of a module: its places} of the modules that are registered in more than one."""
+    places: dict[int, list[Place]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, name))
+    return {key: tuple(found) for key, found in places.items() if len(found) > 1}
+
+
+def layer_of(target: Projection) -> TermsLayer | None:
+    """Return the tuner layer that a target has already."""
+    found = adapters_of(target.module).get(target.name) if target.fused else target.module
+    return found if isinstance(found, TermsLayer) else None
+
+
+def place_of(model: nn.Module, path: str) -> Place:
+    """Return the place of the module at a path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def under_all_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return adapter tensors by name, those of layers in several places, saved once, under each of their names."""
+    first: dict[int, str] = {}
+    found = dict(state)
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, SPPPeftLinear) and layer.also_at:
+            known = first.setdefault(id(layer), path)
+            for key in [key for key in state if key.startswith(f"{known}.{PREFIX}")]:
+                found[path + key.removeprefix(known)] = state[key]
+    return found

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError
-from spp.inject_guards import layer_generator
-from spp.merge_report import LayerMerge
-from spp.offload_hooks import HookedAdapter
-from spp.packed import HeldWeight, converting
+from spp.merging.report import LayerMerge
 from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
+from spp.weights import HeldWeight, converting
+from spp.weights.hooks import HookedAdapter
+from spp.wrapping.state import layer_generator
+
+PREFIX = "spp_"
 
 
 class Term(NamedTuple):

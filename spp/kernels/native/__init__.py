@@ -8,7 +8,7 @@ With a share d of the weights kept that is 3 · d · m · n · T multiplications
 LoRA's H is dYᵀ X at the kept weights, and their r takes 2 r operations an entry where W_eff is built and 4 r where H is
 reduced, against the 2 d T of a product. Compiled by the user's own C compiler when the first pruned layer asks for it,
 into the user's cache, and used where the result passes a check against torch (compiler.py); without a compiler, or on
-another processor than x86-64 with AVX2 and FMA, torch does the work (blockwise.py, which is the twin that the tests
+another processor than x86-64 with AVX2 and FMA, torch does the work (kernels/cpu.py, which is the twin that the tests
 compare with).
 
 What is skipped is not looked at: an infinite input at a pruned weight gives no NaN here, as 0 · inf does in a dense
@@ -19,8 +19,8 @@ elementwise.py has the other compiled file: merges, masks and checksums in one p
 
 from __future__ import annotations
 
-from spp.kernels.native.compiler import why_not
 from spp.kernels.native.linear import FEWEST_TOKENS, Native
+from spp.kernels.native.products import why_not
 
 __all__ = [
     "FEWEST_TOKENS",

@@ -87,30 +87,6 @@ class Refused(Exception):
     """A compiled library cannot be had here; the message says why."""
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None where there is none: `why_not` says why."""
-    return _load()[0]
-
-
-def why_not() -> str | None:
-    """Return why the compiled products cannot be had on this machine; None where they can."""
-    return _load()[1]
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    try:
-        loaded = load(SPARSE)
-        _declare(loaded)
-        from spp.kernels.native.probe import probe
-
-        probe(loaded)
-    except Refused as refusal:
-        _log.info("products that skip zeros are not used: %s", refusal)
-        return None, str(refusal)
-    return loaded, None
-
-
 def load(source: Source) -> ctypes.CDLL:
     """Return the library of a C file, after compiling it where it is not there yet.
 

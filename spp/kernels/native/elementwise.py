@@ -1,7 +1,8 @@
 """The functions of merge.c: a weight merged, its mask packed, its groups counted and its bytes summed up in one pass.
 
 All take pieces of PIECE entries at most, one after the other or on several threads (they let go of Python's lock), and
-what they find adds up to the same bits either way. The twins are spp.merge_weight and spp.patterns in plain torch.
+what they find adds up to the same bits either way. The twins are spp.merging.weight and spp.masks.patterns in plain
+torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +26,10 @@ from spp.errors import ConfigError
 from spp.files.hashes import combine_crc32
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.native.compiler import DTYPES, Refused, Source, i32, i64, load
+from spp.masks.patterns import as_array, pack_bits
+from spp.rules import effective_weight, get_rule
 from spp.rules.base import Rule
+from spp.rules.canonical import WHOLE
 from spp.rules.spp import Factors
 from spp.rules.terms import TermFactors
 
@@ -293,10 +298,35 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         loaded.spp_crc32_file.argtypes = [i32, i64, i64, pointer]
         loaded.spp_scan_file.argtypes = [i32, i64, i32, i64, pointer, pointer]
         loaded.spp_merge_file.argtypes = [pointer, i32, i64, pointer, pointer, i64, i64, pointer]
-        from spp.kernels.native.probe import probe_merge
 
         probe_merge(loaded)
     except Refused as refusal:
         _log.info("weights are merged and checked by torch: %s", refusal)
         return None, str(refusal)
     return loaded, None
+
+
+def probe_merge(library: Any) -> None:
+    """Raise Refused unless a small weight is merged, read as a mask and summed up as torch and zlib do it."""
+    rule, m, n = get_rule("spp"), 37, 75
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(m, n, generator=generator) * (torch.rand(m, n, generator=generator) < 0.5)
+        weight[0] = torch.finfo(dtype).smallest_normal  # scaled by a small factor, these are rescued
+        weight = weight.to(dtype)
+        params = [torch.randn(5, n, generator=generator), torch.randn(m, 1, generator=generator)]
+        params[0][0], params[1][0] = 0.25, 1.0
+        params[0][0, :9] = -0.5  # M = 0
+        expected = effective_weight(rule, weight, params, 2.0)
+        update, out, bits = torch.empty(m, n), torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
+        matrix = Matrix(library, m, n, dtype, dtype, [rule.prepare(params, 2.0, m, torch.float32)])
+        found = matrix.merge(weight.data_ptr(), out.data_ptr(), bits, 0, m * n)
+        data = as_array(expected.view(torch.uint8)).tobytes()
+        if not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) or found.crc != zlib.crc32(data):
+            raise Refused(f"the compiled merge in {dtype} is not torch's on a small weight")
+        rule.delta(weight, rule.prepare(params, 2.0, m, torch.float32), WHOLE, WHOLE, update)
+        if (found.updated, found.moved) != (int(update.count_nonzero()), int((expected != weight).sum())):
+            raise Refused(f"the compiled counts in {dtype} are not torch's on a small weight")
+        seen = scan(library, out.data_ptr(), dtype, m * n, np.empty_like(bits))
+        if not np.array_equal(bits, pack_bits(weight)) or found.kept != seen.kept or found.rescued != 9:
+            raise Refused(f"the compiled mask in {dtype} is not torch's on a small weight")

@@ -1,4 +1,4 @@
-"""The adapted layer by the compiled products: what blockwise.py computes, without the zeros of W."""
+"""The adapted layer by the compiled products: what kernels/cpu.py computes, without the zeros of W."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.kernels.backend import Backend, Gradients, Operation
-from spp.kernels.blocks import product_dtype, row_step, slices
+from spp.kernels.blocks import density, product_dtype, row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
-from spp.kernels.density import density
-from spp.kernels.native.compiler import DTYPES, Block, library, why_not
+from spp.kernels.native.compiler import DTYPES, Block
 from spp.kernels.native.products import (
     DELTA,
     EFFECTIVE,
@@ -23,18 +22,20 @@ from spp.kernels.native.products import (
     Update,
     block_of,
     empty_sums,
+    library,
     packed_block,
+    why_not,
 )
-from spp.kernels.packed import PackedSource
-from spp.kernels.sources import WeightSource
-from spp.kernels.workspace import workspace
-from spp.packed import PackedWeight
 from spp.rules.low_rank import LowRankFactors
 from spp.rules.spp import Factors
+from spp.weights import PackedWeight
+from spp.weights.base import WeightSource
+from spp.weights.packed.matrix import PackedSource
+from spp.weights.workspace import workspace
 
 WHOLE = slice(None)
 RULES = ("spp", "hira", "masked_lora")
-FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and evaluation keeps W_eff (layer_adapted.py)
+FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and evaluation keeps W_eff (layers/adapted.py)
 MOST_KEPT = 0.6  # of the weights; measured: at 50 % the products take 0.7 of the dense ones' time, at 60 % about 0.85
 
 

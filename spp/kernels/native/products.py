@@ -8,16 +8,18 @@ block     rows [first, first + rows) of W, and as what it multiplies: W, W_eff o
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp.kernels.native.compiler import DTYPES, Block
-from spp.kernels.workspace import workspace
-from spp.packed import PackedWeight
+from spp.kernels.native.compiler import DTYPES, SPARSE, Block, Refused, _declare, load
+from spp.weights import PackedWeight
+from spp.weights.workspace import workspace
 
 KEYS = 64  # as in sparse.c: columns of W that one list of keys covers
 MAX_VECTORS = 12
@@ -186,3 +188,58 @@ def _aligned(tag: str, count: int, dtype: torch.dtype) -> Tensor:
     buffer = workspace(tag, (count + spare,), dtype, torch.device("cpu"))
     start = -buffer.data_ptr() % ALIGNMENT // dtype.itemsize
     return buffer[start : start + count]
+
+
+# ---- A small run of each compiled function against torch: a library that fails it is not used.
+
+_log = logging.getLogger(__name__)
+
+SHAPE = (19, 37, 75)  # T, m, n: nothing a multiple of a vector or of KEYS
+
+
+def probe(library: Any) -> None:
+    """Raise Refused unless the products and the reduction are what torch computes."""
+    tokens, m, n = SHAPE
+    generator = torch.Generator().manual_seed(0)
+    x, dy, weight = (
+        torch.randint(-3, 4, size, generator=generator).float() for size in ((tokens, n), (tokens, m), (m, n))
+    )
+    y, d_x = torch.empty(tokens, m), torch.empty(tokens, n)
+    products = Products(library)
+    x_tiles, dy_tiles = products.tiles("x", x), products.tiles("dy", dy)
+    update = Update(torch.ones(m, 2), torch.tensor([[1.0], [2.0]]).expand(2, n).contiguous())
+    block = block_of(weight, 0, m, update, FROZEN, torch.float32)
+    products.product(x_tiles, block, y, transposed=False, add=False)
+    products.product(dy_tiles, block, d_x, transposed=True, add=False)
+    d_right, d_left = torch.zeros_like(update.right), empty_sums(update)
+    products.reduce(x_tiles, dy_tiles, block, d_right, d_left)
+    h = weight * (dy.T @ x)
+    expected = (x @ weight.T, dy @ weight, update.left.T @ h, h @ update.right.T)  # whole numbers, in any order
+    for name, found, wanted in zip(
+        ("X Wᵀ", "dY W", "dα", "dβ"), (y, d_x, d_right, d_left.sum(0)), expected, strict=True
+    ):
+        if not torch.equal(found, wanted):
+            raise Refused(f"the compiled {name} is not torch's on a small layer")
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None where there is none: `why_not` says why."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """Return why the compiled products cannot be had on this machine; None where they can."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        loaded = load(SPARSE)
+        _declare(loaded)
+
+        probe(loaded)
+    except Refused as refusal:
+        _log.info("products that skip zeros are not used: %s", refusal)
+        return None, str(refusal)
+    return loaded, None

@@ -53,7 +53,7 @@ typedef struct {
     const void *weight; /* W[first, 0]; rows lie `stride` elements apart; or, with codes, the kept values of all rows */
     const float *left;  /* (all_rows, terms) contiguous */
     const float *right; /* (parts * terms, cols) contiguous */
-    const uint8_t *codes; /* a mask of all rows (spp.packed.layout), or 0; then first is 0 and rows is all_rows */
+    const uint8_t *codes; /* a mask of all rows (spp.weights.packed.layout), or 0; then first is 0 and rows is all_rows */
     const void *starts;   /* for any pattern: int32, or int64 where wide_starts; 0 for N:M */
     i64 stride, rows, cols, first, all_rows, parts, terms;
     i64 code_bytes, stretches, values, row_values, kept, group; /* of the packed form: `values` in all */

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spp.kernels.triton.launch import launch
 from spp.kernels.triton.tile import load_tile, operand
-from spp.packed import PackedWeight
 from spp.rules.canonical import smallest_kept
 from spp.rules.spp import Factors
+from spp.weights import PackedWeight
 
 BLOCK_ROWS = 4
 BLOCK_COLS = 512  # with four warps, 16 weights a thread: two accesses of 16 bytes in a 16-bit dtype

@@ -1,4 +1,4 @@
-"""W itself from a packed matrix, any rectangle of it. The twin is spp.packed.PackedWeight.decode."""
+"""W itself from a packed matrix, any rectangle of it. The twin is spp.weights.PackedWeight.decode."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from spp.kernels.triton.launch import launch
 from spp.kernels.triton.tile import load_tile, operand
-from spp.packed import PackedWeight
+from spp.weights import PackedWeight
 
 BLOCK_ROWS = 4
 BLOCK_COLS = 512

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from spp.kernels.triton.launch import launch
 from spp.kernels.triton.tile import load_tile, operand
-from spp.kernels.workspace import workspace
-from spp.packed import PackedWeight
 from spp.rules.spp import Factors
+from spp.weights import PackedWeight
+from spp.weights.workspace import workspace
 
 MOST_ROWS, LEAST_ROWS = 16, 4  # of a tile; row blocks of fewer rows get smaller tiles
 BLOCK_COLS = 128

@@ -1,4 +1,4 @@
-"""A tile of W in registers, from a tensor or from a packed matrix; how the latter lies, spp.packed.layout says.
+"""A tile of W in registers, from a tensor or from a packed matrix; how the latter lies, spp.weights.packed.layout says.
 
     tensor          one load, any strides
     N:M             values of whole bytes before the column, and the bits set before it in its own byte
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spp.packed import PackedWeight
-from spp.packed.layout import STRETCH
+from spp.weights import PackedWeight
+from spp.weights.packed.layout import STRETCH
 
 TENSOR, MASK, GROUPS = 0, 1, 2  # the form of W: how a kernel reads it
 

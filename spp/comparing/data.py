@@ -1,0 +1,144 @@
+"""The rows that every contender trains on, and the two held-out parts: validation to choose by, test to report."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.configs.comparing import CompareConfig
+from spp.errors import DataError
+from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
+from spp.files.rows import read_text
+from spp.masks.patterns import as_array
+from spp.training.data import Collator, TokenBlocks, TokenRows, TrainingData, batches, load_data
+
+_TOKENS = 1024  # of one forward pass of a measurement: bounds its logits
+_SPLIT_SEED = 0  # of the instruction rows held out: the same for every seed of a study
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out part: windows of text, or instruction rows, of which the answers count.
+
+    Args:
+        tokens: (k · window,) or None.
+        rows: or None.
+        window: tokens of a window of text.
+        collate: makes a batch of rows.
+    """
+
+    tokens: Tensor | None
+    rows: TokenRows | None
+    window: int
+    collate: Collator
+
+    def measure(self, model: nn.Module) -> PerplexityResult:
+        """Return the loss on it."""
+        if self.tokens is not None:
+            size = max(1, _TOKENS // self.window)
+            return token_perplexity(model, self.tokens, window=self.window, batch_size=size)
+        assert self.rows is not None
+        return rows_perplexity(model, batches(self.rows, self.collate, 4))
+
+    def sha256(self) -> str:
+        """Return the hash of its token ids and labels."""
+        digest = hashlib.sha256()
+        tensors = [self.tokens] if self.tokens is not None else [t for row in self.rows.rows for t in row]  # type: ignore[union-attr]
+        for tensor in tensors:
+            digest.update(as_array(tensor.contiguous()).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CompareData:
+    """What is trained and measured on; the three parts share no row and no window.
+
+    Args:
+        train, validation, test: the parts.
+        collate: makes a batch of training rows.
+        kind: of the held-out parts: "text" or "instruction".
+        sha256: of all that was read to train on, before anything was held back.
+    """
+
+    train: TokenBlocks | TokenRows
+    validation: HeldOut
+    test: HeldOut
+    collate: Collator
+    kind: str
+    sha256: str
+
+    def facts(self) -> dict[str, str]:
+        """Return what tells these data from others."""
+        held_out = {"validation_sha256": self.validation.sha256(), "test_sha256": self.test.sha256()}
+        return {"kind": self.kind, "data_sha256": self.sha256, **held_out}
+
+
+def load(config: CompareConfig, tokenizer: Any) -> CompareData:
+    """Read, tokenise and split.
+
+    Test windows are the first of `eval_text`, validation windows those behind them; without it both are the last of
+    the training text. Of instruction rows both are drawn.
+
+    Raises:
+        DataError: the data is missing, malformed or too short.
+    """
+    recipe = config.recipe(1.0, 0)
+    found = load_data(
+        recipe.data_files,
+        tokenizer,
+        block_length=config.block_length,
+        data_format=config.data_format,
+        completions_only=config.completions_only,
+        held_out=0.0,
+    )
+    train = found.train
+    if config.eval_text is not None:
+        tokens = tokenize(tokenizer, read_text(str(config.eval_text)))
+        return _split(config, found, train, tokens, str(config.eval_text))
+    if isinstance(train, TokenRows):
+        return _split_rows(config, found, train)
+    blocks = -(-_needed(config) // config.block_length)
+    if blocks >= len(train):
+        raise DataError(
+            f"{', '.join(recipe.data_files)}: too short to hold back {_needed(config)} tokens for validation and test "
+            "and train on the rest: use more text, fewer windows, or a text of its own (eval_text)"
+        )
+    rest = train.blocks[len(train) - blocks :].flatten()
+    train = TokenBlocks(train.blocks[: len(train) - blocks])
+    return _split(config, found, train, rest, "what was held back")
+
+
+def _needed(config: CompareConfig) -> int:
+    return (config.test_windows + config.validation_windows) * config.window
+
+
+def _split(
+    config: CompareConfig, found: TrainingData, train: TokenBlocks | TokenRows, tokens: Tensor, where: str
+) -> CompareData:
+    if len(tokens) < _needed(config):
+        raise DataError(
+            f"{where} has {len(tokens)} tokens, fewer than {config.test_windows} test and {config.validation_windows} "
+            f"validation windows of {config.window}: give a longer text, or fewer or shorter windows"
+        )
+    middle = config.test_windows * config.window
+    test = HeldOut(tokens[:middle], None, config.window, found.collate)
+    validation = HeldOut(tokens[middle : _needed(config)], None, config.window, found.collate)
+    return CompareData(train, validation, test, found.collate, "text", found.summary.sha256)
+
+
+def _split_rows(config: CompareConfig, found: TrainingData, rows: TokenRows) -> CompareData:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+    first, second = config.test_windows, config.test_windows + config.validation_windows
+    if second >= len(rows):
+        raise DataError(
+            f"{len(rows)} instruction rows are too few to hold back {config.test_windows} for test and "
+            f"{config.validation_windows} for validation and train on the rest: use more rows, or hold back fewer"
+        )
+    parts = [TokenRows([rows.rows[i] for i in sorted(some)]) for some in (order[:first], order[first:second])]
+    train = TokenRows([rows.rows[i] for i in sorted(order[second:])])
+    test, validation = (HeldOut(None, part, config.window, found.collate) for part in parts)
+    return CompareData(train, validation, test, found.collate, "instruction", found.summary.sha256)

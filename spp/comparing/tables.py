@@ -1,0 +1,230 @@
+"""The tables of a comparison, on a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spp.comparing.measure import environment_line
+from spp.comparing.summary import Summary, over_equal_seeds, summaries
+from spp.configs.contenders import KINDS, REFERENCE, parse_contender
+from spp.report import Table, byte_text
+
+UNKNOWN = "–"
+AT_AN_END = "†"
+OWN_WEIGHTS = ("full", "norms")  # kinds that train parameters of the model, in its dtype
+MASK_UPDATES = "spp-mask-updates"
+OURS = (REFERENCE, "spp-no-beta", "spp-random-beta", MASK_UPDATES)  # kinds that are no peers of SPP
+
+
+def main_table(contents: Mapping[str, Any]) -> Table:
+    """Return one line a contender, the best first; N:M is told where all of the pruned model has one such pattern."""
+    timed = contents["conditions"]["budget"] == "time"
+    reference = contents["costs"].get(REFERENCE)
+    columns = (
+        *("contender", "trainable", "lr", "seeds", "before", "after", "zeros kept", "N:M"),
+        *(("steps",) if timed else ()),
+        *(f"step / {REFERENCE}", f"memory / {REFERENCE}" if reference else "peak memory"),
+    )
+    pruned, dense = (contents["baselines"].get(name) for name in ("pruned", "dense"))
+    grouped = pruned is None or ":" in pruned["pattern"]
+    lines = []
+    for one in summaries(contents):
+        valid = one.pattern_valid if grouped else None
+        before = dense if parse_contender(one.contender).from_dense else pruned
+        lines.append(
+            (
+                one.contender,
+                f"{one.row['trainable']:,}",
+                _lr(one),
+                str(len(one.losses)),
+                _perplexity([before["test"]["perplexity"]] if before else []),
+                _perplexity(one.perplexities),
+                UNKNOWN if one.zeros_kept is None else _percent(one.zeros_kept),
+                UNKNOWN if valid is None else "yes" if valid else "no",
+                *((str(one.steps),) if timed else ()),
+                _time(one.cost),
+                _memory(one.cost, reference),
+            )
+        )
+    return Table(title(contents), columns, tuple(lines))
+
+
+def search_table(contents: Mapping[str, Any]) -> Table:
+    """Return what each learning rate came to, with the first seed."""
+    found = sorted(summaries(contents), key=lambda one: (one.contender, one.steps))
+    lrs = sorted({lr for one in found for lr in one.lrs})
+    lines = []
+    for one in found:
+        cells = [_found(one.lrs[lr], lr == one.best) if lr in one.lrs else "" for lr in lrs]
+        lines.append((one.contender, *cells))
+    return Table("validation perplexity by learning rate", ("contender", *(f"{lr:g}" for lr in lrs)), tuple(lines))
+
+
+def title(contents: Mapping[str, Any]) -> str:
+    """Return what was compared, on one line."""
+    given = contents["conditions"]
+    data = ", ".join(given["data"])
+    size = f"{given['batch_size']} × {given['block_length']} tokens"
+    return f"{given['model']}, trained on {data}: equal {given['budget']}, {given['steps']} steps of {size}"
+
+
+def notes(contents: Mapping[str, Any]) -> list[str]:
+    """Return what the table leaves out: how it was measured, and where it is not to be trusted."""
+    given = contents["conditions"]
+    if given["kind"] == "instruction":
+        what = f"{given['test_windows']} instruction rows, on the answers"
+        other = f"{given['validation_windows']} other rows"
+    else:
+        text = given["eval_text"] or "held-out text"
+        what = f"{given['test_windows']} windows of {given['window']} tokens of {text}"
+        other = f"the {given['validation_windows']} windows behind them"
+    lines = [f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."]
+    if dense := contents["baselines"].get("dense"):
+        lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
+    if several := [one for one in summaries(contents) if len(one.losses) > 1]:
+        seeds = max(len(one.losses) for one in several)
+        lines.append(f"With several seeds (up to {seeds}): the mean, with the lowest and the highest.")
+    if any(one.best is not None and one.at_an_end for one in summaries(contents)):
+        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
+    if contents["costs"]:
+        lines.append(
+            f"Time {'and peak memory ' if REFERENCE in contents['costs'] else ''}of a step relative to {REFERENCE}'s: "
+            "medians of interleaved rounds, fresh processes."
+        )
+    kinds = {parse_contender(one.contender).kind for one in summaries(contents)}
+    if MASK_UPDATES in kinds and (contents["costs"] or given["budget"] == "time"):
+        lines.append(f"A step of {MASK_UPDATES} is one without an update, which comes in one of many.")
+    if given["budget"] == "parameters" and (fixed := sorted(kind for kind in kinds if KINDS[kind].rank is None)):
+        lines.append(f"The number of parameters is not equal where there is no rank to choose: {', '.join(fixed)}.")
+    rows = list(contents["rows"].values())
+    dtypes = {row["environment"]["dtype"] for row in rows if parse_contender(row["contender"]).kind in OWN_WEIGHTS}
+    if few := sorted(dtypes - {"float32", "float64"}):
+        lines.append(
+            f"{' and '.join(OWN_WEIGHTS)} train the weights themselves, in {', '.join(few)} without a float32 copy, "
+            "where small changes are rounded away; the others train float32 parameters."
+        )
+    measured = [*rows, *contents["costs"].values()]
+    lines += sorted({f"Measured on {environment_line(one['environment'])}." for one in measured})
+    return lines
+
+
+def verdict(contents: Mapping[str, Any]) -> str:
+    """Return in words how the reference does against those that keep every zero; empty where there is nothing yet.
+
+    Of its own forms, which are no peers, those are named that are ahead of it.
+
+    Which of two is ahead is told by the mean test loss at the best learning rate of each over the seeds that both have,
+    however small the difference; where these are several, it says in how many of them.
+    """
+    found = {one.contender: one for one in summaries(contents) if one.perplexities}
+    ours = found.get(REFERENCE)
+    others = [one for one in found.values() if one.zeros_kept == 1 and one is not ours]
+    peers = [one for one in others if parse_contender(one.contender).kind not in OURS]
+    if ours is None or not peers:
+        return ""
+    won = [one for one in peers if _is_ahead(ours, one)]
+    lost = [one for one in peers if one not in won]
+    forms = [one for one in others if one not in peers and _is_ahead(one, ours)]
+    ahead, behind, better = ([_beside(ours, one) for one in some] for some in (won, lost, forms))
+    name = f"{ours.contender} ({ours.perplexity:.2f})"
+    parts = []
+    if behind:
+        parts.append(f"{name} does not hold against {_joined(behind)}")
+    if ahead:
+        parts.append(f"{name if not behind else 'it'} is ahead of {_joined(ahead)}")
+    if better:
+        parts.append(f"of its own forms, {_joined(better)} {'is' if len(better) == 1 else 'are'} ahead of it")
+    text = f"Of those that keep every zero: {'; '.join(parts)}."
+    if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
+        text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
+    open_ones = [one.contender for one in (ours, *peers, *forms) if one.at_an_end]
+    if open_ones:
+        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
+    return text
+
+
+def markdown(contents: Mapping[str, Any], missing: Sequence[str] = (), heading: str = "#") -> str:
+    """Return results.md.
+
+    Args:
+        contents: of results.json.
+        missing: what has been asked for and is not there yet.
+        heading: the marks of the title.
+    """
+    parts = [
+        f"{heading} {title(contents)}",
+        main_table(contents).markdown(),
+        verdict(contents),
+        " ".join(notes(contents)),
+    ]
+    parts += [
+        f"{heading}# Learning rates",
+        "Validation perplexity with the first seed; bold is the best, whose test perplexity is in the table above.",
+    ]
+    parts.append(search_table(contents).markdown())
+    if missing:
+        parts += [f"{heading}# Missing", "\n".join(f"- {name}" for name in missing)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _wins(one: Summary, other: Summary) -> str:
+    """Return in how many of the seeds that both have the first is ahead; empty where there are not several."""
+    mine, theirs = one.by_seed, other.by_seed
+    seeds = mine.keys() & theirs.keys()
+    return f"{sum(mine[seed] < theirs[seed] for seed in seeds)} of {len(seeds)}" if len(seeds) > 1 else ""
+
+
+def _is_ahead(one: Summary, other: Summary) -> bool:
+    """Whether the first has the lower loss over the seeds that both have."""
+    first, second = over_equal_seeds(one, other)
+    return first.loss < second.loss
+
+
+def _beside(ours: Summary, one: Summary) -> str:
+    """Return a peer's name and perplexity, and beside it the reference's, where that is not of all its seeds."""
+    theirs, own = over_equal_seeds(one, ours)
+    same = "" if own.by_seed == ours.by_seed else f" against {own.perplexity:.2f} with the same seeds"
+    return f"{one.contender} ({theirs.perplexity:.2f}{same})"
+
+
+def _joined(some: Sequence[str]) -> str:
+    *first, last = some
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _lr(one: Summary) -> str:
+    if one.best is None:
+        return "diverged"
+    return f"{one.best:g}{f' {AT_AN_END}' if one.at_an_end else ''}"
+
+
+def _perplexity(found: Sequence[float]) -> str:
+    if not found:
+        return UNKNOWN
+    mean = sum(found) / len(found)
+    return f"{mean:.2f}" if len(found) == 1 else f"{mean:.2f} ({min(found):.2f} … {max(found):.2f})"
+
+
+def _found(row: Mapping[str, Any], best: bool) -> str:
+    if row["diverged"]:
+        return "diverged"
+    mark = "**" if best else ""
+    return f"{mark}{row['validation']['perplexity']:.2f}{mark}"
+
+
+def _percent(share: float) -> str:
+    text = f"{100 * share:.2f}"
+    return "100" if share == 1 else "< 100" if text == "100.00" else text
+
+
+def _time(cost: Mapping[str, Any] | None) -> str:
+    return UNKNOWN if cost is None else f"{cost['this_to_reference_wall']['median']:.2f}"
+
+
+def _memory(cost: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> str:
+    if cost is None:
+        return UNKNOWN
+    if reference is None:
+        return byte_text(cost["peak_bytes"])
+    return f"{cost['peak_bytes'] / reference['peak_bytes']:.2f}"

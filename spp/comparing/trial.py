@@ -1,0 +1,190 @@
+"""One trial: a contender, a learning rate and a seed; trained, merged its own way, and measured as a plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from spp.certifying.certificate import report_from_tensors
+from spp.comparing import measure
+from spp.comparing.data import CompareData
+from spp.comparing.methods import Goal, adapt, masks_of
+from spp.configs.comparing import CompareConfig
+from spp.configs.contenders import Contender
+from spp.errors import NonFiniteError
+from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
+from spp.models.targets import projection_weights
+from spp.training.arguments import training_arguments
+from spp.training.loading import load_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What tells a row from others of the same conditions."""
+
+    contender: str
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """The row's name, also of a file."""
+        return f"{self.contender}, lr {self.lr:g}, seed {self.seed}, {self.steps} steps"
+
+
+def run_trial(
+    config: CompareConfig,
+    contender: Contender,
+    trial: Trial,
+    data: CompareData,
+    worth_testing: Callable[[float], bool] = lambda loss: True,
+) -> dict[str, Any]:
+    """Return the row of a trial; training that diverges makes a row too, which says so.
+
+    Args:
+        worth_testing: told the validation loss, whether the test part is to be measured as well.
+    """
+    gc.collect()  # a trainer is a knot of references; the model of the trial before hangs in it
+    model = load_model(config.model, config.dtype)
+    masks, goal = masks_of(model), Goal.of(model)
+    if contender.from_dense:
+        assert config.dense is not None, "checked by CompareConfig"
+        model = load_model(config.dense, config.dtype)
+    adapted = adapt(contender, model, trial.seed, goal, config.dense)
+    row: dict[str, Any] = {
+        **asdict(trial),
+        "options": dict(contender.options),
+        "trainable": adapted.trainable(),
+        "diverged": False,
+    }
+    environment = measure.environment(device_of(config), next(model.parameters()).dtype)
+    try:
+        row |= _train(config, trial, data, adapted.model, adapted.callbacks)
+        with torch.random.fork_rng(devices=[]):
+            plain = adapted.finish()
+        row["validation"] = data.validation.measure(plain).to_dict()
+        if worth_testing(row["validation"]["loss"]):
+            row["test"] = data.test.measure(plain).to_dict()
+    except NonFiniteError as error:
+        return {**row, "diverged": True, "reason": str(error), "environment": environment}
+    return {**row, **zeros(plain, masks), "environment": environment}
+
+
+def zeros(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Any]:
+    """Return which of the zeros that `masks` says there were are zeros still, and whether N:M groups are whole."""
+    weights = {name: (weight.detach().cpu(), axis) for name, weight, axis in projection_weights(model)}
+    before = kept = 0
+    groups: list[bool] = []
+    for name, mask in masks.items():
+        weight, axis = weights[name]
+        pruned = ~mask
+        before += int(pruned.sum())
+        kept += int((pruned & ~nonzero_mask(weight)).sum())
+        pattern = Pattern.parse(found) if ":" in (found := _pattern(mask, axis)) else None
+        if pattern is not None and pattern.kept is not None and pattern.group is not None:
+            groups.append(is_nm(weight, pattern.kept, pattern.group, axis))
+    report = report_from_tensors((name, weight, axis) for name, (weight, axis) in weights.items())
+    return {
+        "zeros_kept": kept / before if before else None,
+        "sparsity": report.sparsity,
+        "pattern_valid": all(groups) if groups else None,
+    }
+
+
+def measure_baseline(config: CompareConfig, name: Any, data: CompareData) -> dict[str, Any]:
+    """Return the perplexities of a model that is not trained at all."""
+    model = load_model(name, config.dtype).to(device_of(config))
+    report = report_from_tensors(projection_weights(model))
+    measured = {part: getattr(data, part).measure(model).to_dict() for part in ("validation", "test")}
+    return {**measured, "sparsity": report.sparsity, "pattern": report.pattern}
+
+
+def device_of(config: CompareConfig) -> str:
+    """Return the device that trials run on, as transformers' Trainer chooses it."""
+    return "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+
+
+class _Clock(TrainerCallback):
+    """Takes the time of every step, and stops a run whose loss is not finite."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.process: list[float] = []
+        self.loss = math.nan
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Start the clocks."""
+        self._start = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Stop them."""
+        wall, process = self._start
+        self.wall.append(time.perf_counter() - wall)
+        self.process.append(time.process_time() - process)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **options: Any) -> None:
+        """Look at the loss."""
+        if logs and "loss" in logs:
+            self.loss = logs["loss"]
+            if not math.isfinite(self.loss):
+                raise NonFiniteError(f"the training loss is {self.loss} at step {state.global_step}")
+
+
+def _train(
+    config: CompareConfig, trial: Trial, data: CompareData, model: nn.Module, callbacks: list[Any]
+) -> dict[str, Any]:
+    model.train()
+    clock = _Clock()
+    with tempfile.TemporaryDirectory(prefix="spp-compare-") as directory, _quiet():
+        recipe = config.recipe(trial.lr, trial.seed, trial.steps)
+        arguments = training_arguments(recipe, Path(directory), len(data.train), save=False)
+        arguments.data_seed = trial.seed  # else the order of the data hangs on what a contender has drawn before
+        arguments.logging_steps = max(1, trial.steps // 20)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=data.train,
+            data_collator=data.collate,
+            callbacks=[clock, *callbacks],
+        )
+        for shown in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(shown)
+        trainer.train()
+    return {
+        "train_loss": clock.loss,
+        "step_wall_s": measure.spread(clock.wall).median,
+        "step_process_s": measure.spread(clock.process).median,
+    }
+
+
+def _pattern(mask: Tensor, axis: int) -> str:
+    return DENSE if bool(mask.all()) else detect_pattern(mask, axis)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers says of every run out of the output of a hundred of them."""
+    names = ("transformers.trainer", "accelerate")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,91 @@
+"""What goes along when a checkpoint's weights are written anew: the files beside them, and what its config says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spp.errors import CheckpointError, ConfigError
+from spp.files.hashes import dtype_name
+from spp.files.jsonio import read_json, write_json
+from spp.files.reader import INDEX, require_inside
+
+CERTIFICATE_NAME = "sparsity.json"
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"  # the hub's model card
+
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart
+_LARGEST_CARRIED = 256 * 2**20  # bytes of a file beside the weights; the largest tokenizers have a tenth
+
+
+def refuse_overlap(out: Path, source: Path, what: str) -> None:
+    """Raise a ConfigError where the output is, contains or lies inside a source."""
+    out, source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if out.is_relative_to(source) or source.is_relative_to(out):
+        where = "is" if out == source else "lies inside" if out.is_relative_to(source) else "contains"
+        raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
+
+
+def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True) -> None:
+    """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …
+
+    Args:
+        base: the checkpoint. directory: where copies go; None to look whether they could be made.
+        shards: names of the files that hold weights.
+        card: the model card too.
+    """
+    for folder, subfolders, names in os.walk(base):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        here = Path(folder).relative_to(base)
+        for link in (Path(folder, name) for name in subfolders):
+            if link.is_symlink():
+                logger.warning("%s is a link to a folder and is not carried along", link)
+        for name in sorted(names):
+            source = Path(folder, name)
+            if not card and source == base / CARD_NAME:
+                continue
+            if name.startswith(".") or name in shards or name in _NOT_CARRIED or name.endswith(_WEIGHT_ENDINGS):
+                continue
+            require_inside(source, base)
+            try:
+                status = source.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if status.st_size > _LARGEST_CARRIED:
+                    logger.warning("%s has %d bytes and is not carried along", source, status.st_size)
+                    continue
+                file = source.open("rb")
+            except OSError as error:
+                raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
+            with file:
+                if directory is not None:
+                    (directory / here).mkdir(parents=True, exist_ok=True)
+                    with (directory / here / name).open("wb") as copy:
+                        shutil.copyfileobj(file, copy)
+
+
+def update_config(directory: Path, dtype: torch.dtype) -> None:
+    """Have a checkpoint's config.json say which dtype its weights have."""
+    path = directory / "config.json"
+    if path.exists():
+        config = read_json(path, "config.json")
+        _set_dtype(config, dtype_name(dtype))
+        config.setdefault("dtype", dtype_name(dtype))
+        write_json(path, config)
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            config[key] = name
+        elif isinstance(value, dict):
+            _set_dtype(value, name)

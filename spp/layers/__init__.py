@@ -1,0 +1,1 @@
+"""The adapted layers: a frozen weight, its adapter, and one forward."""

@@ -1,0 +1,152 @@
+"""What can be adapted: the form of a layer, which costs nothing to look at, and its values, which are read once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spp.configs.adapter import SPPConfig
+from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, arg, call
+from spp.layers.packed import PackedLinear
+from spp.masks.patterns import all_finite, nonzero_mask
+from spp.models.projection import Projection, features, is_conv1d
+from spp.rules import get_rule
+from spp.weights import HoldsWeight, QuantizedWeight, quantized_kind, read_quantized
+from spp.weights.offload import offloader
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CHUNK = 1 << 17  # weights looked at together, which stay in a core's cache between the looks
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a weight's values found.
+
+    Attributes:
+        numel: entries. kept: how many of them are not zero. bad: how many are NaN or infinite.
+    """
+
+    numel: int
+    kept: int
+    bad: int
+
+
+def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None = None) -> None:
+    """Raise unless the form of `linear` can be adapted: a floating-point nn.Linear or Conv1D that r fits.
+
+    Its values are `check_values`' matter.
+    """
+    held = linear.held_packed() if isinstance(linear, PackedLinear) else None
+    _check_kind(linear, config, where)
+    _check_weight_class(linear, where)
+    if isinstance(held, QuantizedWeight) or quantized_kind(linear):
+        if config.packed:
+            raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
+        get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
+        if held is None:
+            read_quantized(linear, f"{where}.weight")
+        return
+    weight = linear.stored_weight if isinstance(linear, PackedLinear) else linear.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype not in FLOATS:
+        raise TargetError(
+            f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"
+        )
+    if config.packed and not isinstance(linear, PackedLinear) and offloader(linear) is not None:
+        raise ConfigError(f"{where} is offloaded by accelerate, and what is packed stays in memory: packed=False")
+    if config.packed and weight.is_meta:
+        raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
+    get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
+
+
+def _check_kind(linear: nn.Module, config: SPPConfig, where: str) -> None:
+    if isinstance(linear, PackedLinear):
+        if not config.packed and not isinstance(linear.held_packed(), QuantizedWeight):
+            raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
+    elif not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        raise TargetError(
+            f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
+        )
+
+
+def _check_weight_class(linear: nn.Module, where: str) -> None:
+    if isinstance(linear._parameters.get("weight"), torch.sparse.SparseSemiStructuredTensor):
+        raise TargetError(
+            f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
+        )
+    if torch.nn.utils.parametrize.is_parametrized(linear):
+        names = [name for name, _ in linear.parametrizations.named_children()]  # type: ignore[union-attr]
+        raise TargetError(
+            f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
+            f"with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
+def check_values(target: Projection) -> Survey | None:
+    """Return what one pass over a projection's values finds; None for a weight on the meta device.
+
+    Raises:
+        NonFiniteError: the weight holds NaN or infinity.
+    """
+    found = survey(target)
+    if found is not None and found.bad:
+        raise NonFiniteError(
+            f"{target.parameter_path} holds {found.bad} NaN or infinite values of {found.numel}; mend or re-load the "
+            f"model first"
+        )
+    return found
+
+
+def survey(target: Projection) -> Survey | None:
+    """Return what one pass over a projection's values finds, however it is held; None on the meta device."""
+    holder = target.packed
+    if holder is not None:
+        assert isinstance(holder, HoldsWeight)
+        packed = holder.packed_weight()
+        values = packed.dense() if isinstance(packed, QuantizedWeight) else packed.values
+        return None if values.is_meta else _survey(values, packed.numel)
+    weight = target.dense_weight()
+    return None if weight.is_meta else _survey(weight.detach(), weight.numel())
+
+
+def _survey(values: Tensor, numel: int) -> Survey:
+    kept = bad = 0
+    rows = values if values.dim() else values.view(1)
+    step = max(1, _CHUNK // max(1, rows[0].numel())) if len(rows) else 1
+    for part in rows.split(step):
+        kept += int(torch.count_nonzero(nonzero_mask(part)))
+        if not all_finite(part):
+            bad += int((~torch.isfinite(part)).sum())
+    return Survey(numel, kept, bad)
+
+
+def warn_dense(found: Mapping[str, Survey | None], purpose: str) -> None:
+    """Warn of target layers without zeros.
+
+    Args:
+        found: {path of a layer that is adapted or packed: what its values are}.
+        purpose: "train", or "pack", which saves no memory there.
+    """
+    dense = [path for path, one in found.items() if one is not None and one.numel and one.kept == one.numel]
+    if not dense:
+        return
+    what = (
+        f"all {len(dense)} target layers are"
+        if len(dense) == len(found)
+        else f"{len(dense)} of {len(found)} target layers are"
+    )
+    consequence = {
+        "train": "SPP trains them, but there is no mask to preserve",
+        "pack": f"packed, they take more memory than they did; name them in {arg('exclude_modules')}",
+    }[purpose]
+    warnings.warn(
+        SPPWarning(
+            f"{what} dense (no zeros), such as {dense[0]}: {consequence}. Prune first: "
+            f"{call('prune', 'model, method, pattern')}"
+        ),
+        stacklevel=4,
+    )

@@ -1,0 +1,1 @@
+"""Masks: patterns and bits, and the methods that choose which weights stay, as pure functions on tensors."""

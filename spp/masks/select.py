@@ -1,0 +1,159 @@
+"""Which weights a score keeps: per group for N:M, per row for a count.
+
+Higher is better; of equals the lower index is kept. Nothing here depends on the order in which a device
+sorts: the same scores give the same mask everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from spp.errors import ConfigError, NonFiniteError, PatternError
+from spp.masks.patterns import Pattern, all_finite
+
+_LONGEST_COUNTED_GROUP = 16  # up to here comparing all pairs of a group is faster than sorting it
+_CHUNK = 1 << 22  # scores looked at together
+_SAMPLE = 1 << 12  # scores of a long row that tell about where its k-th lowest lies
+_LONG = 1 << 16  # from here on that is faster than to select among all of them
+_MARGIN = 3  # standard deviations of a quantile of the sample, to either side
+
+
+def pruned_count(fraction: float, total: int) -> int:
+    """Return ⌊fraction · total⌋ of the decimal number as written: 0.29 of 100 is 29, whatever 0.29 * 100 says."""
+    return int(Fraction(repr(float(fraction))) * total)
+
+
+def checked_pattern(weight: Tensor, pattern: str | float | Pattern) -> Pattern:
+    """Return the parsed pattern of a weight that can be pruned: (m, n), floating point, finite, n in whole groups.
+
+    Raises:
+        PatternError: the pattern makes no sense, or its groups do not divide n.
+        ConfigError: the weight is no floating-point matrix.
+        NonFiniteError: the weight holds NaN or infinity.
+    """
+    parsed = Pattern.parse(pattern)
+    if weight.dim() != 2 or not weight.dtype.is_floating_point:
+        found = f"{tuple(weight.shape)} {weight.dtype}"
+        raise ConfigError(f"the weight is {found}; expected a floating-point (m, n) matrix")
+    parsed.require_fit(weight.shape[1])
+    if not all_finite(weight):
+        raise NonFiniteError("the weight holds NaN or infinity; a score of it would mean nothing")
+    return parsed
+
+
+def work_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type that scores are computed in: float32, or float64 for a float64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:
+    """Return a mask of scores' shape that keeps the `kept` highest of every `group` along the last dimension.
+
+    Raises:
+        PatternError: `group` does not divide the last dimension.
+    """
+    inputs = scores.shape[-1]
+    if inputs % group:
+        raise PatternError(f"groups of {group} do not divide {inputs} inputs")
+    grouped = scores.reshape(*scores.shape[:-1], inputs // group, group)  # (…, n / M, M)
+    if group <= _LONGEST_COUNTED_GROUP:
+        slots = grouped.unbind(-1)
+        beaten = [torch.zeros(slot.shape, dtype=torch.int8, device=slot.device) for slot in slots]
+        for low in range(group):
+            for high in range(low + 1, group):
+                low_wins = slots[low] >= slots[high]  # an equal one wins from the lower index
+                beaten[high] += low_wins
+                beaten[low] += low_wins.logical_not_()
+        return torch.stack([count < kept for count in beaten], dim=-1).view(scores.shape)
+    order = grouped.sort(dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros_like(grouped, dtype=torch.bool)
+    return mask.scatter_(-1, order[..., :kept], True).view(scores.shape)
+
+
+def keep_slots(slots: Tensor, kept: int, out: Tensor) -> None:
+    """Write into `out` the mask of `keep_groups` for one group in each column of `slots`; made for few columns.
+
+    A matrix of ±1 adds up who beats whom: five small operations, where `keep_groups` does some for each pair.
+
+    Args:
+        slots: (M, k), whose row i holds the i-th score of every group.
+        kept: N.
+        out: bool (M, k).
+    """
+    if len(slots) > _LONGEST_COUNTED_GROUP:
+        out.copy_(keep_groups(slots.T, kept, len(slots)).T)
+        return
+    low, high, beats, unbeaten = _pairs(len(slots), slots.dtype, slots.device)
+    low_wins = (slots.index_select(0, low) >= slots.index_select(0, high)).to(slots.dtype)  # (pairs, k)
+    torch.lt(torch.addmm(unbeaten, beats, low_wins), kept, out=out)
+
+
+@functools.lru_cache(maxsize=16)
+def _pairs(group: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the lower and the higher slot of each pair, and B (M, pairs) and b (M, 1).
+
+    With 1 in x (pairs, k) where the lower slot wins, else 0, B x + b says how many of its group beat each slot.
+    """
+    low, high = torch.triu_indices(group, group, 1, device=device)  # (pairs,)
+    pairs = torch.arange(len(low), device=device)
+    beats = torch.zeros(group, len(low), dtype=dtype, device=device)
+    beats[high, pairs] = 1
+    beats[low, pairs] = -1
+    return low, high, beats, torch.arange(group - 1, -1, -1, dtype=dtype, device=device)[:, None]
+
+
+def keep_in_rows(scores: Tensor, pruned: int) -> Tensor:
+    """Return a mask (m, n) that prunes exactly the `pruned` lowest scores of every row."""
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    step = max(1, _CHUNK // max(1, scores.shape[1]))
+    for part, out in zip(scores.split(step), mask.split(step), strict=True):
+        if pruned == 0 or part.numel() == 0:
+            out.fill_(True)
+            continue
+        threshold = _kth_lowest(part, pruned)  # (rows, 1)
+        torch.gt(part, threshold, out=out)
+        missing = scores.shape[1] - pruned - torch.count_nonzero(out, dim=1)  # (rows,) equals kept too
+        tied = missing.nonzero().squeeze(1)
+        if tied.numel():
+            equal = part[tied] == threshold[tied]
+            out[tied] |= equal & (equal.cumsum(dim=1) <= missing[tied, None])
+    return mask
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    """Return the k-th lowest score (rows, 1) of every row.
+
+    In a long row that is alone a sample says between which two scores it lies; it is selected among those only.
+    """
+    rows, length = scores.shape
+    if rows > 1 or length < _LONG or scores.device.type != "cpu":
+        return scores.kthvalue(k, dim=1, keepdim=True).values
+    row = scores[0]
+    sample = row[:: length // _SAMPLE | 1].sort().values  # an odd step: groups and rows are even
+    middle, margin = k / length * len(sample), _MARGIN * 0.5 * len(sample) ** 0.5
+    first, last = int(middle - margin), int(middle + margin)
+    low = float(sample[first]) if first > 0 else -math.inf
+    high = float(sample[last]) if last < len(sample) else math.inf
+    below = int(torch.count_nonzero(row < low))
+    between = row[(row >= low) & (row <= high)]
+    if not below < k <= below + len(between):  # the sample misled
+        return scores.kthvalue(k, dim=1, keepdim=True).values
+    return between.kthvalue(k - below).values.view(1, 1)
+
+
+def keep_of_all(scores: Tensor, pruned: int) -> Tensor:
+    """Return a mask of scores' shape that prunes exactly the `pruned` lowest scores of the whole tensor."""
+    return keep_in_rows(scores.reshape(1, -1), pruned).view(scores.shape)
+
+
+def best_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Return the columns (m, count) of each row's `count` highest scores, best first, of equals the lower first."""
+    kept = keep_in_rows(scores, scores.shape[1] - count)
+    columns = kept.nonzero()[:, 1].view(scores.shape[0], count)  # ascending in each row
+    order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True).indices
+    return columns.gather(1, order)

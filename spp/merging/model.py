@@ -1,0 +1,266 @@
+"""Merge an adapter into the weights: the stored weight is bit for bit the one that the forward multiplied by.
+
+W_merged = W_eff = round(W · (1 + s·β·A))      one rounding, zeros stay zeros, kept weights stay kept
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.certifying.certificate import fingerprint, report_from_tensors
+from spp.configs.checkpoints import ROUNDINGS
+from spp.configs.checks import check_choice
+from spp.errors import ConfigError, NonFiniteError, arg, call
+from spp.files import mask_sha256
+from spp.layers.experts import SPPExperts
+from spp.layers.linear import SPPLinear
+from spp.masks.patterns import all_finite
+from spp.merging.report import LayerMerge, MergeReport
+from spp.merging.weight import merge_experts, merge_tensor, requantized
+from spp.models.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
+from spp.rules import rescue_
+from spp.rules.idle import idle_reason
+from spp.weights import NAMES as PACKED_NAMES
+from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
+from spp.weights.offload import in_memory, is_offloaded, offloader, write
+from spp.wrapping.state import forget_quantizer, layer_generator, uncompiled
+from spp.wrapping.wrap import AdapterLayer, base_verdict, require_layers, unwrap
+
+logger = logging.getLogger(__name__)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def merge(
+    model: nn.Module,
+    *,
+    check: bool = True,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    requantize: bool = False,
+) -> MergeReport:
+    """Merge the adapter into the weights in place and take the wrapping out; the zero pattern stays what it was.
+
+    Args:
+        model: wrapped.
+        check: compute every layer once before the first is written, so that an error leaves the model as it was; False
+            saves that pass, and an error then comes when earlier layers are merged already.
+        dtype: store in another floating dtype; the whole model is converted. None keeps each weight's own.
+        rounding: "nearest", or "stochastic" (unbiased; for 16-bit dtypes, from which small updates would vanish).
+        requantize: quantize merged weights in the form that they had; without it they come back dense, and once
+            nothing is quantized any more the model counts as a plain one. What the merge does not change keeps its
+            codes; of the rest the report counts what was stored, against what the forward multiplied by.
+        seed: of stochastic rounding; None draws one from torch's global generator.
+
+    Returns:
+        MergeReport, of the weights as they are stored; a warning if less than nine tenths of the update survived, if
+        the error of quantizing again is large beside it, or if the adapter changes no weight at all.
+
+    Raises:
+        WrapError: the model is not wrapped.
+        ConfigError: an option makes no sense, or accelerate has a weight offloaded to a disk, or any, and `dtype` is
+            given: `spp.merge_checkpoint` is the way then. What is offloaded to memory is written there.
+        NonFiniteError: the adapter or a merged weight holds NaN or infinity, or a tensor overflows in `dtype`; named.
+        MaskError: a zero would not stay one, or a kept weight would become one.
+
+    Example:
+        >>> report = merge(model)  # doctest: +SKIP
+        >>> report.sparsity_report.pattern  # doctest: +SKIP
+        '2:4'
+    """
+    model = uncompiled(model)
+    layers = require_layers(model)
+    check_rounding(dtype, rounding)
+    _check_offloaded(model, layers, dtype)
+    if requantize:
+        _check_requantize(layers, dtype)
+    seed, verdict = draw_seed(rounding, seed), base_verdict(model)
+    results: dict[str, LayerMerge] = {}
+    if check:
+        for path, layer in layers.items():
+            merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
+            if requantize:
+                _quantize_again(path, layer, merged, results[path])
+    if dtype is not None:
+        _check_conversion(model, layers, dtype)
+    base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
+    idle = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers.values())
+    for path, layer in layers.items():
+        merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
+        again = _quantize_again(path, layer, merged, results[path]) if requantize else None
+        if again is None:
+            _write_weight(layer, merged)
+        else:
+            assert isinstance(layer, SPPLinear)  # experts are never quantized
+            given = layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling
+            results[path] = requantized(*given, merged, again)
+            layer.hold_packed(again)
+    unwrap(model)
+    forget_quantizer(model)
+    if dtype is not None:
+        _convert_model(model, dtype)
+    report = report_merge(model, results, base, idle=idle, requantized=requantize)
+    return replace(report, base=verdict)
+
+
+def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the certificate says of the base; a merge does not change it, so it may be asked after one.
+
+    Args:
+        merged: {parameter name: a module with its weight}.
+    """
+    masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
+    extra = sorted(merged.keys() - masks.keys())  # no projection by its name
+    masks |= {name: mask_sha256(merged[name].dense_weight()) for name in extra}
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
+
+
+def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[str, Any], **options: Any) -> MergeReport:
+    """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge.
+
+    Args:
+        options: of `MergeReport.from_layers`.
+    """
+    model._spp_base = base  # type: ignore[assignment]
+    logger.info("merged %d layers", len(results))
+    others = ((name, weight_of(model, name), -1) for name in base["keys"])
+    return MergeReport.from_layers(results, report_from_tensors(chain(projection_weights(model), others)), **options)
+
+
+def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
+    """Raise a ConfigError unless the options of a merge make sense."""
+    check_choice("rounding", rounding, ROUNDINGS)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"{arg('dtype')} is {dtype}; a merge stores {', '.join(str(d) for d in DTYPES)}")
+
+
+def draw_seed(rounding: str, seed: int | None) -> int:
+    """Return the seed of a merge: `seed`, or for stochastic rounding without one a draw from torch's generator."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"{arg('seed')} is {seed!r}; expected an integer, or None")
+    if seed is None and rounding == "stochastic":
+        return int(torch.randint(2**62, (1,)))
+    return seed or 0
+
+
+def _key(path: str, layer: AdapterLayer) -> str:
+    """Return the name of a layer's weight in the model."""
+    return path if isinstance(layer, SPPExperts) else f"{path}.weight"
+
+
+def _merge_layer(
+    path: str, layer: AdapterLayer, dtype: torch.dtype | None, rounding: str, seed: int
+) -> tuple[Tensor, LayerMerge]:
+    """Return the merged weight in its own layout, and what was done; experts are merged one after the other."""
+    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": layer_generator(seed, path)}
+    if isinstance(layer, SPPExperts):
+        return merge_experts(
+            layer.spp_rule,
+            layer.dense_matrices(),
+            layer.of_experts(),
+            layer.scaling,
+            transposed=layer.input_axis != -1,
+            where=path,
+            **options,
+        )
+    merged, done = merge_tensor(
+        layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling, where=path, **options
+    )
+    return merged if layer.input_axis == -1 else merged.T.contiguous(), done
+
+
+def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:
+    module, name = _holder(layer)
+    if is_offloaded(module, name):
+        write(module, name, merged)
+        return
+    with torch.no_grad():
+        if isinstance(layer, SPPExperts) and layer.packed_layout is None:
+            layer.projection.write(merged)
+        elif layer.packed_layout is None and merged.dtype == layer.weight.dtype:
+            layer.weight.copy_(merged)  # the Parameter keeps its identity
+        else:
+            layer.hold_dense(merged)
+
+
+def _holder(layer: AdapterLayer) -> tuple[nn.Module, str]:
+    """Return the module that has a layer's weight, and its name there."""
+    return (layer.projection.module, layer.projection.name) if isinstance(layer, SPPExperts) else (layer, "weight")
+
+
+def _check_offloaded(model: nn.Module, layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
+    """Raise a ConfigError where a merged weight could not be stored: on a disk, in another dtype than it has there."""
+    held = {path: _holder(layer) for path, layer in layers.items()}
+    on_disk = [path for path, (m, name) in held.items() if is_offloaded(m, name) and in_memory(m, name) is None]
+    others = [path for path, module in model.named_modules() if dtype is not None and offloader(module) is not None]
+    if not on_disk and not others:
+        return
+    what = f"{on_disk[0]} is offloaded to a disk" if on_disk else f"{others[0]} is offloaded"
+    raise ConfigError(
+        f"{what} by accelerate, and a merge in memory writes only to what lies in memory, in its own dtype. Merge on "
+        f"disk: spp.save_adapter(model, path), then {call('merge_checkpoint', 'base, path, out')}, which holds one "
+        f"shard at a time"
+    )
+
+
+def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | None) -> None:
+    """Raise a ConfigError where quantizing again makes no sense."""
+    if not any(isinstance(getattr(layer, "packed_layout", None), QuantizedLayout) for layer in layers.values()):
+        raise ConfigError(f"{arg('requantize', True)}, but none of the merged weights is quantized; leave it out")
+    if dtype is not None:
+        raise ConfigError(
+            f"{arg('requantize', True)} and {arg('dtype', dtype)}: a quantized weight has its own form; leave one of "
+            f"them out"
+        )
+
+
+def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor, done: LayerMerge) -> QuantizedWeight | None:
+    """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none.
+
+    A weight that the merge left as it was keeps its codes and scales: quantizing it again could only add an error.
+    """
+    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
+    if not isinstance(held, QuantizedWeight):
+        return None
+    if not done.moved:
+        return held
+    return quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
+
+
+def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype) -> None:
+    """Raise a NonFiniteError where a tensor that the adapter leaves alone does not fit the dtype."""
+    merged = {f"{path}.{name}" for path in layers for name in ("weight", *PACKED_NAMES)} | layers.keys()
+    for name, tensor in model.state_dict().items():
+        if name in merged or not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if all_finite(tensor) and not all_finite(tensor.to(dtype)):
+            raise NonFiniteError(f"{name} overflows in {dtype}; nothing was merged. Merge to a wider dtype")
+
+
+def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what a checkpoint would hold, parameters and buffers; matrices but embeddings keep their zeros."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                converted = parameter.data.to(dtype)
+                if is_projection_key(name, parameter.ndim) or is_other_matrix(name, parameter.ndim, parameter.dtype):
+                    rescue_(converted, parameter.data)
+                parameter.data = converted
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    buffer_converted = buffer.to(dtype)
+                    if isinstance(module, HoldsWeight) and buffer.dtype != dtype:
+                        rescue_(buffer_converted, buffer)
+                    module._buffers[name] = buffer_converted
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "dtype"):
+        config.dtype = dtype

@@ -1,0 +1,158 @@
+"""Where on disk the weights lie that an adapter changes.
+
+Mostly under the path of the layer. Where disk and memory name weights differently, or keep experts apart and together,
+transformers' own conversion tables say which tensors they are (spp.models.disk_keys).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spp.certifying.sources import input_axes, require_projections
+from spp.errors import AdapterError, ConfigError, StreamingError, call
+from spp.files import CheckpointReader, dtype_name
+from spp.merging.model import DTYPES
+from spp.merging.parts import Part
+from spp.models.disk_keys import DiskKeys, Group
+from spp.models.projection import as_matrices, find_projections
+from spp.rules import Rule, get_rule
+from spp.weights.packed.disk import is_packed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weight of one layer lies.
+
+    Args:
+        path: of the layer, as the adapter names it.
+        keys: of the tensors on disk.
+        group: how they become one tensor of the model; None for a single one that is the weight.
+        shape: of the weight: two dimensions, or three with experts in front.
+        transposed: whether inputs run along the last axis but one.
+    """
+
+    path: str
+    keys: tuple[str, ...]
+    group: Group | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Return the weight as matrices (m, n), one or one an expert: views."""
+        return as_matrices(weight, transposed=self.transposed)
+
+    def check(self, rule: Rule, params: Sequence[Tensor]) -> None:
+        """Raise an AdapterError unless an adapter's parameters fit the weight."""
+        m, n = self.shape[-1:-3:-1] if self.transposed else self.shape[-2:]
+        if len(self.shape) == 3:
+            if all(p.ndim == 2 for p in params):
+                raise AdapterError(f"{self.path}: {self.keys[0]} is {self.shape}; expected a matrix, as the adapter's")
+            if any(p.ndim != 3 or p.shape[0] != self.shape[0] for p in params):
+                found = ", ".join(str(tuple(p.shape)) for p in params)
+                raise AdapterError(f"{self.path}: the base has {self.shape[0]} experts there; the adapter has {found}")
+            params = [p[0] for p in params]
+        rule.check_shapes(params, m, n, where=self.path)
+
+
+class Places:
+    """The places of all layers of some adapters in a checkpoint.
+
+    Args:
+        reader: of the checkpoint.
+        parts: the adapters.
+
+    Raises:
+        AdapterError: layers that the checkpoint does not have, or that do not fit, all of an adapter in one message.
+    """
+
+    def __init__(self, reader: CheckpointReader, parts: Sequence[Part]) -> None:
+        if is_packed(reader):
+            raise ConfigError(
+                f"{reader.directory} is packed; {call('export_dense', 'dir, out')} gives the dense checkpoint"
+            )
+        self._reader = reader
+        paths = list(dict.fromkeys(path for part in parts for path in part.layers))
+        found, self.disk = locate(reader, paths)
+        self.places = list(found.values())
+        for part in parts:
+            self._check(part, found)
+
+    def _check(self, part: Part, found: dict[str, Place]) -> None:
+        reader, files, layers, masks = self._reader, part.files, part.layers, part.files.base_masks or {}
+        files.warn_unchecked()
+        problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
+        rule = get_rule(files.config.rule)
+        for path, params in layers.items():
+            place = found.get(path)
+            if place is None:
+                problems.append(f"{path}: the base has no {path}.weight")
+                continue
+            wrong = [key for key in place.keys if reader.dtype(key) not in DTYPES]
+            if wrong or len(place.shape) not in (2, 3):
+                key = (wrong or place.keys)[0]
+                stored = f"{dtype_name(reader.dtype(key))} {reader.shape(key)}"
+                problems.append(f"{path}: {key} is {stored}; expected a floating-point matrix")
+                continue
+            try:
+                place.check(rule, params)
+                r, said = rule.rank([p[0] if p.ndim == 3 else p for p in params]), files.config.rank_for(path)
+                if r != said:
+                    problems.append(f"{path}: the adapter is of rank {r}; its config says {said}")
+            except (AdapterError, ConfigError) as error:
+                problems.append(str(error))
+        if problems:
+            listing = "\n  ".join(sorted(problems))
+            raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
+
+
+def locate(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
+    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell.
+
+    Raises:
+        CheckpointError: the zeros of some projections cannot be read: of what is made of it no certificate could speak.
+    """
+    require_projections(reader, whole=True)
+    found = _by_name(reader, paths)
+    by_table, disk = _by_table(reader, [path for path in paths if path not in found])
+    return found | by_table, disk
+
+
+def _by_name(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
+    axes = input_axes(reader)
+    found = {}
+    for path in paths:
+        key = next((key for key in (f"{path}.weight", path) if key in reader), None)
+        if key is not None:
+            shape = reader.shape(key)
+            found[path] = Place(path, (key,), None, shape, axes.get(key, 1) == len(shape) - 2)
+    return found
+
+
+def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
+    """Find the weights of layers that the disk names otherwise, by a model without values."""
+    if not paths:
+        return {}, None
+    from spp.models.streamed import skeleton
+
+    try:
+        model = skeleton(reader, None)
+        disk = DiskKeys(model, {key: reader.shape(key) for key in reader})
+    except (StreamingError, ConfigError) as error:
+        logger.warning("cannot tell how %s names its weights: %s", reader.directory, error)
+        return {}, None
+    single = {name: key for key, name in disk.memory.items() if disk.group_of(key) is None}
+    groups = {name: group for group in disk.groups.values() for name in group.memory}
+    found = {}
+    for projection in find_projections(model):
+        name, path = projection.parameter_path, projection.path
+        group = groups.get(name)
+        keys = group.disk if group is not None else (single[name],) if name in single else ()
+        if path in paths and keys:
+            found[path] = Place(path, keys, group, projection.shape, projection.input_axis == -2)
+    return found, disk

@@ -1,0 +1,231 @@
+"""Merge one weight: the canonical effective weight, by blocks of rows, checked, and what rounding left of it.
+
+On a CPU with a C compiler the pass is compiled (spp.kernels.native.elementwise); plain torch does what it does not, and
+says what is wrong where a check fails. The weights are the same bits either way; the sums of the report agree to 1e-5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.errors import MaskError, NonFiniteError
+from spp.kernels.native.elementwise import Found, merge_matrix
+from spp.masks.patterns import all_finite, nonzero_mask
+from spp.merging.report import LayerMerge, sum_layers, survived_share
+from spp.rules import Rule, rescue_
+from spp.rules.canonical import arithmetic_dtype
+from spp.weights import QuantizedWeight
+
+BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
+
+
+def merge_tensor(
+    rule: Rule,
+    weight: Tensor,
+    params: Sequence[Tensor],
+    scaling: float,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
+    where: str = "weight",
+) -> tuple[Tensor, LayerMerge]:
+    """Merge one weight: the canonical effective weight, checked, in a new tensor.
+
+    Args:
+        rule, params, scaling: the adapter; parameters on the device of `weight` or convertible to it.
+        weight: W (m, n).
+        dtype: of the result; None for that of `weight`.
+        rounding: "nearest" or "stochastic"; the latter needs `generator`, a CPU generator.
+        where: the layer's name in messages.
+
+    Returns:
+        (W_merged (m, n), what was done).
+
+    Raises:
+        NonFiniteError, MaskError: as for `merge`.
+    """
+    dtype = dtype or weight.dtype
+    params = [p.detach().to(weight.device) for p in params]
+    for name, parameter in zip(rule.attribute_names(), params, strict=True):
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"{where}.{name} holds NaN or infinity; nothing was merged")
+    arithmetic = arithmetic_dtype(weight.dtype)
+    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    by_chance = rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16)
+    compiled = None if by_chance else merge_matrix(rule, weight, factors, dtype)
+    if compiled is not None and compiled[1].finite_after and not compiled[1].changed:
+        return compiled[0], layer_merge(compiled[1])
+    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    totals = _Totals()
+    for rows in _blocks(weight):
+        block = weight.detach()[rows]
+        exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
+        rule.build(block, factors, rows, slice(None), exact)
+        if by_chance:
+            assert generator is not None
+            merged[rows] = round_stochastically(exact, dtype, generator)
+        else:
+            merged[rows] = exact
+        rescued = rescue_(merged[rows], block)
+        kept = _check_block(block, merged[rows], rows.start, where)
+        rule.delta(block, factors, rows, slice(None), exact)
+        alone = block
+        if dtype != block.dtype:
+            rescue_(alone := block.to(dtype), block)
+        totals.add(block, alone, merged[rows], exact, kept, int(torch.count_nonzero(rescued)))
+    return merged, totals.result()
+
+
+def requantized(
+    rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float, merged: Tensor, stored: QuantizedWeight
+) -> LayerMerge:
+    """Return what was done to a weight whose merged form was quantized again: the numbers of what is stored.
+
+    Args:
+        rule, params, scaling, weight: as for `merge_tensor`; W is the base, dequantized.
+        merged: W_merged (m, n).
+        stored: what `merged` was quantized to; it is decoded a block at a time.
+    """
+    params = [p.detach().to(weight.device) for p in params]
+    arithmetic = arithmetic_dtype(weight.dtype)
+    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    totals, square, lost = _Totals(), 0.0, 0
+    for rows in _blocks(weight):
+        block, before = weight.detach()[rows], merged[rows]
+        exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
+        rule.build(block, factors, rows, slice(None), exact)
+        rescued = rescue_(exact.to(merged.dtype), block)
+        now = stored.decode(rows, slice(None), torch.empty(block.shape, dtype=stored.dtype, device=weight.device))
+        nonzero = nonzero_mask(now)
+        lost += int(torch.count_nonzero(nonzero_mask(before) & ~nonzero))
+        rule.delta(block, factors, rows, slice(None), exact)
+        totals.add(
+            block, block, now, exact, int(torch.count_nonzero(nonzero)), int(torch.count_nonzero(rescued & nonzero))
+        )
+        square += _sum((now.to(arithmetic) - before.to(arithmetic)).square_())
+    found = totals.result()
+    error = math.sqrt(square) / found.update_norm if found.update_norm else None
+    return replace(found, lost=lost, requantize_error=error)
+
+
+def layer_merge(found: Found) -> LayerMerge:
+    """Return what a compiled merge of a whole matrix did."""
+    survived = survived_share(found.inner, found.square, found.updated, found.moved)
+    norm = math.sqrt(found.square)
+    return LayerMerge(found.kept, found.rescued, survived, found.largest, norm, found.updated, found.moved)
+
+
+def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round float32 to a 16-bit dtype, up or down with the probabilities that make the mean exact.
+
+    Args:
+        exact: float32 or float64; dtype: bfloat16 or float16; generator: on the CPU.
+    """
+    bits = exact.to(dtype).view(torch.int16)
+    past = bits.view(dtype).to(exact.dtype).abs() > exact.abs()
+    low = bits - past.to(torch.int16)  # toward zero: one magnitude step less, sign kept
+    low_value = low.view(dtype).to(exact.dtype).abs()
+    high_value = (low + 1).view(dtype).to(exact.dtype).abs()
+    share = (exact.abs() - low_value) / (high_value - low_value)
+    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float32).to(exact.device)
+    rounded = (low + (draw < share).to(torch.int16)).view(dtype)
+    nearest = bits.view(dtype)
+    return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
+
+
+def merge_experts(
+    rule: Rule,
+    matrices: Iterable[Tensor],
+    params: Sequence[Sequence[Tensor]],
+    scaling: float,
+    *,
+    transposed: bool,
+    where: str,
+    **options: Any,
+) -> tuple[Tensor, LayerMerge]:
+    """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
+
+    Args:
+        matrices: of the experts, each asked for when it is merged; params: of each.
+        transposed: whether the result is to be (E, n, m) instead of (E, m, n).
+        options: of `merge_tensor`.
+    """
+    whole = torch.empty(0)
+    totals: list[LayerMerge] = []
+    for number, (matrix, of_expert) in enumerate(zip(matrices, params, strict=True)):
+        merged, found = merge_tensor(rule, matrix, of_expert, scaling, where=f"{where}[{number}]", **options)
+        merged = merged.T if transposed else merged
+        if not totals:
+            whole = merged.new_empty((len(params), *merged.shape))
+        whole[number] = merged
+        totals.append(found)
+    return whole, sum_layers(totals)
+
+
+class _Totals:
+    """Sums over the blocks of one layer: rows in the arithmetic's dtype, over the rows in float64."""
+
+    def __init__(self) -> None:
+        self.kept = self.rescued = self.updated = self.moved = 0
+        self.inner = self.square = self.largest = 0.0
+
+    def add(self, weight: Tensor, alone: Tensor, stored: Tensor, update: Tensor, kept: int, rescued: int) -> None:
+        """Add a block.
+
+        Args:
+            weight: W; alone: what is stored of it without an update; stored: with it.
+            update: ΔW in the arithmetic's dtype.
+        """
+        before, updated = weight.to(update.dtype), update != 0
+        change = stored.to(update.dtype) - before
+        self.kept += kept
+        self.rescued += rescued
+        self.updated += int(torch.count_nonzero(updated))
+        self.moved += int(torch.count_nonzero(updated.logical_and_(stored != alone)))
+        self.inner += _sum(change * update)
+        self.square += _sum(update * update)
+        relative = change.div_(before).abs_().nan_to_num_(nan=0.0)  # 0 / 0 where pruned
+        self.largest = max(self.largest, float(relative.amax()) if relative.numel() else 0.0)
+
+    def result(self) -> LayerMerge:
+        survived = survived_share(self.inner, self.square, self.updated, self.moved)
+        norm = math.sqrt(self.square)
+        return LayerMerge(self.kept, self.rescued, survived, self.largest, norm, self.updated, self.moved)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Yield the blocks of rows that are taken together."""
+    step = max(1, BLOCK_ELEMENTS // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _sum(products: Tensor) -> float:
+    return float(products.sum(-1).double().sum())
+
+
+def _check_block(weight: Tensor, merged: Tensor, start: int, where: str) -> int:
+    """Return how many weights are kept; raise unless `merged` is finite and zero exactly where the weight is."""
+    if not all_finite(merged):
+        row, col = (int(i) for i in (~torch.isfinite(merged)).nonzero()[0])
+        raise NonFiniteError(
+            f"{where}: the merged weight at [{start + row}, {col}] is {float(merged[row, col])} in {merged.dtype} (the "
+            f"pruned one is {float(weight[row, col])}); nothing was written. Merge to a wider dtype or take an "
+            f"earlier adapter"
+        )
+    kept = nonzero_mask(weight)
+    differing = kept ^ nonzero_mask(merged)
+    if bool(differing.any()):
+        row, col = (int(i) for i in differing.nonzero()[0])
+        raise MaskError(
+            f"{where}: the merge would change the zero pattern in {int(differing.sum())} places, first at "
+            f"[{start + row}, {col}]; nothing was written"
+        )
+    return int(torch.count_nonzero(kept))

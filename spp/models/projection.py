@@ -1,0 +1,251 @@
+"""How projection weights are stored: which parameters are projections, and along which axis their inputs run.
+
+    nn.Linear             (out, in)        input axis −1
+    transformers' Conv1D  (in, out)        input axis −2        GPT-2
+    experts, fused        (E, out, in)     input axis −1        Mixtral, Qwen-MoE, DeepSeek, …
+    experts, transposed   (E, in, out)     input axis −2        gpt_oss, Llama 4, Aria
+
+A packed weight has the shape and axis that the dense one would have.
+N:M groups always run along the input axis. A pair of fused expert weights tells its own layout: with hidden size h and
+intermediate size i, gate_up is (2i, h) and down (h, i), or, transposed, (h, 2i) and (i, h); both never fit at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.weights import HeldWeight, quantized_kind, read_quantized
+from spp.weights.offload import values
+
+EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
+_CONV1D_TYPES = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp_decoder")
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A projection's weight in a module, seen as matrices (out, in) whatever its storage.
+
+    Args:
+        path: of the module; for a fused expert weight with the parameter's name behind it.
+        module: that holds the parameter; packed experts are held by a submodule of the parameter's name.
+        name: of the parameter.
+        input_axis: −1 for (…, out, in), −2 for (…, in, out).
+    """
+
+    path: str
+    module: nn.Module
+    name: str = "weight"
+    input_axis: int = -1
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is stored now: (out, in), (in, out), either with experts; packed or quantized, a copy."""
+        if quantized_kind(self.module):
+            return read_quantized(self.module, self.path).dense()
+        weight = getattr(self.packed or self.module, "weight" if self.packed else self.name)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def dense_weight(self) -> Tensor:
+        """Return `weight` with its numbers, to be read only: where accelerate has it offloaded, a copy."""
+        weight = self.weight
+        return values(self.module, self.name) if weight.is_meta and self.name in self.module._parameters else weight
+
+    def held(self) -> HeldWeight:
+        """Return the weight as it is held, whose values can be hashed."""
+        if (holder := self.packed) is not None:
+            held = holder.held()  # type: ignore[operator]
+            assert isinstance(held, HeldWeight)
+            return held
+        if quantized_kind(self.module):
+            return HeldWeight.of_quantized(read_quantized(self.module, self.path))
+        return HeldWeight.of_parameter(self.module, self.name)
+
+    @property
+    def parameter_path(self) -> str:
+        """The path of the parameter, its key in the model's state dict."""
+        return self.path if f".{self.path}".endswith(f".{self.name}") else f"{self.path}.{self.name}".removeprefix(".")
+
+    @property
+    def packed(self) -> nn.Module | None:
+        """The module that holds the weight packed or as codes: `packed_weight()`; None where it is a Parameter."""
+        holder = self.module if hasattr(self.module, "packed_layout") else self.module._modules.get(self.name)
+        return holder if getattr(holder, "packed_layout", None) is not None else None
+
+    @property
+    def operand(self) -> Tensor:
+        """What the module's own code multiplies by: the parameter; of packed experts, what stands for it."""
+        operand = getattr(self.module, self.name)
+        assert isinstance(operand, Tensor)
+        return operand
+
+    @property
+    def fused(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return len(self.shape) == 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight as it is stored; of a packed one, as it would be."""
+        parameter = self.module._parameters.get(self.name)
+        if parameter is None:
+            parameter = self.module.__dict__.get(self.name)  # what stands for packed experts
+        if parameter is not None and not quantized_kind(self.module):
+            return tuple(parameter.shape)
+        out_features, in_features = features(self.module)
+        return (out_features, in_features) if self.input_axis == -1 else (in_features, out_features)
+
+    @property
+    def in_features(self) -> int:
+        """n, the length of the input axis."""
+        return self.shape[self.input_axis]
+
+    @property
+    def out_features(self) -> int:
+        """m, the length of the other axis."""
+        return self.shape[-3 - self.input_axis]
+
+    def write(self, weight: Tensor) -> None:
+        """Store a weight of this shape; the Parameter keeps its identity unless the dtype changes."""
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        if weight.dtype == parameter.dtype:
+            with torch.no_grad():
+                parameter.copy_(weight)
+        else:
+            self.module._parameters[self.name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+
+    def release(self) -> None:
+        """Have the module let go of the parameter of fused experts: a tensor without values stands for it.
+
+        It has the shape and dtype that the module's own code asks for, and tells experts apart
+        (spp.models.expert_products); as a plain attribute, it is found before the parameters, and belongs to no state
+        dict.
+        """
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        with torch.inference_mode(False):
+            self.module.__dict__[self.name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        self.module._parameters[self.name] = None  # in its place, so that the order of keys is kept
+
+    def stand_for(self, dtype: torch.dtype) -> None:
+        """Have the tensor that stands for a released parameter be of a dtype."""
+        if self.operand.dtype != dtype:
+            with torch.inference_mode(False):
+                self.module.__dict__[self.name] = torch.empty(self.shape, dtype=dtype, device="meta")
+
+    def hold(self, weight: nn.Parameter) -> None:
+        """Have the module hold a parameter again that it let go of."""
+        self.module.__dict__.pop(self.name, None)
+        self.module._parameters[self.name] = weight
+
+    def matrices(self) -> list[Tensor]:
+        """Return views (out, in): one, or one an expert; what is written to them is written to the parameter."""
+        return as_matrices(self.weight.detach(), transposed=self.input_axis == -2)
+
+
+def as_matrices(weight: Tensor, *, transposed: bool) -> list[Tensor]:
+    """Return a weight, (out, in) or (E, out, in), or with inputs first, as views (out, in): one, or one an expert."""
+    stored = list(weight.unbind(0)) if weight.dim() == 3 else [weight]
+    return [matrix.T for matrix in stored] if transposed else stored
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention's own: it reads the weight and never calls the module
+    if isinstance(module, nn.Linear):
+        return True
+    ours = hasattr(module, "packed_layout") or hasattr(module, "spp_rule")
+    # What is beside an expert's weight belongs to its module; layers of another method say the way out of it.
+    return ours and not hasattr(module, "num_experts") and not hasattr(module, "way_out")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D, a linear that stores (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def input_axis_of(linear: nn.Module) -> int:
+    """Return the axis of a linear's weight, as it is stored, that its inputs run along: −1, of a Conv1D −2."""
+    return -2 if is_conv1d(linear) else int(getattr(linear, "input_axis", -1))
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Return (out_features, in_features) of a linear, whatever its storage."""
+    if is_conv1d(linear):
+        n, m = linear.get_parameter("weight").shape
+        return m, n
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+
+
+def find_projections(model: nn.Module) -> list[Projection]:
+    """Return every linear, Conv1D and fused expert weight of a model, in module order, each once."""
+    found: list[Projection] = []
+    inside = "\0"
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        if is_linear(module) or is_conv1d(module):
+            found.append(Projection(path, module, input_axis=input_axis_of(module)))
+            inside = f"{path}." if path else "\0"  # a layer around a linear counts as that linear
+        else:
+            found += _expert_projections(path, module)
+    return found
+
+
+def disk_input_axes(shapes: Mapping[str, tuple[int, ...]], model_type: str | None) -> dict[str, int]:
+    """Return the input axis, counted from the front, of every 2-D and 3-D weight of a checkpoint.
+
+    Args:
+        shapes: of its tensors by key.
+        model_type: of its config.json, if it has one.
+    """
+    matrix_axis = 0 if model_type in _CONV1D_TYPES else 1
+    axes = {}
+    for key, shape in shapes.items():
+        if len(shape) == 2:
+            axes[key] = matrix_axis
+        elif len(shape) == 3:
+            prefix = key.rpartition(".")[0]
+            pair = (shapes.get(f"{prefix}.gate_up_proj"), shapes.get(f"{prefix}.down_proj"))
+            axes[key] = 1 if _transposed(*pair) else 2
+    return axes
+
+
+def _expert_projections(path: str, module: nn.Module) -> list[Projection]:
+    fused = {name: shape for name in EXPERT_WEIGHTS if (shape := _expert_shape(module, name)) is not None}
+    if not fused:  # lists of expert matrices under one name, as JetMoE has them
+        if hasattr(module, "num_experts") and _expert_shape(module, "weight") is not None:
+            return [Projection(f"{path}.weight" if path else "weight", module)]
+        return []
+    declared = getattr(module, "is_transposed", None)
+    if isinstance(declared, bool):
+        transposed = declared
+    else:
+        transposed = _transposed(fused.get("gate_up_proj"), fused.get("down_proj"))
+    axis = -2 if transposed else -1
+    order = [name for name in module._parameters if name in fused]
+    return [Projection(f"{path}.{name}" if path else name, module, name, axis) for name in order]
+
+
+def _expert_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a fused weight as it is stored, or would be if it is packed; None where there is none."""
+    layout: Any = getattr(module._modules.get(name), "packed_layout", None)
+    if name in module._parameters and layout is not None:
+        return tuple(layout.shape)
+    parameter = module._parameters.get(name)
+    return tuple(parameter.shape) if parameter is not None and parameter.dim() == 3 else None
+
+
+def _transposed(gate_up: tuple[int, ...] | None, down: tuple[int, ...] | None) -> bool:
+    """Whether a pair of fused expert weights is stored (E, in, out), as their shapes tell."""
+    if gate_up is None or down is None or len(gate_up) != 3 or len(down) != 3:
+        return False
+    return gate_up[1] == down[2] and gate_up[2] == 2 * down[1]

@@ -1,0 +1,318 @@
+"""Which modules of a model are adapted or pruned: the projections of its decoder blocks.
+
+`None` means q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and, where an architecture has other names
+for the same projections, those (the tables below). Embeddings and output heads are never meant by default, nor are
+routers: they have few rows and decide which expert works.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spp.configs.checks import is_suffix, name_matches
+from spp.errors import ConfigError, TargetError, WrapError, arg
+from spp.models.projection import EXPERT_WEIGHTS, Projection, find_projections, is_linear
+from spp.weights import quantized_kind, read_quantized
+from spp.weights.offload import is_offloaded, values
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The same projections under the names of other architectures, as the last component of the module path.
+OTHER_PROJECTIONS = (
+    *("qkv_proj", "gate_up_proj"),  # Phi-3, fused
+    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    *("out_proj", "fc1", "fc2", "fc_in", "fc_out"),  # OPT, Phi, GPT-J
+    *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
+    *("w1", "w2", "w3", "in_proj"),  # LFM2; Mamba
+    *("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),  # Qwen3-Next and Qwen3.5, linear attention
+    *("linear_x", "linear_y", "linear_out", "Wi", "Wo"),  # RecurrentGemma; ModernBERT's decoder
+    *("input_linear", "output_linear", "kv_proj"),  # JetMoE, Granite's shared experts
+)
+ALL_LINEAR = "all-linear"
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # themselves, or with their linear below them as "layer"
+_OTHER_MODALITIES = ("Vision", "Audio", "Image", "Speech")  # in the name of a config's class
+_NEVER = ("embed", "wte", "wpe", "lm_head", "embed_out", "score", "classifier")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|(?!embed_out\.)[^.]*embed[^.]*)\.[^.]*$")
+_NOT_PROJECTION = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
+    r"(\.[^.]*)?$"
+)
+
+
+def require_model(model: object) -> None:
+    """Raise a ConfigError that says what to do where something else is given as a model, such as its path."""
+    if not isinstance(model, nn.Module):
+        path = f"; load it first: AutoModelForCausalLM.from_pretrained({model!r})" if isinstance(model, str) else ""
+        raise ConfigError(f"expected a model, a torch.nn.Module, found a {type(model).__name__}{path}")
+
+
+def resolve_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[tuple[str, nn.Module]]:
+    """Return (path, module) of the modules that are meant, in module order, each module once under its first path.
+
+    Args:
+        model: any module; a layer that is wrapped already counts as its linear.
+        target_modules: None (the projections of the text side), "all-linear" (every linear but the head and routers),
+            a sequence of name suffixes, or a regular expression for the whole path.
+        exclude_modules: name suffixes or a regular expression of what to leave out.
+
+    Raises:
+        TargetError: nothing matches (the message lists the linears that there are), or a matched module shares its
+            weight with the embedding.
+        WrapError: nothing matches, because the model is wrapped for PST.
+    """
+    linears = {p.path: p for p in find_projections(model) if is_linear(p.module)}
+    chosen = _choose(model, linears, target_modules, exclude_modules)
+    if "" in chosen:
+        raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
+    return [(path, projection.module) for path, projection in chosen.items()]
+
+
+def resolve_projections(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, Projection]:
+    """Return {path: projection} of what is meant, fused expert weights and Conv1D among them, in module order.
+
+    Arguments and errors as for `resolve_targets`; the path of a fused expert weight ends in the parameter's name.
+    """
+    found = {projection.path: projection for projection in find_projections(model)}
+    return _choose(model, found, target_modules, exclude_modules)
+
+
+def name_targets(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Return names that mean exactly these projections: last components of paths where that is so, else the paths."""
+    names = {last_name(path) for path in paths}
+    meant = {p.path for p in find_projections(model) if last_name(p.path) in names}
+    return tuple(sorted(names)) if meant == set(paths) else tuple(paths)
+
+
+def last_name(path: str) -> str:
+    """Return the last component of a projection's path, of the module where its parameter is called "weight"."""
+    return path.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the module that makes the logits, where the model can say which it is."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
+        head = None
+    return head if isinstance(head, nn.Module) else None
+
+
+def text_side(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that hold a model's text side: [""], the whole, unless it has several modalities.
+
+    Such a model's config holds one of its text part, which transformers' `get_text_config` gives; the modules of the
+    text side are those with a config of its class. Where the text has no config of its own (Phi-4), it is all but
+    `other_sides`.
+    """
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    text = getter() if callable(getter) else config
+    if text is None or text is config or type(text) is type(config):
+        return [""]
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if type(getattr(module, "config", None)) is type(text) and not any(path.startswith(f"{f}.") for f in found):
+            found.append(path)
+    return found or [""]
+
+
+def other_sides(model: nn.Module) -> list[str]:
+    """Return the paths of the modules whose config is one of images or sound."""
+    named = ((path, type(getattr(module, "config", None)).__name__) for path, module in model.named_modules() if path)
+    return [path for path, name in named if any(part in name for part in _OTHER_MODALITIES)]
+
+
+def is_projection_key(key: str, ndim: int) -> bool:
+    """Whether a state-dict key names a projection's weight: 2-D or 3-D, no embedding, output head, router or norm.
+
+    Args:
+        key: such as "model.layers.0.mlp.up_proj.weight", in memory or on disk.
+        ndim: number of dimensions of the tensor.
+    """
+    if ndim not in (2, 3) or _NOT_PROJECTION.search(key):
+        return False
+    if ndim == 3 and key.rpartition(".")[2] in EXPERT_WEIGHTS:
+        return True
+    return key.endswith(".weight") and not (ndim == 3 and "conv" in key)
+
+
+def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
+    """Whether a key names a 2-D floating weight that is neither a projection by its name nor an embedding."""
+    wanted = ndim == 2 and dtype.is_floating_point and key.endswith(".weight")
+    return wanted and not is_projection_key(key, ndim) and not _EMBEDDING.search(key)
+
+
+def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too.
+
+    A packed or quantized weight comes as a dense copy, decoded when it is reached.
+    """
+    yield from dense_projection_weights(model)
+    for name, module in packed_modules(model).items():
+        if is_projection_key(name, packed_ndim(module)):
+            yield name, module.weight, int(module.input_axis)  # type: ignore[misc, arg-type]  # nn.Module's own types
+
+
+def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield what `projection_weights` does, but for packed weights."""
+    for name, axis in dense_projections(model).items():
+        yield name, weight_of(model, name), axis
+
+
+def dense_projections(model: nn.Module) -> dict[str, int]:
+    """Return {parameter name: input axis} of what `dense_projection_weights` yields."""
+    axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
+    quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        readable = name in quantized or parameter.is_floating_point()  # other integers are codes
+        if readable and is_projection_key(name, 2 if name in quantized else parameter.ndim):
+            found[name] = axes.get(id(parameter), -1)
+    return found
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a model with its numbers: a quantized or offloaded one as a dense copy.
+
+    One that has none because it is on the meta device comes as it is.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:  # type: ignore[union-attr]
+        return read_quantized(module, name).dense()
+    return values(module, last).detach()
+
+
+def has_values(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of a model has numbers, in memory or where accelerate has it offloaded."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    held = module._parameters[last]
+    return held is not None and (not held.is_meta or is_offloaded(module, last))
+
+
+def _choose(
+    model: nn.Module,
+    found: dict[str, Projection],
+    target_modules: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+) -> dict[str, Projection]:
+    """Return those of the projections found that the arguments mean."""
+    head = output_head(model)
+    chosen = {path: p for path, p in found.items() if _is_target(path, p.module, target_modules, head)}
+    if target_modules is None:
+        text, other = text_side(model), tuple(f"{side}." for side in other_sides(model))
+        chosen = {
+            path: p
+            for path, p in chosen.items()
+            if any(not t or path.startswith(f"{t}.") for t in text) and not path.startswith(other)
+        }
+    if exclude_modules is not None:
+        excluded = _excluded(found, exclude_modules)
+        chosen = {path: p for path, p in chosen.items() if path not in excluded}
+    if not chosen:
+        _refuse_other_method(model)
+        raise TargetError(_nothing_matched(found, target_modules, exclude_modules))
+    _refuse_tied(model, chosen)
+    return chosen
+
+
+def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return {name of the weight: module} of the modules whose frozen weight is packed, in module order."""
+    packed = {p: m for p, m in model.named_modules() if getattr(m, "packed_layout", None) is not None}
+    return {p if packed_ndim(m) == 3 else f"{p}.weight" if p else "weight": m for p, m in packed.items()}
+
+
+def packed_ndim(module: nn.Module) -> int:
+    """Return the dimensions of a packed module's weight: 3 for experts, which go by the name of their parameter."""
+    return 3 if hasattr(module, "num_experts") else 2
+
+
+def _is_target(path: str, module: nn.Module, wanted: str | Sequence[str] | None, head: nn.Module | None) -> bool:
+    last = last_name(path)
+    if wanted is None:
+        never = module is head or any(part in _NEVER for part in path.split("."))
+        return (last in PROJECTIONS or last in OTHER_PROJECTIONS) and not never
+    if wanted == ALL_LINEAR:
+        return module is not head and last not in _NEVER and path.removesuffix(".layer").split(".")[-1] not in _ROUTERS
+    if isinstance(wanted, str):
+        return any(re.fullmatch(wanted, p) for p in (path, path.removesuffix(".weight")))
+    return any(is_suffix(path, name) for name in wanted)
+
+
+def _excluded(found: Iterable[str], names: str | Sequence[str]) -> set[str]:
+    """Return the paths that `exclude_modules` means; a TargetError where a name of a list means none."""
+    if isinstance(names, str):
+        return {path for path in found if name_matches(path, names)}
+    unknown = sorted(name for name in names if not any(is_suffix(path, name) for path in found))
+    if unknown:
+        raise TargetError(f"{arg('exclude_modules')}: no linear module is called {', '.join(unknown)}")
+    return {path for path in found if any(is_suffix(path, name) for name in names)}
+
+
+def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: object) -> str:
+    if not found:
+        return "the model has no linear modules, so there is nothing to adapt or prune"
+    suffixes: dict[str, list[str]] = {}
+    for path, projection in found.items():
+        name = f"{last_name(path)} {projection.shape}"
+        suffixes.setdefault(name, []).append(path)
+    listing = "\n".join(f"  {name}: {len(paths)} ×, such as {paths[0]}" for name, paths in sorted(suffixes.items()))
+    without = f" without {arg('exclude_modules', excluded)}" if excluded is not None else ""
+    return (
+        f"{arg('target_modules', wanted)}{without} matches no linear module. The model has these:\n{listing}\n"
+        f"{_suggestion(suffixes)}"
+    )
+
+
+def _refuse_other_method(model: nn.Module) -> None:
+    """Raise where the linear modules are hidden in layers of another way of training, which say how to get them out."""
+    for path, module in model.named_modules():
+        if way_out := getattr(module, "way_out", None):
+            raise WrapError(f"the model is wrapped for another method ({path} is a {type(module).__name__}): {way_out}")
+
+
+def _suggestion(names: Mapping[str, Sequence[str]]) -> str:
+    """Return the argument to pass: the names that come back in every block, which projections do and heads do not."""
+    often = max((len(paths) for paths in names.values()), default=0)
+    likely = sorted(
+        {
+            name.split(" ", 1)[0]
+            for name, paths in names.items()
+            if len(paths) == often and not any(_NOT_PROJECTION.search(f"{path}.weight") for path in paths)
+        }
+    )
+    if not likely or any(name.isdigit() for name in likely):
+        return f"Pass {arg('target_modules', ...)} with some of these names."
+    return f"Pass those that are projections, such as {arg('target_modules', likely)}"
+
+
+def _refuse_tied(model: nn.Module, chosen: Mapping[str, Projection]) -> None:
+    """Raise where a chosen module shares a parameter with any other: adapting one would change both."""
+    holders: dict[int, list[tuple[int, str]]] = {}  # {id of a parameter: (id of a module that has it, its name there)}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((id(module), f"{path}.{name}" if path else name))
+    for path, projection in chosen.items():
+        for parameter in projection.module.parameters(recurse=False):
+            mine = next(name for module, name in holders[id(parameter)] if module == id(projection.module))
+            other = next((name for module, name in holders[id(parameter)] if module != id(projection.module)), None)
+            if other is not None:
+                raise TargetError(
+                    f"{mine} is the same tensor as {other} (tied weights): changing one would "
+                    f"change the other. Leave {path} out, or untie first: "
+                    f"module.weight = torch.nn.Parameter(module.weight.clone())"
+                )

@@ -1,0 +1,229 @@
+"""A model's decoder blocks, run one at a time with exactly what the model itself passes to each.
+
+The model's own forward is called for every batch. Blocks before the one that is wanted do not compute: the last of
+them returns the output that was kept of it, those before it hand their input on. The output of the wanted one ends the
+call. So position ids, masks, rotary embeddings, whatever else an architecture passes and what it does between two
+blocks are its own. Kept are the output of one block, and what blocks put into a mapping that they all are passed (keys
+and values of a layer that later layers use too).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from spp.errors import NonFiniteError, TargetError, arg
+from spp.masks.patterns import all_finite
+
+BATCH_TOKENS = 2048  # windows are run together up to this many tokens
+
+
+class Reached(Exception):
+    """Ends the model's forward once what was wanted is known."""
+
+    def __init__(self, output: Any = None) -> None:
+        self.output = output
+
+
+def find_blocks(model: nn.Module, targets: Sequence[str]) -> tuple[str, list[nn.Module]]:
+    """Return the path and the blocks of the decoder: the list with the most parameters that holds targets.
+
+    Args:
+        model: any module whose forward runs a list of blocks one after another.
+        targets: module paths, all of which must lie in the blocks.
+
+    Raises:
+        TargetError: there is no such list, or some targets lie outside it.
+    """
+    for kind in (nn.ModuleList, nn.Sequential):
+        found = [
+            (sum(p.numel() for p in module.parameters()), path, list(module))
+            for path, module in model.named_modules()
+            if isinstance(module, kind) and any(_inside(target, path) for target in targets)
+        ]
+        if found:
+            _, path, blocks = max(found, key=lambda item: item[0])
+            break
+    else:
+        raise TargetError(
+            "the model has no list of blocks (nn.ModuleList) that holds the target modules, so it cannot be "
+            f"run block by block; {arg('method', 'magnitude')} without calibration does not need to"
+        )
+    outside = [target for target in targets if not _inside(target, path)]
+    if outside:
+        raise TargetError(
+            f"{len(outside)} target modules lie outside the decoder blocks {path!r} and cannot be calibrated with "
+            f"them: {', '.join(outside[:5])}{', …' if len(outside) > 5 else ''}; leave them out with "
+            f"{arg('exclude_modules')}, or use {arg('method', 'magnitude')} for them"
+        )
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise TargetError(f"some blocks of {path!r} are the same module: pruning one would change the other")
+    return path, blocks
+
+
+def _inside(target: str, path: str) -> bool:
+    return not path or target.startswith(path + ".")
+
+
+class BlockRunner:
+    """Runs one block after another on batches of windows, keeping the hidden states between them.
+
+    Args:
+        model: in eval mode.
+        path: of the list of blocks, for messages.
+        blocks: in the order in which the model runs them.
+        windows: token ids (k, L).
+    """
+
+    def __init__(self, model: nn.Module, path: str, blocks: Sequence[nn.Module], windows: Tensor) -> None:
+        self._model = model
+        self._path = path
+        self._blocks = blocks
+        self._batches = windows.to(_input_device(model)).split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._outputs: list[Any] = [None] * len(self._batches)  # of the block before the next one, as it returned them
+        self._shared: list[dict[int | str, dict[Any, Any]]] = [{} for _ in self._batches]  # {argument: its entries}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def run(self, index: int, *, keep: bool) -> Iterator[int]:
+        """Run block `index` on its inputs batch by batch; what is of interest in it, hooks have seen.
+
+        Args:
+            index: of the block that is next.
+            keep: take the outputs as the inputs of the next block; else drop them, and let hooks raise `Reached` to
+                spare the rest of the block.
+
+        Yields:
+            The number of each batch once it is through.
+
+        Raises:
+            NonFiniteError: an output that is to be kept holds NaN or infinity.
+        """
+        for batch in range(len(self._batches)):
+            output, shared = self._run(index, batch)
+            if keep:
+                self._keep(index, batch, output)
+                for argument, entries in shared.items():
+                    self._shared[batch].setdefault(argument, {}).update(entries)
+            yield batch
+
+    def propagate(self, index: int) -> None:
+        """Run block `index` and keep its outputs as the inputs of the next one."""
+        for _ in self.run(index, keep=True):
+            pass
+
+    def _keep(self, index: int, batch: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor):
+            raise TargetError(f"{self._path}.{index} returns a {type(output).__name__}, not hidden states")
+        if not all_finite(hidden):
+            raise NonFiniteError(
+                f"the output of {self._path}.{index} holds NaN or infinity",
+                remedy=f"load the model in a wider dtype, such as {arg('dtype', torch.float32)}",
+            )
+        self._outputs[batch] = output
+
+    def _run(self, index: int, batch: int) -> tuple[Any, dict[int | str, dict[Any, Any]]]:
+        """Return the output of a block, and the entries that it put into mappings that it was passed."""
+        block = self._blocks[index]
+        mappings: dict[int | str, tuple[MutableMapping[Any, Any], dict[Any, Any]]] = {}
+
+        def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            for argument, value in given:
+                if isinstance(value, MutableMapping):
+                    value.update(self._shared[batch].get(argument, {}))
+                    mappings[argument] = value, dict(value)
+
+        def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
+            raise Reached(output)
+
+        hooks = [block.register_forward_pre_hook(fill, with_kwargs=True), block.register_forward_hook(finish)]
+        try:
+            with self._skipped(index, batch):
+                call_model(self._model, self._batches[batch])
+        except Reached as reached:
+            return reached.output, {argument: _added(*pair) for argument, pair in mappings.items()}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise TargetError(f"the model's forward does not run {self._path}.{index}; it cannot be calibrated")
+
+    @contextlib.contextmanager
+    def _skipped(self, count: int, batch: int) -> Iterator[None]:
+        """Let the last of the first `count` blocks return what was kept of it, and those before it their input."""
+        kept = self._outputs[batch]
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            return _copied(kept)
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs[hidden_name(kwargs)]
+            return (hidden, *_copied(kept[1:])) if isinstance(kept, tuple) else hidden
+
+        before = [block.__dict__.get("forward") for block in self._blocks[:count]]
+        try:
+            for number, block in enumerate(self._blocks[:count], start=1):
+                block.__dict__["forward"] = give if number == count else hand_on
+            yield
+        finally:
+            for block, forward in zip(self._blocks, before, strict=False):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = forward
+
+
+def _copied(output: Any) -> Any:
+    """Return a block's output with its tensors copied: what comes next may change them in place."""
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output
+
+
+def _added(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the entries of a mapping that are not those from before."""
+    return {key: value for key, value in mapping.items() if key not in before or before[key] is not value}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def call_model(model: nn.Module, ids: Tensor) -> None:
+    """Run the model's forward on token ids (k, L), without a cache where that can be said."""
+    parameters = inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if "use_cache" in parameters else {}
+    if "input_ids" in parameters:
+        model(input_ids=ids, **options)
+    else:
+        model(ids, **options)
+
+
+def hidden_name(kwargs: dict[str, Any]) -> str:
+    """Return which of a block's keyword arguments holds the hidden states, where none is positional."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    parameters = (embedding if isinstance(embedding, nn.Module) else model).parameters()
+    return next(parameters, torch.empty(0)).device

@@ -1,0 +1,232 @@
+"""Prune a checkpoint that is larger than memory: one decoder block at a time from disk to disk.
+
+    for each block: load → collect statistics → prune → write its shard → propagate → unload
+
+In memory at once: one block, its statistics, the hidden states and what lies before the blocks (embeddings). The
+weights are bit for bit those of `spp.prune`. Finished blocks wait in a folder beside the output; a run that was killed
+finds them there, goes through them again only to propagate, and goes on with the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spp._version import __version__
+from spp.certifying.sources import checkpoint_directory
+from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
+from spp.errors import StreamingError, TargetError
+from spp.files import CheckpointReader, check_target, dtype_name
+from spp.files.carry import refuse_overlap
+from spp.files.reader import INDEX, SINGLE
+from spp.masks.patterns import Pattern, as_array
+from spp.models.projection import Projection
+from spp.models.streamed import StreamedModel
+from spp.pruning.blocks import BlockRunner, evaluating, find_blocks
+from spp.pruning.loop import BlockStore, layers_by_block, owl_patterns, prune_blocks
+from spp.pruning.plan import PrunePlan, check_layer, make_plan
+from spp.pruning.report import LayerReport, PruneReport
+from spp.pruning.windows import Calibration, check_calibration
+from spp.pruning.work import Work
+
+
+def prune_checkpoint(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: str = "wanda",
+    pattern: Patterns = "2:4",
+    calibration: Calibration | None = None,
+    *,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    tokenizer: Any = None,
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    owl: OWL | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+) -> PruneReport:
+    """Prune a checkpoint into another one, block by block, and certify it.
+
+    Args:
+        directory: a checkpoint of safetensors files, or a hub id.
+        out: the directory to make: the weights (in one file up to 5 GB, else in one for each block), the source's
+            other files, sparsity.json.
+        method: as for `spp.prune`.
+        pattern: as for `spp.prune`.
+        calibration: as for `spp.prune`.
+        target_modules: as for `spp.prune`.
+        exclude_modules: as for `spp.prune`.
+        tokenizer: as for `spp.prune`.
+        nsamples: as for `spp.prune`.
+        seqlen: as for `spp.prune`.
+        seed: as for `spp.prune`.
+        owl: as for `spp.prune`; the dense blocks pass through memory once more.
+        dtype: of the weights, while they are pruned and as they are written; None is the checkpoint's own.
+        device: where a block is run.
+        overwrite: replace what is at `out`, if it is an output (spp.files.recognised) and holds nothing else.
+
+    Returns:
+        What was done to each layer.
+
+    Raises:
+        CheckpointError: the files are bad.
+        StreamingError: the weights are stored otherwise than the model has them, or `method` needs no calibration and
+            targets lie outside the decoder blocks; `spp.prune` can do it.
+        OutputError: `out` exists or cannot be written; what is finished stays for the next run.
+        ConfigError, PatternError, TargetError, DataError, NonFiniteError: as `spp.prune`.
+
+    Example:
+        >>> report = prune_checkpoint("model", "pruned", "magnitude", "2:4")  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    options = PruneOptions(
+        method=method,
+        pattern=pattern,
+        calibration=calibration,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        owl=owl,
+    )
+    if calibration is not None:
+        check_calibration(calibration)
+    target = Path(os.path.realpath(out))
+    source = checkpoint_directory(directory)
+    refuse_overlap(target, source, "the model")
+    check_target(target, overwrite=overwrite, copies=[source])
+    _require_safetensors(source)
+    with CheckpointReader(source) as reader:
+        streamed = StreamedModel(reader, dtype, device)
+        model = streamed.model
+        plan = make_plan(model, options, tokenizer)
+        streamed.require_floats(layer.parameter_path for layer in plan.layers.values())
+        root, blocks = _blocks(model, plan)
+        of_block = layers_by_block(plan.layers, root, len(blocks))
+        keys = [[k for k in reader if streamed.memory_key(k).startswith(f"{root}.{i}.")] for i in range(len(blocks))]
+        rest = sorted(set(reader.keys()).difference(*keys))
+        with Work(target, _job(plan, reader, streamed, dtype), len(blocks)) as work:
+            streamed.load((key for key in rest if not streamed.is_heads(key)), reader)
+            model.tie_weights()  # type: ignore[operator]
+            store = _Streamed(streamed, source, work, blocks, keys, of_block)
+            with evaluating(model):
+                _run(plan, work, store, of_block, lambda: BlockRunner(model, root, blocks, plan.windows.to(device)))
+            layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
+            work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite)
+    return plan.report(work.reports(), started)
+
+
+def _run(
+    plan: PrunePlan,
+    work: Work,
+    store: BlockStore,
+    of_block: list[dict[str, Projection]],
+    make_runner: Callable[[], BlockRunner],
+) -> None:
+    """Prune what is not finished; OWL's patterns are found once, before the first block is."""
+    patterns, owl = plan.patterns, plan.options.owl
+    if owl is not None:
+        known = work.recall("patterns")
+        if known is None:
+            fraction = Pattern.parse(plan.options.pattern).sparsity  # type: ignore[arg-type]  # no mapping with owl
+            found = owl_patterns(make_runner(), of_block, owl, fraction, plan.windows, store)
+            known = {path: str(pattern) for path, pattern in found.items()}
+            work.remember("patterns", known)
+        if known.keys() != patterns.keys():
+            raise work.malformed()
+        patterns = {path: Pattern.parse(pattern) for path, pattern in known.items()}
+    runner = make_runner() if plan.calibrated else None
+    prune_blocks(runner, of_block, plan.method, patterns, plan.windows, store)
+
+
+class _Streamed(BlockStore):
+    """Blocks that come from the source, or finished ones from the work folder, and go to the work folder."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        source: Path,
+        work: Work,
+        blocks: list[nn.Module],
+        keys: list[list[str]],
+        of_block: list[dict[str, Projection]],
+    ) -> None:
+        self._streamed = streamed
+        self._source = source
+        self._work = work
+        self._blocks = blocks
+        self._keys = keys
+        self._of_block = of_block
+
+    @contextlib.contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """Load a block for as long as it is needed."""
+        finished = self.has(index)
+        # A reader of its own: what one block has read of the files is let go of, and does not add up to all of them.
+        with self._work.reader(index) if finished else CheckpointReader(self._source) as origin:
+            self._streamed.load(self._keys[index], origin)
+        if not finished:
+            for layer in self._of_block[index].values():
+                check_layer(layer)
+        yield
+        self._streamed.unload(self._blocks[index])
+
+    def has(self, index: int) -> bool:
+        """Whether a block is finished."""
+        return self._work.has(index)
+
+    def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
+        """Write a block."""
+        self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done)
+
+
+def _require_safetensors(source: Path) -> None:
+    if not (source / SINGLE).exists() and not (source / INDEX).exists():
+        pickled = sorted(path.name for path in source.glob("*.bin*"))
+        if pickled:
+            raise StreamingError(
+                f"{source} has no safetensors, only {pickled[0]}, so it can be pruned in memory, but not block by "
+                f"block from the disk"
+            )
+
+
+def _blocks(model: nn.Module, plan: PrunePlan) -> tuple[str, list[nn.Module]]:
+    try:
+        return find_blocks(model, list(plan.layers))
+    except TargetError as error:
+        if plan.calibrated:
+            raise
+        raise StreamingError(
+            f"{error.marked}; it can be pruned in memory, but not block by block from the disk"
+        ) from error
+
+
+def _job(
+    plan: PrunePlan, reader: CheckpointReader, streamed: StreamedModel, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Return all that decides what a finished block holds."""
+    owl = plan.options.owl
+    files = {name: (reader.directory / name).stat() for name in sorted(reader.shards())}
+    return {
+        "spp_version": __version__,
+        "method": plan.method.name,
+        "patterns": {path: str(pattern) for path, pattern in plan.patterns.items()},
+        "owl": None if owl is None else [owl.threshold, owl.spread],
+        "dtype": str(dtype),
+        "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
+        "windows": hashlib.sha256(as_array(plan.windows.contiguous()).data).hexdigest(),
+        "shape": list(plan.windows.shape),
+        "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
+    }

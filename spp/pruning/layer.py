@@ -1,0 +1,145 @@
+"""Which statistics each pruning method needs, and how it prunes one layer with them, in place.
+
+relative error = ‖X (W − Ŵ)ᵀ‖_F / ‖X Wᵀ‖_F, over all experts of a fused weight together, where
+‖X Dᵀ‖²_F = tr(D H Dᵀ) with H = XᵀX, or summed over sampled rows of X.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spp.configs.pruning import Method
+from spp.masks.dsnot import dsnot
+from spp.masks.magnitude import magnitude_mask
+from spp.masks.patterns import Pattern, nonzero_mask
+from spp.masks.select import work_dtype
+from spp.masks.sparsegpt import InverseFactor, inverse_factor, sparsegpt_factored
+from spp.masks.stats import StatsCollector
+from spp.masks.wanda import wanda_mask
+from spp.models.projection import Projection
+from spp.pruning.report import LayerReport
+
+_NAMED = 8  # experts that a note names
+_DSNOT_THRESHOLD = 0.1  # of |ε| summed over the tokens of a window
+
+
+class LayerInputs:
+    """What is known of the inputs of one or several layers that read the same tensor.
+
+    Args:
+        collector: their statistics.
+        windows: calibration windows, by which the Hessian is scaled as its authors do.
+    """
+
+    def __init__(self, collector: StatsCollector, windows: int) -> None:
+        self.collector = collector
+        self._windows = windows
+        self._hessian = collector.hessian()
+        self._factor: InverseFactor | None = None
+
+    def factor(self, where: str) -> InverseFactor:
+        """Return the factor of the damped Hessian, computed once."""
+        if self._factor is None:
+            assert self._hessian is not None
+            self._factor = inverse_factor(
+                self._hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
+            )
+        return self._factor
+
+    def dsnot_threshold(self) -> float:
+        """Return DSnoT's threshold for ε = Σ W μ with the mean μ over tokens.
+
+        The authors' code sums inputs over a window's tokens and compares that ε with 0.1.
+        """
+        return _DSNOT_THRESHOLD * self._windows / self.collector.count
+
+    def square_norm(self, weight: Tensor) -> float:
+        """Return ‖X Wᵀ‖²_F of a weight (m, n), on all inputs or on the sample."""
+        w = weight.to(work_dtype(weight))
+        if self._hessian is not None:
+            w = w.to(self._hessian.dtype)
+            return float(((w @ self._hessian) * w).sum().clamp_min(0))
+        output = self.collector.sample().to(w.dtype) @ w.T  # (t, m)
+        return float(output.square().sum())
+
+
+@torch.no_grad()
+def prune_layer(
+    layer: Projection, inputs: Sequence[LayerInputs] | None, method: Method, pattern: Pattern
+) -> LayerReport:
+    """Prune a projection's weight in place, each expert as a matrix of its own; the Parameter stays the same object.
+
+    Args:
+        layer: what to prune.
+        inputs: what is known of the inputs of each of its matrices; None, or none seen, prunes by magnitude.
+        method: how.
+        pattern: to what.
+    """
+    started = time.perf_counter()
+    before = _sparsity(layer.weight)
+    matrices = layer.matrices()
+    without: list[int] = []  # matrices that no token reached
+    notes: dict[str, list[int]] = {}
+    whole = lost = 0.0
+    tokens = 0
+    for number, weight in enumerate(matrices):
+        known = inputs[number] if inputs is not None else None
+        if known is None or known.collector.count == 0:
+            without.append(number)
+            weight.masked_fill_(~magnitude_mask(weight, pattern), 0)
+            continue
+        tokens += known.collector.count
+        where = f"{layer.path}[{number}]" if layer.fused else layer.path
+        pruned, note = _pruned(where, weight, known, method, pattern)
+        if note:
+            notes.setdefault(note, []).append(number)
+        whole += known.square_norm(weight)
+        lost += known.square_norm(weight - pruned)
+        weight.copy_(pruned)
+    if without and method.calibrated:
+        notes["no calibration token reached it: pruned by magnitude"] = without
+    measured = len(without) < len(matrices)
+    return LayerReport(
+        shape=(*layer.weight.shape[:-2], *matrices[0].shape),
+        pattern=str(pattern),
+        sparsity=_sparsity(layer.weight),
+        sparsity_before=before,
+        relative_error=((lost / whole) ** 0.5 if whole > 0 else 0.0) if measured else None,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        note="; ".join(_note(text, numbers, layer.fused) for text, numbers in notes.items()),
+    )
+
+
+def _note(text: str, numbers: Sequence[int], fused: bool) -> str:
+    if not fused:
+        return text
+    shown = ", ".join(map(str, numbers[:_NAMED])) + (", …" if len(numbers) > _NAMED else "")
+    return f"{len(numbers)} expert{'s' if len(numbers) > 1 else ''} ({shown}): {text}"
+
+
+def _pruned(path: str, weight: Tensor, inputs: LayerInputs, method: Method, pattern: Pattern) -> tuple[Tensor, str]:
+    """Return the pruned weight (m, n) and a note."""
+    note = ""
+    if method.mask == "sparsegpt":
+        factor = inputs.factor(path)
+        if factor.raised:
+            note = f"damping raised to {factor.damping:g}"
+        updated, mask = sparsegpt_factored(weight, factor, pattern)
+        if method.updates:
+            return updated, note
+    elif method.mask == "wanda":
+        mask = wanda_mask(weight, inputs.collector.stats().norm, pattern)
+    else:
+        mask = magnitude_mask(weight, pattern)
+    if method.refined:
+        mask = dsnot(weight, mask, inputs.collector.stats(), pattern, threshold=inputs.dsnot_threshold())
+    return weight.masked_fill(~mask, 0), note
+
+
+def _sparsity(weight: Tensor) -> float:
+    return 1 - int(nonzero_mask(weight).sum()) / max(1, weight.numel())

@@ -1,0 +1,123 @@
+"""`spp.prune`: a model in memory, pruned in place.
+
+With calibration the model goes through block by block: a block's inputs are known, it runs once to collect the
+statistics of what its layers read, its layers are pruned, and it runs again to give the next block the inputs that a
+pruned model has (SparseGPT and Wanda, their published procedure). Only one block's statistics and the current hidden
+states exist at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
+from spp.errors import NonFiniteError, WrapError
+from spp.masks.patterns import Pattern
+from spp.packing.model import packed_layers
+from spp.pruning.blocks import BlockRunner, evaluating, find_blocks
+from spp.pruning.layer import prune_layer
+from spp.pruning.loop import layers_by_block, owl_patterns, prune_blocks
+from spp.pruning.plan import check_layer, make_plan
+from spp.pruning.report import PruneReport
+from spp.pruning.windows import Calibration, check_calibration
+from spp.wrapping.wrap import is_wrapped
+
+
+def prune(
+    model: nn.Module,
+    method: str = "wanda",
+    pattern: Patterns = "2:4",
+    calibration: Calibration | None = None,
+    *,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    tokenizer: Any = None,
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    owl: OWL | None = None,
+) -> PruneReport:
+    """Prune a model's projections in place: linears, GPT-2's Conv1D and fused experts, N:M along their inputs.
+
+    Each expert of a fused weight (E, m, n) is a matrix of its own, judged by the tokens that are routed to it; one that
+    gets none falls back to magnitude, and the report says so.
+
+    Zeros that are there before stay zeros, whatever the method but SparseGPT: it updates every weight that it keeps. A
+    zero scores lowest and is pruned first, so pruning twice to one pattern by one method adds nothing.
+
+    Args:
+        model: not wrapped, not quantized; its weights must be in memory.
+        method: "magnitude", "wanda", "sparsegpt", "dsnot" (Wanda's mask refined), or "magnitude+dsnot",
+            "sparsegpt+dsnot" (their masks refined, on the weights as they were).
+        pattern: "N:M" (N kept of every M inputs), the fraction pruned, or {name suffix or regular expression: pattern},
+            of which the first that matches a module path counts.
+        calibration: token ids (k, L), a list of texts, or the path of a text or JSONL ({"text": …}) file. "magnitude"
+            needs none, and with some reports its output errors.
+        target_modules: as for `spp.wrap`.
+        exclude_modules: as for `spp.wrap`.
+        tokenizer: the model's, where calibration is text.
+        nsamples: calibration windows at most.
+        seqlen: tokens of a window that is cut from text.
+        seed: of the draw of windows.
+        owl: with `OWL()` a block's sparsity follows the outliers of the dense model's block around the fraction that
+            `pattern` is, at the price of one more forward pass; needs calibration, whatever the method.
+
+    Returns:
+        What was done to each layer.
+
+    Raises:
+        ConfigError, PatternError, TargetError, DataError, WrapError, NonFiniteError: found before anything is changed,
+            except for activations that are not finite: the message says how far pruning went.
+
+    Example:
+        >>> report = prune(model, "wanda", "2:4", "corpus.txt", tokenizer=tokenizer)  # doctest: +SKIP
+        >>> report.sparsity  # doctest: +SKIP
+        0.5
+    """
+    started = time.perf_counter()
+    options = PruneOptions(
+        method=method,
+        pattern=pattern,
+        calibration=calibration,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        owl=owl,
+    )
+    if calibration is not None:
+        check_calibration(calibration)
+    if is_wrapped(model):
+        raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then prune")
+    if packed_layers(model):
+        raise WrapError("the model is packed: spp.unpack(model) first, then prune")
+    plan = make_plan(model, options, tokenizer)
+    for layer in plan.layers.values():
+        check_layer(layer)
+    if not plan.calibrated:
+        bar = tqdm(plan.layers.items(), desc=f"pruning ({method})", unit="layer", disable=None)
+        done = {path: prune_layer(layer, None, plan.method, plan.patterns[path]) for path, layer in bar}
+        return plan.report(done, started)
+    root, blocks = find_blocks(model, list(plan.layers))
+    of_block = layers_by_block(plan.layers, root, len(blocks))
+    patterns = plan.patterns
+    with evaluating(model):
+        if owl is not None:
+            fraction = Pattern.parse(pattern).sparsity  # type: ignore[arg-type]  # PruneOptions: no mapping with owl
+            patterns = owl_patterns(
+                BlockRunner(model, root, blocks, plan.windows), of_block, owl, fraction, plan.windows
+            )
+        try:
+            done = prune_blocks(
+                BlockRunner(model, root, blocks, plan.windows), of_block, plan.method, patterns, plan.windows
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error.marked} (blocks before it are pruned already: load the model anew)"
+            ) from error
+    return plan.report(done, started)

@@ -1,0 +1,169 @@
+"""Calibration data as token windows (k, L): drawn from texts with a seed, or given."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.configs.calibration import KNOWN, check_source, is_data_set, is_ids
+from spp.errors import DataError, SPPWarning, arg
+from spp.pruning.sources import documents, read_ids
+
+logger = logging.getLogger(__name__)
+
+Calibration = Tensor | Sequence[str] | str | os.PathLike[str]
+_PIECE = 32  # characters per token of a window that a long text is cut into before it is drawn from
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Raise a DataError for what can be no calibration data; no file is read."""
+    if isinstance(calibration, Tensor):
+        _check_ids(calibration, "calibration")
+    elif isinstance(calibration, (str, os.PathLike)):
+        check_source(os.fspath(calibration))
+    elif not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
+        raise DataError(
+            f"{arg('calibration')} is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a "
+            f"path or id: "
+            f"{KNOWN}"
+        )
+
+
+def needs_tokenizer(calibration: Calibration) -> bool:
+    """Whether calibration data is text."""
+    if isinstance(calibration, (str, os.PathLike)):
+        return not is_ids(os.fspath(calibration))
+    return not isinstance(calibration, Tensor)
+
+
+def load_ids(calibration: Calibration) -> Calibration:
+    """Return the tensor in a file of token ids; any other calibration data as it is."""
+    if isinstance(calibration, Tensor) or needs_tokenizer(calibration):
+        return calibration
+    path = os.fspath(calibration)  # type: ignore[arg-type]  # a path, or it would need a tokenizer
+    ids = read_ids(path)
+    _check_ids(ids, path)
+    return ids
+
+
+def describe_calibration(calibration: Calibration | None) -> str:
+    """Return what a report says of where the windows are from."""
+    if isinstance(calibration, (str, os.PathLike)):
+        return os.fspath(calibration)
+    return "" if calibration is None else "token ids" if isinstance(calibration, Tensor) else "texts"
+
+
+def calibration_windows(
+    calibration: Calibration,
+    tokenizer: Any,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+) -> Tensor:
+    """Return at most `nsamples` windows of token ids, int64 (k, L), the same for the same seed.
+
+    Args:
+        calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or a path
+            or the id of a data set, see spp.pruning.sources.
+        tokenizer: of the model; needed for text only.
+        nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
+        seqlen: L of windows cut from text.
+        seed: of the draw.
+
+    Raises:
+        DataError: no such data, empty or malformed data, text shorter than one window, no tokenizer.
+        DependencyError: a data set is meant, and `datasets` is not installed.
+    """
+    check_calibration(calibration)
+    calibration = load_ids(calibration)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(calibration, Tensor):
+        return _drawn_rows(calibration, nsamples, generator)
+    if tokenizer is None:
+        raise DataError(
+            f"{arg('calibration')} is text, and text needs the model's tokenizer: pass {arg('tokenizer', ...)}, or "
+            f"token "
+            f"ids (k, L)"
+        )
+    if not callable(tokenizer):
+        raise DataError(
+            f"{arg('tokenizer')} is {tokenizer!r}, which cannot be called with a text: pass the model's tokenizer "
+            f"itself, "
+            f"such as AutoTokenizer.from_pretrained(…)"
+        )
+    source = os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
+    where = "the list of texts" if source is None else source
+    if source is not None and is_data_set(source):
+        whole, texts = True, documents(source, seed)
+    else:
+        listed = list(calibration) if source is None else list(documents(source, seed))  # type: ignore[arg-type]
+        whole, texts = _drawn_texts(listed, seqlen, generator)
+    windows = _cut(texts, whole, where, tokenizer, nsamples, seqlen)
+    logger.info("%d calibration windows of %d tokens from %s (seed %d)", *windows.shape, where, seed)
+    return windows
+
+
+def _check_ids(ids: Tensor, where: str) -> None:
+    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise DataError(f"{where} is a {tuple(ids.shape)} {kind} tensor; expected token ids (k, L), integers")
+
+
+def _drawn_rows(ids: Tensor, nsamples: int, generator: torch.Generator) -> Tensor:
+    ids = ids.detach().to("cpu", torch.int64)
+    if len(ids) <= nsamples:
+        return ids
+    logger.info("drawing %d of the %d calibration windows", nsamples, len(ids))
+    return ids[torch.randperm(len(ids), generator=generator)[:nsamples].sort().values]
+
+
+def _drawn_texts(texts: list[str], seqlen: int, generator: torch.Generator) -> tuple[bool, Iterator[str]]:
+    """Return whether documents are taken whole, and them, or pieces of the only one, in drawn order."""
+    whole = len(texts) > 1
+    pieces = texts if whole or not texts else list(_pieces(texts[0], _PIECE * seqlen))
+    return whole, (pieces[index] for index in torch.randperm(len(pieces), generator=generator).tolist())
+
+
+def _cut(texts: Iterator[str], whole: bool, where: str, tokenizer: Any, nsamples: int, seqlen: int) -> Tensor:
+    """Tokenise texts until there is enough, whole ones with their special tokens; cut what came."""
+    tokens: list[int] = []
+    empty = True
+    for text in texts:
+        if text.strip():
+            empty = False
+            tokens += tokenizer(text, add_special_tokens=whole, verbose=False)["input_ids"]
+        if len(tokens) >= nsamples * seqlen:
+            break
+    if empty:
+        raise DataError(f"calibration text is empty: {where}")
+    windows = min(nsamples, len(tokens) // seqlen)
+    if windows == 0:
+        raise DataError(
+            f"calibration text is too short: {where} gives {len(tokens)} tokens, less than one window of "
+            f"{arg('seqlen', seqlen)}; pass more text or a smaller {arg('seqlen')}"
+        )
+    if windows < nsamples:
+        warnings.warn(
+            f"{where} gives {windows} calibration window{'s' * (windows > 1)} of {seqlen} tokens, not the {nsamples} "
+            f"asked for",
+            SPPWarning,
+            stacklevel=5,
+        )
+    return torch.tensor(tokens[: windows * seqlen]).view(windows, seqlen)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Cut a text at line ends into pieces of at least `size` characters (the last may be shorter)."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size)
+        end = len(text) if end < 0 else end + 1
+        yield text[start:end]
+        start = end

@@ -1,0 +1,40 @@
+"""PackedWeight: a pruned matrix stored at the size of what was kept, PackedStack: those of several experts.
+
+How they lie in memory: `spp.weights.packed.layout`.
+"""
+
+from __future__ import annotations
+
+from spp.weights.held import FLOATS, HeldWeight
+from spp.weights.holder import NAMES, HoldsWeight, converting
+from spp.weights.packed.layout import Layout
+from spp.weights.packed.matrix import DTYPES, PackedWeight
+from spp.weights.packed.stack import PackedStack, StackLayout
+from spp.weights.quantized.matrix import QuantizedLayout, QuantizedWeight
+from spp.weights.quantized.quantizers import (
+    quantize_like,
+    quantized_kind,
+    read_quantized,
+    release_quantized,
+    write_quantized,
+)
+
+__all__ = [
+    "DTYPES",
+    "FLOATS",
+    "NAMES",
+    "HeldWeight",
+    "HoldsWeight",
+    "Layout",
+    "PackedStack",
+    "PackedWeight",
+    "QuantizedLayout",
+    "QuantizedWeight",
+    "StackLayout",
+    "converting",
+    "quantize_like",
+    "quantized_kind",
+    "read_quantized",
+    "release_quantized",
+    "write_quantized",
+]

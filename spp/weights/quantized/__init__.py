@@ -1,0 +1,1 @@
+"""Quantized weights as bitsandbytes and torchao store them, read a block at a time."""

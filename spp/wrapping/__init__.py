@@ -1,0 +1,1 @@
+"""Wrapping: adapters put into a model, taken out of it, saved and loaded."""

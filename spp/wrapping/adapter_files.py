@@ -1,0 +1,276 @@
+"""Adapter directories on disk, read without a model: our own format, and that of the SPP authors' code.
+
+Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks,
+          base_values and base_forms (spp.weights.base_values; older adapters lack them), task_type, and with PEFT as
+          the writer the fields of its own;
+          adapter_model.safetensors: base_model.model.<module path>.spp_alpha (r, n) and .spp_beta (m, 1), float32.
+Authors'  adapter_config.json with lora_alpha, lora_dropout and an r that need not be the tensors';
+          adapter_model.safetensors or .bin: …<module path>.lora_A.weight (r, n), …lora_A.weight_col (m, 1) or (1, m).
+          r is the rows of the tensor; scaling = lora_alpha / the config's r.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from spp.configs.adapter import SPPConfig
+from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
+from spp.files import CheckpointReader, read_json
+from spp.files.hub import local_directory
+from spp.files.reader import require_inside
+from spp.masks.patterns import all_finite
+from spp.rules import get_rule
+from spp.rules.idle import idle_reason, no_update_text
+
+logger = logging.getLogger(__name__)
+
+PEFT_TYPE = "SPP"
+PST_TYPE = "PST"  # what spp.pst.save writes
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+OLD_WEIGHTS_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+_AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)(?:\.default)?$")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter directory holds.
+
+    Attributes:
+        source: the directory.
+        config: how the adapter was made.
+        tensors: {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)}, float32 or float64.
+        base_masks: {module path: mask hash} of the base that it was trained on; None for the authors' files.
+        base_name: where that base came from, or None.
+        base_values, base_forms: {module path: hash of the base's values} and {module path: what was hashed}, as
+            spp.weights.base_values has them; None where the files do not say.
+    """
+
+    source: Path
+    config: SPPConfig
+    tensors: dict[str, Tensor]
+    base_masks: dict[str, str] | None
+    base_name: str | None
+    base_values: dict[str, str] | None = None
+    base_forms: dict[str, str] | None = None
+
+    def layers(self) -> dict[str, tuple[Tensor, ...]]:
+        """Return {module path: the rule's parameters in their order}; an AdapterError if a layer lacks one."""
+        names = get_rule(self.config.rule).attribute_names()
+        paths = list(dict.fromkeys(key.rsplit(".", 1)[0] for key in self.tensors))
+        missing = sorted(f"{path}.{name}" for path in paths for name in names if f"{path}.{name}" not in self.tensors)
+        if missing:
+            raise AdapterError(f"{self.source}: the adapter lacks {', '.join(missing)}; save or fetch it again")
+        return {path: tuple(self.tensors[f"{path}.{name}"] for name in names) for path in sorted(paths)}
+
+    def warn_unchecked(self) -> None:
+        """Log of which layers the files do not say which zeros they were trained on."""
+        paths = {key.rsplit(".", 1)[0] for key in self.tensors}
+        unknown = sorted(paths - (self.base_masks or {}).keys())
+        if unknown:
+            which = "" if self.base_masks is None else f" in {', '.join(unknown)}"
+            logger.warning("%s does not say which zeros it was trained on%s; they are not checked", self.source, which)
+
+
+def method_of(path: str | Path) -> str | None:
+    """Return the method that an adapter directory, or a hub id, says it is of: "SPP", "PST", …, or None.
+
+    Raises:
+        CheckpointError: its config is missing or cannot be read.
+    """
+    kind = _read_config(local_directory(path, "adapter")).get("peft_type")
+    return kind if isinstance(kind, str) else None
+
+
+def read_adapter(path: str | Path) -> AdapterFiles:
+    """Read and check an adapter directory, or a hub id, without a model.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt, truncated or holds code.
+        AdapterError: it is another method's adapter, keys do not belong, or it is empty.
+        ConfigError: its config makes no sense or is of a newer version.
+        NonFiniteError: NaN or infinity, with the keys.
+    """
+    directory = local_directory(path, "adapter")
+    values = _read_config(directory)
+    tensors = _read_tensors(directory)
+    if values.get("peft_type") == PEFT_TYPE:
+        files = _ours(directory, values, tensors)
+    elif any(_AUTHORS_KEY.match(k) and "weight_col" in k for k in tensors):
+        files = _authors(directory, values, tensors)
+    else:
+        kind = values.get("peft_type", "unknown")
+        remedy = "spp.pst.load, on the dense model" if kind == PST_TYPE else "the library that made it"
+        raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
+    if not files.tensors:
+        raise AdapterError(f"{directory}: the adapter holds no tensor; save or fetch it again")
+    bad = sorted(key for key, tensor in files.tensors.items() if not all_finite(tensor))
+    if bad:
+        raise NonFiniteError(
+            f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
+        )
+    return files
+
+
+def why_malformed(hashes: Any, forms: Any) -> str | None:
+    """Return what is wrong with the two fields of an adapter's config; None where nothing is, or both are missing."""
+    if hashes is None and forms is None:
+        return None
+    for name, value in (("base_values", hashes), ("base_forms", forms)):
+        if not isinstance(value, Mapping) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            return f"{name} must map module paths to {'hashes' if value is hashes else 'what was hashed'}"
+    bad = [path for path, digest in hashes.items() if not re.fullmatch("[0-9a-f]{64}", digest)]
+    if bad:
+        return f"base_values must be the 64 hexadecimal digits of a sha256; they are not for {some_of(bad)}"
+    if hashes.keys() != forms.keys():
+        return f"base_values and base_forms name other layers, such as {min(hashes.keys() ^ forms.keys())}"
+    return None
+
+
+def adapter_without_update(files: AdapterFiles) -> str | None:
+    """Return a sentence that says why an adapter on disk changes no weight; None where its parameters are not idle."""
+    rule, scaling = get_rule(files.config.rule), files.config.scaling
+    reason = idle_reason((rule, params, scaling) for params in files.layers().values())
+    return None if reason is None else no_update_text(reason)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path, inner = directory / CONFIG_NAME, directory / "adapter"
+    if not path.exists() and (inner / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{directory} holds no adapter itself, but a run's: pass {inner}")
+    return read_json(path, "adapter config")
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    weights, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
+    if weights.exists() or not old.exists():
+        with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
+            tensors = {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
+    else:
+        tensors = _read_old(old)
+    wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in _FLOATS)
+    if wrong:
+        raise AdapterError(f"{directory}: not floating-point: {', '.join(wrong)}")
+    return {key: t if t.dtype == torch.float64 else t.float() for key, t in tensors.items()}
+
+
+def _read_old(path: Path) -> dict[str, Tensor]:
+    """Read the authors' pickle with tensors only: code in it is refused, not run."""
+    _check_archive(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, or is corrupt, and was not loaded (such a file can run code): {error}"
+        ) from None
+    except Exception as error:  # a damaged pickle can fail in any way: AttributeError, TypeError, MemoryError, …
+        reason = f"{type(error).__name__} {error}".strip().split("\n")[0]
+        raise CheckpointError(f"{path} cannot be read, it may be truncated or corrupt: {reason}") from None
+    if not isinstance(loaded, Mapping) or not all(_is_plain(tensor) for tensor in loaded.values()):
+        raise CheckpointError(f"{path} is no mapping of names to plain tensors")
+    size = path.stat().st_size
+    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > size:
+        raise CheckpointError(f"{path} has {size} bytes, fewer than its tensors claim to be: it is corrupt")
+    return {str(key): tensor for key, tensor in loaded.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what torch.load would give memory to before it looked at it: links out, old formats, compression."""
+    require_inside(path, path.parent)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as an archive of torch.save, it may be truncated or older than torch 1.6: {error}"
+        ) from None
+    if any(file.compress_type != zipfile.ZIP_STORED or file.file_size != file.compress_size for file in files):
+        raise CheckpointError(f"{path} is compressed, which torch.save never does; it is not read")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a tensor whose numbers are all there: no sparse, quantized or meta one, no subclass."""
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, Parameter):
+        return False
+    return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
+    known = {f.name for f in fields(SPPConfig)}
+    config = SPPConfig.from_dict({k: v for k, v in values.items() if k in known or k == "format_version"})
+    names = get_rule(config.rule).attribute_names()
+    if values.get("modules_to_save"):
+        modules = values["modules_to_save"]
+        whole = ", ".join(map(str, modules if isinstance(modules, list) else [modules]))
+        raise AdapterError(
+            f"{directory} also holds modules that were trained as a whole, {whole}: load it with PEFT (import "
+            f"spp.integrations.peft first), whose merge_and_unload gives a plain model"
+        )
+    strange = sorted(k for k in tensors if not k.startswith(PREFIX) or k.rsplit(".", 1)[-1] not in names)
+    if strange:
+        raise AdapterError(f"{directory}: unexpected keys {', '.join(strange)}; SPP's end in {' or '.join(names)}")
+    masks, base = values.get("base_masks"), values.get("base_model_name_or_path")
+    if masks is not None and not (isinstance(masks, dict) and all(isinstance(m, str) for m in masks.values())):
+        raise CheckpointError(f"{directory / CONFIG_NAME}: base_masks must map module paths to hashes")
+    hashes, forms = values.get("base_values"), values.get("base_forms")
+    if (problem := why_malformed(hashes, forms)) is not None:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {problem}")
+    return AdapterFiles(
+        directory,
+        config,
+        {k.removeprefix(PREFIX): t for k, t in tensors.items()},
+        masks,
+        base if isinstance(base, str) else None,
+        hashes,
+        forms,
+    )
+
+
+def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
+    found: dict[str, Tensor] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = _AUTHORS_KEY.match(key)
+        if match is None or tensor.ndim != 2:
+            strange.append(f"{key} {tuple(tensor.shape)}")
+            continue
+        path = match["path"].removeprefix(PREFIX)
+        if match["what"] == "weight":
+            found[f"{path}.spp_alpha"] = tensor
+        else:
+            found[f"{path}.spp_beta"] = tensor.reshape(-1, 1) if 1 in tensor.shape else tensor  # else misshapen
+    if strange:
+        raise AdapterError(
+            f"{directory}: unexpected keys in an adapter of the SPP authors' code: {', '.join(sorted(strange))}"
+        )
+    ranks = {k.removesuffix(".spp_alpha"): t.shape[0] for k, t in found.items() if k.endswith(".spp_alpha")}
+    if not ranks:
+        raise AdapterError(f"{directory}: no lora_A.weight in it")
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    try:
+        scaling = float(values["lora_alpha"]) / float(values["r"])
+        dropout = float(values.get("lora_dropout", 0.0))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: lora_alpha and r are needed for the scaling: {type(error).__name__} {error}"
+        ) from None
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    config = SPPConfig(
+        r=r, scaling=scaling, dropout=dropout, target_modules=tuple(sorted(ranks)), rank_pattern=others or None
+    )
+    base = values.get("base_model_name_or_path")
+    return AdapterFiles(directory, config, found, None, base if isinstance(base, str) else None)
