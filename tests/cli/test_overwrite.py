@@ -13,7 +13,7 @@ from tests.cli.conftest import Outcome
 
 Call = Callable[..., Outcome]
 UNUSUAL = {"notes.txt": "of the base", "figures/zeros.svg": "<svg/>", "weird.dat": "\x00", "LICENSE": "free"}
-TUNED = ("--steps", 1, "--block-length", 16, "--window", 16, "--eval-windows", 1, "--batch-size", 1)
+TUNED = ("--steps", 2, "--block-length", 16, "--window", 16, "--eval-windows", 1, "--batch-size", 1)
 COMPARED = ("--steps", 1, "--block-length", 16, "--window", 16, "--test-windows", 1, "--validation-windows", 1)
 CHEAP = ("--cost-rounds", 0, "--lr", "2e-2", "--device", "cpu", "--contenders", "norms")
 

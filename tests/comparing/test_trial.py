@@ -375,7 +375,7 @@ def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, m
 def test_a_budget_of_parameters_chooses_the_rank(pruned: Path, tmp_path: Path) -> None:
     shapes = _shapes(load_model(pruned))
     names = ("spp:r=4", "masked-lora:r=2", "norms")
-    given = {"contenders": names, "lr": ("spp:r=4=1e-2", "2e-2"), "extend": 0, "steps": 1}
+    given = {"contenders": names, "lr": ("spp:r=4=1e-2", "2e-2"), "extend": 0, "steps": 2}
     found = compare(config(pruned, tmp_path / "out", budget="parameters", **given)).read()["rows"]
     rows = {row["contender"]: row for row in found.values()}
     nearest = _nearest(parse_contender("masked-lora"), load_model(pruned))
