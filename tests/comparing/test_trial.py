@@ -370,7 +370,6 @@ def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, m
     assert {row["contender"]: row["steps"] for row in rows.values()} == {"spp": 2, "norms": 4}
 
 
-@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # the rate of a first step is zero
 @pytest.mark.slow
 def test_a_budget_of_parameters_chooses_the_rank(pruned: Path, tmp_path: Path) -> None:
     shapes = _shapes(load_model(pruned))
