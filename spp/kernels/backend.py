@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spp.rules.base import Rule
-from spp.weights.base import WeightSource
+from spp.weights.base import Weight
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]
 
@@ -34,7 +34,7 @@ class Operation:
         dropout: p, with which entries of X are dropped from X̃; the others are divided by 1 − p.
     """
 
-    weight: WeightSource
+    weight: Weight
     rule: Rule
     factors: Any
     dtype: torch.dtype

@@ -49,7 +49,7 @@ class Blockwise(Backend):
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
         if dropped is not None:
             return _forward_dropout(operation, x, dropped.to(dtype), bias), True
-        vanish = may_vanish(operation.weight.kept(), operation.largest_factor)
+        vanish = may_vanish(operation.weight.bounds(), operation.largest_factor)
         return _forward(operation, x, bias, vanish), vanish
 
     def backward(

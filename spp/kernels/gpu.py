@@ -32,8 +32,7 @@ from spp.kernels.choice import by_triton, kernels
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
 from spp.weights import PackedWeight
-from spp.weights.base import WeightSource
-from spp.weights.packed.matrix import PackedSource
+from spp.weights.base import Weight
 from spp.weights.workspace import workspace
 
 COLUMN_UNIT = 256  # chunks are multiples of it: whole tiles of a product, whole tiles of the reduction
@@ -80,7 +79,7 @@ def forward(x: Tensor, dropped: Tensor | None, bias: Tensor | None, work: Work) 
     """
     if dropped is None:
         return F.linear(x, work.effective(x.dtype), bias)
-    y = F.linear(x, _frozen(work.source, x.dtype), bias)
+    y = F.linear(x, _frozen(work.weight, x.dtype), bias)
     return y.addmm_(dropped, work.delta(x.dtype).t())
 
 
@@ -93,7 +92,7 @@ def input_gradient(dy: Tensor, mask: Tensor | None, keep_scale: float, work: Wor
     if mask is None:
         return torch.mm(dy, work.effective(dy.dtype))
     d_x = torch.mm(dy, work.delta(dy.dtype)).mul_(mask)
-    return d_x.addmm_(dy, _frozen(work.source, dy.dtype), beta=keep_scale)
+    return d_x.addmm_(dy, _frozen(work.weight, dy.dtype), beta=keep_scale)
 
 
 def parameter_gradients(
@@ -112,7 +111,7 @@ def parameter_gradients(
     totals = work.rule.empty_grads(work.factors, needed)
     if not any(needed):
         return totals
-    m, n = work.source.shape
+    m, n = work.weight.shape
     if mask is not None:
         x = x * mask
     step = gradient_step(m, n, x.dtype.itemsize, x.device)
@@ -145,7 +144,7 @@ def cache_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or USUAL_CACHE
 
 
-def _frozen(source: WeightSource, dtype: torch.dtype) -> Tensor:
+def _frozen(source: Weight, dtype: torch.dtype) -> Tensor:
     weight = source.block(WHOLE, WHOLE)
     if weight.dtype == dtype:
         return weight
@@ -166,12 +165,12 @@ class Work(ABC):
     """What is done for one call of one layer.
 
     Args:
-        rule, source: of the layer; factors: from the rule's `prepare`.
+        rule, weight: of the layer; factors: from the rule's `prepare`.
     """
 
-    def __init__(self, rule: Rule, source: WeightSource, factors: Any) -> None:
+    def __init__(self, rule: Rule, weight: Weight, factors: Any) -> None:
         self.rule = rule
-        self.source = source
+        self.weight = weight
         self.factors = factors
 
     @abstractmethod
@@ -192,7 +191,7 @@ class Work(ABC):
         """
 
     def _out(self, dtype: torch.dtype) -> Tensor:
-        return workspace("effective", self.source.shape, dtype, self.source.device)
+        return workspace("effective", self.weight.shape, dtype, self.weight.device)
 
 
 class TorchWork(Work):
@@ -202,7 +201,7 @@ class TorchWork(Work):
         """Return W_eff."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
-            block = self.source.block(rows, WHOLE)
+            block = self.weight.block(rows, WHOLE)
             rounded = None if scratch.dtype == block.dtype else self._scratch("rounded", scratch.shape, block.dtype)
             out[rows] = effective_block(self.rule, block, self.factors, rows, WHOLE, scratch, rounded=rounded)
         return out
@@ -211,28 +210,28 @@ class TorchWork(Work):
         """Return W′."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
-            self.rule.delta(self.source.block(rows, WHOLE), self.factors, rows, WHOLE, scratch)
+            self.rule.delta(self.weight.block(rows, WHOLE), self.factors, rows, WHOLE, scratch)
             out[rows] = scratch
         return out
 
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
         """Reduce W ⊙ G in the arithmetic's dtype."""
-        arithmetic = arithmetic_dtype(self.source.dtype)
+        arithmetic = arithmetic_dtype(self.weight.dtype)
         if gradient.dtype != arithmetic:
             gradient = self._scratch("gradient", gradient.shape, arithmetic).copy_(gradient)
-        weight = self.source.block(WHOLE, cols)
+        weight = self.weight.block(WHOLE, cols)
         self.rule.reduce(weight, self.factors, WHOLE, cols, gradient, grads, accumulate=accumulate)
 
     def _blocks(self) -> Sequence[tuple[slice, Tensor]]:
-        m, n = self.source.shape
+        m, n = self.weight.shape
         alignment = self.rule.row_alignment(self.factors)
         step = max(1, SCRATCH_ELEMENTS // max(n, 1))
         step = step - step % alignment if step >= alignment else step
-        arithmetic = arithmetic_dtype(self.source.dtype)
+        arithmetic = arithmetic_dtype(self.weight.dtype)
         return [(rows, self._scratch("scratch", (rows.stop - rows.start, n), arithmetic)) for rows in slices(m, step)]
 
     def _scratch(self, tag: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return workspace(tag, tuple(shape), dtype, self.source.device)
+        return workspace(tag, tuple(shape), dtype, self.weight.device)
 
 
 class TritonWork(Work):
@@ -261,13 +260,12 @@ class TritonWork(Work):
         reduce(self._weight(), self.factors, cols, gradient, grads, accumulate=accumulate)
 
     def _weight(self) -> Tensor | PackedWeight:
-        packed = self.source.packed if isinstance(self.source, PackedSource) else None
-        return packed if isinstance(packed, PackedWeight) else self.source.block(WHOLE, WHOLE)
+        return self.weight if isinstance(self.weight, PackedWeight) else self.weight.block(WHOLE, WHOLE)
 
 
-def work_for(rule: Rule, source: WeightSource, factors: Any) -> Work:
+def work_for(rule: Rule, weight: Weight, factors: Any) -> Work:
     """Return who does the work for a layer; see spp.kernels.choice."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in source.tensors())  # no stand-in, no shard
-    return (TritonWork if plain and by_triton(source.device, source.dtype, rule.name) else TorchWork)(
-        rule, source, factors
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in weight.tensors())  # no stand-in, no shard
+    return (TritonWork if plain and by_triton(weight.device, weight.dtype, rule.name) else TorchWork)(
+        rule, weight, factors
     )

@@ -31,7 +31,7 @@ from spp.kernels.gpu import Whole
 from spp.kernels.native import Native
 from spp.masks.bits import unpack_bits
 from spp.rules.adapter import Adapter
-from spp.weights.base import WeightSource, source_of
+from spp.weights.base import Weight, as_weight
 
 BACKENDS: tuple[Backend, ...] = (Whole(), Idle(), Native(), Blockwise())  # the first that takes an operation
 
@@ -59,20 +59,18 @@ class _Call(NamedTuple):
 
     backend: Backend
     adapter: Adapter
-    make_weight: Callable[..., WeightSource]
+    make_weight: Callable[..., Weight]
     dtype: torch.dtype
     needs_x: bool
     tap: Callable[[Tensor, Tensor], None] | None
 
 
-def linear(
-    x: Tensor, weight: Tensor | WeightSource, bias: Tensor | None, adapter: Adapter, run: Run | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None, adapter: Adapter, run: Run | None = None) -> Tensor:
     """Compute the adapted layer; differentiable once in x, bias and the rule's parameters, never in the frozen weight.
 
     Args:
         x: (…, n) in the dtype of `weight`, or anything that autocast converts.
-        weight: (m, n), frozen: it gets no gradient; a tensor, or a source of its blocks.
+        weight: (m, n), frozen: it gets no gradient; a tensor, or held in another form.
         bias: (m,) or None.
         adapter: of this call. Its dropout drops entries of X in the residual branch: one mask a call, drawn from
             torch's generator, the one that torch.nn.Dropout would draw.
@@ -83,21 +81,21 @@ def linear(
     """
     run = run or Run()
     check_saved_activations(run.saved_activations)
-    source, params = source_of(weight), adapter.params
-    x, bias = operands(x, source, bias)
+    weight, params = as_weight(weight), adapter.params
+    x, bias = operands(x, weight, bias)
     with no_autocast(x.device.type):
         differentiable = [x, *params] if bias is None else [x, bias, *params]
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
         kept = kept_for_backward(x, run.saved_activations) if trains and any(p.requires_grad for p in params) else x
         dropped, bits = draw_dropout(x, adapter.dropout) if adapter.dropout else (None, None)
         with torch.no_grad():
-            operation = _operation(adapter, source, x.dtype)
+            operation = _operation(adapter, weight, x.dtype)
             backend = _backend_for(operation, _rows(x))
         if not trains:
             return _forward(backend, operation, x, dropped, bias)[0]
         bare = Adapter(adapter.rule, (), adapter.scaling, adapter.dropout)
-        call = _Call(backend, bare, source.maker(), x.dtype, x.requires_grad, run.tap)
-        x = _Keep.apply(x, kept, source.tensors(), bits, *params)
+        call = _Call(backend, bare, weight.maker(), x.dtype, x.requires_grad, run.tap)
+        x = _Keep.apply(x, kept, weight.tensors(), bits, *params)
         result: Tensor = _Linear.apply(x, dropped, bias, operation, call, x.grad_fn, *params)
         return result
 
@@ -156,7 +154,7 @@ class _Linear(torch.autograd.Function):
         return tuple(r if r is None else Once.apply(r, *sources) for r in results)  # create_graph=True
 
 
-def _operation(adapter: Adapter, weight: WeightSource, dtype: torch.dtype) -> Operation:
+def _operation(adapter: Adapter, weight: Weight, dtype: torch.dtype) -> Operation:
     factors = adapter.factors(weight.shape[0], weight.dtype)
     return Operation(weight, adapter.rule, factors, dtype, adapter.dropout)
 
@@ -179,7 +177,7 @@ def _backward(
     x: Tensor,
     bits: Tensor | None,
     params: list[Tensor],
-    weight: WeightSource,
+    weight: Weight,
     needs_params: tuple[bool, ...],
 ) -> tuple[Tensor | None, list[Any]]:
     adapter = call.adapter

@@ -6,7 +6,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import nn
 
 from spp.errors import ConfigError, TargetError
-from spp.layers.experts_forward import ExpertsAdapter, Multiply, adapters_of
+from spp.layers.experts_forward import ExpertsAdapter, adapters_of
 from spp.models.projection import Projection
 from spp.weights import DTYPES, PackedStack
 from spp.weights.holder import PACKED
@@ -42,29 +42,13 @@ class PackedExperts(ExpertsAdapter):
         self.refresh()
         self.train(projection.module.training)
 
-    def has_no_effect(self) -> bool:
-        """Whether nothing is to be done: never."""
-        return False
-
-    def multiplier(self) -> Multiply:
-        """Return what multiplies an expert's tokens x (t, n) by its weight."""
-        return self.frozen_multiplier()
-
-    def resident_names(self) -> tuple[str, ...]:
-        """Return nothing: there are no parameters."""
-        return ()
+    def active(self) -> None:
+        """Return nothing: there is no adapter."""
 
     def restore(self) -> None:
         """Have the module hold the dense weight again."""
         self.projection.hold(nn.Parameter(self.weight, requires_grad=self.weight_requires_grad))
         self.drop_weight()
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return (
-            f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"packed={self.packed_layout}"
-        )
 
 
 class OverPackedExperts(ExpertsAdapter):
@@ -82,7 +66,7 @@ class OverPackedExperts(ExpertsAdapter):
     def release_packed(self) -> PackedExperts | None:
         """Let go of a packed weight: to the PackedExperts that had it, which come back, or dense to the module."""
         for before in self._before:
-            before.hold_packed(self.packed_weight())
+            before.hold_packed(self.held())
             self.drop_weight()
             return before
         self.unpack()

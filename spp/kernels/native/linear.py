@@ -29,8 +29,7 @@ from spp.kernels.native.products import (
 from spp.rules.low_rank import LowRankFactors
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
-from spp.weights.base import WeightSource
-from spp.weights.packed.matrix import PackedSource
+from spp.weights.base import Weight
 from spp.weights.workspace import workspace
 
 WHOLE = slice(None)
@@ -136,11 +135,11 @@ def _update(operation: Operation) -> Update:
     return Update(left.contiguous(), right.contiguous(), adds=not operation.rule.multiplies)
 
 
-def _blocks(weight: WeightSource, update: Update, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
+def _blocks(weight: Weight, update: Update, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
     """Yield (first row, block): all of what is stored by rows, else rows decoded or copied, a block each."""
     m, n = weight.shape
-    if isinstance(weight, PackedSource) and isinstance(weight.packed, PackedWeight):
-        whole = packed_block(weight.packed, update, form, rounded_to)
+    if isinstance(weight, PackedWeight):
+        whole = packed_block(weight, update, form, rounded_to)
         if whole is not None:
             yield 0, whole
             return

@@ -19,14 +19,20 @@ Scales are held as the bits of float32 in int32 tensors: nn.Module.to(dtype) lea
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
+from spp.files.hashes import tensor_bytes
+from spp.weights.base import WHOLE, Weight
 
+_COUNTED = 2**22  # entries that are decoded together to be counted
 _NESTED_HEAD = 257  # entries before the nested scales: 256 of the table, the offset
 # At most the least magnitude of a code but zero.
 _SMALLEST_CODE = {"nf4": 0.0795, "fp4": 0.0052, "int8": 1 / 127, "affine": 1}
@@ -64,8 +70,8 @@ class QuantizedLayout:
         return self.form
 
 
-class QuantizedWeight:
-    """W (m, n) as codes and scales, with the methods of `PackedWeight` that a frozen weight needs.
+class QuantizedWeight(Weight):
+    """W (m, n) as codes and scales.
 
     Args:
         layout: how to read the rest.
@@ -77,35 +83,10 @@ class QuantizedWeight:
 
     def __init__(self, layout: QuantizedLayout, codes: Tensor, scales: Tensor, nested: Tensor | None = None) -> None:
         self.layout, self.codes, self.scale_bits, self.nested = layout, codes, scales, nested
+        self.shape, self.dtype, self.device = (layout.rows, layout.cols), layout.dtype, codes.device
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.layout.rows, self.layout.cols
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of W where it is multiplied."""
-        return self.layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.codes.device
-
-    @property
-    def numel(self) -> int:
-        """M · n."""
-        return self.layout.rows * self.layout.cols
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors())
-
-    @property
-    def values(self) -> Tensor:
-        """A tensor in W's dtype, none of whose non-zero magnitudes is above the least kept one of its block."""
+    def bounds(self) -> Tensor:
+        """Return a bound for each scale, in W's dtype."""
         if self.device.type == "meta":
             return torch.empty(0, dtype=self.dtype, device="meta")
         scales = self.scales()
@@ -160,10 +141,37 @@ class QuantizedWeight:
         args = (codes.contiguous(), scales.contiguous(), self.layout.block, self.layout.form, shape, self.dtype)
         return decode(*args).view(shape)
 
-    def dense(self) -> Tensor:
-        """Return W (m, n) as a new tensor."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return out if out.is_meta else self.decode(slice(None), slice(None), out)
+    def maker(self) -> Callable[..., Weight]:
+        """Return a function that knows the layout."""
+        return partial(QuantizedWeight, self.layout)
+
+    def entries(self) -> Tensor:
+        """Return W, decoded."""
+        return self.matrix()
+
+    def count_kept(self) -> int:
+        """Return how many entries are not zero; rows are decoded together, never all of W."""
+        m, n = self.shape
+        step = max(1, _COUNTED // max(n, 1))
+        return sum(int(torch.count_nonzero(self.block(slice(i, i + step), WHOLE))) for i in range(0, m, step))
+
+    @property
+    def form(self) -> str:
+        """How W is stored, in words; what differs between two of a form is values."""
+        layout = self.layout
+        if layout.form == "affine":
+            return f"codes from {layout.low} to {layout.high} in blocks of {layout.block_rows} x {layout.block}"
+        return f"{layout.form} in blocks of {layout.block}" if layout.block else f"{layout.form} by rows"
+
+    def _sha256(self, form: str) -> str | None:
+        if self.is_meta:
+            return None
+        digest = hashlib.sha256(f"spp-values-1{form}{self.shape}".encode())
+        points = () if self.nested is None or self.layout.form != "affine" else (self.nested,)
+        for tensor in (self.codes, self.scales().bfloat16(), *points):
+            for piece in tensor_bytes(tensor):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def check(self, where: str = "the quantized weight") -> None:
         """Raise a ConfigError unless the tensors belong together, a NonFiniteError where a scale is not finite.
