@@ -96,12 +96,7 @@ def input_gradient(dy: Tensor, mask: Tensor | None, keep_scale: float, work: Wor
 
 
 def parameter_gradients(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    keep_scale: float,
-    work: Work,
-    needed: Sequence[bool],
+    dy: Tensor, x: Tensor, mask: Tensor | None, keep_scale: float, work: Work, needed: Sequence[bool]
 ) -> list[Any]:
     """Return dθ in the arithmetic's dtype, None where it is not needed; others of the arguments as above.
 

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.models.projection import features, input_axis_of
-from spp.weights import (
-    HoldsWeight,
-    QuantizedWeight,
-    Weight,
-    quantized_kind,
-    release_quantized,
-    write_quantized,
-)
+from spp.weights import HoldsWeight, QuantizedWeight, Weight, quantized_kind, release_quantized, write_quantized
 from spp.weights.hooks import move_hook
 
 HOOKS = (

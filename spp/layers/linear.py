@@ -71,14 +71,7 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
     ) -> None:
         super().__init__()
         config = adapter_config(
-            where,
-            r=r,
-            scaling=scaling,
-            dropout=dropout,
-            dropout_mode=dropout_mode,
-            init=init,
-            rule=rule,
-            packed=packed,
+            where, r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
         )
         if not checked:
             check_linear(linear, config, where)
