@@ -113,7 +113,7 @@ def _works(device: torch.device) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < CAPABILITY:
         return False
     try:
-        from spp.kernels.triton.probe import probe
+        from spp.kernels.triton import probe
 
         probe(device)
     except Exception as error:  # a missing compiler, driver or package: whatever it is, torch does the work

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spp.kernels.backend import Backend, Gradients, Operation
+from spp.kernels.backend import Backend, Gradients, Needs, Operation
 from spp.kernels.blocks import slices
 from spp.kernels.choice import by_triton, kernels
 from spp.rules.base import Rule
@@ -51,76 +51,44 @@ class Whole(Backend):
         self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, None]:
         """Return Y (T, m)."""
-        return forward(x, dropped, bias, work_for(operation.rule, operation.weight, operation.factors)), None
+        work = work_for(operation.rule, operation.weight, operation.factors)
+        if dropped is None:
+            return F.linear(x, work.effective(x.dtype), bias), None
+        y = F.linear(x, work.frozen(x.dtype), bias)
+        return y.addmm_(dropped, work.delta(x.dtype).t()), None
 
     def backward(
-        self,
-        operation: Operation,
-        told: Any,
-        dy: Tensor,
-        x: Tensor,
-        kept: Tensor | None,
-        needs_x: bool,
-        needs_params: Sequence[bool],
+        self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
         """Return dX (T, n) and dθ."""
         work = work_for(operation.rule, operation.weight, operation.factors)
         dy, x, scale = dy.to(operation.dtype), x.to(operation.dtype), operation.keep_scale
-        d_x = input_gradient(dy, kept, scale, work) if needs_x else None
-        return d_x, parameter_gradients(dy, x, kept, scale, work, needs_params)
+        d_x = None
+        if needs.x and kept is None:
+            d_x = torch.mm(dy, work.effective(dy.dtype))
+        elif needs.x:
+            d_x = torch.mm(dy, work.delta(dy.dtype)).mul_(kept)
+            d_x.addmm_(dy, work.frozen(dy.dtype), beta=scale)
+        grads = work.rule.empty_grads(work.factors, needs.params)
+        if any(needs.params):
+            _reduce(work, dy, x if kept is None else x * kept, grads)
+        if kept is not None:
+            grads = [grad if grad is None else grad.mul_(scale) for grad in grads]
+        return d_x, grads
 
 
-def forward(x: Tensor, dropped: Tensor | None, bias: Tensor | None, work: Work) -> Tensor:
-    """Return Y (T, m).
-
-    Args:
-        x: X (T, n); dropped: X̃ of the same shape, or None without input dropout.
-        bias: (m,) or None, in the dtype of x.
-    """
-    if dropped is None:
-        return F.linear(x, work.effective(x.dtype), bias)
-    y = F.linear(x, _frozen(work.weight, x.dtype), bias)
-    return y.addmm_(dropped, work.delta(x.dtype).t())
-
-
-def input_gradient(dy: Tensor, mask: Tensor | None, keep_scale: float, work: Work) -> Tensor:
-    """Return dX (T, n).
-
-    Args:
-        dy: dY (T, m); mask: what input dropout kept, bool (T, n), or None; keep_scale: 1 / (1 − p).
-    """
-    if mask is None:
-        return torch.mm(dy, work.effective(dy.dtype))
-    d_x = torch.mm(dy, work.delta(dy.dtype)).mul_(mask)
-    return d_x.addmm_(dy, _frozen(work.weight, dy.dtype), beta=keep_scale)
-
-
-def parameter_gradients(
-    dy: Tensor, x: Tensor, mask: Tensor | None, keep_scale: float, work: Work, needed: Sequence[bool]
-) -> list[Any]:
-    """Return dθ in the arithmetic's dtype, None where it is not needed; others of the arguments as above.
-
-    Args:
-        x: X (T, n), whose dtype G is multiplied in.
-    """
-    totals = work.rule.empty_grads(work.factors, needed)
-    if not any(needed):
-        return totals
+def _reduce(work: Work, dy: Tensor, x: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Write dθ into `grads`: G a chunk of columns at a time, in the dtype of x (T, n)."""
     m, n = work.weight.shape
-    if mask is not None:
-        x = x * mask
     step = gradient_step(m, n, x.dtype.itemsize, x.device)
     several = not 0 < n <= step
-    for total in totals:
-        if several and total is not None:
-            total.zero_()
+    for grad in grads:
+        if several and grad is not None:
+            grad.zero_()
     for cols in slices(n, step):
         gradient = workspace("gradient", (m, cols.stop - cols.start), x.dtype, x.device)
         torch.mm(dy.t(), x[:, cols], out=gradient)
-        work.reduce(cols, gradient, totals, accumulate=several)
-    if mask is not None:
-        totals = [total if total is None else total.mul_(keep_scale) for total in totals]
-    return totals
+        work.reduce(cols, gradient, grads, accumulate=several)
 
 
 def gradient_step(m: int, n: int, itemsize: int, device: torch.device) -> int:
@@ -137,13 +105,6 @@ def cache_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return USUAL_CACHE
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or USUAL_CACHE
-
-
-def _frozen(source: Weight, dtype: torch.dtype) -> Tensor:
-    weight = source.block(WHOLE, WHOLE)
-    if weight.dtype == dtype:
-        return weight
-    return workspace("effective", source.shape, dtype, source.device).copy_(weight)
 
 
 # ---- The element-wise work around the products, for a whole layer: W_eff or W′ from W, and what G does to the
@@ -175,6 +136,11 @@ class Work(ABC):
     @abstractmethod
     def delta(self, dtype: torch.dtype) -> Tensor:
         """Return W′ = W_eff − W (m, n), rounded once to `dtype`, in the workspace "effective"."""
+
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """Return W (m, n) in `dtype`, where it has another in the workspace "effective"."""
+        block = self.weight.block(WHOLE, WHOLE)
+        return block if block.dtype == dtype else self._out(dtype).copy_(block)
 
     @abstractmethod
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spp.kernels.autograd import Once, check_saved_activations, draw_dropout, kept_for_backward, no_autocast
-from spp.kernels.backend import Backend, Operation
+from spp.kernels.backend import Backend, Needs, Operation
 from spp.kernels.cpu import Blockwise, Idle
 from spp.kernels.frozen import operands, shaped_like_inputs
 from spp.kernels.gpu import Whole
@@ -144,7 +144,8 @@ class _Linear(torch.autograd.Function):
                 x, bits, *saved = ctx.keep.saved_tensors
                 params = saved[: len(needs_params)]
                 weight = call.make_weight(*saved[len(needs_params) :])
-                d_x, d_params = _backward(call, ctx.told, dy, x, bits, params, weight, needs_params)
+                needs = Needs(call.needs_x, needs_params)
+                d_x, d_params = _backward(call, ctx.told, dy, x, bits, params, weight, needs)
                 if call.tap is not None:
                     call.tap(_rows(dy), _rows(x))
                 sources = [dy, x, *params]
@@ -178,13 +179,13 @@ def _backward(
     bits: Tensor | None,
     params: list[Tensor],
     weight: Weight,
-    needs_params: tuple[bool, ...],
+    needs: Needs,
 ) -> tuple[Tensor | None, list[Any]]:
     adapter = call.adapter
     operation = _operation(Adapter(adapter.rule, tuple(params), adapter.scaling, adapter.dropout), weight, call.dtype)
     rows = _rows(x)
     kept = None if bits is None else unpack_bits(bits, rows.shape)
-    d_x, totals = call.backend.backward(operation, told, _rows(dy), rows, kept, call.needs_x, needs_params)
+    d_x, totals = call.backend.backward(operation, told, _rows(dy), rows, kept, needs)
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
     return d_x if d_x is None else d_x.to(call.dtype).view(x.shape), d_params
 
