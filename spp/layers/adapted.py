@@ -145,7 +145,7 @@ class AdaptedLinear(nn.Module):
 
 
 def _prepare_opaque_forward() -> None:
-    """Make the layer one opaque call for torch.compile, so that its numbers are those of eager mode.
+    """Make the layer one opaque call for torch.compile, so that its results are those of eager mode.
 
     Not at import time: torch.compiler.disable imports the compiler, which takes seconds.
     """

@@ -84,7 +84,7 @@ class SPPExperts(HoldsAdapter, OverPackedExperts):
             self.take_over()
 
     def restore(self) -> PackedExperts | None:
-        """Let go of the weight as it is now; PackedExperts come back if it is packed still."""
+        """Give the weight back as it is now; PackedExperts come back if it is packed still."""
         if self.packed_layout is None:
             self.projection.operand.requires_grad_(self.weight_requires_grad)
             return None

@@ -76,7 +76,7 @@ class ExpertsAdapter(HoldsWeight):
             return True
         if torch.is_grad_enabled() or active.params[0].device.type != "cpu":  # elsewhere, asking would stall the device
             return False
-        if self.training and active.dropout:  # what a checkpoint recomputes must draw the same numbers
+        if self.training and active.dropout:  # what a checkpoint recomputes must draw the same dropout
             return False
         return active.is_idle()
 
@@ -89,7 +89,7 @@ class ExpertsAdapter(HoldsWeight):
         return lambda expert, x: linear(x, weights[expert], None, adapters[expert], run)
 
     def restore(self) -> ExpertsAdapter | None:
-        """Let go of the weight, flags as before, and return what takes this one's place in the module, if anything."""
+        """Give the weight back, flags as before; return what takes this one's place in the module, if anything."""
         self.projection.operand.requires_grad_(self.weight_requires_grad)
         return None
 
@@ -106,10 +106,6 @@ class ExpertsAdapter(HoldsWeight):
         else:
             assert isinstance(held, HoldsWeight)
             held.drop_weight()
-
-    def unpack(self) -> None:
-        """Have the module hold the dense weight again."""
-        self.hold_dense(self.weight)
 
     def hold_dense(self, weight: Tensor) -> None:
         """Give the module a dense weight, as it is stored, in place of the packed one."""

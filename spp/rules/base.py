@@ -64,7 +64,7 @@ class Rule(ABC):
         Args:
             weight: W[rows, cols] in any dtype.
             factors: from `prepare`.
-            rows, cols: where the block lies.
+            rows, cols: the block's place in the layer.
             out: (rows, cols) of the arithmetic's dtype, contiguous.
         """
 

@@ -91,7 +91,7 @@ class HoldsWeight(HookedAdapter):
             self.register_buffer(name, tensor)
 
     def drop_weight(self) -> None:
-        """Let go of the weight, in either form."""
+        """Free the weight, in any form."""
         self._parameters.pop("weight", None)
         for name in NAMES:
             self._buffers.pop(name, None)

@@ -110,29 +110,31 @@ class QuantizedWeight(Weight):
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Write W[rows, cols] into `out`, of the block's shape and W's dtype and device; return it."""
         (m, n), scales = self.shape, self.scales()
-        top, bottom, _ = rows.indices(m)
-        left, right, _ = cols.indices(n)
+        rows, cols = slice(*rows.indices(m)[:2]), slice(*cols.indices(n)[:2])
         if out.numel() == 0:
             return out
         if self.layout.form == "affine":
-            part = slice(top, bottom), slice(left, right)
-            return decode_affine(self.layout, self.codes, scales, self.nested, *part, out)
+            return decode_affine(self.layout, self.codes, scales, self.nested, rows, cols, out)
         if self.layout.form == "int8":
-            block = self.codes[top:bottom, left:right].float() * scales[top:bottom, None]
+            block = self.codes[rows, cols].float() * scales[rows, None]
             return out.copy_(block.mul_(7.874015718698502e-3))  # bitsandbytes' own 1 / 127
-        size = self.layout.block
-        if n % size == 0:  # scales belong to parts of rows: no other column is decoded
-            first, last = left // size, -(-right // size)
-            codes = self.codes.view(m, n // size, size // 2)[top:bottom, first:last]
-            chosen = scales.view(m, n // size)[top:bottom, first:last]
-            decoded = self._decode_flat(codes.reshape(-1, 1), chosen.reshape(-1), (bottom - top, (last - first) * size))
-            return out.copy_(decoded[:, left - first * size : right - first * size])
-        first, last = top * n // size, -(-bottom * n // size)
+        return out.copy_(self._decode_4bit(scales, rows, cols))
+
+    def _decode_4bit(self, scales: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return W[rows, cols]: of the columns that whole blocks cover, or of whole rows where a block spans two."""
+        (m, n), size, height = self.shape, self.layout.block, rows.stop - rows.start
+        if n % size == 0:
+            first, last = cols.start // size, -(-cols.stop // size)
+            codes = self.codes.view(m, n // size, size // 2)[rows, first:last]
+            chosen = scales.view(m, n // size)[rows, first:last]
+            decoded = self._decode_flat(codes.reshape(-1, 1), chosen.reshape(-1), (height, (last - first) * size))
+            return decoded[:, cols.start - first * size : cols.stop - first * size]
+        first, last = rows.start * n // size, -(-rows.stop * n // size)
         end = min(last * size, m * n)
         codes = self.codes[first * size // 2 : -(-end // 2)]
         flat = self._decode_flat(codes.reshape(-1, 1), scales[first:last], (end - first * size,))
-        start = top * n - first * size
-        return out.copy_(flat[start : start + (bottom - top) * n].view(-1, n)[:, left:right])
+        start = rows.start * n - first * size
+        return flat[start : start + height * n].view(-1, n)[:, cols]
 
     def _decode_flat(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
         import bitsandbytes  # noqa: F401  registers the operator
