@@ -12,12 +12,11 @@ import torch
 
 from benchmarks.adapted import SCALING
 from spp.comparing import measure as harness
-from spp.kernels import PackedSource
 from spp.kernels.gpu import Work, gradient_step, work_for
 from spp.report import Table
 from spp.rules import get_rule
 from spp.weights import PackedWeight
-from spp.weights.base import DenseWeight, WeightSource
+from spp.weights.base import DenseWeight, Weight
 
 RULE = get_rule("spp")
 CALLS = 20  # of a kernel between two looks at the clock: what starting one costs is hidden, as in a training step
@@ -37,17 +36,17 @@ def measure(weight: torch.Tensor, packed: PackedWeight, rank: int, rounds: int) 
     grads = RULE.empty_grads(factors, (True, True))
     copy = torch.empty_like(weight)
 
-    def works(source: WeightSource) -> Work:
+    def works(source: Weight) -> Work:
         return work_for(RULE, source, factors)
 
-    dense, small = works(DenseWeight(weight)), works(PackedSource(packed))
+    dense, small = works(DenseWeight(weight)), works(packed)
     part = slice(0, step)
     whole = slice(None)
     kernels: dict[str, tuple[Callable[[], object], int]] = {
         "copy of W": (lambda: copy.copy_(weight), 2 * weight.nbytes),
         "W_eff": (lambda: dense.effective(weight.dtype), 2 * weight.nbytes),
         "W_eff, packed": (lambda: small.effective(weight.dtype), packed.nbytes + weight.nbytes),
-        "W, packed": (lambda: small.source.block(whole, whole), packed.nbytes + weight.nbytes),
+        "W, packed": (lambda: small.weight.block(whole, whole), packed.nbytes + weight.nbytes),
         f"dα, dβ of {step} columns": (
             lambda: dense.reduce(part, gradient, grads, accumulate=True),
             2 * gradient.nbytes,

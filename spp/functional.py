@@ -90,7 +90,7 @@ def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scaling: float
         weight: (m, n); alpha: (r, n); beta: (m, 1); scaling: s.
     """
     _RULE.check_shapes((alpha, beta), weight.shape[0], weight.shape[1], "effective_weight")
-    return _effective_weight(_RULE, weight, (alpha, beta), scaling)
+    return _effective_weight(weight, Adapter(_RULE, (alpha, beta), scaling))
 
 
 __all__ = ["effective_weight", "spp_linear", "spp_linear_reference"]

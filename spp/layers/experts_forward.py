@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.kernels import OffloadedExperts, PackedSource, WeightSource, base_linear
+from spp.kernels import Run, base_linear
+from spp.kernels.linear import linear
 from spp.models.expert_products import ExpertProducts, plain_experts
-from spp.models.projection import Projection, as_matrices
-from spp.weights import HeldWeight, HoldsWeight, PackedStack
+from spp.models.projection import Projection
+from spp.rules import Adapter
+from spp.weights import HoldsWeight, PackedStack, Weight
 from spp.weights.hooks import let_go_on_error
-from spp.weights.offload import fetch, offloader
+from spp.weights.offload import parameter_weight
 
 _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
 _opaque_forward: Callable[..., Any] | None = None
@@ -32,6 +34,7 @@ class ExpertsAdapter(HoldsWeight):
     """
 
     disabled: bool
+    saved_activations: str = "full"
     weight_requires_grad: bool
 
     def __init__(self, projection: Projection) -> None:
@@ -49,46 +52,54 @@ class ExpertsAdapter(HoldsWeight):
     @property
     def weight(self) -> Tensor:
         """The fused weight as it is stored: (E, m, n) or (E, n, m); of a packed one a copy; on meta while offloaded."""
-        return self.projection.operand if self.packed_layout is None else self.packed_weight().dense()
+        return self.projection.operand if self.packed_layout is None else self.held().dense()
 
-    def dense_weight(self) -> Tensor:
-        """Return the fused weight with its numbers: of an offloaded one, what is loaded."""
-        return self.projection.dense_weight() if self.packed_layout is None else self.weight
+    @property
+    def stored_weight(self) -> Tensor:
+        """The tensor that holds the weight's values."""
+        return self.projection.operand if self.packed_layout is None else super().stored_weight
 
-    def held(self) -> HeldWeight:
-        """Return the fused weight as it is held."""
-        return self.projection.held() if self.packed_layout is None else super().held()
-
-    def matrices(self) -> list[Tensor]:
-        """Return the experts' weights (m, n), views of `dense_weight`."""
-        return as_matrices(self.dense_weight().detach(), transposed=self.input_axis == -2)
+    def held(self) -> Weight:
+        """Return the fused weight."""
+        if self.packed_layout is not None:
+            return super().held()
+        return parameter_weight(self.projection.module, self.projection.name, self.input_axis)
 
     @abstractmethod
+    def active(self) -> Adapter | None:
+        """Return the adapter to compute with; None computes with W."""
+
     def has_no_effect(self) -> bool:
         """Whether W_eff is W and nothing is to be learned from this call."""
+        active = None if self.disabled else self.active()
+        if active is None:
+            return True
+        if torch.is_grad_enabled() or active.params[0].device.type != "cpu":  # elsewhere, asking would stall the device
+            return False
+        if self.training and active.dropout:  # what a checkpoint recomputes must draw the same dropout
+            return False
+        return active.is_idle()
 
-    @abstractmethod
     def multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
+        weights, active = self.held().experts(), self.active()
+        if active is None:
+            return lambda expert, x: base_linear(x, weights[expert], None)
+        adapters, run = active.for_call(self.training).experts(), Run(self.saved_activations)
+        return lambda expert, x: linear(x, weights[expert], None, adapters[expert], run)
 
     def restore(self) -> ExpertsAdapter | None:
-        """Let go of the weight, flags as before, and return what takes this one's place in the module, if anything."""
+        """Give the weight back, flags as before; return what takes this one's place in the module, if anything."""
         self.projection.operand.requires_grad_(self.weight_requires_grad)
         return None
 
-    def packed_experts(self) -> PackedStack:
-        """Return the packed weight."""
-        packed = self.packed_weight()
-        assert isinstance(packed, PackedStack)
-        return packed
-
     def hold_what_is_there(self) -> None:
-        """Take the weight packed, from whom holds it so already or from the module; `take_over` has these let go."""
-        held = self.projection.packed
-        self.hold_packed(pack_experts(self.projection) if held is None else held.packed_weight())  # type: ignore[operator]
+        """Pack the weight, or take what is packed already. The source is freed in `take_over`."""
+        packed = self.projection.packed
+        self.hold_packed(pack_experts(self.projection) if packed is None else self.projection.held())
 
     def take_over(self) -> None:
-        """Have what held the weight let go of it."""
+        """Free the storage that held the weight before."""
         held = self.projection.packed
         if held is None:
             self.projection.release()
@@ -96,30 +107,10 @@ class ExpertsAdapter(HoldsWeight):
             assert isinstance(held, HoldsWeight)
             held.drop_weight()
 
-    def unpack(self) -> None:
-        """Have the module hold the dense weight again."""
-        self.hold_dense(self.weight)
-
     def hold_dense(self, weight: Tensor) -> None:
         """Give the module a dense weight, as it is stored, in place of the packed one."""
         self.drop_weight()
         self.projection.hold(nn.Parameter(weight, requires_grad=False))
-
-    def sources(self) -> Sequence[Tensor | WeightSource]:
-        """Return what the experts' products take their weights from, for one call."""
-        if self.packed_layout is not None:
-            return [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
-        matrices, hook = self.matrices(), offloader(self.projection.module)
-        if hook is None:
-            return matrices
-        name, dtype, transposed = self.projection.name, self.weight.dtype, self.input_axis == -2
-        loaded = OffloadedExperts(lambda: as_matrices(fetch(hook, name, dtype), transposed=transposed))
-        return loaded.sources(matrices)
-
-    def frozen_multiplier(self) -> Multiply:
-        """Return what multiplies an expert's tokens x (t, n) by its packed weight as it is."""
-        sources = [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
-        return lambda expert, x: base_linear(x, sources[expert], None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertsAdapter:
         """Convert or move; what stands for a packed weight in the module follows its dtype."""
@@ -128,9 +119,19 @@ class ExpertsAdapter(HoldsWeight):
         return self
 
     def refresh(self) -> None:
-        """Have what stands for a packed weight in the module be of its dtype."""
+        """Set the dtype of the meta placeholder of a packed weight in the module."""
         if self.packed_layout is not None:
             self.projection.stand_for(self.stored_weight.dtype)
+
+    def describe(self, *facts: str) -> str:
+        """Return what `repr` shows between the brackets: sizes, then `facts`, then the form of a packed weight."""
+        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        packed = () if self.packed_layout is None else (f"packed={self.packed_layout}",)
+        return ", ".join((sizes, *facts, *packed))
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return self.describe()
 
 
 class ExpertsForward:
@@ -156,13 +157,10 @@ class ExpertsForward:
         inner = self.before or type(self.module).forward.__get__(self.module)
         adapters, multipliers = [], []
         for adapter in adapters_of(self.module).values():
-            if adapter.packed_layout is not None:
-                adapter.refresh()
-                multipliers.append(adapter.frozen_multiplier() if adapter.disabled else adapter.multiplier())
-            elif adapter.disabled or adapter.has_no_effect():
+            if adapter.has_no_effect() and adapter.packed_layout is None:
                 continue
-            else:
-                multipliers.append(adapter.multiplier())
+            adapter.refresh()
+            multipliers.append(adapter.multiplier())
             adapters.append(adapter)
         if not adapters:
             return inner(*args, **kwargs)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch.nn.utils.parametrize as parametrize
-from torch import nn
 
 from spp.errors import ConfigError, TargetError
-from spp.layers.experts_forward import ExpertsAdapter, Multiply, adapters_of
+from spp.layers.experts_forward import ExpertsAdapter, adapters_of
 from spp.models.projection import Projection
 from spp.weights import DTYPES, PackedStack
 from spp.weights.holder import PACKED
@@ -18,7 +17,7 @@ class PackedExperts(ExpertsAdapter):
     Each product of an expert's tokens decodes that expert's matrix, a block at a time.
 
     Args:
-        projection: the fused weight, of which the module lets go.
+        projection: the fused weight, which is freed in the module.
         packed: the weight, packed already (then the module's may be on the meta device); None packs it.
 
     Raises:
@@ -42,29 +41,13 @@ class PackedExperts(ExpertsAdapter):
         self.refresh()
         self.train(projection.module.training)
 
-    def has_no_effect(self) -> bool:
-        """Whether nothing is to be done: never."""
-        return False
-
-    def multiplier(self) -> Multiply:
-        """Return what multiplies an expert's tokens x (t, n) by its weight."""
-        return self.frozen_multiplier()
-
-    def resident_names(self) -> tuple[str, ...]:
-        """Return nothing: there are no parameters."""
-        return ()
+    def active(self) -> None:
+        """Return nothing: there is no adapter."""
 
     def restore(self) -> None:
-        """Have the module hold the dense weight again."""
-        self.projection.hold(nn.Parameter(self.weight, requires_grad=self.weight_requires_grad))
-        self.drop_weight()
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return (
-            f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"packed={self.packed_layout}"
-        )
+        """Give the dense weight back to the module."""
+        self.hold_dense(self.weight)
+        super().restore()
 
 
 class OverPackedExperts(ExpertsAdapter):
@@ -80,12 +63,12 @@ class OverPackedExperts(ExpertsAdapter):
         self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
 
     def release_packed(self) -> PackedExperts | None:
-        """Let go of a packed weight: to the PackedExperts that had it, which come back, or dense to the module."""
+        """Give a packed weight back: to the PackedExperts that had it, which come back, or dense to the module."""
         for before in self._before:
-            before.hold_packed(self.packed_weight())
+            before.hold_packed(self.held())
             self.drop_weight()
             return before
-        self.unpack()
+        self.hold_dense(self.weight)
         self.projection.operand.requires_grad_(self.weight_requires_grad)
         return None
 

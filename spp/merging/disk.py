@@ -113,7 +113,7 @@ def merge_checkpoint(
             warnings.warn(verdict.message, SPPWarning, stacklevel=2)
         elif verdict.state == NOT_COMPARABLE:
             logger.info(verdict.message)
-    idle = idle_reason((layer.rule, layer.params, layer.scaling) for layer in merging.layers.values())
+    idle = idle_reason(merging.layers.values())
     report = MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report(), idle=idle)
     return replace(report, base=gravest(verdicts))
 
@@ -190,8 +190,8 @@ class Merging(Rewriting):
         layer, (rows, cols) = self.layers[place.path], shape[-2:]
         outputs = cols if place.transposed else rows
         matrices = []
-        for params in _of_experts(layer.params) if len(shape) == 3 else [layer.params]:
-            terms = terms_of(layer.rule, layer.rule.prepare(list(params), layer.scaling, outputs, torch.float32))
+        for one in layer.experts() if len(shape) == 3 else [layer]:
+            terms = terms_of(one.rule, one.rule.prepare(one.params, one.scaling, outputs, torch.float32))
             if terms is None:
                 return None
             matrices.append(Matrix(library, rows, cols, before, after, terms, transposed=place.transposed))
@@ -293,11 +293,10 @@ class Merging(Rewriting):
         }
         matrices = place.matrices(weight)
         if len(place.shape) == 3:
-            params = _of_experts(layer.params)
             options["transposed"] = place.transposed
-            merged, self.merges[path] = merge_experts(layer.rule, matrices, params, layer.scaling, **options)
+            merged, self.merges[path] = merge_experts(matrices, layer, **options)
             return merged
-        merged, self.merges[path] = merge_tensor(layer.rule, matrices[0], layer.params, layer.scaling, **options)
+        merged, self.merges[path] = merge_tensor(matrices[0], layer, **options)
         return merged.T if place.transposed else merged
 
     def _raise_masks(self, part: Part) -> None:
@@ -321,11 +320,6 @@ class Merging(Rewriting):
             return self.reader.tensor(place.keys[0])
         joined = self._joined(place.group)
         return joined[_name_among(joined, place)]
-
-
-def _of_experts(params: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Return a stack's parameters expert by expert."""
-    return list(zip(*(p.unbind(0) for p in params), strict=True))
 
 
 def _name_among(tensors: Iterable[str], place: Place) -> str:

@@ -91,7 +91,7 @@ def merge(
     if dtype is not None:
         _check_conversion(model, layers, dtype)
     base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
-    idle = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers.values())
+    idle = idle_reason(layer.adapter() for layer in layers.values())
     for path, layer in layers.items():
         merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
         again = _quantize_again(path, layer, merged, results[path]) if requantize else None
@@ -99,8 +99,7 @@ def merge(
             _write_weight(layer, merged)
         else:
             assert isinstance(layer, SPPLinear)  # experts are never quantized
-            given = layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling
-            results[path] = requantized(*given, merged, again)
+            results[path] = requantized(layer.matrix, layer.adapter(), merged, again)
             layer.hold_packed(again)
     unwrap(model)
     forget_quantizer(model)
@@ -118,7 +117,7 @@ def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]
     """
     masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
     extra = sorted(merged.keys() - masks.keys())  # no projection by its name
-    masks |= {name: mask_sha256(merged[name].dense_weight()) for name in extra}
+    masks |= {name: mask_sha256(merged[name].held().dense()) for name in extra}
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
 
@@ -162,18 +161,9 @@ def _merge_layer(
     """Return the merged weight in its own layout, and what was done; experts are merged one after the other."""
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": layer_generator(seed, path)}
     if isinstance(layer, SPPExperts):
-        return merge_experts(
-            layer.spp_rule,
-            layer.dense_matrices(),
-            layer.of_experts(),
-            layer.scaling,
-            transposed=layer.input_axis != -1,
-            where=path,
-            **options,
-        )
-    merged, done = merge_tensor(
-        layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling, where=path, **options
-    )
+        matrices = (one.matrix() for one in layer.held().experts())
+        return merge_experts(matrices, layer.adapter(), transposed=layer.input_axis != -1, where=path, **options)
+    merged, done = merge_tensor(layer.matrix, layer.adapter(), where=path, **options)
     return merged if layer.input_axis == -1 else merged.T.contiguous(), done
 
 
@@ -227,7 +217,7 @@ def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor, done: LayerM
 
     A weight that the merge left as it was keeps its codes and scales: quantizing it again could only add an error.
     """
-    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
+    held = layer.held()
     if not isinstance(held, QuantizedWeight):
         return None
     if not done.moved:

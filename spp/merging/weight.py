@@ -7,7 +7,7 @@ says what is wrong where a check fails. The weights are the same bits either way
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from spp.errors import MaskError, NonFiniteError
 from spp.kernels.native.elementwise import Found, merge_matrix
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
-from spp.rules import Rule, rescue_
+from spp.rules import Adapter, rescue_
 from spp.rules.canonical import arithmetic_dtype
 from spp.weights import QuantizedWeight
 
@@ -26,10 +26,8 @@ BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block o
 
 
 def merge_tensor(
-    rule: Rule,
     weight: Tensor,
-    params: Sequence[Tensor],
-    scaling: float,
+    adapter: Adapter,
     *,
     dtype: torch.dtype | None = None,
     rounding: str = "nearest",
@@ -39,8 +37,8 @@ def merge_tensor(
     """Merge one weight: the canonical effective weight, checked, in a new tensor.
 
     Args:
-        rule, params, scaling: the adapter; parameters on the device of `weight` or convertible to it.
         weight: W (m, n).
+        adapter: of W; its parameters are moved to the device of `weight`.
         dtype: of the result; None for that of `weight`.
         rounding: "nearest" or "stochastic"; the latter needs `generator`, a CPU generator.
         where: the layer's name in messages.
@@ -52,12 +50,11 @@ def merge_tensor(
         NonFiniteError, MaskError: as for `merge`.
     """
     dtype = dtype or weight.dtype
-    params = [p.detach().to(weight.device) for p in params]
-    for name, parameter in zip(rule.attribute_names(), params, strict=True):
+    adapter, rule = adapter.on(weight.device), adapter.rule
+    for name, parameter in zip(rule.attribute_names(), adapter.params, strict=True):
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"{where}.{name} holds NaN or infinity; nothing was merged")
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    arithmetic, factors = arithmetic_dtype(weight.dtype), adapter.factors(weight.shape[0], weight.dtype)
     by_chance = rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16)
     compiled = None if by_chance else merge_matrix(rule, weight, factors, dtype)
     if compiled is not None and compiled[1].finite_after and not compiled[1].changed:
@@ -83,19 +80,16 @@ def merge_tensor(
     return merged, totals.result()
 
 
-def requantized(
-    rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float, merged: Tensor, stored: QuantizedWeight
-) -> LayerMerge:
+def requantized(weight: Tensor, adapter: Adapter, merged: Tensor, stored: QuantizedWeight) -> LayerMerge:
     """Return what was done to a weight whose merged form was quantized again: the numbers of what is stored.
 
     Args:
-        rule, params, scaling, weight: as for `merge_tensor`; W is the base, dequantized.
+        weight, adapter: as for `merge_tensor`; W is the base, dequantized.
         merged: W_merged (m, n).
         stored: what `merged` was quantized to; it is decoded a block at a time.
     """
-    params = [p.detach().to(weight.device) for p in params]
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    rule, arithmetic = adapter.rule, arithmetic_dtype(weight.dtype)
+    factors = adapter.on(weight.device).factors(weight.shape[0], weight.dtype)
     totals, square, lost = _Totals(), 0.0, 0
     for rows in _blocks(weight):
         block, before = weight.detach()[rows], merged[rows]
@@ -141,10 +135,8 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
 
 
 def merge_experts(
-    rule: Rule,
     matrices: Iterable[Tensor],
-    params: Sequence[Sequence[Tensor]],
-    scaling: float,
+    adapter: Adapter,
     *,
     transposed: bool,
     where: str,
@@ -153,17 +145,19 @@ def merge_experts(
     """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
 
     Args:
-        matrices: of the experts, each asked for when it is merged; params: of each.
+        matrices: of the experts, each asked for when it is merged.
+        adapter: whose parameters have a leading dimension.
         transposed: whether the result is to be (E, n, m) instead of (E, m, n).
         options: of `merge_tensor`.
     """
     whole = torch.empty(0)
     totals: list[LayerMerge] = []
-    for number, (matrix, of_expert) in enumerate(zip(matrices, params, strict=True)):
-        merged, found = merge_tensor(rule, matrix, of_expert, scaling, where=f"{where}[{number}]", **options)
+    adapters = adapter.experts()
+    for number, (matrix, of_expert) in enumerate(zip(matrices, adapters, strict=True)):
+        merged, found = merge_tensor(matrix, of_expert, where=f"{where}[{number}]", **options)
         merged = merged.T if transposed else merged
         if not totals:
-            whole = merged.new_empty((len(params), *merged.shape))
+            whole = merged.new_empty((len(adapters), *merged.shape))
         whole[number] = merged
         totals.append(found)
     return whole, sum_layers(totals)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.weights import HeldWeight, quantized_kind, read_quantized
-from spp.weights.offload import values
+from spp.weights import Weight, quantized_kind, read_quantized
+from spp.weights.offload import parameter_weight
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
@@ -52,20 +52,15 @@ class Projection:
         assert isinstance(weight, Tensor)
         return weight
 
-    def dense_weight(self) -> Tensor:
-        """Return `weight` with its numbers, to be read only: where accelerate has it offloaded, a copy."""
-        weight = self.weight
-        return values(self.module, self.name) if weight.is_meta and self.name in self.module._parameters else weight
-
-    def held(self) -> HeldWeight:
-        """Return the weight as it is held, whose values can be hashed."""
+    def held(self) -> Weight:
+        """Return the weight, however it is held."""
         if (holder := self.packed) is not None:
             held = holder.held()  # type: ignore[operator]
-            assert isinstance(held, HeldWeight)
+            assert isinstance(held, Weight)
             return held
         if quantized_kind(self.module):
-            return HeldWeight.of_quantized(read_quantized(self.module, self.path))
-        return HeldWeight.of_parameter(self.module, self.name)
+            return read_quantized(self.module, self.path)
+        return parameter_weight(self.module, self.name, self.input_axis)
 
     @property
     def parameter_path(self) -> str:
@@ -74,7 +69,7 @@ class Projection:
 
     @property
     def packed(self) -> nn.Module | None:
-        """The module that holds the weight packed or as codes: `packed_weight()`; None where it is a Parameter."""
+        """The module that holds the weight packed or as codes; None where it is a Parameter."""
         holder = self.module if hasattr(self.module, "packed_layout") else self.module._modules.get(self.name)
         return holder if getattr(holder, "packed_layout", None) is not None else None
 

@@ -151,7 +151,7 @@ class MaskUpdates(TrainerCallback):
             return
         dtype = arithmetic_dtype(weight.dtype)
         layer = mask.layer
-        drop = effective_weight(layer.spp_rule, weight, layer.adapter_parameters(), layer.scaling).to(dtype).abs_()
+        drop = effective_weight(weight, layer.adapter()).to(dtype).abs_()
         if self.drop == "activation":
             drop.mul_(torch.linalg.vector_norm(x, dim=0, dtype=dtype))
         grow = torch.empty_like(drop)

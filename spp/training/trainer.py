@@ -19,7 +19,6 @@ from spp.masks.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.mask_state import STATE_NAME
 from spp.training.mask_updates import MaskUpdates
-from spp.weights import PackedStack, PackedWeight
 from spp.wrapping.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import adapter_layers, adapter_parameters, is_wrapped
@@ -147,14 +146,13 @@ class _ZeroCount:
     def sparsity(self, model: nn.Module) -> float:
         zeros, total = 0, 0
         for path, layer in adapter_layers(model).items():
-            packed = None if layer.packed_layout is None else layer.packed_weight()
-            held = layer.weight if packed is None else packed.tensors()[0]
-            state = (held.data_ptr(), held._version)  # (0, 0) of one that accelerate has offloaded
+            stored = layer.stored_weight
+            state = (stored.data_ptr(), stored._version)  # (0, 0) of one that accelerate has offloaded
             known = self._known.get(path)
             if known is None or known[0] != state:
-                weight = packed.values if isinstance(packed, PackedWeight | PackedStack) else layer.dense_weight()
-                numel = weight.numel() if packed is None else packed.numel
-                known = self._known[path] = state, numel - int(nonzero_mask(weight.detach()).sum()), numel
+                weight = layer.held()
+                kept = int(nonzero_mask(weight.entries()).sum())
+                known = self._known[path] = state, weight.numel - kept, weight.numel
             zeros, total = zeros + known[1], total + known[2]
         return zeros / total
 

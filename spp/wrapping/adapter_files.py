@@ -31,7 +31,7 @@ from spp.files import CheckpointReader, read_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
 from spp.masks.patterns import all_finite
-from spp.rules import get_rule
+from spp.rules import Adapter, get_rule
 from spp.rules.idle import idle_reason, no_update_text
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def why_malformed(hashes: Any, forms: Any) -> str | None:
 def adapter_without_update(files: AdapterFiles) -> str | None:
     """Return a sentence that says why an adapter on disk changes no weight; None where its parameters are not idle."""
     rule, scaling = get_rule(files.config.rule), files.config.scaling
-    reason = idle_reason((rule, params, scaling) for params in files.layers().values())
+    reason = idle_reason(Adapter(rule, params, scaling) for params in files.layers().values())
     return None if reason is None else no_update_text(reason)
 
 

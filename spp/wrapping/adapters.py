@@ -19,7 +19,7 @@ from spp.layers.experts import SPPExperts
 from spp.models.projection import Projection
 from spp.models.targets import resolve_projections
 from spp.rules import get_rule
-from spp.weights import HeldWeight
+from spp.weights import Weight
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
 from spp.wrapping.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
 from spp.wrapping.effect import without_effect
@@ -56,17 +56,17 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
-    weights = ((path, layer.dense_weight()) for path, layer in require_layers(model).items())
+    weights = ((path, layer.held().dense()) for path, layer in require_layers(model).items())
     return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
 
 
-def base_values(weights: Iterable[tuple[str, HeldWeight]]) -> dict[str, dict[str, str]]:
+def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, str]]:
     """Return what an adapter's config says of the values of its base: the fields "base_values" and "base_forms".
 
     Args:
         weights: module paths and the frozen weights there; one on the meta device is left out.
     """
-    found = [(path, held.form, held.sha256()) for path, held in weights]
+    found = [(path, held.form, held.values_sha256()) for path, held in weights]
     known = [(path, form, digest) for path, form, digest in found if digest is not None]
     return {
         "base_values": {path: digest for path, _, digest in known},
@@ -298,7 +298,7 @@ def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
 
 def _mask_of(target: Projection | AdapterLayer) -> str | None:
     """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = target.dense_weight()
+    weight = target.held().dense()
     return None if weight.is_meta else mask_sha256(weight)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spp.layers.experts import SPPExperts
 from spp.rules.idle import effect_of, idle_reason, no_update_text, rounded_away_text
-from spp.wrapping.wrap import AdapterLayer, require_layers
+from spp.wrapping.wrap import require_layers
 
 
 @torch.no_grad()
@@ -23,26 +20,18 @@ def without_effect(model: nn.Module) -> str | None:
         model: wrapped.
     """
     layers = require_layers(model).values()
-    reason = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers)
+    reason = idle_reason(layer.adapter() for layer in layers)
     if reason is not None:
         return no_update_text(reason)
     updated = False
     for layer in layers:
-        for weight, params in _matrices(layer):
-            if weight.is_meta or any(parameter.is_meta for parameter in params):
+        for weight, adapter in layer.parts():
+            if weight.is_meta or any(parameter.is_meta for parameter in adapter.params):
                 return None
-            found = effect_of(layer.spp_rule, weight, params, layer.scaling)
+            found = effect_of(weight, adapter)
             if found.moved:
                 return None
             updated = updated or found.updated
     if not updated:
         return no_update_text()
     return f"{rounded_away_text()}. Train it longer or at a higher rate, or on weights in torch.float32"
-
-
-def _matrices(layer: AdapterLayer) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-    """Yield W (m, n) and the parameters of each matrix of a layer."""
-    if isinstance(layer, SPPExperts):
-        yield from zip(layer.dense_matrices(), layer.of_experts(), strict=True)
-    else:
-        yield layer.matrix, layer.adapter_parameters()

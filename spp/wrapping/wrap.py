@@ -223,7 +223,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     packed = {module for module in model.modules() if isinstance(module, HoldsWeight) and module.packed_layout}
-    total = sum(p.numel() for p in parameters) + sum(layer.packed_weight().numel for layer in packed)
+    total = sum(p.numel() for p in parameters) + sum(layer.held().numel for layer in packed)
     share = 100 * trainable / max(total, 1)
     print(  # noqa: T201  the one function that prints, as PEFT's does
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"

@@ -505,7 +505,7 @@ def test_saves_after_the_first_hash_no_value_again(tmp_path: Path, monkeypatch: 
         hashed.append(weight.shape)
         return values_sha256(weight, *rest)
 
-    monkeypatch.setattr("spp.weights.held.values_sha256", counted)
+    monkeypatch.setattr("spp.weights.base.values_sha256", counted)
     trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=3).train()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3 and len(hashed) == 14
 

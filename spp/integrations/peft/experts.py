@@ -9,23 +9,20 @@ model's `get_submodule` find the adapter, as transformers' `model.load_adapter` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from spp.files import dtype_name
 from spp.integrations.peft.terms import TermsLayer
-from spp.kernels import Run
-from spp.kernels.linear import linear
 from spp.layers.experts_packed import OverPackedExperts, PackedExperts
 from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_experts
-from spp.models.projection import Projection, as_matrices
-from spp.rules import get_rule
-from spp.weights import HeldWeight, PackedStack
-from spp.weights.offload import home, is_offloaded
+from spp.models.projection import Projection
+from spp.rules import Adapter, get_rule
+from spp.weights import DenseWeight, Weight
+from spp.weights.offload import is_offloaded
 
 
 class SPPPeftExperts(OverPackedExperts, TermsLayer):
@@ -42,10 +39,9 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
     def __init__(self, projection: Projection, *, packed: bool = False) -> None:
         OverPackedExperts.__init__(self, projection)
         self._init_terms(get_rule("spp"), projection.path)
-        self.saved_activations = "full"
         self.training = projection.module.training
         self.weight_requires_grad = projection.operand.requires_grad
-        self._packed_before_merge: tuple[PackedStack, ...] = ()
+        self._packed_before_merge: tuple[Weight, ...] = ()
         if packed:
             self.hold_what_is_there()
             self.take_over()
@@ -61,57 +57,19 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
             self.unmerge()
         return self.active() is None
 
-    def has_no_effect(self) -> bool:
-        """Whether no active adapter has been trained, and this call trains none."""
-        on_cpu = self.kept_weight().device.type == "cpu"  # elsewhere, asking would stall the device
-        if torch.is_grad_enabled() or not on_cpu:
-            return False
-        if self.training and any(self.spp_dropout[name][0] for name in self.active_names() if name in self.spp_terms):
-            return False  # what a checkpoint recomputes must draw the same numbers
-        return not any(bool(self.spp_beta[name].any()) for name in self.active_names() if name in self.spp_terms)
+    def active(self) -> Adapter | None:
+        """Return the active adapters' sum, unless they are disabled or merged."""
+        return TermsLayer.active(self)
 
-    def multiplier(self) -> Callable[[int, Tensor], Tensor]:
-        """Return what multiplies an expert's tokens x (t, n) by the active adapters' effective weight."""
-        active, weights = self.active(), self.sources()
-        assert active is not None
-        experts, run = active.for_call(self.training).experts(), Run(self.saved_activations)
-        return lambda expert, x: linear(x, weights[expert], None, experts[expert], run)
-
-    def kept_weight(self) -> Tensor:
-        """Return the tensor that holds the weight's numbers."""
-        return self.stored_weight
-
-    def base_weight(self) -> Tensor:
-        """Return W as it was before any merge; of a packed one a dense copy."""
-        for packed in self._packed_before_merge:
-            return packed.dense()
-        return self.dense_weight() if self._before_merge is None else self._before_merge
-
-    def held(self) -> HeldWeight:
-        """Return W as it was before any merge, as it is held."""
-        for packed in self._packed_before_merge:
-            return HeldWeight(dtype_name(packed.dtype), packed.tensors(), packed.dense)
-        return super().held() if self._before_merge is None else HeldWeight.of_tensor(self._before_merge)
-
-    def home(self) -> torch.device:
-        """Return the device that adapters belong on."""
-        return home(self.projection.module, self.kept_weight())
+    def held(self) -> Weight:
+        """Return W as it was before any merge."""
+        if self._before_merge is not None:
+            return DenseWeight(self._before_merge, self.input_axis)
+        return self._packed_before_merge[0] if self._packed_before_merge else super().held()
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has the weight offloaded."""
         return is_offloaded(self.projection.module, self.projection.name)
-
-    def resident_names(self) -> tuple[str, ...]:
-        """Return nothing: the parameters are in containers of their own."""
-        return ()
-
-    def base_matrices(self) -> Iterator[Tensor]:
-        """Yield W (m, n) of each expert as it was before any merge; packed ones are decoded when they are asked for."""
-        packed = self._packed_before_merge or (() if self.packed_layout is None else (self.packed_experts(),))
-        for stack in packed:
-            yield from (matrix.dense() for matrix in stack.matrices())
-        if not packed:
-            yield from as_matrices(self.base_weight().detach(), transposed=self.input_axis == -2)
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
         """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here.
@@ -122,9 +80,8 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         active = self.combined(adapters)
         if active is None:
             return None
-        params = list(zip(*(param.unbind(0) for param in active.params), strict=True))
-        given = active.rule, self.base_matrices(), params, active.scaling
-        return merge_experts(*given, transposed=self.input_axis == -2, where=self.spp_name)
+        matrices = (one.matrix() for one in self.held().experts())
+        return merge_experts(matrices, active, transposed=self.input_axis == -2, where=self.spp_name)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -139,7 +96,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
             return
         merged, self.spp_merge = result
         if self.packed_layout is not None:
-            self._packed_before_merge = (self.packed_experts(),)
+            self._packed_before_merge = (self.held(),)
             self.hold_dense(merged)
         else:
             if not self.merged:
@@ -162,7 +119,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         if self._before_merge is not None:
             self._before_merge = fn(self._before_merge)
         self._packed_before_merge = tuple(
-            PackedStack(packed.layout, *(fn(t) for t in packed.tensors())) for packed in self._packed_before_merge
+            packed.maker()(*(fn(t) for t in packed.tensors())) for packed in self._packed_before_merge
         )
         return self
 

@@ -10,7 +10,6 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
-from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layers.adapted import AdaptedLinear
 from spp.layers.host import release_parameter, share_hooks
 from spp.layers.packed import PackedLinear
@@ -18,9 +17,9 @@ from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_tensor
 from spp.models.projection import features, input_axis_of
 from spp.rules import get_rule
-from spp.weights import HeldWeight, quantized_kind, read_quantized
+from spp.weights import DenseWeight, Weight, quantized_kind, read_quantized
 from spp.weights.hooks import move_hook
-from spp.weights.offload import execution_device, home, offloader, values
+from spp.weights.offload import execution_device, offloader, parameter_weight, values
 
 _SPP = get_rule("spp")
 Place = tuple[nn.Module, str]  # the parent of a module, and its name there
@@ -64,49 +63,28 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         """Forget W_eff."""
         self._cached = None
 
-    def frozen(self) -> Tensor | WeightSource:
-        """Return the base weight."""
+    def frozen(self) -> Weight:
+        """Return the base weight, merged or not."""
         base = self.base_layer
-        if isinstance(base, PackedLinear):
-            return PackedSource(base.packed_matrix())
-        if (offloaded := offloaded_weight(base, self.input_axis)) is not None:
-            return offloaded
-        weight = base.weight
-        assert isinstance(weight, Tensor)
-        return weight if self.input_axis == -1 else weight.T
+        return base.held() if isinstance(base, PackedLinear) else parameter_weight(base, input_axis=self.input_axis)
 
     def frozen_bias(self) -> Tensor | None:
         """Return the base's bias."""
         return None if self.base_layer.bias is None else values(self.base_layer, "bias")
 
-    def kept_weight(self) -> Tensor:
-        """Return the tensor that holds the base's numbers."""
+    @property
+    def stored_weight(self) -> Tensor:
+        """The tensor that holds the base's values."""
         base = self.base_layer
-        kept = base.stored_weight if isinstance(base, PackedLinear) else base.weight
-        assert isinstance(kept, Tensor)
-        return kept
+        stored = base.stored_weight if isinstance(base, PackedLinear) else base.weight
+        assert isinstance(stored, Tensor)
+        return stored
 
-    def base_weight(self) -> Tensor:
-        """Return W as it was before any merge, in the layout of the base layer."""
-        if self._packed_before_merge:
-            return self._packed_before_merge[0].weight
+    def held(self) -> Weight:
+        """Return W as it was before any merge."""
         if self._before_merge is not None:
-            return self._before_merge
-        base = self.base_layer
-        return base.weight if isinstance(base, PackedLinear) else values(base)
-
-    def held(self) -> HeldWeight:
-        """Return W as it was before any merge, as it is held."""
-        for packed in self._packed_before_merge:
-            return packed.held()
-        if self._before_merge is not None:
-            return HeldWeight.of_tensor(self._before_merge)
-        base = self.base_layer
-        return base.held() if isinstance(base, PackedLinear) else HeldWeight.of_parameter(base)
-
-    def home(self) -> torch.device:
-        """Return the device that adapters belong on."""
-        return home(self.base_layer, self.kept_weight())
+            return DenseWeight(self._before_merge, self.input_axis)
+        return self._packed_before_merge[0].held() if self._packed_before_merge else self.frozen()
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has the weight offloaded."""
@@ -131,8 +109,7 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         active = self.combined(adapters)
         if active is None:
             return None
-        weight = self.base_weight() if self.input_axis == -1 else self.base_weight().T
-        merged, done = merge_tensor(active.rule, weight, active.params, active.scaling, where=self.spp_name)
+        merged, done = merge_tensor(self.held().matrix(), active, where=self.spp_name)
         return (merged if self.input_axis == -1 else merged.T.contiguous()), done
 
     @torch.no_grad()

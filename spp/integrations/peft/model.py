@@ -338,7 +338,7 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
         if expected is None:
             continue
         layer = layer_of(target)
-        weight = target.dense_weight() if layer is None else layer.base_weight()
+        weight = (target if layer is None else layer).held().dense()
         if not weight.is_meta and mask_sha256(weight) != expected:
             differing.append(target.path)
     if differing:
@@ -355,7 +355,7 @@ def _check_values(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
     comparison = BaseComparison(config.base_values, config.base_forms, base_name=config.base_model_name_or_path)
     for target in targets:
         layer = layer_of(target)
-        comparison.add_held(target.path, target.held() if layer is None else layer.held())
+        comparison.add_held(target.path, (target if layer is None else layer).held())
     verdict = comparison.verdict()
     if verdict.state == OTHER:
         warnings.warn(verdict.message, SPPWarning, stacklevel=3)

@@ -20,7 +20,7 @@ from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
-from spp.weights import HeldWeight, converting
+from spp.weights import Weight, converting
 from spp.weights.hooks import HookedAdapter
 from spp.wrapping.state import layer_generator
 
@@ -82,21 +82,13 @@ class TermsLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._before_merge: Tensor | None = None
 
-    def kept_weight(self) -> Tensor:
-        """Return the tensor that holds the base's numbers."""
+    def held(self) -> Weight:
+        """Return W as it was before any merge."""
         raise NotImplementedError
 
     def base_weight(self) -> Tensor:
-        """Return W as it was before any merge, as it is stored; an offloaded one with its numbers."""
-        raise NotImplementedError
-
-    def held(self) -> HeldWeight:
-        """Return W as it was before any merge, as it is held."""
-        raise NotImplementedError
-
-    def home(self) -> torch.device:
-        """Return the device that adapters belong on."""
-        raise NotImplementedError
+        """Return W as it was before any merge, as it is stored."""
+        return self.held().dense()
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has the weight offloaded."""
@@ -111,11 +103,11 @@ class TermsLayer(BaseTunerLayer):
 
     def update_layer(self, adapter: str, config: SPPConfig, inference_mode: bool = False) -> None:
         """Add an adapter, or make one anew: drawn as `spp.wrap` draws it."""
-        r, kept = config.rank_for(self.spp_name), self.kept_weight()
+        r, arithmetic = config.rank_for(self.spp_name), arithmetic_dtype(self.held().dtype)
         generator = None if config.seed is None else layer_generator(config.seed, self.spp_name)
         experts = (self.num_experts,) if hasattr(self, "num_experts") else ()
         shapes = [(*experts, *shape) for shape in self.spp_rule.shapes(self.out_features, self.in_features, r)]
-        params = [torch.empty(shape, dtype=arithmetic_dtype(kept.dtype)) for shape in shapes]
+        params = [torch.empty(shape, dtype=arithmetic) for shape in shapes]
         with torch.no_grad():
             for one in zip(*params, strict=True) if experts else [params]:  # expert after expert
                 self.spp_rule.init_(one, config.init, generator)
@@ -127,7 +119,7 @@ class TermsLayer(BaseTunerLayer):
     ) -> None:
         """Put an adapter's parameters in place: α (…, Σ r_t, n) and β (…, m, terms)."""
         self.drop_cache()
-        device = self.home()
+        device = self.held().device
         for name, param in zip(self.adapter_layer_names, params, strict=True):
             moved = param if device.type == "meta" else param.to(device)
             getattr(self, name)[adapter] = nn.Parameter(moved)
@@ -183,7 +175,7 @@ class TermsLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to its base; in its own dtype, not the base's."""
-        dtype, home = arithmetic_dtype(self.kept_weight().dtype), self.home()
+        dtype, home = arithmetic_dtype(self.held().dtype), self.held().device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container and not container[adapter_name].is_meta and home.type != "meta":
@@ -196,4 +188,4 @@ class TermsLayer(BaseTunerLayer):
 def merged_idle(layers: Iterable[TermsLayer]) -> str | None:
     """Return why the adapters that are merged into these layers have no update; None where they have one."""
     merged = [active for layer in layers if (active := layer.combined(layer.merged_adapters)) is not None]
-    return idle_reason((active.rule, active.params, active.scaling) for active in merged)
+    return idle_reason(merged)
