@@ -195,6 +195,27 @@ def regrouped(pieces: Iterable[memoryview], size: int, scratch: Scratch) -> Iter
         yield data[:filled]
 
 
+def scan_tensor(t: Tensor, axis: int) -> Scanned:
+    """Scan a tensor in memory, in one pass over its values; its crc stays 0.
+
+    Args:
+        t: on the CPU it is looked at where it is; elsewhere a part of it is copied at a time.
+        axis: the input axis.
+    """
+    t, axis = t.detach(), axis % t.dim()
+    if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPES:
+        flat: Bytes = as_array(t.reshape(-1).view(torch.uint8))
+        bits, size = np.empty((t.numel() + 7) // 8, np.uint8), t.element_size()
+        bounds = entry_pieces(t.numel())
+        parts = [scan_piece(flat[a * size : b * size], t.dtype, bits[a // 8 : (b + 7) // 8]) for a, b in bounds]
+        found = put_together(parts)
+    else:
+        bits = pack_bits(t)
+        found = Found(kept=-1, finite_before=all_finite(t))
+    facts, mask = describe(tuple(t.shape), t.dtype, axis, bits, found)
+    return Scanned(0, mask, facts, axis)
+
+
 class TensorJob(Job):
     """Scan one tensor of a model in memory, as a whole; of its bytes nothing is said.
 
@@ -208,19 +229,8 @@ class TensorJob(Job):
         self.result: Scanned | None = None
 
     def do(self, piece: int, scratch: Scratch) -> None:
-        """Look at the tensor where it is; elsewhere than on the CPU a part of it is copied at a time."""
-        t = self.get(self.name).detach()
-        if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPES:
-            flat: Bytes = as_array(t.reshape(-1).view(torch.uint8))
-            bits, size = np.empty((t.numel() + 7) // 8, np.uint8), t.element_size()
-            bounds = entry_pieces(t.numel())
-            parts = [scan_piece(flat[a * size : b * size], t.dtype, bits[a // 8 : (b + 7) // 8]) for a, b in bounds]
-            found = put_together(parts)
-        else:
-            bits = pack_bits(t)
-            found = Found(kept=-1, finite_before=all_finite(t))
-        facts, mask = describe(tuple(t.shape), t.dtype, self.axis % t.dim(), bits, found)
-        self.result = Scanned(0, mask, facts, self.axis % t.dim())
+        """Look at the tensor."""
+        self.result = scan_tensor(self.get(self.name), self.axis)
 
     def finish(self) -> None:
         """Nothing is left to do."""

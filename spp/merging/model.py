@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.certifying.certificate import fingerprint, report_from_tensors
+from spp.certifying.certificate import TensorSparsity, fingerprint, make_report
+from spp.certifying.scan import scan_tensor
 from spp.configs.checkpoints import ROUNDINGS
 from spp.configs.checks import check_choice
 from spp.errors import ConfigError, NonFiniteError, arg, call
-from spp.files import mask_sha256
+from spp.files import dtype_name
 from spp.layers.experts import SPPExperts
 from spp.layers.linear import SPPLinear
 from spp.masks.patterns import all_finite
 from spp.merging.report import LayerMerge, MergeReport
-from spp.merging.weight import merge_experts, merge_tensor, requantized
-from spp.models.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
+from spp.merging.weight import merge_cannot_fail, merge_experts, merge_tensor, requantized
+from spp.models.targets import (
+    is_other_matrix,
+    is_projection_key,
+    packed_modules,
+    projection_axes,
+    projection_weights,
+    weight_of,
+)
 from spp.rules import rescue_
 from spp.rules.idle import idle_reason
 from spp.weights import NAMES as PACKED_NAMES
@@ -50,8 +58,9 @@ def merge(
 
     Args:
         model: wrapped.
-        check: compute every layer once before the first is written, so that an error leaves the model as it was; False
-            saves that pass, and an error then comes when earlier layers are merged already.
+        check: show before the first layer is written that none can fail, so that an error leaves the model as it was:
+            |W_eff| ≤ max|W| · (1 + max|s·β·A|) must fit the dtype. A layer for which that bound does not tell is
+            merged once more beforehand. False skips this, and an error then comes when earlier layers are merged.
         dtype: store in another floating dtype; the whole model is converted. None keeps each weight's own.
         rounding: "nearest", or "stochastic" (unbiased; for 16-bit dtypes, from which small updates would vanish).
         requantize: quantize merged weights in the form that they had; without it they come back dense, and once
@@ -82,26 +91,25 @@ def merge(
     if requantize:
         _check_requantize(layers, dtype)
     seed, verdict = draw_seed(rounding, seed), base_verdict(model)
-    results: dict[str, LayerMerge] = {}
+    compute = partial(_merge_layer, dtype=dtype, rounding=rounding, seed=seed, requantize=requantize)
+    ready: dict[str, tuple[Tensor | QuantizedWeight, LayerMerge]] = {}
     if check:
         for path, layer in layers.items():
-            merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
-            if requantize:
-                _quantize_again(path, layer, merged, results[path])
+            if requantize and _quantized(layer) is not None:
+                ready[path] = compute(path, layer)  # small enough to be kept
+            elif not _cannot_fail(layer, dtype):
+                compute(path, layer)
     if dtype is not None:
         _check_conversion(model, layers, dtype)
     base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
     idle = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers.values())
+    results: dict[str, LayerMerge] = {}
     for path, layer in layers.items():
-        merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
-        again = _quantize_again(path, layer, merged, results[path]) if requantize else None
-        if again is None:
+        merged, results[path] = ready.pop(path, None) or compute(path, layer)
+        if isinstance(merged, Tensor):
             _write_weight(layer, merged)
         else:
-            assert isinstance(layer, SPPLinear)  # experts are never quantized
-            given = layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling
-            results[path] = requantized(*given, merged, again)
-            layer.hold_packed(again)
+            layer.hold_packed(merged)
     unwrap(model)
     forget_quantizer(model)
     if dtype is not None:
@@ -110,29 +118,59 @@ def merge(
     return replace(report, base=verdict)
 
 
-def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the certificate says of the base; a merge does not change it, so it may be asked after one.
+@dataclass(frozen=True)
+class BaseMasks:
+    """The zeros of a pruned model, which a merge does not change.
+
+    Attributes:
+        record: for the certificate: name_or_path, fingerprint, and keys that are no projections by their names.
+        facts: {parameter name: its zeros}.
+    """
+
+    record: dict[str, Any]
+    facts: dict[str, TensorSparsity]
+
+
+def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> BaseMasks:
+    """Look at each projection once; it may be asked before a merge or after one.
 
     Args:
         merged: {parameter name: a module with its weight}.
     """
-    masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
-    extra = sorted(merged.keys() - masks.keys())  # no projection by its name
-    masks |= {name: mask_sha256(merged[name].dense_weight()) for name in extra}
+    scanned = {name: scan_tensor(weight, axis) for name, weight, axis in projection_weights(model)}
+    extra = sorted(merged.keys() - scanned.keys())  # no projection by its name
+    scanned |= {name: scan_tensor(merged[name].dense_weight(), -1) for name in extra}
+    masks = {name: found.mask for name, found in scanned.items()}
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
+    record = {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
+    return BaseMasks(record, {name: found.facts for name, found in scanned.items() if found.facts is not None})
 
 
-def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[str, Any], **options: Any) -> MergeReport:
+def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMasks, **options: Any) -> MergeReport:
     """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge.
+
+    The zeros are the base's; a weight is looked at again only where quantizing it again made some.
 
     Args:
         options: of `MergeReport.from_layers`.
     """
-    model._spp_base = base  # type: ignore[assignment]
+    model._spp_base = base.record  # type: ignore[assignment]
     logger.info("merged %d layers", len(results))
-    others = ((name, weight_of(model, name), -1) for name in base["keys"])
-    return MergeReport.from_layers(results, report_from_tensors(chain(projection_weights(model), others)), **options)
+    changed = {path for path, layer in results.items() if layer.lost}
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    packed: dict[str, Any] = packed_modules(model)
+    facts = {}
+    for name in (*projection_axes(model), *base.record["keys"]):
+        found = base.facts[name]
+        if name.removesuffix(".weight") in changed:
+            weight = packed[name].weight if name in packed else weight_of(model, name)
+            found = scan_tensor(weight, -1).facts or found
+        elif name in packed:
+            found = replace(found, dtype=dtype_name(packed[name].packed_weight().dtype))
+        elif name in dtypes:
+            found = replace(found, dtype=dtype_name(dtypes[name]))
+        facts[name] = found
+    return MergeReport.from_layers(results, make_report(facts), **options)
 
 
 def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
@@ -157,24 +195,42 @@ def _key(path: str, layer: AdapterLayer) -> str:
 
 
 def _merge_layer(
-    path: str, layer: AdapterLayer, dtype: torch.dtype | None, rounding: str, seed: int
-) -> tuple[Tensor, LayerMerge]:
-    """Return the merged weight in its own layout, and what was done; experts are merged one after the other."""
+    path: str, layer: AdapterLayer, *, dtype: torch.dtype | None, rounding: str, seed: int, requantize: bool
+) -> tuple[Tensor | QuantizedWeight, LayerMerge]:
+    """Return what is stored of a merged layer, in its own layout, and what was done.
+
+    With `requantize`, a quantized weight comes in the form that it had; one that the merge left as it was keeps its
+    codes and scales: quantizing it again could only add an error.
+    """
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": layer_generator(seed, path)}
+    rule, scaling = layer.spp_rule, layer.scaling
     if isinstance(layer, SPPExperts):
-        return merge_experts(
-            layer.spp_rule,
-            layer.dense_matrices(),
-            layer.of_experts(),
-            layer.scaling,
-            transposed=layer.input_axis != -1,
-            where=path,
-            **options,
-        )
-    merged, done = merge_tensor(
-        layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling, where=path, **options
-    )
-    return merged if layer.input_axis == -1 else merged.T.contiguous(), done
+        options["transposed"] = layer.input_axis != -1
+        return merge_experts(rule, layer.dense_matrices(), layer.of_experts(), scaling, where=path, **options)
+    weight, params = layer.matrix, layer.adapter_parameters()
+    merged, done = merge_tensor(rule, weight, params, scaling, where=path, **options)
+    held = _quantized(layer) if requantize else None
+    if held is None:
+        return merged if layer.input_axis == -1 else merged.T.contiguous(), done
+    if done.moved:
+        held = quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
+    return held, requantized(rule, weight, params, scaling, merged, held, done)
+
+
+def _quantized(layer: AdapterLayer) -> QuantizedWeight | None:
+    """Return the quantized weight of a layer; None where it has another form."""
+    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
+    return held if isinstance(held, QuantizedWeight) else None
+
+
+def _cannot_fail(layer: AdapterLayer, dtype: torch.dtype | None) -> bool:
+    """Whether a bound shows that merging a layer raises nothing; of a packed weight its kept values tell."""
+    if layer.packed_layout is not None and _quantized(layer) is None:
+        weights = [layer.stored_weight]
+    else:
+        weights = list(layer.dense_matrices()) if isinstance(layer, SPPExperts) else [layer.matrix]
+    params = layer.of_experts() if isinstance(layer, SPPExperts) else [layer.adapter_parameters()]
+    return merge_cannot_fail(layer.spp_rule, weights, params, layer.scaling, layer.out_features, dtype)
 
 
 def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:
@@ -220,19 +276,6 @@ def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | N
             f"{arg('requantize', True)} and {arg('dtype', dtype)}: a quantized weight has its own form; leave one of "
             f"them out"
         )
-
-
-def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor, done: LayerMerge) -> QuantizedWeight | None:
-    """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none.
-
-    A weight that the merge left as it was keeps its codes and scales: quantizing it again could only add an error.
-    """
-    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
-    if not isinstance(held, QuantizedWeight):
-        return None
-    if not done.moved:
-        return held
-    return quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
 
 
 def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype) -> None:

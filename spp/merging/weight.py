@@ -20,8 +20,10 @@ from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
 from spp.rules import Rule, rescue_
 from spp.rules.canonical import arithmetic_dtype
+from spp.rules.low_rank import LowRankRule
 from spp.weights import QuantizedWeight
 
+_MARGIN = 0.99  # of the largest value: what rounding each step, and up to the next value by chance, adds is less
 BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
 
 
@@ -83,15 +85,65 @@ def merge_tensor(
     return merged, totals.result()
 
 
+def merge_cannot_fail(
+    rule: Rule,
+    weights: Iterable[Tensor],
+    params: Iterable[Sequence[Tensor]],
+    scaling: float,
+    out_features: int,
+    dtype: torch.dtype | None,
+) -> bool:
+    """Whether a bound shows, without a merge, that `merge_tensor` raises nothing for any of these weights.
+
+    The canonical function keeps every zero and every kept weight where all values are finite, and they are where
+    |W_eff| ≤ max|W| · (1 + max|u|), or max|W| + max|U|, is below the largest value of the dtypes.
+
+    Args:
+        weights: W, or values of it: those that are left out are zeros.
+        params: of one matrix, or of each expert.
+        out_features: m.
+        dtype: of the result; None for that of W.
+    """
+    largest, limit, arithmetic = 0.0, math.inf, torch.float32
+    for weight in weights:
+        arithmetic = arithmetic_dtype(weight.dtype)
+        limit = min(limit, *(torch.finfo(d).max for d in (arithmetic, dtype or weight.dtype)))
+        if weight.numel():
+            ends = [abs(float(end)) for end in torch.aminmax(weight.detach())]
+            if not all(map(math.isfinite, ends)):
+                return False
+            largest = max(largest, *ends)
+    for of_one in params:
+        if not all(all_finite(p.detach()) for p in of_one):
+            return False
+        factors = rule.prepare([p.detach() for p in of_one], scaling, out_features, arithmetic)
+        if rule.multiplies:
+            bound = max(largest, 1.0) * (1 + rule.largest_factor(factors))  # 1 + u is a value of its own
+        elif isinstance(rule, LowRankRule):
+            bound = largest + rule.bound(factors)
+        else:
+            return False
+        if not bound < _MARGIN * limit:
+            return False
+    return True
+
+
 def requantized(
-    rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float, merged: Tensor, stored: QuantizedWeight
+    rule: Rule,
+    weight: Tensor,
+    params: Sequence[Tensor],
+    scaling: float,
+    merged: Tensor,
+    stored: QuantizedWeight,
+    done: LayerMerge,
 ) -> LayerMerge:
-    """Return what was done to a weight whose merged form was quantized again: the numbers of what is stored.
+    """Return what was done to a weight whose merged form was quantized again, counted of what is stored.
 
     Args:
         rule, params, scaling, weight: as for `merge_tensor`; W is the base, dequantized.
         merged: W_merged (m, n).
         stored: what `merged` was quantized to; it is decoded a block at a time.
+        done: what `merge_tensor` said.
     """
     params = [p.detach().to(weight.device) for p in params]
     arithmetic = arithmetic_dtype(weight.dtype)
@@ -100,15 +152,15 @@ def requantized(
     for rows in _blocks(weight):
         block, before = weight.detach()[rows], merged[rows]
         exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
-        rule.build(block, factors, rows, slice(None), exact)
-        rescued = rescue_(exact.to(merged.dtype), block)
         now = stored.decode(rows, slice(None), torch.empty(block.shape, dtype=stored.dtype, device=weight.device))
         nonzero = nonzero_mask(now)
         lost += int(torch.count_nonzero(nonzero_mask(before) & ~nonzero))
+        rescued = 0
+        if done.rescued:  # which of them, the merge did not say
+            rule.build(block, factors, rows, slice(None), exact)
+            rescued = int(torch.count_nonzero(rescue_(exact.to(merged.dtype), block) & nonzero))
         rule.delta(block, factors, rows, slice(None), exact)
-        totals.add(
-            block, block, now, exact, int(torch.count_nonzero(nonzero)), int(torch.count_nonzero(rescued & nonzero))
-        )
+        totals.add(block, block, now, exact, int(torch.count_nonzero(nonzero)), rescued)
         square += _sum((now.to(arithmetic) - before.to(arithmetic)).square_())
     found = totals.result()
     error = math.sqrt(square) / found.update_norm if found.update_norm else None

@@ -155,25 +155,28 @@ def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
     return wanted and not is_projection_key(key, ndim) and not _EMBEDDING.search(key)
 
 
+def projection_axes(model: nn.Module) -> dict[str, int]:
+    """Return {parameter name: input axis} of every projection, the frozen weight of a wrapped one too: packed last."""
+    packed = {
+        name: int(module.input_axis)
+        for name, module in packed_modules(model).items()
+        if is_projection_key(name, packed_ndim(module))
+    }  # type: ignore[arg-type]
+    return dense_projections(model) | packed
+
+
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too.
+    """Yield (parameter name, weight, input axis) of every projection, as `projection_axes`.
 
-    A packed or quantized weight comes as a dense copy, decoded when it is reached.
+    A packed, quantized or offloaded weight comes as a dense copy, made when it is reached.
     """
-    yield from dense_projection_weights(model)
-    for name, module in packed_modules(model).items():
-        if is_projection_key(name, packed_ndim(module)):
-            yield name, module.weight, int(module.input_axis)  # type: ignore[misc, arg-type]  # nn.Module's own types
-
-
-def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield what `projection_weights` does, but for packed weights."""
-    for name, axis in dense_projections(model).items():
-        yield name, weight_of(model, name), axis
+    packed = packed_modules(model)
+    for name, axis in projection_axes(model).items():
+        yield name, packed[name].weight if name in packed else weight_of(model, name), axis  # type: ignore[misc]
 
 
 def dense_projections(model: nn.Module) -> dict[str, int]:
-    """Return {parameter name: input axis} of what `dense_projection_weights` yields."""
+    """Return {parameter name: input axis} of the projections that are not packed."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
     quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
     found = {}
