@@ -6,7 +6,7 @@ W_merged = W_eff = round(W · (1 + s·β·A))      one rounding, zeros stay zero
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from spp.layers.experts import SPPExperts
 from spp.layers.linear import SPPLinear
 from spp.masks.patterns import all_finite
 from spp.merging.report import LayerMerge, MergeReport
-from spp.merging.weight import merge_cannot_fail, merge_experts, merge_tensor, requantized
+from spp.merging.weight import merge_cannot_fail, merge_weight, requantized
 from spp.models.targets import (
     is_other_matrix,
     is_projection_key,
@@ -38,7 +38,7 @@ from spp.rules.idle import idle_reason
 from spp.weights import NAMES as PACKED_NAMES
 from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.weights.offload import in_memory, is_offloaded, offloader, write
-from spp.wrapping.state import forget_quantizer, layer_generator, uncompiled
+from spp.wrapping.state import forget_quantizer, uncompiled
 from spp.wrapping.wrap import AdapterLayer, base_verdict, require_layers, unwrap
 
 logger = logging.getLogger(__name__)
@@ -202,19 +202,33 @@ def _merge_layer(
     With `requantize`, a quantized weight comes in the form that it had; one that the merge left as it was keeps its
     codes and scales: quantizing it again could only add an error.
     """
-    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": layer_generator(seed, path)}
-    rule, scaling = layer.spp_rule, layer.scaling
-    if isinstance(layer, SPPExperts):
-        options["transposed"] = layer.input_axis != -1
-        return merge_experts(rule, layer.dense_matrices(), layer.of_experts(), scaling, where=path, **options)
-    weight, params = layer.matrix, layer.adapter_parameters()
-    merged, done = merge_tensor(rule, weight, params, scaling, where=path, **options)
     held = _quantized(layer) if requantize else None
+    matrices, params = _matrices(layer)
+    merged, done = merge_weight(
+        layer.spp_rule,
+        matrices,
+        params,
+        layer.scaling,
+        fused=isinstance(layer, SPPExperts),
+        transposed=layer.input_axis != -1,
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        where=path,
+    )
     if held is None:
-        return merged if layer.input_axis == -1 else merged.T.contiguous(), done
+        return merged, done
     if done.moved:
         held = quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
-    return held, requantized(rule, weight, params, scaling, merged, held, done)
+    (weight,) = matrices
+    return held, requantized(layer.spp_rule, weight, params[0], layer.scaling, merged, held, done)
+
+
+def _matrices(layer: AdapterLayer) -> tuple[Iterable[Tensor], Sequence[Sequence[Tensor]]]:
+    """Return W (m, n) and the adapter's parameters; of experts each one's, decoded in turn."""
+    if isinstance(layer, SPPExperts):
+        return layer.dense_matrices(), layer.of_experts()
+    return [layer.matrix], [layer.adapter_parameters()]
 
 
 def _quantized(layer: AdapterLayer) -> QuantizedWeight | None:
@@ -225,11 +239,9 @@ def _quantized(layer: AdapterLayer) -> QuantizedWeight | None:
 
 def _cannot_fail(layer: AdapterLayer, dtype: torch.dtype | None) -> bool:
     """Whether a bound shows that merging a layer raises nothing; of a packed weight its kept values tell."""
+    weights, params = _matrices(layer)
     if layer.packed_layout is not None and _quantized(layer) is None:
         weights = [layer.stored_weight]
-    else:
-        weights = list(layer.dense_matrices()) if isinstance(layer, SPPExperts) else [layer.matrix]
-    params = layer.of_experts() if isinstance(layer, SPPExperts) else [layer.adapter_parameters()]
     return merge_cannot_fail(layer.spp_rule, weights, params, layer.scaling, layer.out_features, dtype)
 
 

@@ -22,6 +22,7 @@ from spp.rules import Rule, rescue_
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.low_rank import LowRankRule
 from spp.weights import QuantizedWeight
+from spp.wrapping.state import layer_generator
 
 _MARGIN = 0.99  # of the largest value: what rounding each step, and up to the next value by chance, adds is less
 BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
@@ -190,6 +191,34 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     rounded = (low + (draw < share).to(torch.int16)).view(dtype)
     nearest = bits.view(dtype)
     return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
+
+
+def merge_weight(
+    rule: Rule,
+    matrices: Iterable[Tensor],
+    params: Sequence[Sequence[Tensor]],
+    scaling: float,
+    *,
+    fused: bool,
+    transposed: bool,
+    seed: int,
+    where: str,
+    **options: Any,
+) -> tuple[Tensor, LayerMerge]:
+    """Merge the weight of a layer, in memory or on disk, in the layout in which it is stored.
+
+    Args:
+        matrices, params: one, or of fused experts one an expert, each asked for when it is merged.
+        transposed: whether it is stored (n, m).
+        seed: of stochastic rounding; a layer draws by its name.
+        where: the layer's module path.
+        options: dtype and rounding, as for `merge_tensor`.
+    """
+    options["generator"] = layer_generator(seed, where)
+    if fused:
+        return merge_experts(rule, matrices, params, scaling, transposed=transposed, where=where, **options)
+    merged, done = merge_tensor(rule, next(iter(matrices)), params[0], scaling, where=where, **options)
+    return merged.T.contiguous() if transposed else merged, done
 
 
 def merge_experts(
