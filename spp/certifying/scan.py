@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp.certifying.certificate import TensorRecord, TensorSparsity
+from spp.certifying.certificate import SparsityReport, TensorRecord, TensorSparsity, make_report
 from spp.certifying.sources import Source
 from spp.files import CheckpointReader, dtype_name
 from spp.files.hashes import packed_sha256
@@ -50,11 +50,16 @@ class Scanned:
     axis: int = 0
     sha256: str | None = None
 
+    @property
+    def zeros(self) -> TensorSparsity:
+        """The zeros of a tensor that was looked at as one of values."""
+        assert self.facts is not None
+        return self.facts
+
     def record(self) -> TensorRecord:
         """Return what a certificate says of the tensor."""
-        facts = self.facts
-        assert facts is not None
-        return TensorRecord(facts.shape, facts.dtype, self.axis, facts.pattern, facts.zeros, self.mask, self.crc)
+        zeros = self.zeros
+        return TensorRecord(zeros.shape, zeros.dtype, self.axis, zeros.pattern, zeros.zeros, self.mask, self.crc)
 
 
 def crc32(data: Bytes) -> int:
@@ -214,6 +219,11 @@ def scan_tensor(t: Tensor, axis: int) -> Scanned:
         found = Found(kept=-1, finite_before=all_finite(t))
     facts, mask = describe(tuple(t.shape), t.dtype, axis, bits, found)
     return Scanned(0, mask, facts, axis)
+
+
+def report_from_tensors(tensors: Iterable[tuple[str, Tensor, int]]) -> SparsityReport:
+    """Return the report on (name, tensor, input axis), one tensor at a time."""
+    return make_report({name: scan_tensor(t, axis).zeros for name, t, axis in tensors})
 
 
 class TensorJob(Job):

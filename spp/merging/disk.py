@@ -188,14 +188,12 @@ class _Merging:
 
     def _merge(self, place: Place, weight: Tensor) -> Tensor:
         """Return the merged weight of a layer, in the layout of `weight`."""
-        path, layer = place.path, self.layers[place.path]
+        path = place.path
         hashes = {dtype_name(dtype): values_sha256(weight, dtype) for dtype in self._recorded(path)}
         self._check_base(path, weight.dtype, mask_sha256(weight), hashes)
         merged, self.merges[path] = merge_weight(
-            layer.rule,
             place.matrices(weight),
-            _of_experts(layer.params) if place.fused else [layer.params],
-            layer.scaling,
+            self.layers[path],
             fused=place.fused,
             transposed=place.transposed,
             dtype=self._dtype,
@@ -216,8 +214,8 @@ class _Merging:
         layer, (rows, cols) = self.layers[place.path], shape[-2:]
         outputs = cols if place.transposed else rows
         matrices = []
-        for params in _of_experts(layer.params) if place.fused else [layer.params]:
-            terms = terms_of(layer.rule, layer.rule.prepare(list(params), layer.scaling, outputs, torch.float32))
+        for one in layer.experts() if place.fused else [layer]:
+            terms = terms_of(one.rule, one.rule.prepare(one.params, one.scaling, outputs, torch.float32))
             if terms is None:
                 return None
             matrices.append(Matrix(library, rows, cols, before, after, terms, transposed=place.transposed))
@@ -263,8 +261,3 @@ class _Merging:
             f"on in {len(differing)} layers: {some_of(differing)}. It belongs to "
             f"{part.files.base_name or 'another base'}: pass that one"
         )
-
-
-def _of_experts(params: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Return a stack's parameters expert by expert."""
-    return list(zip(*(p.unbind(0) for p in params), strict=True))

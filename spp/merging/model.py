@@ -6,7 +6,7 @@ W_merged = W_eff = round(W · (1 + s·β·A))      one rounding, zeros stay zero
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from spp.models.targets import (
     projection_weights,
     weight_of,
 )
-from spp.rules import rescue_
+from spp.rules import Adapter, rescue_
 from spp.rules.idle import idle_reason
 from spp.weights import NAMES as PACKED_NAMES
 from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
@@ -143,7 +143,7 @@ def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> BaseMasks:
     masks = {name: found.mask for name, found in scanned.items()}
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     record = {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
-    return BaseMasks(record, {name: found.facts for name, found in scanned.items() if found.facts is not None})
+    return BaseMasks(record, {name: found.zeros for name, found in scanned.items()})
 
 
 def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMasks, **options: Any) -> MergeReport:
@@ -164,7 +164,7 @@ def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMas
         found = base.facts[name]
         if name.removesuffix(".weight") in changed:
             weight = packed[name].weight if name in packed else weight_of(model, name)
-            found = scan_tensor(weight, -1).facts or found
+            found = scan_tensor(weight, -1).zeros
         elif name in packed:
             found = replace(found, dtype=dtype_name(packed[name].packed_weight().dtype))
         elif name in dtypes:
@@ -202,13 +202,10 @@ def _merge_layer(
     With `requantize`, a quantized weight comes in the form that it had; one that the merge left as it was keeps its
     codes and scales: quantizing it again could only add an error.
     """
-    held = _quantized(layer) if requantize else None
-    matrices, params = _matrices(layer)
+    held, matrices, adapter = _quantized(layer) if requantize else None, _matrices(layer), _adapter(layer)
     merged, done = merge_weight(
-        layer.spp_rule,
         matrices,
-        params,
-        layer.scaling,
+        adapter,
         fused=isinstance(layer, SPPExperts),
         transposed=layer.input_axis != -1,
         dtype=dtype,
@@ -221,14 +218,16 @@ def _merge_layer(
     if done.moved:
         held = quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
     (weight,) = matrices
-    return held, requantized(layer.spp_rule, weight, params[0], layer.scaling, merged, held, done)
+    return held, requantized(weight, adapter, merged, held, done)
 
 
-def _matrices(layer: AdapterLayer) -> tuple[Iterable[Tensor], Sequence[Sequence[Tensor]]]:
-    """Return W (m, n) and the adapter's parameters; of experts each one's, decoded in turn."""
-    if isinstance(layer, SPPExperts):
-        return layer.dense_matrices(), layer.of_experts()
-    return [layer.matrix], [layer.adapter_parameters()]
+def _adapter(layer: AdapterLayer) -> Adapter:
+    return Adapter(layer.spp_rule, tuple(layer.adapter_parameters()), layer.scaling)
+
+
+def _matrices(layer: AdapterLayer) -> Iterable[Tensor]:
+    """Return W (m, n); of experts each one's, decoded in turn."""
+    return layer.dense_matrices() if isinstance(layer, SPPExperts) else [layer.matrix]
 
 
 def _quantized(layer: AdapterLayer) -> QuantizedWeight | None:
@@ -239,10 +238,10 @@ def _quantized(layer: AdapterLayer) -> QuantizedWeight | None:
 
 def _cannot_fail(layer: AdapterLayer, dtype: torch.dtype | None) -> bool:
     """Whether a bound shows that merging a layer raises nothing; of a packed weight its kept values tell."""
-    weights, params = _matrices(layer)
-    if layer.packed_layout is not None and _quantized(layer) is None:
-        weights = [layer.stored_weight]
-    return merge_cannot_fail(layer.spp_rule, weights, params, layer.scaling, layer.out_features, dtype)
+    packed = layer.packed_layout is not None and _quantized(layer) is None
+    adapters = _adapter(layer).experts() if isinstance(layer, SPPExperts) else [_adapter(layer)]
+    weights = [layer.stored_weight] if packed else _matrices(layer)
+    return merge_cannot_fail(weights, adapters, layer.out_features, dtype)
 
 
 def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:

@@ -7,7 +7,7 @@ says what is wrong where a check fails. The weights are the same bits either way
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from spp.errors import MaskError, NonFiniteError
 from spp.kernels.native.elementwise import Found, merge_matrix
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
-from spp.rules import Rule, rescue_
+from spp.rules import Adapter, rescue_
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.low_rank import LowRankRule
 from spp.weights import QuantizedWeight
@@ -29,10 +29,8 @@ BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block o
 
 
 def merge_tensor(
-    rule: Rule,
     weight: Tensor,
-    params: Sequence[Tensor],
-    scaling: float,
+    adapter: Adapter,
     *,
     dtype: torch.dtype | None = None,
     rounding: str = "nearest",
@@ -42,8 +40,8 @@ def merge_tensor(
     """Merge one weight: the canonical effective weight, checked, in a new tensor.
 
     Args:
-        rule, params, scaling: the adapter; parameters on the device of `weight` or convertible to it.
         weight: W (m, n).
+        adapter: of W; its parameters are moved to the device of `weight`.
         dtype: of the result; None for that of `weight`.
         rounding: "nearest" or "stochastic"; the latter needs `generator`, a CPU generator.
         where: the layer's name in messages.
@@ -55,12 +53,11 @@ def merge_tensor(
         NonFiniteError, MaskError: as for `merge`.
     """
     dtype = dtype or weight.dtype
-    params = [p.detach().to(weight.device) for p in params]
-    for name, parameter in zip(rule.attribute_names(), params, strict=True):
+    adapter, rule = _on(weight.device, adapter), adapter.rule
+    for name, parameter in zip(rule.attribute_names(), adapter.params, strict=True):
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"{where}.{name} holds NaN or infinity; nothing was merged")
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    arithmetic, factors = arithmetic_dtype(weight.dtype), adapter.factors(weight.shape[0], weight.dtype)
     by_chance = rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16)
     compiled = None if by_chance else merge_matrix(rule, weight, factors, dtype)
     if compiled is not None and compiled[1].finite_after and not compiled[1].changed:
@@ -87,12 +84,7 @@ def merge_tensor(
 
 
 def merge_cannot_fail(
-    rule: Rule,
-    weights: Iterable[Tensor],
-    params: Iterable[Sequence[Tensor]],
-    scaling: float,
-    out_features: int,
-    dtype: torch.dtype | None,
+    weights: Iterable[Tensor], adapters: Iterable[Adapter], out_features: int, dtype: torch.dtype | None
 ) -> bool:
     """Whether a bound shows, without a merge, that `merge_tensor` raises nothing for any of these weights.
 
@@ -101,7 +93,7 @@ def merge_cannot_fail(
 
     Args:
         weights: W, or values of it: those that are left out are zeros.
-        params: of one matrix, or of each expert.
+        adapters: of one matrix, or of each expert.
         out_features: m.
         dtype: of the result; None for that of W.
     """
@@ -114,10 +106,11 @@ def merge_cannot_fail(
             if not all(map(math.isfinite, ends)):
                 return False
             largest = max(largest, *ends)
-    for of_one in params:
-        if not all(all_finite(p.detach()) for p in of_one):
+    for adapter in adapters:
+        rule = adapter.rule
+        if not all(all_finite(p.detach()) for p in adapter.params):
             return False
-        factors = rule.prepare([p.detach() for p in of_one], scaling, out_features, arithmetic)
+        factors = _on(None, adapter).factors(out_features, arithmetic)
         if rule.multiplies:
             bound = max(largest, 1.0) * (1 + rule.largest_factor(factors))  # 1 + u is a value of its own
         elif isinstance(rule, LowRankRule):
@@ -130,25 +123,18 @@ def merge_cannot_fail(
 
 
 def requantized(
-    rule: Rule,
-    weight: Tensor,
-    params: Sequence[Tensor],
-    scaling: float,
-    merged: Tensor,
-    stored: QuantizedWeight,
-    done: LayerMerge,
+    weight: Tensor, adapter: Adapter, merged: Tensor, stored: QuantizedWeight, done: LayerMerge
 ) -> LayerMerge:
     """Return what was done to a weight whose merged form was quantized again, counted of what is stored.
 
     Args:
-        rule, params, scaling, weight: as for `merge_tensor`; W is the base, dequantized.
+        weight, adapter: as for `merge_tensor`; W is the base, dequantized.
         merged: W_merged (m, n).
         stored: what `merged` was quantized to; it is decoded a block at a time.
         done: what `merge_tensor` said.
     """
-    params = [p.detach().to(weight.device) for p in params]
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    rule, arithmetic = adapter.rule, arithmetic_dtype(weight.dtype)
+    factors = _on(weight.device, adapter).factors(weight.shape[0], weight.dtype)
     totals, square, lost = _Totals(), 0.0, 0
     for rows in _blocks(weight):
         block, before = weight.detach()[rows], merged[rows]
@@ -194,10 +180,8 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
 
 
 def merge_weight(
-    rule: Rule,
     matrices: Iterable[Tensor],
-    params: Sequence[Sequence[Tensor]],
-    scaling: float,
+    adapter: Adapter,
     *,
     fused: bool,
     transposed: bool,
@@ -208,7 +192,8 @@ def merge_weight(
     """Merge the weight of a layer, in memory or on disk, in the layout in which it is stored.
 
     Args:
-        matrices, params: one, or of fused experts one an expert, each asked for when it is merged.
+        matrices: W (m, n), one, or one an expert, each asked for when it is merged.
+        adapter: of fused experts its parameters have a leading dimension.
         transposed: whether it is stored (n, m).
         seed: of stochastic rounding; a layer draws by its name.
         where: the layer's module path.
@@ -216,38 +201,38 @@ def merge_weight(
     """
     options["generator"] = layer_generator(seed, where)
     if fused:
-        return merge_experts(rule, matrices, params, scaling, transposed=transposed, where=where, **options)
-    merged, done = merge_tensor(rule, next(iter(matrices)), params[0], scaling, where=where, **options)
+        return merge_experts(matrices, adapter, transposed=transposed, where=where, **options)
+    merged, done = merge_tensor(next(iter(matrices)), adapter, where=where, **options)
     return merged.T.contiguous() if transposed else merged, done
 
 
 def merge_experts(
-    rule: Rule,
-    matrices: Iterable[Tensor],
-    params: Sequence[Sequence[Tensor]],
-    scaling: float,
-    *,
-    transposed: bool,
-    where: str,
-    **options: Any,
+    matrices: Iterable[Tensor], adapter: Adapter, *, transposed: bool, where: str, **options: Any
 ) -> tuple[Tensor, LayerMerge]:
     """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
 
     Args:
-        matrices: of the experts, each asked for when it is merged; params: of each.
+        matrices: of the experts, each asked for when it is merged.
+        adapter: whose parameters have a leading dimension.
         transposed: whether the result is to be (E, n, m) instead of (E, m, n).
         options: of `merge_tensor`.
     """
     whole = torch.empty(0)
     totals: list[LayerMerge] = []
-    for number, (matrix, of_expert) in enumerate(zip(matrices, params, strict=True)):
-        merged, found = merge_tensor(rule, matrix, of_expert, scaling, where=f"{where}[{number}]", **options)
+    adapters = adapter.experts()
+    for number, (matrix, of_expert) in enumerate(zip(matrices, adapters, strict=True)):
+        merged, found = merge_tensor(matrix, of_expert, where=f"{where}[{number}]", **options)
         merged = merged.T if transposed else merged
         if not totals:
-            whole = merged.new_empty((len(params), *merged.shape))
+            whole = merged.new_empty((len(adapters), *merged.shape))
         whole[number] = merged
         totals.append(found)
     return whole, sum_layers(totals)
+
+
+def _on(device: torch.device | None, adapter: Adapter) -> Adapter:
+    """Return an adapter with its parameters detached, on a device; None leaves them where they are."""
+    return adapter._replace(params=tuple(p.detach().to(device or p.device) for p in adapter.params))
 
 
 class _Totals:

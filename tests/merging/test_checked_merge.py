@@ -15,7 +15,7 @@ from spp.errors import MaskError, NonFiniteError
 from spp.kernels import use_kernels
 from spp.layers.experts import SPPExperts
 from spp.merging.weight import merge_cannot_fail, merge_tensor
-from spp.rules import Rule, get_rule
+from spp.rules import Adapter, Rule, get_rule
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.models import moe_model, projections
 from tests.helpers.quantized import quantized_llama
@@ -153,7 +153,7 @@ def test_what_the_bound_clears_merges(rule: str, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     cleared = []
     for share in (1e-3, 0.3, 0.5, 0.9, 0.98, 1.0, 1.02, 1.4):
-        params = [torch.ones(shape) for shape in chosen.shapes(6, 8, 1)]
+        params = tuple(torch.ones(shape) for shape in chosen.shapes(6, 8, 1))
         weight = torch.rand(6, 8, generator=generator).mul_(0.5 * min(share, 1.0) * largest).to(dtype)
         if rule == "masked_lora":
             params[1].fill_((share - 0.5) * largest)
@@ -161,21 +161,21 @@ def test_what_the_bound_clears_merges(rule: str, dtype: torch.dtype) -> None:
         else:
             params[1].fill_(2 * share - 1)
             weight[0, 0] = 0.5 * largest
-        clear = merge_cannot_fail(chosen, [weight], [params], 1.0, 6, dtype)
+        clear = merge_cannot_fail([weight], [Adapter(chosen, params, 1.0)], 6, dtype)
         cleared.append(clear)
         if clear:
-            merged, _ = merge_tensor(chosen, weight, params, 1.0)
+            merged, _ = merge_tensor(weight, Adapter(chosen, params, 1.0))
             assert bool(torch.isfinite(merged).all())
     assert cleared[2] and not any(cleared[5:])
 
 
 def test_a_factor_that_overflows_on_the_way_is_not_cleared() -> None:
     rule, weight = get_rule("spp"), torch.full((4, 4), 1e-30)
-    params = [torch.full((1, 4), 1e30), torch.full((4, 1), 1e30)]
-    assert not merge_cannot_fail(rule, [weight], [params], 1.0, 4, None)
+    adapter = Adapter(rule, (torch.full((1, 4), 1e30), torch.full((4, 1), 1e30)), 1.0)
+    assert not merge_cannot_fail([weight], [adapter], 4, None)
     with pytest.raises(NonFiniteError):
-        merge_tensor(rule, weight, params, 1.0)
-    assert merge_cannot_fail(rule, [torch.zeros(4, 0)], [[torch.ones(1, 0), torch.ones(4, 1)]], 1.0, 4, None)
+        merge_tensor(weight, adapter)
+    assert merge_cannot_fail([torch.zeros(4, 0)], [Adapter(rule, (torch.ones(1, 0), torch.ones(4, 1)), 1.0)], 4, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])

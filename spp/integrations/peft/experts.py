@@ -122,9 +122,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         active = self.combined(adapters)
         if active is None:
             return None
-        params = list(zip(*(param.unbind(0) for param in active.params), strict=True))
-        given = active.rule, self.base_matrices(), params, active.scaling
-        return merge_experts(*given, transposed=self.input_axis == -2, where=self.spp_name)
+        return merge_experts(self.base_matrices(), active, transposed=self.input_axis == -2, where=self.spp_name)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

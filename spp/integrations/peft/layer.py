@@ -132,7 +132,7 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         if active is None:
             return None
         weight = self.base_weight() if self.input_axis == -1 else self.base_weight().T
-        merged, done = merge_tensor(active.rule, weight, active.params, active.scaling, where=self.spp_name)
+        merged, done = merge_tensor(weight, active, where=self.spp_name)
         return (merged if self.input_axis == -1 else merged.T.contiguous()), done
 
     @torch.no_grad()
