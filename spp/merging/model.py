@@ -105,7 +105,7 @@ def merge(
     idle = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers.values())
     results: dict[str, LayerMerge] = {}
     for path, layer in layers.items():
-        merged, results[path] = ready.pop(path, None) or compute(path, layer)
+        merged, results[path] = ready.pop(path) if path in ready else compute(path, layer)
         if isinstance(merged, Tensor):
             _write_weight(layer, merged)
         else:
@@ -163,10 +163,9 @@ def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMas
     for name in (*projection_axes(model), *base.record["keys"]):
         found = base.facts[name]
         if name.removesuffix(".weight") in changed:
-            weight = packed[name].weight if name in packed else weight_of(model, name)
-            found = scan_tensor(weight, -1).zeros
+            found = scan_tensor(weight_of(model, name), -1).zeros
         elif name in packed:
-            found = replace(found, dtype=dtype_name(packed[name].packed_weight().dtype))
+            found = replace(found, dtype=dtype_name(packed[name].stored_weight.dtype))
         elif name in dtypes:
             found = replace(found, dtype=dtype_name(dtypes[name]))
         facts[name] = found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,12 +158,10 @@ def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
 
 def projection_axes(model: nn.Module) -> dict[str, int]:
     """Return {parameter name: input axis} of every projection, the frozen weight of a wrapped one too: packed last."""
-    packed = {
-        name: int(module.input_axis)
-        for name, module in packed_modules(model).items()
-        if is_projection_key(name, packed_ndim(module))
-    }  # type: ignore[arg-type]
-    return dense_projections(model) | packed
+    packed: dict[str, Any] = packed_modules(model)
+    axes = {name: int(module.input_axis) for name, module in packed.items()}
+    found = {name: axis for name, axis in axes.items() if is_projection_key(name, packed_ndim(packed[name]))}
+    return dense_projections(model) | found
 
 
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
@@ -170,9 +169,8 @@ def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 
     A packed, quantized or offloaded weight comes as a dense copy, made when it is reached.
     """
-    packed = packed_modules(model)
     for name, axis in projection_axes(model).items():
-        yield name, packed[name].weight if name in packed else weight_of(model, name), axis  # type: ignore[misc]
+        yield name, weight_of(model, name), axis
 
 
 def dense_projections(model: nn.Module) -> dict[str, int]:
@@ -188,12 +186,15 @@ def dense_projections(model: nn.Module) -> dict[str, int]:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a model with its numbers: a quantized or offloaded one as a dense copy.
+    """Return a weight of a model, by the name of its parameter: a packed, quantized or offloaded one as a dense copy.
 
-    One that has none because it is on the meta device comes as it is.
+    One on the meta device comes as it is.
     """
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
+    for holder in (module if last == "weight" else None, module._modules.get(last)):
+        if getattr(holder, "packed_layout", None) is not None:
+            return holder.weight  # type: ignore[union-attr, return-value]
     if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:  # type: ignore[union-attr]
         return read_quantized(module, name).dense()
     return values(module, last).detach()

@@ -30,7 +30,6 @@ from spp.certifying.sources import checkpoint_directory, open_source
 from spp.certifying.verify import header_problems, pruned_matrices, verify
 from spp.errors import CheckpointError, ConfigError, MaskError, call
 from spp.files import (
-    CheckpointReader,
     atomic_directory,
     content_sha256,
     dtype_name,
@@ -92,7 +91,7 @@ def export_packed(
     refuse_overlap(Path(out_dir), base, "the checkpoint")
     made = atomic_directory(out_dir, overwrite=overwrite, copies=[base])
     with made as directory, DenseReader(base) as reader:
-        config = _config_of(reader)
+        config = read_json(reader.directory / "config.json", "the model's config")
         if reader.packed or packed_settings(config) is not None:
             raise ConfigError(f"{base} is packed already; {call('export_dense')} makes it dense")
         if config.get("quantization_config") is not None:
@@ -142,7 +141,7 @@ def export_dense(
     with made as directory, DenseReader(base) as reader:
         if not reader.packed:
             raise ConfigError(f"{base} is not packed; {call('export_packed')} packs it")
-        config = _config_of(reader)
+        config = read_json(reader.directory / "config.json", "the model's config")
         if packed_settings(config) is not None:
             del config["quantization_config"]
         certificate = _whole(Certificate.read(base), reader)
@@ -317,10 +316,6 @@ def _write_rest(reader: DenseReader, directory: Path, layouts: Mapping[str, Layo
         metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
         file_of = {key: name for name, layout in layouts.items() for key in layout}
         write_json(directory / INDEX, {**reader.index, "metadata": metadata, "weight_map": file_of})
-
-
-def _config_of(reader: CheckpointReader) -> dict[str, Any]:
-    return read_json(reader.directory / "config.json", "the model's config")
 
 
 # ---- What an export packed or unpacked, and what it takes in either form.
