@@ -85,7 +85,7 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "mode
 
 
 def projection_keys(reader: CheckpointReader) -> list[str]:
-    """Return the sorted keys of a checkpoint that name projection weights, of numbers that can be read."""
+    """Return the sorted keys of a checkpoint that name projection weights of a floating dtype."""
     return [k for k in reader if is_projection_key(k, len(reader.shape(k))) and reader.dtype(k).is_floating_point]
 
 

@@ -48,7 +48,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: dtype, shape, and its bytes from `begin` to `end` of the file."""
+    """How a tensor is stored: dtype, shape, and its bytes from `begin` to `end` of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

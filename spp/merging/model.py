@@ -300,20 +300,23 @@ def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: 
 
 def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert what a checkpoint would hold, parameters and buffers; matrices but embeddings keep their zeros."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != dtype:
-                converted = parameter.data.to(dtype)
-                if is_projection_key(name, parameter.ndim) or is_other_matrix(name, parameter.ndim, parameter.dtype):
-                    rescue_(converted, parameter.data)
-                parameter.data = converted
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    buffer_converted = buffer.to(dtype)
-                    if isinstance(module, HoldsWeight) and buffer.dtype != dtype:
-                        rescue_(buffer_converted, buffer)
-                    module._buffers[name] = buffer_converted
+
+    def converted(t: Tensor, is_matrix: bool) -> Tensor:
+        result = t.to(dtype)
+        if is_matrix and t.dtype != dtype:
+            rescue_(result, t)
+        return result
+
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            is_matrix = is_projection_key(name, parameter.ndim) or is_other_matrix(
+                name, parameter.ndim, parameter.dtype
+            )
+            parameter.data = converted(parameter.data, is_matrix)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = converted(buffer.detach(), isinstance(module, HoldsWeight))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "dtype"):
         config.dtype = dtype

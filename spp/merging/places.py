@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where the weight of one layer lies.
+    """Where the weight of one layer is stored.
 
     Args:
         path: of the layer, as the adapter names it.

@@ -201,7 +201,7 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def has_values(model: nn.Module, name: str) -> bool:
-    """Whether a parameter of a model has numbers, in memory or where accelerate has it offloaded."""
+    """Whether a parameter of a model is materialised: not on meta, or offloaded by accelerate."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     held = module._parameters[last]

@@ -1,5 +1,4 @@
-"""From a dense pruned checkpoint to a packed one (spp.weights.packed.disk says how it lies), and back: tensor by
-tensor.
+"""From a dense pruned checkpoint to a packed one (its format: spp.weights.packed.disk) and back, tensor by tensor.
 
     pack    for each tensor: read → check → hash, which tells its layout; then for each: read → pack → decode and
             compare the hash → write
@@ -102,9 +101,8 @@ def export_packed(
         with tqdm(total=len(reader.keys()), desc="packing", unit="tensor", disable=None) as bar:
             for name, keys in shards.items():
                 with TensorFile(directory / name, layouts[name]) as file:
-                    for key in keys:
-                        for part, pieces in packing.parts(key, bar):
-                            file.write_all(part, pieces)
+                    for part, pieces in (part for key in keys for part in packing.parts(key, bar)):
+                        file.write_all(part, pieces)
         settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         _write_rest(reader, directory, layouts, {**config, "quantization_config": settings})
         packing.certificate().write(directory)
@@ -161,7 +159,7 @@ def export_dense(
 
 
 class _Packing:
-    """What is packed of a checkpoint and how, and the certificate of what it decodes to.
+    """Which tensors of a checkpoint are packed, how, and the certificate of what they decode to.
 
     Args:
         reader: of the dense checkpoint.
@@ -339,7 +337,7 @@ class ExportedTensor:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport:
-    """What an export wrote.
+    """The result of an export.
 
     Args:
         tensors: those that are packed, by key on disk.
