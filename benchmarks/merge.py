@@ -285,13 +285,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
     harness.finish(rows, made, options, plot)
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except SPPError as error:
-        sys.exit(f"error: {spoken(error, None)}")
-
-
 # ---- How much of some files lies in the system's cache: whether a measurement that reads them found it warm.
 
 
@@ -316,3 +309,10 @@ def cached_share(paths: Iterable[Path]) -> float | None:
                 return None
             here, pages = here + int((found & 1).sum()), pages + found.size
     return here / pages if pages else None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SPPError as error:
+        sys.exit(f"error: {spoken(error, None)}")

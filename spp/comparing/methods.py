@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import spp.pst as pst
-from spp.certifying.certificate import report_from_tensors
+from spp.certifying.scan import report_from_tensors
 from spp.comparing.measure import installed, require_peft
 from spp.configs.contenders import Contender
 from spp.errors import ConfigError, TargetError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from spp.certifying.certificate import report_from_tensors
+from spp.certifying.scan import report_from_tensors
 from spp.comparing import measure
 from spp.comparing.data import CompareData
 from spp.comparing.methods import Goal, adapt, masks_of

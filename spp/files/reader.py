@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ class CheckpointReader:
     def dtype(self, key: str) -> torch.dtype:
         """Return a tensor's dtype."""
         return self._entry(key).dtype
+
+    def config(self) -> dict[str, Any]:
+        """Return what config.json says; {} where there is none."""
+        path = self.directory / "config.json"
+        return read_json(path, "the model's config") if path.exists() else {}
 
     def file_of(self, key: str) -> str:
         """Return the name of the file that holds a tensor."""

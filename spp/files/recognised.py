@@ -8,7 +8,7 @@
                  - from the hub, and unchanged since: a download keeps a note of each file,
                  - or not lost: the same bytes have the same place in what replaces it, or in a folder that it copies.
                Subfolders are judged alike. What is in another folder's place for its own (a home, a cache, the current
-               directory, a repository) is never replaced: spp.files.places.
+               directory, a repository) is never replaced.
     a file     empty; or a file of the kind that replaces it, by its keys or first bytes.
 
 Names are looked at first, contents only of what has no known name. The verdict is an OutputExistsError that names the
@@ -17,6 +17,7 @@ first of what would be lost; it comes before any work, and again right before th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -29,7 +30,6 @@ from typing import Any
 
 from spp.errors import CheckpointError, OutputError, OutputExistsError
 from spp.files.jsonio import read_json
-from spp.files.places import why_never
 
 _LISTED = 3  # names in a message
 _LONGEST = 80  # characters of a name in a message
@@ -164,15 +164,14 @@ _SVG = re.compile(  # every part ends at its first end: there is one way to matc
 )
 
 
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
+
+
 def _is_picture(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(1 << 14)
+    head = _head(path, 1 << 14)
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"%PDF-")) or _SVG.match(head) is not None
-
-
-def _is_comparison_text(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\n## Learning rates\n" in file.read(1 << 22)
 
 
 PICTURE = FileKind("chart: no PNG, SVG or PDF", _is_picture)
@@ -180,7 +179,7 @@ PRUNE_REPORT = _keys("report of spp prune", "layers", "method", "pattern", "spar
 MEASUREMENTS = _keys("file of measurements of spp bench", "rows", rows=("device", "versions"))
 CERTIFICATE = _keys("certificate of spp", "format_version", "tensors", "totals")
 COMPARISON = _keys("file of results of spp compare", "conditions", "format_version", "rows")
-COMPARISON_TEXT = FileKind("report of spp compare", _is_comparison_text)
+COMPARISON_TEXT = FileKind("report of spp compare", lambda path: b"\n## Learning rates\n" in _head(path, 1 << 22))
 ANY_OUTPUT = FileKind(
     "output of spp",
     lambda path: any(
@@ -201,18 +200,10 @@ def _is_checkpoint(folder: Path) -> bool:
     ) or CERTIFICATE.recognises(folder / "sparsity.json")
 
 
-def _is_trained(folder: Path) -> bool:
-    return "log_history" in _says(folder, "trainer_state.json")
-
-
 def _is_adapter(folder: Path) -> bool:
     found = _says(folder, "adapter_config.json")
     weights = any(re.fullmatch(_ADAPTERS[1], name) for name in os.listdir(folder))
     return bool(found) and (weights or bool(found.keys() & {"peft_type", "lora_alpha"}))
-
-
-def _is_run(folder: Path) -> bool:
-    return str(_says(folder, "config.json").get("format")).startswith("spp-tune-")
 
 
 def _is_pruning(folder: Path) -> bool:
@@ -223,7 +214,11 @@ def _is_pruning(folder: Path) -> bool:
 _INDEXED = ("model.safetensors", "pytorch_model.bin")
 MODEL = Kind("a checkpoint", _MODEL_FILES, _MODEL_FOLDERS, _is_checkpoint, model=True)
 _TRAINED = Kind(
-    "a checkpoint of a training", _MODEL_FILES, {**_MODEL_FOLDERS, **_SHARDED, **_NAMED}, _is_trained, model=True
+    "a checkpoint of a training",
+    _MODEL_FILES,
+    {**_MODEL_FOLDERS, **_SHARDED, **_NAMED},
+    lambda folder: "log_history" in _says(folder, "trainer_state.json"),
+    model=True,
 )
 ADAPTER = Kind("an adapter", _MODEL_FILES, _MODEL_FOLDERS, _is_adapter, model=True)
 TRAININGS = Kind("the checkpoints of a run", (_TEMPORARY,), {**_SHARED, r"checkpoint-\d+": _STEP, r"runs": _EVENTS})
@@ -231,7 +226,7 @@ RUN = Kind(
     "a run of spp tune",
     (r"config\.json|log\.jsonl|eval\.json", _TEMPORARY),
     {**_SHARED, r"checkpoints": TRAININGS, r"adapter": ADAPTER, r"base": MODEL},
-    _is_run,
+    lambda folder: str(_says(folder, "config.json").get("format")).startswith("spp-tune-"),
 )
 RESULTS = Kind(
     "a comparison",
@@ -339,7 +334,7 @@ def foreign(folder: Path, kind: Kind, copies: Sequence[Path] = ()) -> Iterator[s
 
 def _problem(path: Path, copies: Sequence[Path], kind: Kind | None) -> OutputError | None:
     """Return why a folder may not be replaced, or None."""
-    reason = why_never(path)
+    reason = _why_never(path)
     if reason is not None:
         return OutputError(f"cannot replace {shown(path)}: {reason}; choose another path")
     if not path.is_dir():
@@ -368,7 +363,7 @@ def _entries(folder: Path, inside: str) -> list[os.DirEntry[str]]:
         with os.scandir(path) as found:
             entries = sorted((entry for entry in found if entry.name not in _JUNK), key=lambda entry: entry.name)
     except FileNotFoundError:
-        raise
+        raise  # another writer has put something in its place
     except OSError as error:
         raise OutputExistsError(
             f"{shown(folder)} is not replaced, as nobody knows what would be lost: {_shortened(inside or '.')} cannot "
@@ -407,8 +402,7 @@ def _named(folder: Path) -> frozenset[str]:
         name = f"{left.pop()}.py"
         if name not in names and (folder / name).is_file():
             names.add(name)
-            with (folder / name).open("rb") as file:
-                found = _IMPORTS.findall(file.read(_CODE).decode("utf-8", "replace"))
+            found = _IMPORTS.findall(_head(folder / name, _CODE).decode("utf-8", "replace"))
             left += [module for several in found for part in several for module in re.findall(r"\w+", part)]
     return frozenset(names)
 
@@ -446,3 +440,56 @@ def _same(folder: Path, copy: Path, path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+# ---- Folders that are never replaced: others rely on their being there.
+
+_CACHES = (  # of the hub, transformers, datasets, torch, and of all programs
+    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_DATASETS_CACHE"),
+    *("TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"),
+)
+_DEFAULT_CACHES = (".", "huggingface", "huggingface/hub", "huggingface/datasets", "torch", "spp")  # below ~/.cache
+_REPOSITORIES = (".git", ".hg", ".svn")
+_OF_THE_HUB = re.compile(r"(models|datasets|spaces)--.+")
+
+
+def _why_never(path: Path) -> str | None:
+    """Return why an existing folder (a path without links) is never replaced, whatever is in it; None for any other."""
+    if path == path.parent or os.path.ismount(path):
+        return "it is the root of a disk"
+    here = os.stat(path)
+    for place, what in _relied_on():
+        for folder in (place, *place.parents):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(here, os.stat(folder)):
+                    return f"it is, or contains, {what}"
+    if any(os.path.lexists(path / name) for name in _REPOSITORIES):
+        return "it is the root of a repository"
+    for folder in (path, *path.parents):
+        inside = [(folder / name).is_dir() for name in ("snapshots", "blobs", "refs")]
+        if _OF_THE_HUB.fullmatch(folder.name) and any(inside):
+            return "it belongs to a cache of the hub"
+    return None
+
+
+def _relied_on() -> Iterator[tuple[Path, str]]:
+    """Yield the folders, without symbolic links, and what they are."""
+    with contextlib.suppress(OSError):  # it may have been removed
+        yield Path(os.getcwd()), "the current directory"
+    for home in _homes():
+        yield Path(os.path.realpath(home)), "the home folder"
+        for name in _DEFAULT_CACHES:
+            yield Path(os.path.realpath(os.path.join(home, ".cache", name))), "a folder of caches"
+    for variable in _CACHES:
+        if os.environ.get(variable):
+            folder = os.path.expanduser(os.environ[variable])
+            yield Path(os.path.realpath(folder)), f"the folder of caches of {variable}"
+
+
+def _homes() -> set[str]:
+    homes = {os.path.expanduser("~")}
+    with contextlib.suppress(ImportError, KeyError):  # not on every system; a user without an entry
+        import pwd
+
+        homes.add(pwd.getpwuid(os.getuid()).pw_dir)
+    return {home for home in homes if os.path.isabs(home)}

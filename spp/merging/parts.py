@@ -82,9 +82,9 @@ def sum_of(parts: Sequence[Part]) -> dict[str, Adapter]:
 
 
 def _sum(path: str, terms: list[Adapter]) -> Adapter:
-    rule = terms[0].rule
     if len(terms) == 1:
         return terms[0]
+    rule = terms[0].rule
     others = sorted({term.rule.name for term in terms} - {rule.name})
     if others:
         raise ConfigError(f"{path}: adapters of the rules {rule.name} and {others[0]} cannot be summed up")

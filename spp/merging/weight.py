@@ -20,8 +20,11 @@ from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
 from spp.rules import Adapter, rescue_
 from spp.rules.canonical import arithmetic_dtype
+from spp.rules.low_rank import LowRankRule
 from spp.weights import QuantizedWeight
+from spp.wrapping.state import layer_generator
 
+_MARGIN = 0.99  # of the largest value: what rounding each step, and up to the next value by chance, adds is less
 BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
 
 
@@ -80,13 +83,55 @@ def merge_tensor(
     return merged, totals.result()
 
 
-def requantized(weight: Tensor, adapter: Adapter, merged: Tensor, stored: QuantizedWeight) -> LayerMerge:
-    """Return what was done to a weight whose merged form was quantized again: the numbers of what is stored.
+def merge_cannot_fail(
+    weights: Iterable[Tensor], adapters: Iterable[Adapter], out_features: int, dtype: torch.dtype | None
+) -> bool:
+    """Whether a bound shows, without a merge, that `merge_tensor` raises nothing for any of these weights.
+
+    The canonical function keeps every zero and every kept weight where all values are finite, and they are where
+    |W_eff| ≤ max|W| · (1 + max|u|), or max|W| + max|U|, is below the largest value of the dtypes.
+
+    Args:
+        weights: W, or values of it: those that are left out are zeros.
+        adapters: of one matrix, or of each expert.
+        out_features: m.
+        dtype: of the result; None for that of W.
+    """
+    largest, limit, arithmetic = 0.0, math.inf, torch.float32
+    for weight in weights:
+        arithmetic = arithmetic_dtype(weight.dtype)
+        limit = min(limit, *(torch.finfo(d).max for d in (arithmetic, dtype or weight.dtype)))
+        if weight.numel():
+            ends = [abs(float(end)) for end in torch.aminmax(weight.detach())]
+            if not all(map(math.isfinite, ends)):
+                return False
+            largest = max(largest, *ends)
+    for adapter in adapters:
+        rule = adapter.rule
+        if not all(all_finite(p.detach()) for p in adapter.params):
+            return False
+        factors = adapter.on(None).factors(out_features, arithmetic)
+        if rule.multiplies:
+            bound = max(largest, 1.0) * (1 + rule.largest_factor(factors))  # 1 + u is a value of its own
+        elif isinstance(rule, LowRankRule):
+            bound = largest + rule.bound(factors)
+        else:
+            return False
+        if not bound < _MARGIN * limit:
+            return False
+    return True
+
+
+def requantized(
+    weight: Tensor, adapter: Adapter, merged: Tensor, stored: QuantizedWeight, done: LayerMerge
+) -> LayerMerge:
+    """Return what was done to a weight whose merged form was quantized again, counted of what is stored.
 
     Args:
         weight, adapter: as for `merge_tensor`; W is the base, dequantized.
         merged: W_merged (m, n).
         stored: what `merged` was quantized to; it is decoded a block at a time.
+        done: what `merge_tensor` said.
     """
     rule, arithmetic = adapter.rule, arithmetic_dtype(weight.dtype)
     factors = adapter.on(weight.device).factors(weight.shape[0], weight.dtype)
@@ -94,15 +139,15 @@ def requantized(weight: Tensor, adapter: Adapter, merged: Tensor, stored: Quanti
     for rows in _blocks(weight):
         block, before = weight.detach()[rows], merged[rows]
         exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
-        rule.build(block, factors, rows, slice(None), exact)
-        rescued = rescue_(exact.to(merged.dtype), block)
         now = stored.decode(rows, slice(None), torch.empty(block.shape, dtype=stored.dtype, device=weight.device))
         nonzero = nonzero_mask(now)
         lost += int(torch.count_nonzero(nonzero_mask(before) & ~nonzero))
+        rescued = 0
+        if done.rescued:  # which of them, the merge did not say
+            rule.build(block, factors, rows, slice(None), exact)
+            rescued = int(torch.count_nonzero(rescue_(exact.to(merged.dtype), block) & nonzero))
         rule.delta(block, factors, rows, slice(None), exact)
-        totals.add(
-            block, block, now, exact, int(torch.count_nonzero(nonzero)), int(torch.count_nonzero(rescued & nonzero))
-        )
+        totals.add(block, block, now, exact, int(torch.count_nonzero(nonzero)), rescued)
         square += _sum((now.to(arithmetic) - before.to(arithmetic)).square_())
     found = totals.result()
     error = math.sqrt(square) / found.update_norm if found.update_norm else None
@@ -134,13 +179,35 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
 
 
-def merge_experts(
+def merge_weight(
     matrices: Iterable[Tensor],
     adapter: Adapter,
     *,
+    fused: bool,
     transposed: bool,
+    seed: int,
     where: str,
     **options: Any,
+) -> tuple[Tensor, LayerMerge]:
+    """Merge the weight of a layer, in memory or on disk, in the layout in which it is stored.
+
+    Args:
+        matrices: W (m, n), one, or one an expert, each asked for when it is merged.
+        adapter: of fused experts its parameters have a leading dimension.
+        transposed: whether it is stored (n, m).
+        seed: of stochastic rounding; a layer draws by its name.
+        where: the layer's module path.
+        options: dtype and rounding, as for `merge_tensor`.
+    """
+    options["generator"] = layer_generator(seed, where)
+    if fused:
+        return merge_experts(matrices, adapter, transposed=transposed, where=where, **options)
+    merged, done = merge_tensor(next(iter(matrices)), adapter, where=where, **options)
+    return merged.T.contiguous() if transposed else merged, done
+
+
+def merge_experts(
+    matrices: Iterable[Tensor], adapter: Adapter, *, transposed: bool, where: str, **options: Any
 ) -> tuple[Tensor, LayerMerge]:
     """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
 

@@ -83,7 +83,7 @@ def load_packed(
                 continue
             weight = _as_stored(target, keys, streamed, reader)
             if weight is None:
-                streamed.load(keys, reader)  # one dense weight, which the layer packs and lets go of
+                streamed.load(keys, reader)  # one dense weight, which the layer packs and frees
                 layer = PackedLinear(target.module, where=path)
             else:
                 copied = PackedWeight(weight.layout, *(part.clone() for part in weight.tensors()))

@@ -21,7 +21,7 @@ from spp.files.carry import refuse_overlap
 from spp.masks.patterns import Pattern
 from spp.merging.model import check_rounding
 from spp.merging.places import locate
-from spp.merging.rewrite import Rewriting, output, write_shards
+from spp.merging.rewrite import Rewriting, Transform, output, stored_dtype, write_shards
 from spp.pst.files import PSTState, read
 from spp.pst.function import Scales, masked_weight
 from spp.pst.layer import FACTORS
@@ -70,22 +70,28 @@ def convert_checkpoint(
     refuse_overlap(Path(out_dir), state.source, "the PST state")
     with CheckpointReader(base) as reader:
         converting = _Converting(reader, state, dtype)
-        with output(converting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
-            write_shards(converting, directory, "converting")
-            certificate = converting.certificate()
+        rewriting = Rewriting(reader, converting.transforms, dtype, certified=converting.layers)
+        with output(rewriting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
+            write_shards(rewriting, directory, "converting")
+            certificate = rewriting.certificate()
             if directory is not None:
                 certificate.write(directory)
     logger.info("converted %d layers%s", len(converting.layers), "" if dry_run else f" into {out_dir}")
     return certificate.report()
 
 
-class _Converting(Rewriting):
-    """Which tensors become what."""
+class _Converting:
+    """Which tensors become what.
+
+    Attributes:
+        layers: {key on disk: (module path, whether it is stored (n, m))}.
+        transforms: of these, and of modules that trained as a whole.
+    """
 
     def __init__(self, reader: CheckpointReader, state: PSTState, dtype: torch.dtype | None) -> None:
-        self.state = state
+        self.reader, self.state, self.dtype = reader, state, dtype
         paths = list(state.sparsity)
-        places, _ = locate(reader, paths)
+        places = locate(reader, paths)
         keys = {f"{path}.{name}": (path, name) for path in paths for name in FACTORS}
         self.whole = {name: tensor for name, tensor in state.tensors.items() if name not in keys}
         problems = [f"missing {key}" for key in keys.keys() - state.tensors.keys()]
@@ -107,15 +113,17 @@ class _Converting(Rewriting):
             listing = "\n  ".join(sorted(problems))
             raise AdapterError(f"the PST state in {state.source} does not fit {reader.directory}:\n  {listing}")
         self.layers = {place.keys[0]: (path, place.transposed) for path, place in places.items()}
-        super().__init__(reader, dtype, {*self.layers, *self.whole}, self.layers)
+        changed = Transform(self._converted, keeps_zeros=False)
+        self.transforms = {
+            **dict.fromkeys(self.layers, changed),
+            **{
+                name: Transform(lambda key, _: self.whole[key].to(self._stored(key)), keeps_zeros=False)
+                for name in self.whole
+            },
+        }
 
-    def make(self, key: str, tensor: Tensor) -> Tensor:
-        """Return a layer's masked weight, or what a module became that trained as a whole."""
-        return self._converted(key, tensor) if key in self.layers else self.whole[key].to(self.stored(key)).contiguous()
-
-    def keeps_zeros(self, key: str) -> bool:
-        """Whether the zeros of a weight stay where they are."""
-        return key not in self.changed
+    def _stored(self, key: str) -> torch.dtype:
+        return stored_dtype(self.reader, key, self.dtype)
 
     def _converted(self, key: str, weight: Tensor) -> Tensor:
         path, transposed = self.layers[key]
@@ -136,9 +144,9 @@ class _Converting(Rewriting):
         effective = masked.to(weight.dtype)
         if not bool(torch.isfinite(effective).all()):
             raise NonFiniteError(f"{path}: the masked weight is not finite; take an earlier checkpoint")
-        result = effective.to(self.stored(key))
+        result = effective.to(self._stored(key))
         rescue_(result, effective)
-        return (result.T if transposed else result).contiguous()
+        return result.T if transposed else result
 
 
 def _scales(config: PSTConfig, sparsity: float) -> Scales:

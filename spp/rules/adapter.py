@@ -61,9 +61,9 @@ class Adapter(NamedTuple):
         """Return what the rule shares between the blocks of a weight of `dtype` with `out_features` rows."""
         return self.rule.prepare(self.params, self.scaling, out_features, arithmetic_dtype(dtype))
 
-    def on(self, device: torch.device) -> Adapter:
-        """Return the adapter with its parameters on a device, detached."""
-        return self._replace(params=tuple(p.detach().to(device) for p in self.params))
+    def on(self, device: torch.device | None) -> Adapter:
+        """Return the adapter with its parameters detached, on a device; None leaves them where they are."""
+        return self._replace(params=tuple(p.detach().to(device or p.device) for p in self.params))
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ class DenseWeights:
         else:
             self.name = os.fspath(source)
             self._reader = CheckpointReader(local_directory(source, "dense model"))
-            places, _ = locate(self._reader, paths)
-            self._places = {path: p for path, p in places.items() if p.group is None and len(p.shape) == 2}
+            places = locate(self._reader, paths)
+            self._places = {path: p for path, p in places.items() if p.group is None and not p.fused}
         missing = sorted(set(paths) - {*self._places, *self._matrices})
         if missing:
             raise ConfigError(
@@ -57,4 +57,4 @@ class DenseWeights:
         if self._reader is None:
             return self._matrices[path].to(dtype)
         place = self._places[path]
-        return place.matrices(self._reader.tensor(place.keys[0]))[0].to(dtype)
+        return place.matrices(place.weight(self._reader))[0].to(dtype)

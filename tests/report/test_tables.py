@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spp.certifying.certificate import report_from_tensors
+from spp.certifying.scan import report_from_tensors
 from spp.errors import SPPWarning
 from spp.merging.model import merge
 from spp.merging.report import LayerMerge, MergeReport
