@@ -15,8 +15,7 @@ from spp.training.chunked_loss import chunked_cross_entropy
 from spp.training.data import Collator, TrainingData, load_data
 from spp.training.interrupt import TrainingInterrupted
 from spp.training.mask_updates import MaskUpdates
-from spp.training.pst_trainer import PSTTrainer
-from spp.training.sparsity_schedule import SparsitySchedule
+from spp.training.pst_trainer import PSTTrainer, SparsitySchedule
 from spp.training.trainer import SPPTrainer
 from spp.training.tuning import TuneResult, tune
 from spp.wrapping.wrap import set_saved_activations

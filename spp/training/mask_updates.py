@@ -35,8 +35,7 @@ from spp.masks.patterns import nonzero_mask, pack_bits
 from spp.masks.swap import swap
 from spp.rules import effective_weight
 from spp.rules.canonical import arithmetic_dtype
-from spp.training.dense_weights import DenseSource
-from spp.training.mask_state import LayerMask, MaskState
+from spp.training.mask_state import DenseSource, LayerMask, MaskState
 
 logger = logging.getLogger(__name__)
 

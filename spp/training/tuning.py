@@ -152,8 +152,7 @@ def _run(
         saved = last_complete(run.checkpoints)
         assert saved is not None, "the callback asked for a checkpoint"
         raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
-    trainer.check(model)
-    base = method.finish(model, tokenizer, run)
+    base = method.finish(model, tokenizer, run, trainer.check(model))
     perplexities["after"] = measure(model)
     run.write_eval(perplexities)
     before, after = perplexities["before"], perplexities["after"]
