@@ -182,7 +182,6 @@ def rows_perplexity(
     return PerplexityResult(_exp(loss), loss, count, rows, None)
 
 
-@torch.no_grad()
 def mean_loss(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, total: int | None = None, progress: bool = False
 ) -> tuple[float, int]:
@@ -197,7 +196,7 @@ def mean_loss(
     device = weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
     loss_sum, count = 0.0, 0
     bar = tqdm(batches, total=total, desc="perplexity", disable=not (progress and sys.stderr.isatty()), leave=False)
-    with _eval_mode(model), bar:
+    with evaluating(model), bar:
         for number, batch in enumerate(bar):
             if isinstance(weight, Tensor) and int(batch["input_ids"].max()) >= len(weight):
                 raise DataError(
@@ -237,12 +236,13 @@ def _exp(loss: float) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and each back into its own afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set every module to eval mode, without gradients, and each back to its own mode afterwards: a context manager."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spp.errors import ConfigError
+from spp.evaluation import evaluating
 from spp.training.chunked_loss import IGNORED, chunked_cross_entropy
 
 CHECKED_TOKENS = 16  # of the first row, on which the two ways are compared
@@ -114,21 +115,15 @@ def check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     if getattr(getattr(bare, "config", None), "output_router_logits", False):
         raise ConfigError("a loss in chunks leaves the router's loss out: set config.output_router_logits to False")
     few = _first_tokens(inputs)
-    modes = {module: module.training for module in bare.modules()}
-    try:
-        bare.eval()
-        with torch.enable_grad():  # without gradients, adapted layers would keep their effective weights
-            expected = float(bare(**few).loss.detach())
-            with captured_states(bare) as states:
-                bare(**{name: value for name, value in few.items() if name != "labels"})
-            shifted = F.pad(few["labels"], (0, 1), value=IGNORED)[..., 1:]
-            found = {
-                form: float(_loss(output_head(bare), states[0], shifted, CHECKED_TOKENS, None, form).detach())
-                for form in _known_forms(bare)
-            }
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(bare), torch.enable_grad():  # without gradients, adapted layers would keep their effective weights
+        expected = float(bare(**few).loss.detach())
+        with captured_states(bare) as states:
+            bare(input_ids=few["input_ids"])
+        shifted = F.pad(few["labels"], (0, 1), value=IGNORED)[..., 1:]
+        found = {
+            form: float(_loss(output_head(bare), states[0], shifted, CHECKED_TOKENS, None, form).detach())
+            for form in _known_forms(bare)
+        }
     low = torch.is_autocast_enabled(states[0].device.type)
     tolerance = LOW_PRECISION if low else TOLERANCE.get(states[0].dtype, LOW_PRECISION)
     fitting = [form for form, loss in found.items() if abs(loss - expected) <= tolerance * abs(expected)]

@@ -73,8 +73,7 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} cannot say which characters became which tokens, so the answers cannot be "
-            f"told "
-            f"from the prompts: use a fast tokenizer, or {arg('completions_only', False)}"
+            f"told from the prompts: use a fast tokenizer, or {arg('completions_only', False)}"
         )
     text = _text(tokenizer, messages, where, templated, answer_next=False)
     answers = [

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from spp.errors import DataError
@@ -40,11 +41,9 @@ class TokenBlocks(Dataset[Item]):
         self.blocks = blocks
 
     def __len__(self) -> int:
-        """Return the number of blocks."""
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> Item:
-        """Return one block."""
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
 
@@ -59,11 +58,9 @@ class TokenRows(Dataset[Item]):
         self.rows = list(rows)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        """Return one row."""
         input_ids, labels = self.rows[index]
         return {"input_ids": input_ids, "labels": labels}
 
@@ -80,7 +77,7 @@ class DataSummary:
         truncated: rows that were cut at the block length.
         unlearnable: rows left out because nothing to learn was left of them: an answer beyond the block length.
         empty: rows left out because they were empty.
-        held_out: rows, or tokens of text, held back for the perplexity.
+        held_out: rows, or tokens of text, held out for the perplexity.
         sha256: of the token ids and labels to train on.
     """
 
@@ -105,8 +102,8 @@ class TrainingData:
 
     Args:
         train: the rows.
-        held_out_tokens: (T,) tokens of text held back; None where there are none.
-        held_out_rows: instruction rows held back; None where there are none.
+        held_out_tokens: (T,) tokens of text held out; None where there are none.
+        held_out_rows: instruction rows held out; None where there are none.
         summary: counts.
         collate: makes a batch of items.
     """
@@ -130,17 +127,11 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """Return one batch."""
-        longest = max(len(item["input_ids"]) for item in items)
-
-        def padded(name: str, fill: int) -> Tensor:
-            rows = [torch.nn.functional.pad(item[name], (0, longest - len(item[name])), value=fill) for item in items]
-            return torch.stack(rows)
-
-        mask = torch.tensor([[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items])
+        ids, labels = [item["input_ids"] for item in items], [item["labels"] for item in items]
         return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORED),
-            "attention_mask": mask,
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
 
 
@@ -173,12 +164,18 @@ def load_data(
         split: split of a hub data set.
         text_field: field of plain text in a row.
         completions_only: learn only the answers of instruction data.
-        held_out: part held back, in [0, 1): the last tokens of text, or rows drawn with `seed`.
-        least_held_out: for text, hold back at least this many tokens if anything is held back: one window.
-        seed: draws the rows held back.
+        held_out: part held out, in [0, 1): the last tokens of text, or rows drawn with `seed`.
+        least_held_out: for text, hold out at least this many tokens if anything is held out: one window.
+        seed: draws the rows that are held out.
+
+    Returns:
+        The rows to train on, what is held out, and counts.
 
     Raises:
-        DataError: the data is malformed, or too short for one block and what is held back.
+        DataError: the data is malformed, or too short for one block and what is held out.
+
+    Example:
+        >>> data = load_data(["train.txt"], tokenizer, block_length=512, held_out=0.05)  # doctest: +SKIP
     """
     source = read_source(paths, data_format=data_format, split=split, text_field=text_field)
     names = ", ".join(paths)
@@ -217,7 +214,7 @@ def _text_data(
             f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {kept_back} "
             "held back for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
         )
-    train, rest = tokens[: len(tokens) - kept_back], tokens[len(tokens) - kept_back :]
+    train, rest = tokens.split([len(tokens) - kept_back, kept_back])
     blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
     summary = DataSummary(
         kind="text",

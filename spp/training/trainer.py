@@ -1,9 +1,4 @@
-"""SPPTrainer: transformers' Trainer for a model wrapped by spp.
-
-What differs: checkpoints hold the adapter alone and count only once they are whole; the zero pattern of the base is
-compared with the one at the start, or that of the last mask update, whenever something is saved; only α and β reach the
-optimizer; the training log has the sparsity.
-"""
+"""SPPTrainer: transformers' Trainer for a model wrapped by spp."""
 
 from __future__ import annotations
 
@@ -28,17 +23,13 @@ _PEFT_MARK = "_hf_peft_config_loaded"
 
 
 class SPPTrainer(AdapterTrainer):
-    """Trains the adapter of a wrapped model; takes the arguments of `transformers.Trainer`.
+    """Trains the adapter of a wrapped model, as AdapterTrainer does: resuming is exact, only α and β train.
 
-    `train(resume_from_checkpoint=True)` continues from the last whole checkpoint in `args.output_dir`, a path from
-    that one; on the same machine the losses and the final adapter are bit for bit those of an uninterrupted run.
-    `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads; with
-    `load_best_model_at_end` the best checkpoint's adapter is loaded. `save_total_limit` counts whole checkpoints
-    and always keeps the last and the best one.
+    `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads, after a look at the base's
+    zeros; with `load_best_model_at_end` the best checkpoint's adapter is loaded.
 
     Args:
-        loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
-            (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
+        loss_chunk: as in AdapterTrainer.
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
         strict_values: as in `spp.load_adapter`, for a checkpoint that is resumed.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from spp.configs.adapter import SPPConfig
@@ -109,26 +110,8 @@ def wrap(
     targets = _SPP.targets(model, config.target_modules, config.exclude_modules)
     _check_targets(config, targets)
     dtype = dtype_of_model(model)
-
-    def make(target: Projection) -> AdapterLayer:
-        path = target.path
-        arguments: Any = {
-            **{name: getattr(config, name) for name in _LAYER_OPTIONS},
-            "r": config.rank_for(path),
-            "generator": None if config.seed is None else layer_generator(config.seed, path),
-            "checked": True,
-        }
-        if target.fused:
-            return SPPExperts(target, **arguments)
-        return SPPLinear(target.module, dtype=dtype, where=path, **arguments)
-
-    layers = _SPP.put_in(model, config, targets, make)
-    fused: dict[nn.Module, dict[str, SPPExperts]] = {}
-    for path, layer in layers.items():
-        if isinstance(layer, SPPExperts):
-            fused.setdefault(targets[path].module, {})[targets[path].name] = layer
-    for adapters in fused.values():
-        adapt_experts(adapters)
+    layers = _SPP.put_in(model, config, targets, lambda target: _make_layer(target, config, dtype))
+    _adapt_fused(layers)
     guard_saving(model)
     logger.info(
         "wrapped %d layers, %d trainable parameters", len(targets), sum(p.numel() for p in adapter_parameters(model))
@@ -217,6 +200,28 @@ def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
         raise ConfigError(
             f"{arg('rank_pattern')}: {', '.join(unused)} matches none of the target modules, such as {paths[0]}"
         )
+
+
+def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> AdapterLayer:
+    options: dict[str, Any] = {
+        **{name: getattr(config, name) for name in _LAYER_OPTIONS},
+        "r": config.rank_for(target.path),
+        "generator": None if config.seed is None else layer_generator(config.seed, target.path),
+        "checked": True,
+    }
+    if target.fused:
+        return SPPExperts(target, **options)
+    return SPPLinear(target.module, dtype=dtype, where=target.path, **options)
+
+
+def _adapt_fused(layers: dict[str, AdapterLayer]) -> None:
+    """Put the adapters of fused experts in place, all of one module together."""
+    of_module: dict[nn.Module, dict[str, SPPExperts]] = {}
+    for layer in layers.values():
+        if isinstance(layer, SPPExperts):
+            of_module.setdefault(layer.projection.module, {})[layer.projection.name] = layer
+    for adapters in of_module.values():
+        adapt_experts(adapters)
 
 
 def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
