@@ -68,7 +68,7 @@ def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
     if not torch.isfinite(input_norm).all():
         raise NonFiniteError("input_norm holds NaN or infinity")
     if (input_norm < 0).any():
-        raise ConfigError("input_norm holds negative numbers; it must be a norm")
+        raise ConfigError("input_norm holds negative values; it must be a norm")
     dtype = work_dtype(weight)
     return weight.detach().to(dtype).abs() * input_norm.to(weight.device, dtype)
 

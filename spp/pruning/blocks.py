@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spp.errors import NonFiniteError, TargetError, arg
 from spp.masks.patterns import all_finite
+from spp.wrapping.state import input_embedding
 
 BATCH_TOKENS = 2048  # windows are run together up to this many tokens
 
@@ -230,7 +231,4 @@ def hidden_name(kwargs: dict[str, Any]) -> str:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    parameters = (embedding if isinstance(embedding, nn.Module) else model).parameters()
-    return next(parameters, torch.empty(0)).device
+    return next((input_embedding(model) or model).parameters(), torch.empty(0)).device

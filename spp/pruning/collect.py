@@ -100,7 +100,7 @@ class _Hooks:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the hooks in place."""
+        """Install the hooks: a context manager."""
         for path, layer in self._fused.items():
             self.collectors[path] = [self._collector(layer) for _ in range(layer.weight.shape[0])]
         handles = [
@@ -118,7 +118,7 @@ class _Hooks:
                 self.collectors[path] = [self._collector(layer)]
 
     def end_batch(self) -> None:
-        """Take note that a batch is through."""
+        """Note that a batch has run; after the first, which layer is called last."""
         if self._first_batch and not self._whole and sorted(self._calls) == sorted(self._layers):
             self._last = self._calls[-1]
         self._first_batch = False
@@ -182,7 +182,7 @@ def routed_inputs(projections: Mapping[str, Projection], read: Callable[[str, in
 
     Args:
         projections: the fused weights by path.
-        read: what is told.
+        read: called as read(path, expert, x).
 
     Raises:
         TargetError: experts ran, and no product with their weights was seen.

@@ -2,7 +2,7 @@
 
     for each block: load → collect statistics → prune → write its shard → propagate → unload
 
-In memory at once: one block, its statistics, the hidden states and what lies before the blocks (embeddings). The
+In memory at once: one block, its statistics, the hidden states and what comes before the blocks (embeddings). The
 weights are bit for bit those of `spp.prune`. Finished blocks wait in a folder beside the output; a run that was killed
 finds them there, goes through them again only to propagate, and goes on with the next.
 """

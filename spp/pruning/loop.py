@@ -30,7 +30,7 @@ class BlockStore:
     """Where blocks come from and go to; this one is for a model in memory, where there is nothing to do."""
 
     def resident(self, index: int) -> contextlib.AbstractContextManager[None]:
-        """Have the weights of a block in memory."""
+        """Hold the weights of a block in memory: a context manager."""
         return contextlib.nullcontext()
 
     def has(self, index: int) -> bool:
@@ -68,31 +68,35 @@ def prune_blocks(
         make_runner: returns one at the first block; not called without calibration.
         store: of the blocks.
     """
-    method, patterns = plan.method, plan.patterns
+    patterns = plan.patterns
     if plan.options.owl is not None:
         patterns = store.patterns(lambda: owl_patterns(plan, of_block, make_runner(), store))
     runner = make_runner() if plan.calibrated else None
     last = max((index for index in range(len(of_block)) if not store.has(index)), default=-1)
     done: dict[str, LayerReport] = {}
-    bar = tqdm(range(last + 1), desc=f"pruning ({method.name})", unit="block", disable=None)
+    bar = tqdm(range(last + 1), desc=f"pruning ({plan.method.name})", unit="block", disable=None)
     for index in bar:
         with store.resident(index):
             if not store.has(index):
-                inputs: dict[str, list[LayerInputs]] = {}
-                if runner is not None and of_block[index]:
-                    inputs = gather_inputs(runner, index, of_block[index], method, plan.windows)
-                found = {
-                    path: prune_layer(layer, inputs.pop(path, None), method, patterns[path])
-                    for path, layer in of_block[index].items()
-                }
+                found = _prune_block(plan, index, of_block[index], patterns, runner)
                 store.finish(index, found)
                 done |= found
-                if found:
-                    error = max(layer.relative_error or 0.0 for layer in found.values())
-                    bar.set_postfix(error=f"{error:.3f}", refresh=False)
+                error = max((layer.relative_error or 0.0 for layer in found.values()), default=0.0)
+                bar.set_postfix(error=f"{error:.3f}", refresh=False)
             if runner is not None and index < last:
                 runner.propagate(index)
     return done
+
+
+def _prune_block(
+    plan: PrunePlan, index: int, layers: Layers, patterns: Mapping[str, Pattern], runner: BlockRunner | None
+) -> dict[str, LayerReport]:
+    inputs: dict[str, list[LayerInputs]] = {}
+    if runner is not None and layers:
+        inputs = gather_inputs(runner, index, layers, plan.method, plan.windows)
+    return {
+        path: prune_layer(layer, inputs.pop(path, None), plan.method, patterns[path]) for path, layer in layers.items()
+    }
 
 
 def owl_patterns(

@@ -17,6 +17,7 @@ from spp.configs.pst import PSTConfig
 from spp.errors import AdapterError, CheckpointError, some_of
 from spp.files import atomic_directory, content_crc32, dtype_name
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
+from spp.weights import FLOATS
 from spp.wrapping.adapter_files import (
     CONFIG_NAME,
     PST_TYPE,
@@ -35,7 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class PSTState:
-    """What a directory of PST holds.
+    """The contents of a directory that `save` wrote.
 
     Attributes:
         source: the directory.
@@ -97,7 +98,11 @@ def write(model: nn.Module, directory: Path, checksums: dict[str, int] | None = 
 
 
 def load(model: Model, path: str | Path) -> Model:
-    """Load what `save` wrote onto the dense model that it was trained on, wrapping it unless it is wrapped already.
+    """Load what `save` wrote onto the dense model that it was trained on.
+
+    Args:
+        model: dense, which is wrapped then, or wrapped already as the saved config says.
+        path: the directory, or a hub id.
 
     Returns:
         The same object.
@@ -107,6 +112,9 @@ def load(model: Model, path: str | Path) -> Model:
             layers, ranks, scales or pattern than the model is wrapped with.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
+
+    Example:
+        >>> model = spp.pst.load(dense, "run/adapter")  # doctest: +SKIP
     """
     state = read(path)
     wrapped = is_wrapped(model)
@@ -196,4 +204,4 @@ def _is_checksum(value: object) -> bool:
 
 
 def _is_dtype(value: object) -> bool:
-    return value in ("float64", "float32", "bfloat16", "float16")
+    return isinstance(value, str) and value in FLOATS

@@ -213,6 +213,9 @@ def sparsity_schedule(
         initial_sparsity: s_i in [0, 1), at most `final_sparsity`.
         final_sparsity: s_f in [0, 1).
 
+    Returns:
+        s(t), a share of the weights.
+
     Raises:
         ConfigError: a number is out of its range.
 

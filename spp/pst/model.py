@@ -121,8 +121,17 @@ def unwrap(model: Model) -> Model:
 
     Modules that trained as a whole keep what they learned.
 
+    Args:
+        model: wrapped; it is changed in place.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> dense = unwrap(model)  # doctest: +SKIP
     """
     _PST.take_out(model, PSTLinear.restore)
     return model
@@ -158,11 +167,18 @@ def convert(layer_or_model: nn.Module) -> nn.Module:
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
-    """Set the sparsity, a share in [0, 1), of every PST layer of a model.
+    """Set the share of weights that the mask of every PST layer prunes.
+
+    Args:
+        model: wrapped.
+        sparsity: in [0, 1).
 
     Raises:
         WrapError: the model is not wrapped.
         ConfigError: it is no such share, or above what a layer's pattern prunes.
+
+    Example:
+        >>> set_sparsity(model, 0.5)  # doctest: +SKIP
     """
     for layer in require_layers(model).values():
         layer.sparsity = sparsity

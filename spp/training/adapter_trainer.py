@@ -144,7 +144,7 @@ class AdapterTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with the order of the data fixed by `args.seed` where `data_seed` is not given.
 
-        Otherwise it hangs on whatever seeded torch last before `train`, and a resumed run would see other batches.
+        Otherwise the order depends on what seeded torch last before `train`, and a resumed run would see other batches.
         """
         if self.args.data_seed is None and self.args.accelerator_config.use_seedable_sampler:
             self.args.data_seed = self.args.seed

@@ -1,4 +1,4 @@
-"""What a tuning run shows and writes while it trains (log.jsonl, a progress bar), and how a signal stops it."""
+"""The callbacks of a tuning run: log.jsonl, a progress bar, and a stop on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -170,9 +170,7 @@ class StopOnSignal(TrainerCallback):
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Restore the handlers that were there before."""
         self._restore()
 

@@ -31,7 +31,7 @@ _forms: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class _Form:
-    """What becomes of the head's output: c · tanh(a · … / c)."""
+    """The function from the head's output to logits: c · tanh(a · … / c)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -52,6 +52,9 @@ def causal_lm_loss(
         chunk: tokens whose logits exist at once.
         num_items_in_batch: divide the sum of the losses by this; None divides by what `inputs` name so, else by the
             number of targets.
+
+    Returns:
+        A scalar, with gradients.
 
     Raises:
         ConfigError: there are no labels, or labels that are shifted already, or the model's loss is another than that

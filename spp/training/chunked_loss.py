@@ -4,7 +4,7 @@
     dh_t = (softmax(z_t) − onehot(label)) ⊙ ∂z W
 
 h (T, hidden) are the states that the output head gets, W (V, hidden) is the head. Logits, their logarithm and their
-gradient are each T × V numbers in float32, which for a small model is most of a step's memory; here they are chunk × V.
+gradient are each T × V values in float32, which for a small model is most of a step's memory; here they are chunk × V.
 The gradient of each chunk is taken while its logits are there, so that no product is computed twice.
 """
 

@@ -67,7 +67,7 @@ class TokenRows(Dataset[Item]):
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What became of the training data.
+    """Counts of the training data.
 
     Args:
         kind: "text" or "instruction".
@@ -189,7 +189,7 @@ def load_data(
         logger.info("the tokenizer has no chat template: turns begin with %s", ", ".join(PLAIN_HEADINGS.values()))
     if s.truncated or s.unlearnable or s.empty:
         logger.warning(
-            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers lie beyond it, %d empty ones",
+            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers begin beyond it, %d empty ones",
             names,
             s.truncated,
             block_length,
@@ -208,13 +208,13 @@ def _text_data(
         if len(source.documents) > 1 and tokenizer.eos_token_id is not None:
             parts.append(torch.tensor([tokenizer.eos_token_id]))
     tokens = torch.cat(parts)  # (T,)
-    kept_back = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
-    if len(tokens) - kept_back < block_length:
+    held = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
+    if len(tokens) - held < block_length:
         raise DataError(
-            f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {kept_back} "
-            "held back for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
+            f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {held} "
+            "held out for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
         )
-    train, rest = tokens.split([len(tokens) - kept_back, kept_back])
+    train, rest = tokens.split([len(tokens) - held, held])
     blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
     summary = DataSummary(
         kind="text",
@@ -224,10 +224,10 @@ def _text_data(
         truncated=0,
         unlearnable=0,
         empty=source.empty,
-        held_out=kept_back,
+        held_out=held,
         sha256=_sha256(blocks.flatten()),
     )
-    return TrainingData(TokenBlocks(blocks), rest if kept_back else None, None, summary, Collator(_pad_id(tokenizer)))
+    return TrainingData(TokenBlocks(blocks), rest if held else None, None, summary, Collator(_pad_id(tokenizer)))
 
 
 def _row_data(
@@ -249,16 +249,16 @@ def _row_data(
     usable = [row for row in encoded if row.has_labels]
     if not usable:
         raise DataError(
-            f"{names}: in all {len(encoded)} rows the answer lies beyond block_length {block_length}: raise it"
+            f"{names}: in all {len(encoded)} rows the answer begins beyond block_length {block_length}: raise it"
         )
-    kept_back = math.ceil(held_out * len(usable))
-    if kept_back >= len(usable):
+    held = math.ceil(held_out * len(usable))
+    if held >= len(usable):
         raise DataError(
-            f"{names}: {len(usable)} rows are too few to hold back {kept_back} for the perplexity and train on the "
+            f"{names}: {len(usable)} rows are too few to hold out {held} for the perplexity and train on the "
             "rest: use more rows, a text of its own (eval_text), or eval_fraction 0"
         )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = set(order[:kept_back])
+    aside = set(order[:held])
     train = [row for i, row in enumerate(usable) if i not in aside]
     summary = DataSummary(
         kind="instruction",
@@ -268,10 +268,10 @@ def _row_data(
         truncated=sum(row.is_cut for row in usable),
         unlearnable=len(encoded) - len(usable),
         empty=source.empty,
-        held_out=kept_back,
+        held_out=held,
         sha256=_sha256(*(t for row in train for t in (row.input_ids, row.labels))),
     )
-    rest = TokenRows([(usable[i].input_ids, usable[i].labels) for i in sorted(aside)]) if kept_back else None
+    rest = TokenRows([(usable[i].input_ids, usable[i].labels) for i in sorted(aside)]) if held else None
     return TrainingData(
         TokenRows([(row.input_ids, row.labels) for row in train]), None, rest, summary, Collator(_pad_id(tokenizer))
     )

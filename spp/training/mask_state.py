@@ -159,7 +159,7 @@ class MaskState:
 
     def write(self, masks: dict[str, Bits]) -> None:
         """Give layers other masks."""
-        self.changed = self.changed or bool(masks)  # first: what stops half-way can be taken back
+        self.changed = self.changed or bool(masks)  # first: a failure half-way can be undone
         for path, bits in masks.items():
             self.layers[path].write(bits)
 

@@ -1,4 +1,4 @@
-"""What `tune` does otherwise from one method to the next: what goes into the model, who trains it, what is written."""
+"""The methods of `tune`: which layers go into the model, which trainer trains it, what is written."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Method(ABC):
 
     @abstractmethod
     def prepare(self, model: Any) -> None:
-        """Put in what trains."""
+        """Wrap the model."""
 
     @abstractmethod
     def undo(self, model: Any) -> None:
-        """Give the model back as it was before `prepare`, wherever the run has failed."""
+        """Restore the model as it was before `prepare`, wherever the run has failed."""
 
     @abstractmethod
     def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
-        """Return who trains it."""
+        """Return the trainer."""
 
     @abstractmethod
     def finish(self, model: Any, tokenizer: Any, run: RunDirectory, frozen: dict[str, Any]) -> Path | None:
@@ -73,7 +73,7 @@ class SPPMethod(Method):
             raise
 
     def undo(self, model: Any) -> None:
-        """Take the masks back, and the adapter out."""
+        """Restore the masks, and take the adapter out."""
         if self._updates is not None:
             self._updates.restore()
         if is_wrapped(model):
@@ -87,7 +87,7 @@ class SPPMethod(Method):
     def finish(self, model: Any, tokenizer: Any, run: RunDirectory, frozen: dict[str, Any]) -> Path | None:
         """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names.
 
-        Of a packed model too that is a plain checkpoint, for which it is dense for a while.
+        A packed model is unpacked for that: the checkpoint is a plain one.
         """
         with atomic_directory(run.adapter, overwrite=True) as directory:
             write_adapter(model, directory, frozen)
@@ -153,7 +153,7 @@ class PSTMethod(Method):
 
 @contextlib.contextmanager
 def _unpacked(model: Any) -> Iterator[None]:
-    """Make what is packed dense for a while."""
+    """Unpack the packed weights, and pack them again: a context manager."""
     paths = list(packed_layers(model))
     if paths:
         unpack(model)

@@ -45,7 +45,7 @@ class SparsitySchedule(TrainerCallback):
     ) -> None:
         final = initial_sparsity if final_sparsity is None else final_sparsity
         check_schedule(initial_warmup, final_warmup, initial_sparsity, final)
-        self.final_sparsity = final_sparsity
+        self._given = self._final = final_sparsity
         self.initial_sparsity = initial_sparsity
         self.initial_warmup, self.final_warmup = initial_warmup, final_warmup
 
@@ -53,10 +53,6 @@ class SparsitySchedule(TrainerCallback):
     def final_sparsity(self) -> float | None:
         """s_f: what was given, or what the last model's pattern says; None before there is one."""
         return self._final
-
-    @final_sparsity.setter
-    def final_sparsity(self, value: float | None) -> None:
-        self._given = self._final = value
 
     def fit(self, model: nn.Module) -> None:
         """Take the final sparsity from a model's pattern where none is given; anew for every model.
@@ -168,7 +164,7 @@ class PSTTrainer(AdapterTrainer):
         return list(trained_parameters(model).values())
 
     def frozen(self, model: nn.Module) -> dict[str, Any]:
-        """Return the checksum of every frozen weight: the masks hang on every bit of it."""
+        """Return the checksum of every frozen weight: the masks depend on every bit of it."""
         return base_checksums(model)
 
     def write(self, model: nn.Module, directory: Path, frozen: dict[str, Any]) -> None:

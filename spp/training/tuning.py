@@ -33,7 +33,7 @@ _EVAL_TOKENS = 2048  # tokens of one forward pass of the perplexity: bounds its 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a tuning run made.
+    """The result of a tuning run.
 
     Args:
         model: the tuned model, still wrapped: `spp.merge(result.model)` merges it; one that PST trained,
@@ -85,7 +85,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         tokenizer: its tokenizer.
 
     Returns:
-        The tuned model, still wrapped, and the numbers of the run; a warning if the adapter changes no weight.
+        The tuned model, still wrapped, and the results of the run; a warning if the adapter changes no weight.
 
     Raises:
         ConfigError: options contradict each other, or those of the run that is resumed.

@@ -35,6 +35,7 @@ from spp.files.reader import require_inside
 from spp.masks.patterns import all_finite
 from spp.rules import get_rule
 from spp.rules.idle import idle_reason, no_update_text
+from spp.weights import FLOATS
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,11 @@ OLD_WEIGHTS_NAME = "adapter_model.bin"
 _LOADERS = {PEFT_TYPE: "spp.load_adapter", PST_TYPE: "spp.pst.load, on the dense model"}
 PREFIX = "base_model.model."
 _AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)(?:\.default)?$")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter directory holds.
+    """The contents of an adapter directory.
 
     Attributes:
         source: the directory.
@@ -137,7 +137,7 @@ def read_files(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor
             tensors = {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
     else:
         tensors = _read_old(old)
-    wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in _FLOATS)
+    wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in FLOATS.values())
     if wrong:
         raise AdapterError(f"{directory}: not floating-point: {', '.join(wrong)}")
     if bad := _not_finite(tensors):

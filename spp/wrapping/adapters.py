@@ -49,12 +49,21 @@ Targets = Mapping[str, Projection | AdapterLayer]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order, not copied.
+    """Return the tensors of the adapter, not copied.
 
-    Those of fused experts, under the path of their parameter, are (E, r, n) and (E, m, 1).
+    Args:
+        model: wrapped.
+
+    Returns:
+        {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order; those of fused experts,
+        under the path of their parameter, are (E, r, n) and (E, m, 1).
 
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> sorted(adapter_state_dict(model))[0]  # doctest: +SKIP
+        'model.layers.0.mlp.down_proj.spp_alpha'
     """
     return {
         f"{path}.{name}": parameter.detach()
@@ -98,6 +107,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         WrapError: the model is not wrapped.
         NonFiniteError: the adapter holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
+
+    Example:
+        >>> save_adapter(model, "adapter")  # doctest: +SKIP
     """
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
@@ -199,6 +211,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         MaskError: the base's zeros are not those that the adapter was trained on; the layers are named.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
+
+    Example:
+        >>> model = load_adapter(pruned, "adapter")  # doctest: +SKIP
     """
     given, model = model, uncompiled(model)
     files = read_adapter(path)
@@ -212,21 +227,24 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     if not wrapped:
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
             wrap(model, _as_the_model_is(files.config, targets))
-    with torch.no_grad():
-        for path_, layer in adapter_layers(model).items():
-            for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True):
-                tensor = files.tensors.get(f"{path_}.{name}")
-                if tensor is None:
-                    continue
-                if parameter.is_meta:
-                    device = layer.home() if layer.home().type != "meta" else tensor.device
-                    value = tensor.to(device, copy=True)
-                    setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-                else:
-                    parameter.copy_(tensor)
+    for layer_path, layer in adapter_layers(model).items():
+        _fill(layer, layer_path, files.tensors)
     set_base_verdict(model, verdict)
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
     return given
+
+
+@torch.no_grad()
+def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer the values that there are for its parameters; those on the meta device become materialised."""
+    for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True):
+        tensor = tensors.get(f"{path}.{name}")
+        if tensor is not None and parameter.is_meta:
+            device = layer.home() if layer.home().type != "meta" else tensor.device
+            value = tensor.to(device, copy=True)
+            setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        elif tensor is not None:
+            parameter.copy_(tensor)
 
 
 def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:

@@ -1,4 +1,4 @@
-"""What holds for every method that puts layers of its own into a model: SPP here, PST in spp.pst.
+"""How every method puts layers of its own into a model: SPP in spp.wrapping.wrap, PST in spp.pst.
 
     Wrapping.put_in     the layers go in, everything that they do not train is frozen
     Wrapping.take_out   other modules go in their place, requires_grad flags are what they were
@@ -29,7 +29,7 @@ Config = TypeVar("Config")
 
 @dataclass
 class WrapState:
-    """What a wrapped model remembers.
+    """The state of a wrapped model.
 
     Attributes:
         config: how it was wrapped.
@@ -161,7 +161,8 @@ class Wrapping(Generic[Config, Layer]):
         replace_modules(model, {id(targets[path].module): made[path] for path in made if not targets[path].fused})
         setattr(model, self.attribute, state)
         guard_saving(model)
-        _install_input_gradients(model)
+        if (embedding := input_embedding(model)) is not None:
+            embedding.register_forward_hook(InputGradients(model))
         return made
 
     def take_out(self, model: nn.Module, plain: Callable[[Any], nn.Module]) -> None:
@@ -235,13 +236,13 @@ class InputGradients:
             output.requires_grad_(True)
 
 
-def _install_input_gradients(model: nn.Module) -> None:
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return the module that makes hidden states of token ids; None where the model does not say."""
     try:
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+        embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
-        embedding = None
-    if isinstance(embedding, nn.Module):
-        embedding.register_forward_hook(InputGradients(model))
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 # ---- Models that transformers quantized: which are adapted, and what becomes of their marks when they no longer are.
@@ -268,7 +269,7 @@ def quantization_method(model: nn.Module) -> str:
 
 
 def dtype_of_model(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype that most numbers of a model's floating-point parameters have; None without any."""
+    """Return the dtype of most values of a model's floating-point parameters; None without any."""
     counts: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():

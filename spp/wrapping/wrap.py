@@ -122,8 +122,17 @@ def wrap(
 def unwrap(model: Model) -> Model:
     """Take the adapter out: the pruned model again, bit for bit, with the requires_grad flags that it had before wrap.
 
+    Args:
+        model: wrapped; it is changed in place.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> pruned = unwrap(model)  # doctest: +SKIP
     """
     for layer in require_layers(model).values():
         if isinstance(layer, SPPExperts):
@@ -134,7 +143,10 @@ def unwrap(model: Model) -> Model:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Compute as the pruned model does, without the adapter, inside a `with` block.
+    """Compute as the pruned model does, without the adapter: a context manager.
+
+    Args:
+        model: wrapped.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -172,17 +184,35 @@ def adapter_config(model: nn.Module) -> SPPConfig:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters in module order, of each layer W_α then W_β: what an optimizer is given.
+    """Return what an optimizer is given.
+
+    Args:
+        model: wrapped.
+
+    Returns:
+        The trained parameters in module order, of each layer W_α (r, n), then W_β (m, 1).
 
     Raises:
-        WrapError, ConfigError: the model is not wrapped, or accelerate offloads the adapter too.
+        WrapError: the model is not wrapped.
+        ConfigError: accelerate offloads the adapter too.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=4e-3)  # doctest: +SKIP
     """
     check_offloading(uncompiled(model))
     return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters train, of how many."""
+    """Print how many parameters train, of how many; packed weights count as what they are dense.
+
+    Args:
+        model: wrapped or not.
+
+    Example:
+        >>> print_trainable_parameters(nn.Linear(2, 2))
+        trainable params: 6 || all params: 6 || trainable%: 100.0000
+    """
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     packed = {module for module in model.modules() if isinstance(module, HoldsWeight) and module.packed_layout}
@@ -211,7 +241,7 @@ def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None
     }
     if target.fused:
         return SPPExperts(target, **options)
-    return SPPLinear(target.module, dtype=dtype, where=target.path, **options)
+    return SPPLinear(target.module, dtype=dtype, where=target.path, **options)  # type: ignore[arg-type]
 
 
 def _adapt_fused(layers: dict[str, AdapterLayer]) -> None:

@@ -531,7 +531,7 @@ class TestRefused:
         [
             ({"data": "nowhere.txt"}, DataError, "there is no file nowhere.txt"),
             ({"block_length": 5000}, DataError, "one block of 5000"),
-            ({"eval_window": 5000}, DataError, "5000 held back"),
+            ({"eval_window": 5000}, DataError, "5000 held out"),
             ({"eval_text": "nowhere.txt"}, DataError, "nowhere.txt cannot be read"),
             ({"target_modules": ("nothing",)}, TargetError, "nothing"),
             ({"r": 4096}, ConfigError, "4096"),
