@@ -111,7 +111,7 @@ class BlockRunner:
             if keep:
                 self._check(index, output)
                 self._outputs[batch] = output
-                self._shared[batch].keep()
+            self._shared[batch].end(keep=keep)
             yield batch
 
     def propagate(self, index: int) -> None:
@@ -164,9 +164,9 @@ class _Shared:
             mapping.update(self._entries.get(argument, {}))
         self._passed = {argument: (mapping, dict(mapping)) for argument, mapping in mappings.items()}
 
-    def keep(self) -> None:
-        """Keep what the block has added."""
-        for argument, (mapping, before) in self._passed.items():
+    def end(self, *, keep: bool) -> None:
+        """Keep what the block has added, or forget it; the mappings themselves are freed."""
+        for argument, (mapping, before) in self._passed.items() if keep else ():
             added = {key: value for key, value in mapping.items() if before.get(key, self) is not value}
             self._entries.setdefault(argument, {}).update(added)
         self._passed = {}

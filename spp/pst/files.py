@@ -6,6 +6,7 @@ mask depends on every bit of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spp.configs.checks import is_number
 from spp.configs.pst import PSTConfig
 from spp.errors import AdapterError, CheckpointError, some_of
 from spp.files import atomic_directory, content_crc32, dtype_name
@@ -32,6 +34,11 @@ from spp.wrapping.adapter_files import (
 from spp.wrapping.adapters import name_of_base
 
 Model = TypeVar("Model", bound=nn.Module)
+_FACTS: dict[str, Callable[[Any], bool]] = {  # of each layer, in the config
+    "sparsity": lambda value: is_number(value) and 0 <= value < 1,
+    "base_crc32": lambda value: type(value) is int,
+    "base_dtype": lambda value: isinstance(value, str) and value in FLOATS,
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def read(path: str | Path) -> PSTState:
     known = {f.name for f in fields(PSTConfig)}
     config = PSTConfig.from_dict({name: value for name, value in values.items() if name in known})
     facts: dict[str, Any] = {}
-    for name, is_one in (("sparsity", _is_sparsity), ("base_crc32", _is_checksum), ("base_dtype", _is_dtype)):
+    for name, is_one in _FACTS.items():
         facts[name] = values.get(name)
         if not isinstance(facts[name], dict) or not all(map(is_one, facts[name].values())):
             raise CheckpointError(f"{directory / CONFIG_NAME}: {name} must map the paths of layers to what it says")
@@ -168,7 +175,7 @@ def _check(model: nn.Module, state: PSTState) -> None:
     """Raise an AdapterError, all of it in one, for what does not fit the model."""
     keys, misshapen = misfits(shapes_of(trained_parameters(model)), shapes_of(state.tensors))
     problems, layers = keys + misshapen, require_layers(model)
-    for name in ("sparsity", "base_crc32", "base_dtype"):
+    for name in _FACTS:
         if getattr(state, name).keys() != layers.keys():
             problems.append(f"{name} of {CONFIG_NAME} does not list the layers of this model")
     if problems:
@@ -193,15 +200,3 @@ def _computes_otherwise(one: PSTConfig, other: PSTConfig) -> bool:
     """Whether two configs make other layers of the same linears; which linears these are, `_check` sees."""
     elsewhere: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "modules_to_save": None, "seed": None}
     return replace(one, **elsewhere) != replace(other, **elsewhere)
-
-
-def _is_sparsity(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-
-
-def _is_checksum(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_dtype(value: object) -> bool:
-    return isinstance(value, str) and value in FLOATS

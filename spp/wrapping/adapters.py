@@ -226,7 +226,8 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     verdict = _check_values(targets, files, strict=strict_values, quiet=not same_zeros)
     if not wrapped:
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
-            wrap(model, _as_the_model_is(files.config, targets))
+            held_packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
+            wrap(model, replace(files.config, packed=True) if held_packed else files.config)
     for layer_path, layer in adapter_layers(model).items():
         _fill(layer, layer_path, files.tensors)
     set_base_verdict(model, verdict)
@@ -245,12 +246,6 @@ def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None
             setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         elif tensor is not None:
             parameter.copy_(tensor)
-
-
-def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:
-    """Return the config for a model that may be packed already, whatever the adapter was trained on."""
-    packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
-    return replace(config, packed=True) if packed else config
 
 
 def _generates(model: nn.Module) -> bool:
