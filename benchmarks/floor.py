@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from spp.evaluation import evaluating
 from spp.models.targets import resolve_targets
-from spp.pruning.blocks import BATCH_TOKENS, Reached, call_model, evaluating, find_blocks, hidden_name
+from spp.pruning.blocks import BATCH_TOKENS, Reached, call_model, find_blocks, hidden_name
 
 Call = Callable[[Tensor], Any]  # a block with its recorded arguments: hidden states in, the block's output out
 

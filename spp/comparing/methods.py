@@ -21,7 +21,7 @@ from spp.masks.patterns import nonzero_mask, pack_bits, unpack_bits
 from spp.merging.model import merge
 from spp.models.targets import name_targets, projection_weights, resolve_projections
 from spp.training.mask_updates import MaskUpdates
-from spp.training.sparsity_schedule import SparsitySchedule
+from spp.training.pst_trainer import SparsitySchedule
 from spp.wrapping.wrap import adapter_layers, wrap
 
 

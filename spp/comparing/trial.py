@@ -26,8 +26,8 @@ from spp.configs.contenders import Contender
 from spp.errors import NonFiniteError
 from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.models.targets import projection_weights
-from spp.training.arguments import training_arguments
 from spp.training.loading import load_model
+from spp.training.tuning import training_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """PruneOptions: what pruning is told, in memory and on disk; PruneConfig adds where to read and write.
 
-The methods by name, and OWL, whose formula is in spp.masks.owl.
+The methods by name, and OWL, whose formula is in spp.masks.wanda.
 """
 
 from __future__ import annotations

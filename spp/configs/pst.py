@@ -1,4 +1,4 @@
-"""PSTConfig: how a model is wrapped for PST; and the checks of its schedule (the formula: spp.pst.schedule)."""
+"""PSTConfig: how a model is wrapped for PST; and the checks of its schedule (the formula: spp.pst.function)."""
 
 from __future__ import annotations
 

@@ -24,9 +24,10 @@ from spp.merging.places import locate
 from spp.merging.rewrite import Rewriting, Transform, output, stored_dtype, write_shards
 from spp.pst.files import PSTState, read
 from spp.pst.function import Scales, masked_weight
-from spp.pst.layer import FACTORS
+from spp.pst.layer import FACTORS, factor_shapes
 from spp.rules import rescue_
 from spp.rules.canonical import arithmetic_dtype
+from spp.wrapping.adapter_files import does_not_fit, misfits, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +104,18 @@ class _Converting:
                 problems.append(f"{path} is kept on the disk as {', '.join(place.keys)}; convert it in memory")
             elif not any(f"missing {path}." in problem for problem in problems):
                 m, n = place.shape[::-1] if place.transposed else place.shape
-                problems += _misshapen(path, state, m, n)
+                k, q = state.config.weight_rank, state.config.mask_rank
+                expected = factor_shapes(m, n, k, q)
+                needed = {f"{path}.{name}": shape for name, shape in expected.items()}
+                problems += misfits(needed, shapes_of({key: state.tensors[key] for key in needed}))[1]
         problems += [
             f"{name}, which trained as a whole, is not in the base: convert in memory, with spp.pst.load(model, …)"
             for name, tensor in self.whole.items()
             if name not in reader or reader.shape(name) != tuple(tensor.shape)
         ]
         if problems:
-            listing = "\n  ".join(sorted(problems))
-            raise AdapterError(f"the PST state in {state.source} does not fit {reader.directory}:\n  {listing}")
+            what = f"the PST state in {state.source}"
+            raise AdapterError(does_not_fit(what, problems, f"does not fit {reader.directory}"))
         self.layers = {place.keys[0]: (path, place.transposed) for path, place in places.items()}
         changed = Transform(self._converted, keeps_zeros=False)
         self.transforms = {
@@ -152,14 +156,3 @@ class _Converting:
 def _scales(config: PSTConfig, sparsity: float) -> Scales:
     pattern = None if config.pattern is None else Pattern.parse(config.pattern)
     return Scales(config.weight_scale, config.low_rank_scale, config.structured_scale, sparsity, pattern)
-
-
-def _misshapen(path: str, state: PSTState, m: int, n: int) -> list[str]:
-    k, q = state.config.weight_rank, state.config.mask_rank
-    expected = dict(zip(FACTORS, ((m, k), (k, n), (m, q), (q, n), (m,), (n,)), strict=True))
-    found = {name: tuple(state.tensors[f"{path}.{name}"].shape) for name in FACTORS}
-    return [
-        f"misshapen {path}.{name}: {found[name]}, the base needs {expected[name]}"
-        for name in FACTORS
-        if found[name] != expected[name]
-    ]

@@ -111,8 +111,7 @@ def _parse(row: Mapping[str, Any], where: str, data_format: str, text_field: str
         else:
             raise DataError(
                 f"{where}: the row has the fields {', '.join(sorted(row)) or '(none)'}; expected messages, "
-                "conversations, "
-                f"instruction and output, or {text_field}"
+                f"conversations, instruction and output, or {text_field}"
             )
     if kind == "chat":
         return _chat(row, where), ""

@@ -33,9 +33,8 @@ from spp.errors import (
 from spp.evaluation import perplexity
 from spp.merging.model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
-from spp.training.callbacks import ProgressBar, read_log
+from spp.training.callbacks import ProgressBar, StopOnSignal, read_log
 from spp.training.checkpoints import MARKER_NAME
-from spp.training.interrupt import StopOnSignal
 from spp.training.run_directory import RunDirectory
 from spp.wrapping.adapters import adapter_state_dict, load_adapter
 from spp.wrapping.wrap import is_wrapped
@@ -532,7 +531,7 @@ class TestRefused:
         [
             ({"data": "nowhere.txt"}, DataError, "there is no file nowhere.txt"),
             ({"block_length": 5000}, DataError, "one block of 5000"),
-            ({"eval_window": 5000}, DataError, "5000 held back"),
+            ({"eval_window": 5000}, DataError, "5000 held out"),
             ({"eval_text": "nowhere.txt"}, DataError, "nowhere.txt cannot be read"),
             ({"target_modules": ("nothing",)}, TargetError, "nothing"),
             ({"r": 4096}, ConfigError, "4096"),
