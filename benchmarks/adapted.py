@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.comparing.measure import installed, require_peft
+from benchmarks.harness import installed, require_peft
 from spp.errors import ConfigError
 from spp.layers.linear import SPPLinear
 from spp.masks.patterns import Pattern

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = measure.interleave(steps, rounds=options.rounds, warmup=WARMUP, device=options.device)
     row = measure.compare(samples)[contender.name]
     row |= {"peak_bytes": memory.peak, "rest_bytes": memory.rest, "trainable": step.adapted.trainable()}
-    row["environment"] = measure.environment(options.device, next(step.model.parameters()).dtype)
+    row["environment"] = measure.environment(options.device, next(step.model.parameters()).dtype).to_dict()
     print(json.dumps(row))
 
 

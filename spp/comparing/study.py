@@ -19,6 +19,7 @@ import numpy.typing as npt
 from spp.certifying.certificate import fingerprint
 from spp.comparing import cost, trial
 from spp.comparing.data import load
+from spp.comparing.measure import weights_fingerprint
 from spp.comparing.methods import PST_KINDS, RULES_OF, require_methods
 from spp.comparing.results import NAME, REPORT, Results, refuse_existing
 from spp.comparing.tables import markdown
@@ -26,8 +27,9 @@ from spp.comparing.trial import Trial
 from spp.configs.comparing import CompareConfig
 from spp.configs.contenders import REFERENCE, Contender, parse_contender
 from spp.errors import ConfigError, NonFiniteError, arg, some_of
-from spp.files import atomic_file, content_crc32, require_directory
+from spp.files import atomic_file, require_directory
 from spp.files.hashes import packed_sha256
+from spp.files.provenance import Provenance
 from spp.files.recognised import COMPARISON_TEXT
 from spp.masks.patterns import all_finite, count_kept, pack_bits
 from spp.models.targets import projection_weights, resolve_projections
@@ -136,7 +138,7 @@ def compare(config: CompareConfig) -> Results:
             f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
             f"prune it first"
         )
-    facts = {**data.facts(), "masks": _hash(masks), "weights": _weights(model)}
+    hashes = {**data.hashes(), "masks": _hash(masks), "weights": weights_fingerprint(model)}
     if config.budget == "parameters":
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
@@ -154,9 +156,9 @@ def compare(config: CompareConfig) -> Results:
                 f"{arg('dense')} is {config.dense}, which has the zeros of {config.model}; it must be the model before "
                 f"pruning"
             )
-        facts["dense_weights"] = _weights(dense)
+        hashes["dense_weights"] = weights_fingerprint(dense)
         del dense
-    conditions = {**config.conditions(), **facts}
+    conditions = {**config.conditions(), "kind": data.kind, **Provenance(hashes=hashes).to_dict()}
     results = Results(path.parent, conditions, resume=config.resume, overwrite=config.overwrite)
     if config.cost_rounds:
         costs = results.read()["costs"]
@@ -314,11 +316,6 @@ def _masks(model: Any) -> Masks:
 
 def _hash(masks: Masks) -> str:
     return fingerprint({name: packed_sha256(shape, bits) for name, (shape, bits) in masks.items()})
-
-
-def _weights(model: Any) -> str:
-    """Return a hash of all values of a model."""
-    return fingerprint({name: f"{content_crc32(value):08x}" for name, value in model.state_dict().items()})
 
 
 def _shapes(model: Any) -> list[tuple[int, int]]:

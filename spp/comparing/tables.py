@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spp.comparing.measure import environment_line
 from spp.comparing.summary import Summary, over_equal_seeds, summaries
 from spp.configs.contenders import KINDS, REFERENCE, parse_contender
+from spp.files.provenance import Provenance
 from spp.report import Table, byte_text
 
 UNKNOWN = "–"
@@ -105,7 +105,7 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
             "where small changes are rounded away; the others train float32 parameters."
         )
     measured = [*rows, *contents["costs"].values()]
-    lines += sorted({f"Measured on {environment_line(one['environment'])}." for one in measured})
+    lines += sorted({f"Measured on {Provenance.from_dict(one['environment']).line}." for one in measured})
     return lines
 
 

@@ -72,7 +72,7 @@ def run_trial(
         "trainable": adapted.trainable(),
         "diverged": False,
     }
-    environment = measure.environment(device_of(config), next(model.parameters()).dtype)
+    environment = measure.environment(device_of(config), next(model.parameters()).dtype).to_dict()
     try:
         row |= _train(config, trial, data, adapted.model, adapted.callbacks)
         with torch.random.fork_rng(devices=[]):

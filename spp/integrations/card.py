@@ -21,6 +21,7 @@ from spp.certifying.certificate import Certificate
 from spp.errors import CheckpointError, ConfigError, arg
 from spp.files import read_json
 from spp.files.carry import CARD_NAME
+from spp.files.provenance import Provenance
 from spp.report import Table, sparsity_table
 from spp.weights.packed.disk import is_packed_directory
 from spp.wrapping.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
@@ -165,6 +166,8 @@ def _recipe_section(values: Mapping[str, Any]) -> str:
     if data is not None:
         chosen["data"] = [_public(str(name)) for name in (data if isinstance(data, list) else [data])]
     rows = [(name, _shown(value)) for name, value in chosen.items()]
+    if versions := Provenance.from_dict(values).packages:
+        rows.append(("versions", versions))
     return f"## Recipe\n\n{_table(('option', 'value'), rows)}"
 
 

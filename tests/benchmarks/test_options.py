@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step
-from spp.errors import SPPError
+from benchmarks.harness import write_rows
+from spp.errors import OutputExistsError, SPPError
 
 TINY = ("--shape", "tiny")
 
@@ -28,6 +29,20 @@ def test_rows_that_are_there_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(SPPError, match=r"rows\.json.*overwrite"):
         step.main([*TINY, "--out", str(path)])
     assert path.read_text() == "mine"
+
+
+def test_rows_are_overwritten_by_rows_alone_and_when_asked(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "rows.json", *({"a": a, "device": "cpu", "versions": {}} for a in (1, 2))
+    write_rows([one], path, overwrite=False)
+    with pytest.raises(OutputExistsError):
+        write_rows([other], path, overwrite=False)
+    assert json.loads(path.read_text()) == {"rows": [one]}
+    write_rows([other], path, overwrite=True)
+    assert json.loads(path.read_text()) == {"rows": [other]}
+    path.write_text('{"rows": [{"text": "mine"}]}')
+    with pytest.raises(OutputExistsError, match="no file of measurements"):
+        write_rows([one], path, overwrite=True)
+    assert "mine" in path.read_text()
 
 
 @pytest.mark.slow

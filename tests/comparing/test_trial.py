@@ -222,7 +222,7 @@ def test_training_data_are_told_apart_by_what_is_in_them(pruned: Path, tmp_path:
     found = []
     for first in "ab":
         text.write_text(first + LINES[1:])  # what is held back is the end, and the same
-        found.append(load(config(pruned, tmp_path / "o", data=text), tokenizer).facts())
+        found.append(load(config(pruned, tmp_path / "o", data=text), tokenizer).hashes())
     differing = {name for name in found[0] if found[0][name] != found[1][name]}
     assert differing == {"data_sha256"}
 
@@ -362,7 +362,7 @@ def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, m
             "reference_to_this_wall": {"median": ratios[c.name]},
             "peak_bytes": 1,
             "this_to_reference_wall": {"median": 1 / ratios[c.name]},
-            "environment": measure.environment("cpu", torch.float32),
+            "environment": measure.environment("cpu", torch.float32).to_dict(),
         },
     )
     given = {"contenders": ("spp", "norms"), "lr": ("1e-2",), "cost_rounds": 1, "steps": 2}
