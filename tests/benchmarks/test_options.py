@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -58,3 +59,9 @@ def test_help_names_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.main(["--help"])
     assert "usage: python -m benchmarks.step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(Path(step.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_a_program_runs_when_all_of_its_file_is_defined(path: Path) -> None:
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    assert not any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in nodes[:-1])

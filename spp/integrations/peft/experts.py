@@ -3,19 +3,18 @@
 The weight stays a parameter of the module that has it, and that module's own forward runs, its products replaced
 (spp.layers.experts). An adapter has W_α (E, r, n) and W_β (E, m, 1), in the files under `<path>.experts.gate_up_proj`.
 
-An adapter lies where its parameter is, under the same name, which attribute access finds first: `FindsAdapters` has a
+An adapter is a submodule under the name of its parameter, which attribute access finds first. `FindsAdapters` makes a
 model's `get_submodule` find the adapter, as transformers' `model.load_adapter` needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from spp.files import dtype_name
 from spp.integrations.peft.terms import TermsLayer
 from spp.kernels import Run
 from spp.kernels.linear import linear
@@ -45,13 +44,12 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         self.saved_activations = "full"
         self.training = projection.module.training
         self.weight_requires_grad = projection.operand.requires_grad
-        self._packed_before_merge: tuple[PackedStack, ...] = ()
         if packed:
             self.hold_what_is_there()
             self.take_over()
 
     def restore(self) -> PackedExperts | None:
-        """Let go of the weight as it is now, flags as PEFT leaves them; what was packed before stays packed."""
+        """Give the weight back as it is now, flags as PEFT leaves them; a packed one stays packed if it was before."""
         return None if self.packed_layout is None else self.release_packed()
 
     @property
@@ -67,7 +65,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         if torch.is_grad_enabled() or not on_cpu:
             return False
         if self.training and any(self.spp_dropout[name][0] for name in self.active_names() if name in self.spp_terms):
-            return False  # what a checkpoint recomputes must draw the same numbers
+            return False  # what a checkpoint recomputes must draw the same values
         return not any(bool(self.spp_beta[name].any()) for name in self.active_names() if name in self.spp_terms)
 
     def multiplier(self) -> Callable[[int, Tensor], Tensor]:
@@ -78,20 +76,16 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         return lambda expert, x: linear(x, weights[expert], None, experts[expert], run)
 
     def kept_weight(self) -> Tensor:
-        """Return the tensor that holds the weight's numbers."""
+        """Return the tensor that holds the weight's values."""
         return self.stored_weight
 
-    def base_weight(self) -> Tensor:
-        """Return W as it was before any merge; of a packed one a dense copy."""
-        for packed in self._packed_before_merge:
-            return packed.dense()
-        return self.dense_weight() if self._before_merge is None else self._before_merge
+    def held_now(self) -> HeldWeight:
+        """Return the weight as it is held."""
+        return OverPackedExperts.held(self)
 
     def held(self) -> HeldWeight:
         """Return W as it was before any merge, as it is held."""
-        for packed in self._packed_before_merge:
-            return HeldWeight(dtype_name(packed.dtype), packed.tensors(), packed.dense)
-        return super().held() if self._before_merge is None else HeldWeight.of_tensor(self._before_merge)
+        return TermsLayer.held(self)
 
     def home(self) -> torch.device:
         """Return the device that adapters belong on."""
@@ -107,10 +101,12 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
 
     def base_matrices(self) -> Iterator[Tensor]:
         """Yield W (m, n) of each expert as it was before any merge; packed ones are decoded when they are asked for."""
-        packed = self._packed_before_merge or (() if self.packed_layout is None else (self.packed_experts(),))
-        for stack in packed:
-            yield from (matrix.dense() for matrix in stack.matrices())
-        if not packed:
+        held: Any = self._before_merge[0] if self._before_merge else None
+        if held is None and self.packed_layout is not None:
+            held = self.packed_experts()
+        if isinstance(held, PackedStack):
+            yield from (matrix.dense() for matrix in held.matrices())
+        else:
             yield from as_matrices(self.base_weight().detach(), transposed=self.input_axis == -2)
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
@@ -126,55 +122,38 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
         given = active.rule, self.base_matrices(), params, active.scaling
         return merge_experts(*given, transposed=self.input_axis == -2, where=self.spp_name)
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the effective weight of the active adapters, or those named; as SPPPeftLinear's, with one rounding.
-
-        Raises:
-            NonFiniteError, MaskError: as for `merged_weight`; the weight is left as it was.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_terms]
-        result = self.merged_weight([*self.merged_adapters, *names]) if names else None
-        if result is None:
-            return
-        merged, self.spp_merge = result
+    def write_merged(self, weight: Tensor) -> Tensor | PackedStack:
+        """Have the module hold a merged weight."""
         if self.packed_layout is not None:
-            self._packed_before_merge = (self.packed_experts(),)
-            self.hold_dense(merged)
-        else:
-            if not self.merged:
-                self._before_merge = self.weight.data
-            self.weight.data = merged
-        self.merged_adapters = [*self.merged_adapters, *names]
+            packed = self.packed_experts()
+            self.hold_dense(weight)
+            return packed
+        before = self.weight.data
+        self.weight.data = weight
+        return before
 
-    def unmerge(self) -> None:
-        """Put back the weight that was there before the merge: the same tensor, not a computed one."""
-        for packed in self._packed_before_merge:
+    def write_back(self, before: Tensor | PackedStack) -> None:
+        """Hold again what was there before a merge."""
+        if isinstance(before, PackedStack):
             self.projection.release()
-            self.hold_packed(packed)
-        if self._before_merge is not None:
-            self.weight.data = self._before_merge.to(self.weight.device)
-        self._before_merge, self._packed_before_merge, self.merged_adapters = None, (), []
+            self.hold_packed(before)
+        else:
+            self.weight.data = before.to(self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftExperts:
         """Convert or move; what was set aside by a merge follows."""
         super()._apply(fn, recurse)
-        if self._before_merge is not None:
-            self._before_merge = fn(self._before_merge)
-        self._packed_before_merge = tuple(
-            PackedStack(packed.layout, *(fn(t) for t in packed.tensors())) for packed in self._packed_before_merge
-        )
+        self.convert_before(fn)
         return self
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
-        ranks = {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"num_experts={self.num_experts}, {sizes}, r={ranks}"
+        return f"num_experts={self.num_experts}, {sizes}, r={self.ranks}"
 
 
 class FindsAdapters:
-    """What stands in for a model's `get_submodule`: it finds submodules that have the name of a parameter beside them.
+    """A replacement of a model's `get_submodule` that finds submodules named like a parameter beside them.
 
     Args:
         model: whose own it replaces, until `remove`.
@@ -195,11 +174,11 @@ class FindsAdapters:
 
     @classmethod
     def install(cls, model: nn.Module) -> None:
-        """Have a model's adapters of experts be found."""
+        """Make a model's adapters of experts findable."""
         model.__dict__["get_submodule"] = cls(model)
 
     @classmethod
     def remove(cls, model: nn.Module) -> None:
-        """Give a model its own look-up back."""
+        """Restore a model's own look-up."""
         if isinstance(model.__dict__.get("get_submodule"), cls):
             del model.__dict__["get_submodule"]
