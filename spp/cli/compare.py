@@ -9,8 +9,7 @@ import typer
 
 from spp.cli import console
 from spp.cli.options import command
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import GROUPS, KINDS
+from spp.configs.comparing import GROUPS, KINDS, CompareConfig
 from spp.configs.options import RUN, Option
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import typer
 
 from spp._version import __version__
 from spp.cli import certify, compare, console, eval, export, inspect, merge, prune, push, tune, verify
-from spp.cli.help import Command
+from spp.cli.options import Command
 from spp.errors import SPPError
 
 app = typer.Typer(

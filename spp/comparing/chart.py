@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp.comparing.summary import Summary, summaries
-from spp.comparing.tables import AT_AN_END, notes, title
-from spp.configs.contenders import REFERENCE, parse_contender
+from spp.comparing.tables import AT_AN_END, Summary, notes, summaries, title
+from spp.configs.comparing import REFERENCE, parse_contender
 from spp.errors import DataError
 from spp.report.plot import OURS, check_plot, new_figure, save_figure
 

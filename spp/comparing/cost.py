@@ -18,8 +18,7 @@ import torch
 from spp.comparing import measure
 from spp.comparing.methods import adapt
 from spp.comparing.trial import device_of
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import REFERENCE, Contender, parse_contender
+from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
 from spp.errors import SPPError
 from spp.training.loading import load_model
 

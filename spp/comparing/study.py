@@ -24,8 +24,7 @@ from spp.comparing.methods import PST_KINDS, RULES_OF, require_methods
 from spp.comparing.results import NAME, REPORT, Results, refuse_existing
 from spp.comparing.tables import markdown
 from spp.comparing.trial import Trial
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import REFERENCE, Contender, parse_contender
+from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
 from spp.errors import ConfigError, NonFiniteError, arg, some_of
 from spp.files import atomic_file, require_directory
 from spp.files.hashes import packed_sha256

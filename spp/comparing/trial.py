@@ -21,8 +21,7 @@ from spp.certifying.certificate import report_from_tensors
 from spp.comparing import measure
 from spp.comparing.data import CompareData
 from spp.comparing.methods import Goal, adapt, masks_of
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import Contender
+from spp.configs.comparing import CompareConfig, Contender
 from spp.errors import NonFiniteError
 from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.models.targets import projection_weights

@@ -18,9 +18,9 @@ from spp.configs.checks import (
     check_path,
     parse_names,
 )
-from spp.configs.mask_updates import DECAYS, DROPS, GROWS, MaskUpdateOptions
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
+from spp.configs.pruning import DECAYS, DROPS, GROWS, MaskUpdateOptions
 from spp.configs.pst import PSTConfig, check_schedule
 from spp.errors import ConfigError, arg
 

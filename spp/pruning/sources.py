@@ -1,4 +1,4 @@
-"""Read calibration data that is named by a path or an id (spp.configs.calibration says how)."""
+"""Read calibration data that is named by a path or an id (spp.configs.pruning says how)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spp.configs.calibration import JSON_SUFFIXES, DataSet
+from spp.configs.pruning import JSON_SUFFIXES, DataSet
 from spp.errors import CheckpointError, DataError
 from spp.files import CheckpointReader
 from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown

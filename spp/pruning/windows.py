@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.configs.calibration import KNOWN, check_source, is_data_set, is_ids
+from spp.configs.pruning import KNOWN, check_source, is_data_set, is_ids
 from spp.errors import DataError, SPPWarning, arg
 from spp.pruning.sources import documents, read_ids
 
