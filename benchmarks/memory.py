@@ -1,4 +1,4 @@
-"""What a training step of a whole model takes in memory: at its peak, and between forward and backward.
+"""The memory of a training step of a whole model: at its peak, and between forward and backward.
 
 Each contender runs in a fresh process. `at rest` is what that holds before the first step (model, optimizer,
 libraries), `peak` the highest point of three steps, `step` the difference, `saved` what autograd keeps from the forward

@@ -55,7 +55,7 @@ _PIECE = 2**22  # bytes that a thread sums up at a time
 def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
     """Write a pruned Llama checkpoint of random weights and an adapter of it, one tensor at a time; return its bytes.
 
-    Every matrix of one shape holds the same numbers: what is measured does not depend on them.
+    Every matrix of one shape holds the same values: the measurements do not depend on them.
     """
     dtype, pattern = getattr(torch, options.dtype), Pattern.parse(options.pattern)
     hidden, intermediate, layers, heads, kv_heads, vocabulary, _ = SHAPES[options.shape]
@@ -276,7 +276,7 @@ def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     harness.plot_ratios(panels, table(rows).title, rows[0], options)
 
 
-# ---- How much of some files lies in the system's cache: whether a measurement that reads them found it warm.
+# ---- How much of some files is in the system's cache: whether a measurement that reads them found it warm.
 
 
 def cached_share(paths: Iterable[Path]) -> float | None:

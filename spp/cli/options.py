@@ -67,9 +67,9 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
             is the class.
 
     Returns:
-        What makes of `function(config, …)` a function for typer. Parameters of `function` beside the first are options
-        of their own: by an Option in their annotation, or as typer reads them. The result has `spellings`, {name in
-        Python: Spelling}.
+        A decorator that makes of `function(config, …)` a function for typer. Parameters of `function` beside the first
+        are options of their own: by an Option in their annotation, or as typer reads them. The result has `spellings`,
+        {name in Python: Spelling}.
     """
     made = options_of(config) + (options_of(build) if build is not None else ())
 

@@ -80,7 +80,7 @@ def _panel(
         low, high = _limits([x for one in found if (x := position(one)) is not None])
         axes.set_xlim(low, high)
     points = {number: (x, one) for number, one in enumerate(found, start=1) if (x := position(one)) is not None}
-    for x, one in reversed(points.values()):  # the best lies on top
+    for x, one in reversed(points.values()):  # the best is drawn last, on top
         mean = _mean(one)
         spread = [[mean - min(one.perplexities)], [max(one.perplexities) - mean]]
         axes.errorbar(x, mean, yerr=spread, fmt="none", ecolor=_colour(one), capsize=2, elinewidth=1)

@@ -1,8 +1,7 @@
-"""What a step of a contender costs against the reference's: its time in interleaved rounds, its peak memory.
+"""The cost of a contender's step against the reference's: its time in interleaved rounds, its peak memory.
 
 One contender is measured in one fresh process: first its memory alone, then the reference beside it for the rounds.
-Tokens are random; a step is forward, backward, AdamW. What happens in one step of many, as mask updates do, is not in
-it.
+Tokens are random; a step is forward, backward, AdamW. Mask updates, which come in one step of many, are not measured.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class CompareData:
-    """What is trained and measured on; the three parts share no row and no window.
+    """The data that is trained and measured on; the three parts share no row and no window.
 
     Args:
         train, validation, test: the parts.

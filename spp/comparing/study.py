@@ -45,7 +45,7 @@ Masks = Mapping[str, tuple[tuple[int, ...], npt.NDArray[np.uint8]]]  # shape and
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison has to run.
+    """The trials that a comparison has to run.
 
     Args:
         contenders: in order.
@@ -127,43 +127,15 @@ def compare(config: CompareConfig) -> Results:
         require_methods(contenders)
     require_directory(path.parent, "the results need")
     refuse_existing(path, resume=config.resume, overwrite=config.overwrite)
-    tokenizer = load_tokenizer(str(config.model))
-    data = load(config, tokenizer)
-    model = load_model(config.model, config.dtype)
-    _require_finite(model, config.model)
-    masks = _masks(model)
-    if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
-        raise ConfigError(
-            f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
-            f"prune it first"
-        )
-    hashes = {**data.hashes(), "masks": _hash(masks), "weights": weights_fingerprint(model)}
-    if config.budget == "parameters":
-        contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
-    _check_ranks(contenders, model)
-    del model
-    if config.dense is not None:
-        dense = load_model(config.dense, config.dtype)
-        _require_finite(dense, config.dense)
-        before = _masks(dense)
-        if {name: shape for name, (shape, _) in before.items()} != {name: shape for name, (shape, _) in masks.items()}:
-            raise ConfigError(
-                f"{arg('dense')} is {config.dense}, whose weights are not those of {config.model} before pruning"
-            )
-        if not any((before[name][1] & ~bits).any() for name, (_, bits) in masks.items()):
-            raise ConfigError(
-                f"{arg('dense')} is {config.dense}, which has the zeros of {config.model}; it must be the model before "
-                f"pruning"
-            )
-        hashes["dense_weights"] = weights_fingerprint(dense)
-        del dense
+    data = load(config, load_tokenizer(str(config.model)))
+    contenders, hashes = _examine(config, contenders)
+    hashes = {**data.hashes(), **hashes}
     conditions = {**config.conditions(), "kind": data.kind, **Provenance(hashes=hashes).to_dict()}
     results = Results(path.parent, conditions, resume=config.resume, overwrite=config.overwrite)
     if config.cost_rounds:
         costs = results.read()["costs"]
         require_methods([contender for contender in contenders if contender.name not in costs])
-    baselines = {"pruned": config.model, "dense": config.dense}
-    for name, source in baselines.items():
+    for name, source in (("pruned", config.model), ("dense", config.dense)):
         if source is not None:
             results.once("baselines", name, partial(trial.measure_baseline, config, source, data))
     for contender in contenders if config.budget == "time" else ():
@@ -181,6 +153,42 @@ def compare(config: CompareConfig) -> Results:
             "%s is not there yet: another process was at it; should that have ended, resume the comparison", name
         )
     return results
+
+
+def _examine(config: CompareConfig, contenders: list[Contender]) -> tuple[list[Contender], dict[str, str]]:
+    """Check the models and the ranks; return the contenders, with the ranks of the budget, and the models' hashes."""
+    model = load_model(config.model, config.dtype)
+    _require_finite(model, config.model)
+    masks = _masks(model)
+    if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
+        raise ConfigError(
+            f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
+            f"prune it first"
+        )
+    hashes = {"masks": _hash(masks), "weights": weights_fingerprint(model)}
+    if config.budget == "parameters":
+        contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
+    _check_ranks(contenders, model)
+    del model  # one model at a time is in memory
+    if config.dense is not None:
+        dense = load_model(config.dense, config.dtype)
+        _require_finite(dense, config.dense)
+        _require_unpruned(config, _masks(dense), masks)
+        hashes["dense_weights"] = weights_fingerprint(dense)
+    return contenders, hashes
+
+
+def _require_unpruned(config: CompareConfig, before: Masks, masks: Masks) -> None:
+    """Raise a ConfigError unless `before` is of the model that was pruned to `masks`."""
+    if {name: shape for name, (shape, _) in before.items()} != {name: shape for name, (shape, _) in masks.items()}:
+        raise ConfigError(
+            f"{arg('dense')} is {config.dense}, whose weights are not those of {config.model} before pruning"
+        )
+    if not any((before[name][1] & ~bits).any() for name, (_, bits) in masks.items()):
+        raise ConfigError(
+            f"{arg('dense')} is {config.dense}, which has the zeros of {config.model}; it must be the model before "
+            f"pruning"
+        )
 
 
 def plan_of(

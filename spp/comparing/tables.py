@@ -20,7 +20,7 @@ OURS = (REFERENCE, "spp-no-beta", "spp-random-beta", MASK_UPDATES)  # kinds that
 
 @dataclass(frozen=True)
 class Summary:
-    """What was found of one contender with one number of steps.
+    """The results of one contender with one number of steps.
 
     Attributes:
         contender, steps: what the rows have in common.
@@ -167,7 +167,21 @@ def title(contents: Mapping[str, Any]) -> str:
 
 def notes(contents: Mapping[str, Any]) -> list[str]:
     """Return what the table leaves out: how it was measured, and where it is not to be trusted."""
-    given = contents["conditions"]
+    found = summaries(contents)
+    lines = [_measured_on(contents["conditions"])]
+    if dense := contents["baselines"].get("dense"):
+        lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
+    if several := [len(one.losses) for one in found if len(one.losses) > 1]:
+        lines.append(f"With several seeds (up to {max(several)}): the mean, with the lowest and the highest.")
+    if any(one.best is not None and one.at_an_end for one in found):
+        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
+    lines += _reservations(contents, {parse_contender(one.contender).kind for one in found})
+    measured = [*contents["rows"].values(), *contents["costs"].values()]
+    return lines + sorted({f"Measured on {Provenance.from_dict(one['environment']).line}." for one in measured})
+
+
+def _measured_on(given: Mapping[str, Any]) -> str:
+    """Return on what perplexities were measured, and by what learning rates were chosen."""
     if given["kind"] == "instruction":
         what = f"{given['test_windows']} instruction rows, on the answers"
         other = f"{given['validation_windows']} other rows"
@@ -175,43 +189,36 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
         text = given["eval_text"] or "held-out text"
         what = f"{given['test_windows']} windows of {given['window']} tokens of {text}"
         other = f"the {given['validation_windows']} windows behind them"
-    lines = [f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."]
-    if dense := contents["baselines"].get("dense"):
-        lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
-    if several := [one for one in summaries(contents) if len(one.losses) > 1]:
-        seeds = max(len(one.losses) for one in several)
-        lines.append(f"With several seeds (up to {seeds}): the mean, with the lowest and the highest.")
-    if any(one.best is not None and one.at_an_end for one in summaries(contents)):
-        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
+    return f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."
+
+
+def _reservations(contents: Mapping[str, Any], kinds: set[str]) -> list[str]:
+    """Return where contenders of these kinds are not compared on equal terms."""
+    budget, lines = contents["conditions"]["budget"], []
     if contents["costs"]:
         lines.append(
             f"Time {'and peak memory ' if REFERENCE in contents['costs'] else ''}of a step relative to {REFERENCE}'s: "
             "medians of interleaved rounds, fresh processes."
         )
-    kinds = {parse_contender(one.contender).kind for one in summaries(contents)}
-    if MASK_UPDATES in kinds and (contents["costs"] or given["budget"] == "time"):
+    if MASK_UPDATES in kinds and (contents["costs"] or budget == "time"):
         lines.append(f"A step of {MASK_UPDATES} is one without an update, which comes in one of many.")
-    if given["budget"] == "parameters" and (fixed := sorted(kind for kind in kinds if KINDS[kind].rank is None)):
+    if budget == "parameters" and (fixed := sorted(kind for kind in kinds if KINDS[kind].rank is None)):
         lines.append(f"The number of parameters is not equal where there is no rank to choose: {', '.join(fixed)}.")
-    rows = list(contents["rows"].values())
-    dtypes = {row["environment"]["dtype"] for row in rows if parse_contender(row["contender"]).kind in OWN_WEIGHTS}
-    if few := sorted(dtypes - {"float32", "float64"}):
+    own = [row for row in contents["rows"].values() if parse_contender(row["contender"]).kind in OWN_WEIGHTS]
+    if few := sorted({row["environment"]["dtype"] for row in own} - {"float32", "float64"}):
         lines.append(
             f"{' and '.join(OWN_WEIGHTS)} train the weights themselves, in {', '.join(few)} without a float32 copy, "
             "where small changes are rounded away; the others train float32 parameters."
         )
-    measured = [*rows, *contents["costs"].values()]
-    lines += sorted({f"Measured on {Provenance.from_dict(one['environment']).line}." for one in measured})
     return lines
 
 
 def verdict(contents: Mapping[str, Any]) -> str:
-    """Return in words how the reference does against those that keep every zero; empty where there is nothing yet.
+    """Say how the reference does against the peers that keep every zero; empty where nothing is measured yet.
 
-    Of its own forms, which are no peers, those are named that are ahead of it.
-
-    Which of two is ahead is told by the mean test loss at the best learning rate of each over the seeds that both have,
-    however small the difference; where these are several, it says in how many of them.
+    Of two contenders the one with the lower mean test loss is ahead, at the best learning rate of each, over the seeds
+    that both have, however small the difference; of several seeds it is said in how many. Forms of the reference are no
+    peers: those that are ahead of it are named.
     """
     found = {one.contender: one for one in summaries(contents) if one.perplexities}
     ours = found.get(REFERENCE)
@@ -224,19 +231,16 @@ def verdict(contents: Mapping[str, Any]) -> str:
     forms = [one for one in others if one not in peers and _is_ahead(one, ours)]
     ahead, behind, better = ([_beside(ours, one) for one in some] for some in (won, lost, forms))
     name = f"{ours.contender} ({ours.perplexity:.2f})"
-    parts = []
-    if behind:
-        parts.append(f"{name} does not hold against {_joined(behind)}")
+    parts = [f"{name} does not hold against {_joined(behind)}"] if behind else []
     if ahead:
-        parts.append(f"{name if not behind else 'it'} is ahead of {_joined(ahead)}")
+        parts.append(f"{'it' if behind else name} is ahead of {_joined(ahead)}")
     if better:
         parts.append(f"of its own forms, {_joined(better)} {'is' if len(better) == 1 else 'are'} ahead of it")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
     if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
-    open_ones = [one.contender for one in (ours, *peers, *forms) if one.at_an_end]
-    if open_ones:
-        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
+    if unsettled := [one.contender for one in (ours, *peers, *forms) if one.at_an_end]:
+        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(unsettled)}."
     return text
 
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """What tells a row from others of the same conditions."""
+    """The facts that tell a row from others of the same conditions."""
 
     contender: str
     lr: float

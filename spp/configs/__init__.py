@@ -8,7 +8,7 @@ options.py      Option: what a field says of itself, and the groups of the help
 checks.py       checks that several configs share
 pattern.py      Pattern: "2:4" or a fraction
 adapter.py      SPPConfig
-pst.py          PSTConfig, and the numbers of its schedule
+pst.py          PSTConfig, and checks of its schedule
 tuning.py       TuneConfig and its recipes
 pruning.py      PruneOptions, OWL, the methods by name, names of calibration data, mask updates; PruneConfig
 comparing.py    CompareConfig, and the contenders by name

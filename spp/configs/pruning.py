@@ -218,7 +218,7 @@ class PruneOptions:
 
     @property
     def described(self) -> str | dict[str, str]:
-        """What a report says of the pattern that was asked for."""
+        """The pattern that was asked for, as a report says it."""
         if isinstance(self.pattern, Mapping):
             return {name: str(Pattern.parse(value)) for name, value in self.pattern.items()}
         return str(Pattern.parse(self.pattern))
@@ -230,17 +230,7 @@ class PruneOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(PruneOptions):
-    """What `spp prune` is told: the options of `spp.prune`, and what to read and write.
-
-    Args:
-        model: directory or hub id of the dense model.
-        output: directory to write the pruned checkpoint to.
-        dtype: of the weights while they are pruned and as they are written; "auto" is the checkpoint's own.
-        device: "auto", "cpu" or "cuda".
-        in_memory: load the whole model instead of one block at a time.
-        report: JSON file for what was done to each layer.
-        every: list every layer in the table.
-        overwrite: replace an existing output.
+    """The options of `spp prune`: those of `spp.prune`, and what to read and write.
 
     Raises:
         ConfigError, PatternError, DataError: an option makes no sense; the message names it.

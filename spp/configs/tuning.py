@@ -329,7 +329,7 @@ class TuneConfig:
 
     @property
     def final_sparsity(self) -> float:
-        """What PST prunes at the end, as a fraction."""
+        """The fraction that PST prunes at the end."""
         assert self.pattern is not None
         return Pattern.parse(self.pattern).sparsity
 

@@ -90,7 +90,7 @@ class Provenance:
 
     @property
     def line(self) -> str:
-        """What a measurement was made with, on one line to stand under a table."""
+        """The conditions of a measurement on one line, for below a table."""
         threads = f"{_counted(self.threads, 'thread')} on {_counted(self.cores, 'core')}"
         products = "products that skip zeros" if self.compiled_products else f"kernels {self.kernels}"
         return f"{self.device}, {threads}, {self.dtype}, {products}; {self.packages}"

@@ -38,7 +38,7 @@ REFERENCE = "ref"  # the name that TRL gives to the adapter it compares with
 
 
 class SPPPeftModel(BaseTuner):
-    """What `get_peft_model(model, SPPPeftConfig(...))` puts around a model; PEFT makes it.
+    """The tuner that `get_peft_model(model, SPPPeftConfig(...))` puts around a model; PEFT makes it.
 
     Raises:
         TargetError, ConfigError, NonFiniteError: as for `spp.wrap`, before anything is changed.
