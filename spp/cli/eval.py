@@ -22,7 +22,7 @@ NAME = "eval"
 
 @command(EvalConfig)
 def run(config: EvalConfig) -> None:
-    """Measure perplexity: the text joined, tokenised once, cut into windows that do not overlap.
+    """Measure the perplexity of a model on a text, in windows that do not overlap.
 
     Example: spp eval merged --text valid.txt --window 1024
     """

@@ -65,8 +65,8 @@ class MergeConfig:
     adapters: Annotated[
         tuple[tuple[str, float], ...],
         Option(
-            "Directory or hub id of the adapter, or of what PST trained; or of several adapters, whose sum is merged, "
-            "each times its weight (default: 1).",
+            "Directory or hub id of an adapter, or of PST's output. Of several adapters the sum is merged, each times "
+            "its weight (default: 1).",
             metavar="ADAPTER[:WEIGHT]",
             type=str,
             argument=True,
@@ -175,15 +175,15 @@ class EvalConfig:
     window: Annotated[int, Option("Tokens of a window; perplexities compare at equal windows only.", EVALUATION)] = 1024
     batch_size: Annotated[int, Option("Windows of one forward pass.", EVALUATION)] = 1
     max_windows: Annotated[int | None, Option("Measure the first windows only.", EVALUATION, default="all")] = None
-    adapter: Annotated[Path | None, Option("Adapter, or what PST trained, to load onto the model.", MODEL)] = None
+    adapter: Annotated[Path | None, Option("Adapter, or PST's output, to load onto the model.", MODEL)] = None
     strict: Annotated[
         bool | None,
         Option(
-            "Refuse an adapter that was trained on other values than the model's, or accept one that was trained on "
-            "other zeros.",
+            "--strict refuses an adapter that was trained on other values than the model's, --no-strict accepts one "
+            "that was trained on other zeros.",
             MODEL,
             negatable=True,
-            default="other zeros are refused, other values are said",
+            default="refuse other zeros, report other values",
         ),
     ] = None
     dtype: Annotated[
@@ -245,7 +245,7 @@ class PushConfig:
     ] = None
     base: Annotated[str | None, Option("Hub id of the base, where the files name a directory.", MODEL)] = None
     license: Annotated[str | None, Option("Licence for the card, such as apache-2.0.", MODEL)] = None
-    new_card: Annotated[bool, Option("Make a card in spite of a README.md that is there.", MODEL)] = False
+    new_card: Annotated[bool, Option("Make a card even if there is a README.md.", MODEL)] = False
     overwrite: Annotated[bool, Option("Replace what is in an existing repository.", RUN)] = False
     dry_run: Annotated[bool, Option("Check files, print the card, send nothing.", RUN)] = False
 

@@ -265,7 +265,7 @@ class CompareConfig:
         tuple[str, ...],
         Option(
             "Names with options, such as spp:r=8,dropout=0.05, or the groups main, ranks, dropout, ablations; "
-            "several with blanks between them, or repeated. --list shows all.",
+            "several in quotes with blanks between them, or repeated. --list shows all.",
             METHOD,
             default="main",
             type=str,
@@ -292,7 +292,9 @@ class CompareConfig:
             parse=tuple,
         ),
     ] = ()
-    extend: Annotated[int, Option("Learning rates tried beyond these where the best is at an end.", OPTIMISATION)] = 1
+    extend: Annotated[
+        int, Option("Further learning rates to try where the best is the lowest or the highest.", OPTIMISATION)
+    ] = 1
     seeds: Annotated[
         tuple[int, ...],
         Option(
@@ -305,18 +307,22 @@ class CompareConfig:
     ] = (0,)
     budget: Annotated[
         str,
-        Option("What is equal: steps, time, or parameters (where there is a rank).", METHOD, choices=BUDGETS),
+        Option(
+            "Equal for all contenders: steps, time, or parameters (where there is a rank).", METHOD, choices=BUDGETS
+        ),
     ] = "steps"
     steps: Annotated[int, Option("Optimizer steps; with --budget time, those of spp.", OPTIMISATION)] = 100
     batch_size: Annotated[int, Option("Rows of a step.", OPTIMISATION)] = 2
     block_length: Annotated[int, Option("Tokens of a row.", DATA)] = 128
     window: Annotated[int, Option("Tokens of a window of text that is measured.", EVALUATION)] = 512
     test_windows: Annotated[int, Option("Windows of text, or instruction rows, to measure on.", EVALUATION)] = 20
-    validation_windows: Annotated[int, Option("Others, to choose the learning rate by.", EVALUATION)] = 10
+    validation_windows: Annotated[int, Option("Other windows or rows, to choose the learning rate by.", EVALUATION)] = (
+        10
+    )
     cost_rounds: Annotated[int, Option("Interleaved rounds of the step times; 0 measures no cost.", EVALUATION)] = 5
     dtype: Annotated[str, Option("auto, float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)] = "float32"
-    overwrite: Annotated[bool, Option("Begin anew where there are results.", RUN)] = False
-    resume: Annotated[bool, Option("Go on with the results that there are.", RUN)] = False
+    overwrite: Annotated[bool, Option("Replace the results that are there.", RUN)] = False
+    resume: Annotated[bool, Option("Continue with the results that are there.", RUN)] = False
     data_format: str = "auto"
     completions_only: bool = True
     weight_decay: float = 0.001

@@ -107,9 +107,11 @@ class Field:
     @property
     def help(self) -> str:
         """The text of the help, with the default."""
-        told = self.option.default
+        told: str | None = self.option.default
         if told is None and not self.required and self.default is not None and not self.nested:
-            told = str(self.default) if self.type is not bool or self.option.negatable else None
+            told = str(self.default)
+            if self.type is bool:
+                told = ("on" if self.default else "off") if self.option.negatable else None
         return f"{self.option.help.removesuffix('.')} (default: {told})." if told else self.option.help
 
 

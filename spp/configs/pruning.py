@@ -53,8 +53,8 @@ class OWL:
         ConfigError: an option makes no sense.
     """
 
-    threshold: Annotated[float, Option("OWL: times the mean that an outlier is above.", METHOD)] = 5.0
-    spread: Annotated[float, Option("OWL: how far a block may be from the fraction.", METHOD)] = 0.08
+    threshold: Annotated[float, Option("OWL: a score above so many times the mean is an outlier.", METHOD)] = 5.0
+    spread: Annotated[float, Option("OWL: how far a block's fraction may be from the given one.", METHOD)] = 0.08
 
     def __post_init__(self) -> None:
         if not is_number(self.threshold) or not math.isfinite(self.threshold) or self.threshold <= 0:
@@ -158,8 +158,8 @@ class PruneOptions:
     pattern: Annotated[
         Patterns,
         Option(
-            "N:M (N kept of every M) or the fraction pruned, such as 0.5. Repeated, NAME=PATTERN for layers by name "
-            "suffix or regular expression, of which the first that matches counts; one without NAME is for all others.",
+            "N:M (N kept of every M) or the fraction pruned, such as 0.5. May be repeated: NAME=PATTERN for layers by "
+            "name suffix or regular expression, the first that matches counts; a pattern without NAME is for all others.",
             METHOD,
             many=True,
             parse=parse_patterns,
@@ -184,7 +184,7 @@ class PruneOptions:
     ] = None
     nsamples: Annotated[int, Option("Calibration windows at most.", DATA)] = 128
     seqlen: Annotated[int, Option("Tokens of a window that is cut from text.", DATA)] = 2048
-    seed: Annotated[int, Option("Of the draw of windows.", DATA)] = 0
+    seed: Annotated[int, Option("Of the random choice of windows.", DATA)] = 0
     owl: Annotated[
         OWL | None,
         Option("Prune blocks with many outliers less (OWL); the pattern must be a fraction.", METHOD),
