@@ -159,7 +159,7 @@ class PruneOptions:
         Patterns,
         Option(
             "N:M (N kept of every M) or the fraction pruned, such as 0.5. May be repeated: NAME=PATTERN for layers by "
-            "name suffix or regular expression, the first that matches counts; a pattern without NAME is for all others.",
+            "name suffix or regular expression, the first that matches counts; one without NAME is for all others.",
             METHOD,
             many=True,
             parse=parse_patterns,
