@@ -40,7 +40,7 @@ _LOSS_ELEMENTS = 1 << 24  # logits turned to float32 at a time: 64 MiB
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What a perplexity measurement found.
+    """The result of a perplexity measurement.
 
     Args:
         perplexity: exp(loss).
@@ -71,7 +71,10 @@ def perplexity(
     max_windows: int | None = None,
     progress: bool = False,
 ) -> float:
-    """Return the perplexity of `model` on `text`; see `perplexity_result` for the arguments.
+    """Return the perplexity of `model` on `text`.
+
+    Args:
+        model, tokenizer, text, window, batch_size, max_windows, progress: as for `perplexity_result`, also the errors.
 
     Example:
         >>> perplexity(model, tokenizer, open("valid.txt").read(), window=1024)  # doctest: +SKIP
@@ -103,10 +106,17 @@ def perplexity_result(
         max_windows: measure the first windows only; None for all.
         progress: show a progress bar if standard error is a terminal.
 
+    Returns:
+        The perplexity, and what it was measured over.
+
     Raises:
         ConfigError: an option makes no sense.
         DataError: the text has fewer tokens than one window, or the tokenizer is another model's.
         NonFiniteError: a loss is NaN or infinite.
+
+    Example:
+        >>> perplexity_result(model, tokenizer, open("valid.txt").read()).windows  # doctest: +SKIP
+        20
     """
     return token_perplexity(
         model,
@@ -119,7 +129,19 @@ def perplexity_result(
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Return the token ids (T,) of a text of any length, without the tokenizer's warning about its model's length."""
+    """Return the token ids (T,) of a text of any length, without the tokenizer's warning about its model's length.
+
+    Args:
+        tokenizer: the model's own.
+        text: the text, not a path.
+
+    Raises:
+        DataError: the text is no str.
+
+    Example:
+        >>> tokenize(tokenizer, "A text.").shape  # doctest: +SKIP
+        torch.Size([3])
+    """
     if not isinstance(text, str):
         raise DataError(f"the text is a {type(text).__name__}; it must be a str (read the file first)")
     ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
@@ -140,10 +162,17 @@ def token_perplexity(
     Args:
         model: a causal language model.
         tokens: token ids (T,).
-        window: see `perplexity_result`, also for the rest.
-        batch_size: windows of one forward pass.
-        max_windows: measure the first windows only.
-        progress: show a progress bar if standard error is a terminal.
+        window, batch_size, max_windows, progress: as for `perplexity_result`.
+
+    Returns:
+        The perplexity, and what it was measured over.
+
+    Raises:
+        ConfigError, DataError, NonFiniteError: as for `perplexity_result`.
+
+    Example:
+        >>> token_perplexity(model, tokens, window=512).perplexity  # doctest: +SKIP
+        20.6
     """
     require_model(model)
     check_windows(window, batch_size, max_windows)
@@ -169,6 +198,13 @@ def rows_perplexity(
         batches: "input_ids", "labels" (−100: not predicted) and, for padded rows, "attention_mask", each (B, T).
         total: number of batches, for the progress bar.
         progress: show a progress bar if standard error is a terminal.
+
+    Returns:
+        The perplexity, and what it was measured over.
+
+    Example:
+        >>> rows_perplexity(model, loader).tokens  # doctest: +SKIP
+        5120
     """
     rows = 0
 
@@ -188,9 +224,16 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Return (mean loss in nats, number of predicted tokens) over all batches; only one batch's logits exist at a time.
 
+    Args:
+        model, batches, total, progress: as for `rows_perplexity`.
+
     Raises:
         DataError: nothing is predicted, or a token id is beyond the model's vocabulary.
         NonFiniteError: a loss is NaN or infinite; the message names the batch.
+
+    Example:
+        >>> mean_loss(model, [{"input_ids": ids, "labels": ids}])  # doctest: +SKIP
+        (3.0, 511)
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)

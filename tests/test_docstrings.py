@@ -4,6 +4,7 @@ plain English."""
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -14,6 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+import spp
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("spp", "spp.pruning", "spp.pst", "spp.functional", "spp.training", "spp.evaluation", "spp.report")
@@ -121,6 +125,16 @@ def test_public_names_of_integrations_do_too(package: str) -> None:
 def check(module: ModuleType) -> None:
     found = {name: lacks for name, it in public(module) if (lacks := wanting(name, it.__doc__, tree_of(it)))}
     assert found == {}
+
+
+@pytest.mark.parametrize("module", [*MODULES, "spp.integrations.hub"])
+def test_examples_that_need_no_model_run(module: str) -> None:
+    runner, finder = doctest.DocTestRunner(verbose=False), doctest.DocTestFinder(recurse=False)
+    for name, found in public(importlib.import_module(module)):
+        names = {**vars(importlib.import_module(found.__module__)), "torch": torch, "nn": torch.nn, "spp": spp}
+        for test in finder.find(found, name, globs=names):
+            runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
 
 
 def test_every_exemption_is_of_something_that_is_there() -> None:

@@ -34,7 +34,7 @@ PIECE_BYTES = 2 * PIECE  # of a tensor whose entries do not matter
 
 @dataclass(frozen=True)
 class Scanned:
-    """What is known of a tensor.
+    """The facts that a scan finds of a tensor.
 
     Attributes:
         crc: zlib.crc32 of its bytes.

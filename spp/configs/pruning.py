@@ -51,6 +51,10 @@ class OWL:
 
     Raises:
         ConfigError: an option makes no sense.
+
+    Example:
+        >>> OWL(spread=0.05)
+        OWL(threshold=5.0, spread=0.05)
     """
 
     threshold: Annotated[float, Option("OWL: a score above so many times the mean is an outlier.", METHOD)] = 5.0

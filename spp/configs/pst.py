@@ -28,9 +28,14 @@ class PSTConfig:
         modules_to_save: names of modules that train and are saved as a whole; None is the new head of a classifier,
             () is none.
         seed: of the initial values, keyed by module path; None draws from torch's global generator.
+        format_version: version of this format; another one than this library's is refused.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.
+
+    Example:
+        >>> PSTConfig(pattern="2:4").mask_rank
+        8
     """
 
     weight_rank: int = 8

@@ -1,4 +1,4 @@
-"""What goes along when a checkpoint's weights are written anew: the files beside them, and what its config says."""
+"""The files that are copied when a checkpoint's weights are written anew, and what its config says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refuse_overlap(out: Path, source: Path, what: str) -> None:
 
 
 def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True) -> None:
-    """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …
+    """Copy the files beside the weights: config, tokenizer, generation config, chat templates, remote code, …
 
     Args:
         base: the checkpoint. directory: where copies go; None to look whether they could be made.

@@ -115,7 +115,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight or its base -> {(f
 def remembered(fact: str, weight: Tensor, find: Callable[[Tensor], float]) -> float:
     """Return find(weight), computed anew only after the weight changed in place.
 
-    A view, such as one expert of many or the transpose of a Conv1D's weight, is known by where it lies in its base.
+    A view, such as one expert of many or the transpose of a Conv1D's weight, is known by its place in its base.
 
     Args:
         fact: names what `find` finds.

@@ -1,4 +1,4 @@
-"""What every adapted linear layer shares: how it computes, what it keeps between calls, how it is converted."""
+"""Adapted linear layers: how they compute, what they keep between calls, how they are converted."""
 
 from __future__ import annotations
 

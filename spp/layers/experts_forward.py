@@ -1,4 +1,4 @@
-"""What sits beside fused expert weights, and the forward of a module that has it: its own, with other products."""
+"""The adapters beside fused expert weights, and the forward of their module: its own, with other products."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Multiply = Callable[[int, Tensor], Tensor]
 
 
 class ExpertsAdapter(HoldsWeight):
-    """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
+    """An adapter beside a fused expert weight, which gives its products; `adapt_experts` puts it in place.
 
     The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
     here.
@@ -83,12 +83,12 @@ class ExpertsAdapter(HoldsWeight):
         return packed
 
     def hold_what_is_there(self) -> None:
-        """Take the weight packed, from whom holds it so already or from the module; `take_over` has these let go."""
+        """Pack the weight, or take what is packed already. The source is freed in `take_over`."""
         held = self.projection.packed
         self.hold_packed(pack_experts(self.projection) if held is None else held.packed_weight())  # type: ignore[operator]
 
     def take_over(self) -> None:
-        """Have what held the weight let go of it."""
+        """Free the storage that held the weight before."""
         held = self.projection.packed
         if held is None:
             self.projection.release()
@@ -122,13 +122,13 @@ class ExpertsAdapter(HoldsWeight):
         return lambda expert, x: base_linear(x, sources[expert], None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertsAdapter:
-        """Convert or move; what stands for a packed weight in the module follows its dtype."""
+        """Convert or move; the meta placeholder of a packed weight in the module follows its dtype."""
         super()._apply(fn, recurse)
         self.refresh()
         return self
 
     def refresh(self) -> None:
-        """Have what stands for a packed weight in the module be of its dtype."""
+        """Set the dtype of the meta placeholder of a packed weight in the module."""
         if self.packed_layout is not None:
             self.projection.stand_for(self.stored_weight.dtype)
 

@@ -28,7 +28,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
 
     Args:
         linear: the nn.Linear (or subclass, or transformers' Conv1D) to adapt; its Parameters are used, not copied, and
-            frozen. With packed=True it lets go of its weight until `restore`; a PackedLinear hands over its packed one.
+            frozen. With packed=True its weight is freed until `restore`; a PackedLinear hands over its packed one.
         r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig.
         packed: store the weight packed (spp.weights.packed.layout) and decode it a block at a time.
         dtype: of an 8-bit weight of bitsandbytes where it is multiplied, which does not say itself; None is its

@@ -19,7 +19,7 @@ class PackedLinear(LinearHost):
     Nothing of size m × n is kept, so each call decodes: for a few tokens that costs more than the product does.
 
     Args:
-        linear: the nn.Linear (or subclass, or transformers' Conv1D) that lets go of its dense weight.
+        linear: the nn.Linear (or subclass, or transformers' Conv1D) whose dense weight is freed.
         packed: its weight, packed already (then `linear` may be on the meta device) or quantized; None packs it.
         where: the layer's name in error messages.
 

@@ -25,7 +25,7 @@ AdapterLike = PathLike | Sequence[PathLike | tuple[PathLike, float]]
 
 @dataclass(frozen=True)
 class Layer:
-    """What is merged into one weight.
+    """The parameters that are merged into one weight.
 
     Attributes:
         rule, params, scaling: as for `merge_tensor`; the parameters of experts have a leading dimension.

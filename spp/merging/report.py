@@ -1,4 +1,4 @@
-"""What a merge did, told of the weights that are stored: rounded to their dtype, rescued, quantized again.
+"""Reports of a merge, on the weights as they are stored: rounded to their dtype, rescued, quantized again.
 
     survived          ⟨W_stored − W, ΔW⟩ / ⟨ΔW, ΔW⟩            ΔW what the adapter adds to W, exact
     requantize_error  ‖W_stored − W_merged‖ / ‖ΔW‖             W_merged what the forward multiplied by
@@ -30,7 +30,7 @@ MOST_ERROR = math.sqrt(1 - ENOUGH_SURVIVED)
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """What a merge did to one layer, by its weights as they are stored.
+    """The effect of a merge on one layer, by its weights as they are stored.
 
     Counts are exact. Sums are of float32 products: of updates below 1e-19, whose squares are no float32, they tell
     nothing, nor does `max_relative_change` of denormal weights in a process that flushes those to zero.
@@ -89,10 +89,14 @@ def sum_layers(layers: Sequence[LayerMerge]) -> LayerMerge:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did: per layer by module path, over all, and the sparsity of the result.
+    """The effect of a merge: on each layer, over all layers, and the sparsity of the result.
 
-    `survived` is None where no layer has an update; layers without one do not count. `base` says whether the base had
-    the values that the adapter was trained on (spp.weights.base_values).
+    Args:
+        layers: {module path: the effect on it}.
+        survived: the share of the update that is stored; None where no layer has an update, layers without one do not
+            count.
+        sparsity_report: of the merged weights.
+        base: whether the base had the values that the adapter was trained on (spp.weights.base_values).
     """
 
     layers: dict[str, LayerMerge]

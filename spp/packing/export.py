@@ -5,8 +5,8 @@ tensor.
             compare the hash → write
     back    for each tensor: read → decode → compare the hash → write
 
-At any time one tensor is dense or packed in memory. Shards stay shards, under their names. What lies beside the weights
-is carried along, with the certificate: it speaks of the dense tensors, so the packed checkpoint is verified by decoding
+At any time one tensor is dense or packed in memory. Shards stay shards, under their names. The files beside the weights
+are copied, with the certificate: it speaks of the dense tensors, so the packed checkpoint is verified by decoding
 and the dense one that comes back by the same file.
 """
 
@@ -162,7 +162,7 @@ def export_dense(
 
 
 class _Packing:
-    """What is packed of a checkpoint and how, and the certificate of what it decodes to.
+    """The plan of a packing: which tensors, and how; and the certificate of what it decodes to.
 
     Args:
         reader: of the dense checkpoint.
@@ -344,7 +344,7 @@ class ExportedTensor:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport:
-    """What an export wrote.
+    """The result of an export.
 
     Args:
         tensors: those that are packed, by key on disk.

@@ -1,4 +1,4 @@
-"""What pruning is to do: options that are checked before there is a model, and the plan that they make for one.
+"""The plan of a pruning: options that are checked before there is a model, and the plan that they make for one.
 
 `spp.prune` and the pruning of checkpoints begin and end with these steps.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What is done to a model.
+    """The work on one model.
 
     Args:
         options: what was asked for.

@@ -80,6 +80,10 @@ def calibration_windows(
     Raises:
         DataError: no such data, empty or malformed data, text shorter than one window, no tokenizer.
         DependencyError: a data set is meant, and `datasets` is not installed.
+
+    Example:
+        >>> calibration_windows("text.txt", tokenizer, nsamples=128, seqlen=2048, seed=0).shape  # doctest: +SKIP
+        torch.Size([128, 2048])
     """
     check_calibration(calibration)
     calibration = load_ids(calibration)

@@ -35,7 +35,7 @@ _LISTED = 12  # problems that a message lists
 
 @dataclass(frozen=True)
 class PSTState:
-    """What a directory of PST holds.
+    """The contents of a directory of PST.
 
     Attributes:
         source: the directory.
@@ -62,10 +62,17 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
         path: a directory that does not exist yet, unless `overwrite`.
         overwrite: replace what is there, if it is an output (spp.files.recognised) and holds nothing else.
 
+    Returns:
+        The directory.
+
     Raises:
         WrapError: the model is not wrapped.
         NonFiniteError: a tensor holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
+
+    Example:
+        >>> spp.pst.save(model, "adapter")  # doctest: +SKIP
+        PosixPath('adapter')
     """
     check_finite(model)
     with atomic_directory(path, overwrite=overwrite) as directory:
@@ -95,6 +102,10 @@ def write(model: nn.Module, directory: Path, checksums: dict[str, int] | None = 
 def load(model: Model, path: str | Path) -> Model:
     """Load what `save` wrote onto the dense model that it was trained on, wrapping it unless it is wrapped already.
 
+    Args:
+        model: the dense model, wrapped or not.
+        path: a directory, or a hub id.
+
     Returns:
         The same object.
 
@@ -103,6 +114,9 @@ def load(model: Model, path: str | Path) -> Model:
             layers, ranks, scales or pattern than the model is wrapped with.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
+
+    Example:
+        >>> spp.pst.convert(spp.pst.load(dense, "run/adapter"))  # doctest: +SKIP
     """
     state = read(path)
     wrapped = is_wrapped(model)

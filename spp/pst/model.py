@@ -113,8 +113,18 @@ def unwrap(model: Model) -> Model:
 
     Modules that trained as a whole keep what they learned.
 
+    Args:
+        model: wrapped.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> spp.pst.unwrap(spp.pst.wrap(model)) is model  # doctest: +SKIP
+        True
     """
     layers = require_layers(model)
     end(uncompiled(model), _STATE, {id(layer): layer.restore() for layer in layers.values()})
@@ -137,6 +147,9 @@ def convert(layer_or_model: nn.Module) -> nn.Module:
     Raises:
         WrapError: the model is not wrapped.
         NonFiniteError: a masked weight holds NaN or infinity; the model is left as it was.
+
+    Example:
+        >>> spp.save_model(spp.pst.convert(model), "sparse")  # doctest: +SKIP
     """
     if isinstance(layer_or_model, PSTLinear):
         return layer_or_model.convert()
@@ -146,18 +159,42 @@ def convert(layer_or_model: nn.Module) -> nn.Module:
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
-    """Set the sparsity of every PST layer of a model."""
+    """Set the sparsity of every PST layer of a model.
+
+    Args:
+        model: wrapped.
+        sparsity: the share of each weight that its mask prunes, in [0, 1).
+
+    Example:
+        >>> set_sparsity(spp.pst.wrap(model), 0.5)  # doctest: +SKIP
+    """
     for layer in require_layers(model).values():
         layer.sparsity = sparsity
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
-    """Return {path: layer} in module order."""
+    """Return the PST layers of a model, {path: layer} in module order.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> pst_layers(nn.Linear(4, 4))
+        {}
+    """
     return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, PSTLinear)}
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether the model holds PST layers."""
+    """Whether a model holds PST layers.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> is_wrapped(nn.Linear(4, 4))
+        False
+    """
     return any(isinstance(module, PSTLinear) for module in model.modules())
 
 

@@ -16,7 +16,7 @@ from spp.rules.canonical import arithmetic_dtype
 
 
 class Adapter(NamedTuple):
-    """What W is changed by.
+    """A rule with its parameters, scaling and dropout: the change of W.
 
     Attributes:
         rule: how.

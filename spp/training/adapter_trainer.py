@@ -1,4 +1,4 @@
-"""What the trainers of every method share: checkpoints of what is trained alone, whole or not at all, exact resume.
+"""Shared by the trainers of every method: checkpoints of what is trained alone, whole or not at all, exact resume.
 
 transformers' Trainer with these differences: a checkpoint holds what the method trains, not the model, and counts only
 once it is whole; nothing else reaches the optimizer; the training log has the sparsity; the loss may be taken a chunk

@@ -1,4 +1,4 @@
-"""What a tuning run shows and writes while it trains: log.jsonl and a progress bar."""
+"""The output of a tuning run while it trains: log.jsonl and a progress bar."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _forms: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class _Form:
-    """What becomes of the head's output: c · tanh(a · … / c)."""
+    """The function of the head's output: c · tanh(a · … / c)."""
 
     scale: float = 1.0
     softcap: float | None = None

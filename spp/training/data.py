@@ -70,7 +70,7 @@ class TokenRows(Dataset[Item]):
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What became of the training data.
+    """Counts and hash of the training data.
 
     Args:
         kind: "text" or "instruction".
@@ -123,6 +123,10 @@ class Collator:
 
     Args:
         pad_token_id: any valid id: padding is masked and not learned.
+
+    Example:
+        >>> Collator(0)([{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6])}])["input_ids"]
+        tensor([[5, 6]])
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -177,8 +181,15 @@ def load_data(
         least_held_out: for text, hold back at least this many tokens if anything is held back: one window.
         seed: draws the rows held back.
 
+    Returns:
+        Training data, what is held back, a collator and a summary.
+
     Raises:
         DataError: the data is malformed, or too short for one block and what is held back.
+
+    Example:
+        >>> len(load_data(["train.txt"], tokenizer, block_length=512).train)  # doctest: +SKIP
+        1024
     """
     source = read_source(paths, data_format=data_format, split=split, text_field=text_field)
     names = ", ".join(paths)

@@ -1,4 +1,4 @@
-"""What `tune` does otherwise from one method to the next: what goes into the model, who trains it, what is written."""
+"""The steps of `tune` that differ between methods: what goes into the model, who trains it, what is written."""
 
 from __future__ import annotations
 

@@ -37,6 +37,8 @@ class SPPTrainer(AdapterTrainer):
     and always keeps the last and the best one.
 
     Args:
+        model: wrapped by `spp.wrap`.
+        args: TrainingArguments; rest, options: as in transformers.Trainer.
         loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
             (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.

@@ -34,7 +34,7 @@ _EVAL_TOKENS = 2048  # tokens of one forward pass of the perplexity: bounds its 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a tuning run made.
+    """The result of a tuning run.
 
     Args:
         model: the tuned model, still wrapped: `spp.merge(result.model)` merges it; one that PST trained,

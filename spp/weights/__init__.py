@@ -1,6 +1,6 @@
 """PackedWeight: a pruned matrix stored at the size of what was kept, PackedStack: those of several experts.
 
-How they lie in memory: `spp.weights.packed.layout`.
+How they are stored: `spp.weights.packed.layout`.
 """
 
 from __future__ import annotations

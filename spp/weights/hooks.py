@@ -62,7 +62,7 @@ class HookedAdapter(nn.Module):
 
 
 class _Blind:
-    """What is put before the class of a hook that offloads, to keep parameters from it."""
+    """A class put before that of a hook that offloads, to keep parameters from it."""
 
     _kept: tuple[str, ...]
 
@@ -154,7 +154,7 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
 
 @contextlib.contextmanager
 def let_go_on_error(module: nn.Module) -> Iterator[None]:
-    """Have a module let go of what its hook loaded where its call ends early, as activation checkpointing has it."""
+    """Free what a module's hook has loaded if its call ends early, as under activation checkpointing."""
     try:
         yield
     except BaseException:

@@ -1,7 +1,7 @@
 """Weights that accelerate has offloaded: where they are, how they are read and written.
 
 accelerate puts a hook around a module's forward (`module._hf_hook`). One that offloads keeps the module's parameters
-on the meta device, loads them before each call from a map, which lies in memory or reads files, and lets go of them
+on the meta device, loads them before each call from a map, in memory or of files, and frees them
 after it.
 """
 
@@ -172,7 +172,7 @@ def _load(hook: object, dtype: torch.dtype, transposed: bool) -> Tensor:
 class OffloadedExperts:
     """The matrices of a fused weight that is in memory for the length of a call only.
 
-    Backward loads the weight once for all experts that had tokens, and lets go of it with the last of them.
+    Backward loads the weight once for all experts that had tokens, and frees it after the last of them.
 
     Args:
         load: returns the matrices (m, n) of all experts, in backward.

@@ -48,7 +48,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter directory holds.
+    """The contents of an adapter directory.
 
     Attributes:
         source: the directory.

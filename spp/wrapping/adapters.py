@@ -44,8 +44,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Those of fused experts, under the path of their parameter, are (E, r, n) and (E, m, 1).
 
+    Args:
+        model: wrapped.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> sorted(adapter_state_dict(spp.wrap(model)))[0]  # doctest: +SKIP
+        'model.layers.0.mlp.down_proj.spp_alpha'
     """
     return {
         f"{path}.{name}": parameter.detach()
@@ -89,6 +96,10 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         WrapError: the model is not wrapped.
         NonFiniteError: the adapter holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
+
+    Example:
+        >>> save_adapter(model, "adapter")  # doctest: +SKIP
+        PosixPath('adapter')
     """
     store_adapter(model, path, overwrite=overwrite)
     warn_without_effect(model)
@@ -154,6 +165,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         MaskError: the base's zeros are not those that the adapter was trained on; the layers are named.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
+
+    Example:
+        >>> load_adapter(AutoModelForCausalLM.from_pretrained("pruned"), "run/adapter")  # doctest: +SKIP
     """
     given, model = model, uncompiled(model)
     files = read_adapter(path)

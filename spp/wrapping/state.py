@@ -1,4 +1,4 @@
-"""What a wrapped model refuses, warns of and restores."""
+"""The state of a wrapped model: what the model refuses, warns of and restores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from spp.weights.base_values import BaseVerdict
 
 @dataclass
 class WrapState:
-    """What a wrapped model remembers.
+    """The facts that a wrapped model remembers.
 
     Attributes:
         config: how it was wrapped.

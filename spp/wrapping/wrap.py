@@ -133,8 +133,18 @@ def wrap(
 def unwrap(model: Model) -> Model:
     """Take the adapter out: the pruned model again, bit for bit, with the requires_grad flags that it had before wrap.
 
+    Args:
+        model: wrapped.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> unwrap(spp.wrap(model)) is model  # doctest: +SKIP
+        True
     """
     given, model = model, uncompiled(model)
     layers = require_layers(model)
@@ -148,6 +158,12 @@ def unwrap(model: Model) -> Model:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Compute as the pruned model does, without the adapter, inside a `with` block.
+
+    Args:
+        model: wrapped.
+
+    Yields:
+        Nothing; the adapter is active again afterwards.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -211,15 +227,28 @@ def adapter_config(model: nn.Module) -> SPPConfig:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the trained parameters in module order, of each layer W_α then W_β: what an optimizer is given.
 
+    Args:
+        model: wrapped.
+
     Raises:
         WrapError, ConfigError: the model is not wrapped, or accelerate offloads the adapter too.
+
+    Example:
+        >>> torch.optim.AdamW(adapter_parameters(spp.wrap(model)), lr=4e-3)  # doctest: +SKIP
     """
     check_offloading(uncompiled(model))
     return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters train, of how many."""
+    """Print how many parameters train, of how many.
+
+    Args:
+        model: any module, wrapped or not.
+
+    Example:
+        >>> print_trainable_parameters(spp.wrap(model))  # doctest: +SKIP
+    """
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     packed = {module for module in model.modules() if isinstance(module, HoldsWeight) and module.packed_layout}
@@ -295,6 +324,7 @@ def set_saved_activations(model: nn.Module, choice: str) -> None:
     directory stays readable by every version that knows format_version 1.
 
     Args:
+        model: wrapped.
         choice: "full", or "bfloat16": float32 inputs are kept rounded to bfloat16, at half the memory. Outputs and the
             gradients of activations do not change; those of W_α and W_β see inputs that are off by at most 2⁻⁸ of each
             entry. 16-bit inputs stay as they are.

@@ -1,6 +1,6 @@
 """The functions of merge.c: a weight merged, its mask packed, its groups counted and its bytes summed up in one pass.
 
-All take pieces of PIECE entries at most, one after the other or on several threads (they let go of Python's lock), and
+All take pieces of PIECE entries at most, one after the other or on several threads (they release Python's lock), and
 what they find adds up to the same bits either way. The twins are spp.merging.weight and spp.masks.patterns in plain
 torch.
 """
@@ -67,7 +67,7 @@ class _Findings(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of some entries of a tensor, in a row.
+    """The facts found of some consecutive entries of a tensor.
 
     Attributes:
         kept: how many are not zero.

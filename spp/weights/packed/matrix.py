@@ -23,8 +23,9 @@ from spp.weights.workspace import workspace
 
 
 class PackedTensors:
-    """What follows from the tensors alone; `spp.weights.packed.layout` and `spp.weights.packed.stack` say what they
-    are.
+    """The tensors of a packed matrix, or of a stack of them.
+
+    `spp.weights.packed.layout` and `spp.weights.packed.stack` say what they are.
     """
 
     values: Tensor
