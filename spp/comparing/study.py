@@ -290,7 +290,7 @@ def _steps(config: CompareConfig, contenders: Sequence[Contender], results: Resu
 
 def _nearest(contender: Contender, model: Any) -> Contender:
     """Return the contender with the rank whose parameters are nearest to the reference's; as it is, without a rank."""
-    if contender.rank is None:
+    if contender.traits.rank is None:
         return contender
     shapes = _shapes(model)
     wanted = _count(parse_contender(REFERENCE), shapes)
@@ -336,8 +336,8 @@ def _shapes(model: Any) -> list[tuple[int, int]]:
 
 def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:
     """Return how many parameters a contender with a rank trains."""
-    assert contender.rank is not None
-    r = contender.options[contender.rank]
+    assert contender.traits.rank is not None
+    r = contender.options[contender.traits.rank]
     if contender.kind == "spp-no-beta":  # β stays what it is
         return sum(r * n for _, n in shapes)
     if contender.kind in PST_KINDS:  # U V and A B, R and C

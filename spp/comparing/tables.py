@@ -127,7 +127,7 @@ def main_table(contents: Mapping[str, Any]) -> Table:
     lines = []
     for one in summaries(contents):
         valid = one.pattern_valid if grouped else None
-        before = dense if parse_contender(one.contender).from_dense else pruned
+        before = dense if parse_contender(one.contender).traits.from_dense else pruned
         lines.append(
             (
                 one.contender,

@@ -61,7 +61,7 @@ def run_trial(
     gc.collect()  # a trainer is a knot of references; the model of the trial before hangs in it
     model = load_model(config.model, config.dtype)
     masks, goal = masks_of(model), Goal.of(model)
-    if contender.from_dense:
+    if contender.traits.from_dense:
         assert config.dense is not None, "checked by CompareConfig"
         model = load_model(config.dense, config.dtype)
     adapted = adapt(contender, model, trial.seed, goal, config.dense)

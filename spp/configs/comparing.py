@@ -116,29 +116,14 @@ class Contender:
     asked: str
 
     @property
-    def lrs(self) -> tuple[float, ...]:
-        """The learning rates tried where none are given."""
-        return KINDS[self.kind].lrs
-
-    @property
-    def from_dense(self) -> bool:
-        """Whether it starts from the dense model."""
-        return KINDS[self.kind].from_dense
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether it needs the dense model."""
-        return KINDS[self.kind].needs_dense
-
-    @property
-    def rank(self) -> str | None:
-        """The option that is its rank."""
-        return KINDS[self.kind].rank
+    def traits(self) -> Kind:
+        """The facts of its kind."""
+        return KINDS[self.kind]
 
     def with_rank(self, r: int) -> Contender:
         """Return the same with another rank."""
-        assert self.rank is not None
-        return replace(make_contender(self.kind, {**self.options, self.rank: r}), asked=self.asked)
+        assert self.traits.rank is not None
+        return replace(make_contender(self.kind, {**self.options, self.traits.rank: r}), asked=self.asked)
 
 
 def parse_contender(text: str) -> Contender:
@@ -348,7 +333,7 @@ class CompareConfig:
             self.recipe(1.0, seed)  # checks the options that it shares with tuning
         contenders = self.parsed()
         self.learning_rates(contenders)
-        needy = [contender.name for contender in contenders if contender.needs_dense]
+        needy = [contender.name for contender in contenders if contender.traits.needs_dense]
         if needy and self.dense is None:
             raise ConfigError(f"{arg('dense')} is None, but {', '.join(needy)} needs the dense model: say where it is")
         for contender in contenders:
@@ -372,7 +357,7 @@ class CompareConfig:
             given.setdefault(name, []).extend(_numbers(text, numbers))
         chosen = {}
         for contender in contenders:
-            found = next((given[n] for n in (contender.asked, contender.kind, "") if n in given), contender.lrs)
+            found = next((given[n] for n in (contender.asked, contender.kind, "") if n in given), contender.traits.lrs)
             chosen[contender.name] = tuple(sorted(set(found)))
         return chosen
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import torch
 
@@ -34,3 +36,15 @@ def test_it_is_told_on_one_line() -> None:
 def test_a_package_that_is_not_there_has_no_version() -> None:
     assert installed("torch") == torch.__version__.split("+")[0] or installed("torch") == torch.__version__
     assert installed("no-such-package-here") is None
+
+
+def collects(source: str) -> bool:
+    """Whether a file tells the versions or the machine of a result by itself."""
+    return re.search(r"python_version\(|sched_getaffinity|\"torch\": torch\.__version__", source) is not None
+
+
+def test_no_result_collects_its_provenance_by_itself() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = [path for folder in ("spp", "benchmarks", "examples") for path in (root / folder).rglob("*.py")]
+    found = [path.relative_to(root).as_posix() for path in files if collects(path.read_text(encoding="utf-8"))]
+    assert found == ["spp/files/provenance.py"]
