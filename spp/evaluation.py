@@ -107,7 +107,7 @@ def perplexity_result(
         progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        The perplexity, and what it was measured over.
+        The perplexity, and what it was measured on.
 
     Raises:
         ConfigError: an option makes no sense.
@@ -115,8 +115,8 @@ def perplexity_result(
         NonFiniteError: a loss is NaN or infinite.
 
     Example:
-        >>> perplexity_result(model, tokenizer, open("valid.txt").read()).windows  # doctest: +SKIP
-        20
+        >>> perplexity_result(model, tokenizer, text, window=1024).windows  # doctest: +SKIP
+        312
     """
     return token_perplexity(
         model,
@@ -129,18 +129,20 @@ def perplexity_result(
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Return the token ids (T,) of a text of any length, without the tokenizer's warning about its model's length.
+    """Return the token ids of a text of any length, without the tokenizer's warning about its model's length.
 
     Args:
-        tokenizer: the model's own.
+        tokenizer: adds the special tokens that it always adds.
         text: the text, not a path.
+
+    Returns:
+        Int64 (T,).
 
     Raises:
         DataError: the text is no str.
 
     Example:
-        >>> tokenize(tokenizer, "A text.").shape  # doctest: +SKIP
-        torch.Size([3])
+        >>> tokens = tokenize(tokenizer, "A text.")  # doctest: +SKIP
     """
     if not isinstance(text, str):
         raise DataError(f"the text is a {type(text).__name__}; it must be a str (read the file first)")
@@ -160,18 +162,17 @@ def token_perplexity(
     """Measure the perplexity on a text that is tokenised already.
 
     Args:
-        model: a causal language model.
+        model, window, batch_size, max_windows, progress: as for `perplexity_result`.
         tokens: token ids (T,).
-        window, batch_size, max_windows, progress: as for `perplexity_result`.
 
     Returns:
-        The perplexity, and what it was measured over.
+        The perplexity, and what it was measured on.
 
     Raises:
-        ConfigError, DataError, NonFiniteError: as for `perplexity_result`.
+        ConfigError, DataError, NonFiniteError: as `perplexity_result`.
 
     Example:
-        >>> token_perplexity(model, tokens, window=512).perplexity  # doctest: +SKIP
+        >>> token_perplexity(model, tokenize(tokenizer, text), window=1024).perplexity  # doctest: +SKIP
         20.6
     """
     require_model(model)

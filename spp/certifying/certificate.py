@@ -95,7 +95,7 @@ class SparsityReport:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """The entry of one projection weight in a certificate; the fields are those of the file."""
+    """The entry of one projection weight; the fields are those of the file."""
 
     shape: tuple[int, ...]
     dtype: str

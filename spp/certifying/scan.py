@@ -34,7 +34,7 @@ PIECE_BYTES = 2 * PIECE  # of a tensor whose entries do not matter
 
 @dataclass(frozen=True)
 class Scanned:
-    """The facts that a scan finds of a tensor.
+    """The result of a scan of one tensor.
 
     Attributes:
         crc: zlib.crc32 of its bytes.

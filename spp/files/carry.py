@@ -1,4 +1,4 @@
-"""The files that are copied when a checkpoint's weights are written anew, and what its config says."""
+"""Files beside the weights that are copied when these are written anew, and the dtype in config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The system's errors when an output cannot be written, each with a remedy."""
+"""The system's error for an output that cannot be written, as an OutputError with a remedy."""
 
 from __future__ import annotations
 

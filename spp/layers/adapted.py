@@ -1,4 +1,4 @@
-"""Adapted linear layers: how they compute, what they keep between calls, how they are converted."""
+"""Adapted layers: how a linear one computes and what it keeps between calls, and the adapter that a layer holds."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
             and that of a Conv1D is stored (n, m). While accelerate has it offloaded it is on the meta device, between
-            the calls; `dense_weight()` has the numbers.
+            the calls; `held().dense()` has the values.
         spp_alpha: W_α (r, n). spp_beta: W_β (m, 1). With another rule its own, such as hira_A and hira_B.
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each. False for a packed or offloaded weight, whose saving it would undo:

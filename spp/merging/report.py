@@ -1,4 +1,4 @@
-"""Reports of a merge, on the weights as they are stored: rounded to their dtype, rescued, quantized again.
+"""The report of a merge, of the weights that are stored: rounded to their dtype, rescued, quantized again.
 
     survived          ⟨W_stored − W, ΔW⟩ / ⟨ΔW, ΔW⟩            ΔW what the adapter adds to W, exact
     requantize_error  ‖W_stored − W_merged‖ / ‖ΔW‖             W_merged what the forward multiplied by
@@ -30,7 +30,7 @@ MOST_ERROR = math.sqrt(1 - ENOUGH_SURVIVED)
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """The effect of a merge on one layer, by its weights as they are stored.
+    """The merge of one layer, by its weights as they are stored.
 
     Counts are exact. Sums are of float32 products: of updates below 1e-19, whose squares are no float32, they tell
     nothing, nor does `max_relative_change` of denormal weights in a process that flushes those to zero.

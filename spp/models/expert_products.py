@@ -129,7 +129,7 @@ def set_experts_implementation(
 
 @contextlib.contextmanager
 def plain_experts(modules: Sequence[nn.Module], *, unless: Container[str | None] = ()) -> Iterator[None]:
-    """Context manager: modules of fused experts run their plain code, one product an expert.
+    """Run the plain code of modules of fused experts, one product an expert: a context manager.
 
     Args:
         modules: which; several may share the config that says how they run.

@@ -80,7 +80,7 @@ class Projection:
 
     @property
     def operand(self) -> Tensor:
-        """The operand of the module's own code: the parameter; of packed experts, its meta placeholder."""
+        """The tensor that the module's own code multiplies by: the parameter, or the placeholder of packed experts."""
         operand = getattr(self.module, self.name)
         assert isinstance(operand, Tensor)
         return operand
@@ -122,7 +122,7 @@ class Projection:
             self.module._parameters[self.name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
 
     def release(self) -> None:
-        """Free the parameter of fused experts: a meta placeholder takes its place in the module.
+        """Free the parameter of fused experts; the module keeps a meta placeholder.
 
         It has the shape and dtype that the module's own code asks for, and tells experts apart
         (spp.models.expert_products); as a plain attribute, it is found before the parameters, and belongs to no state
@@ -135,13 +135,13 @@ class Projection:
         self.module._parameters[self.name] = None  # in its place, so that the order of keys is kept
 
     def stand_for(self, dtype: torch.dtype) -> None:
-        """Set the dtype of the meta placeholder of a released parameter."""
+        """Set the dtype of the meta placeholder."""
         if self.operand.dtype != dtype:
             with torch.inference_mode(False):
                 self.module.__dict__[self.name] = torch.empty(self.shape, dtype=dtype, device="meta")
 
     def hold(self, weight: nn.Parameter) -> None:
-        """Give the module a parameter in place of the released one."""
+        """Put a parameter back in place of its placeholder."""
         self.module.__dict__.pop(self.name, None)
         self.module._parameters[self.name] = weight
 

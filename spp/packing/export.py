@@ -162,7 +162,7 @@ def export_dense(
 
 
 class _Packing:
-    """The plan of a packing: which tensors, and how; and the certificate of what it decodes to.
+    """Which tensors of a checkpoint are packed, how, and the certificate of what they decode to.
 
     Args:
         reader: of the dense checkpoint.

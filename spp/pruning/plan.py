@@ -1,4 +1,4 @@
-"""The plan of a pruning: options that are checked before there is a model, and the plan that they make for one.
+"""The plan that options make for a model: which layers are pruned, to what, and on which windows.
 
 `spp.prune` and the pruning of checkpoints begin and end with these steps.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """The work on one model.
+    """The layers of a model, and how each is pruned.
 
     Args:
         options: what was asked for.

@@ -1,4 +1,4 @@
-"""Reports of pruning: one line a layer, and the whole."""
+"""The report of a pruning: one entry a layer, and the whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The effect of pruning on one weight.
+    """The result of pruning one weight.
 
     Args:
         shape: (m, n), or (E, m, n) of a fused expert weight, whatever its storage.

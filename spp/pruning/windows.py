@@ -67,23 +67,26 @@ def calibration_windows(
     seqlen: int,
     seed: int,
 ) -> Tensor:
-    """Return at most `nsamples` windows of token ids, int64 (k, L), the same for the same seed.
+    """Return windows of token ids to calibrate on, the same for the same seed.
 
     Args:
         calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or a path
-            or the id of a data set, see spp.pruning.sources.
+            or the id of a data set (spp.configs.pruning).
         tokenizer: of the model; needed for text only.
         nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
         seqlen: L of windows cut from text.
         seed: of the draw.
+
+    Returns:
+        Int64 (k, L), at most `nsamples` windows.
 
     Raises:
         DataError: no such data, empty or malformed data, text shorter than one window, no tokenizer.
         DependencyError: a data set is meant, and `datasets` is not installed.
 
     Example:
-        >>> calibration_windows("text.txt", tokenizer, nsamples=128, seqlen=2048, seed=0).shape  # doctest: +SKIP
-        torch.Size([128, 2048])
+        >>> calibration_windows(torch.arange(6).view(3, 2), None, nsamples=3, seqlen=2, seed=0).shape
+        torch.Size([3, 2])
     """
     check_calibration(calibration)
     calibration = load_ids(calibration)

@@ -35,7 +35,7 @@ _LISTED = 12  # problems that a message lists
 
 @dataclass(frozen=True)
 class PSTState:
-    """The contents of a directory of PST.
+    """The contents of a directory that `save` wrote.
 
     Attributes:
         source: the directory.
@@ -71,8 +71,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
         OutputError: the directory exists, or cannot be written.
 
     Example:
-        >>> spp.pst.save(model, "adapter")  # doctest: +SKIP
-        PosixPath('adapter')
+        >>> spp.pst.save(model, "state")  # doctest: +SKIP
     """
     check_finite(model)
     with atomic_directory(path, overwrite=overwrite) as directory:
@@ -100,11 +99,11 @@ def write(model: nn.Module, directory: Path, checksums: dict[str, int] | None = 
 
 
 def load(model: Model, path: str | Path) -> Model:
-    """Load what `save` wrote onto the dense model that it was trained on, wrapping it unless it is wrapped already.
+    """Load what `save` wrote onto the dense model that it was trained on.
 
     Args:
-        model: the dense model, wrapped or not.
-        path: a directory, or a hub id.
+        model: dense, which is wrapped then, or wrapped already as the saved config says.
+        path: the directory, or a hub id.
 
     Returns:
         The same object.
@@ -116,7 +115,7 @@ def load(model: Model, path: str | Path) -> Model:
         In each case the model is left as it was.
 
     Example:
-        >>> spp.pst.convert(spp.pst.load(dense, "run/adapter"))  # doctest: +SKIP
+        >>> model = spp.pst.load(dense, "run/adapter")  # doctest: +SKIP
     """
     state = read(path)
     wrapped = is_wrapped(model)

@@ -1,8 +1,8 @@
-"""Shared by the trainers of every method: checkpoints of what is trained alone, whole or not at all, exact resume.
+"""The trainer that every method has, with its own functions for what it trains and how that is written and read.
 
 transformers' Trainer with these differences: a checkpoint holds what the method trains, not the model, and counts only
-once it is whole; nothing else reaches the optimizer; the training log has the sparsity; the loss may be taken a chunk
-of tokens at a time. A method says in a few functions what it trains and how that is written and read.
+once it is whole; nothing else reaches the optimizer; what is frozen is compared with the start at every save; the
+training log has the sparsity; the loss may be taken a chunk of tokens at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The output of a tuning run while it trains: log.jsonl and a progress bar."""
+"""The callbacks of a tuning run: log.jsonl, a progress bar, and a stop on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _forms: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class _Form:
-    """The function of the head's output: c · tanh(a · … / c)."""
+    """The function from the head's output to logits: c · tanh(a · … / c)."""
 
     scale: float = 1.0
     softcap: float | None = None

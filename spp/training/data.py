@@ -70,7 +70,7 @@ class TokenRows(Dataset[Item]):
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Counts and hash of the training data.
+    """Counts of the training data.
 
     Args:
         kind: "text" or "instruction".
@@ -80,7 +80,7 @@ class DataSummary:
         truncated: rows that were cut at the block length.
         unlearnable: rows left out because nothing to learn was left of them: an answer beyond the block length.
         empty: rows left out because they were empty.
-        held_out: rows, or tokens of text, held back for the perplexity.
+        held_out: rows, or tokens of text, held out for the perplexity.
         sha256: of the token ids and labels to train on.
     """
 
@@ -177,19 +177,18 @@ def load_data(
         split: split of a hub data set.
         text_field: field of plain text in a row.
         completions_only: learn only the answers of instruction data.
-        held_out: part held back, in [0, 1): the last tokens of text, or rows drawn with `seed`.
-        least_held_out: for text, hold back at least this many tokens if anything is held back: one window.
-        seed: draws the rows held back.
+        held_out: part held out, in [0, 1): the last tokens of text, or rows drawn with `seed`.
+        least_held_out: for text, hold out at least this many tokens if anything is held out: one window.
+        seed: draws the rows that are held out.
 
     Returns:
-        Training data, what is held back, a collator and a summary.
+        The rows to train on, what is held out, and counts.
 
     Raises:
-        DataError: the data is malformed, or too short for one block and what is held back.
+        DataError: the data is malformed, or too short for one block and what is held out.
 
     Example:
-        >>> len(load_data(["train.txt"], tokenizer, block_length=512).train)  # doctest: +SKIP
-        1024
+        >>> data = load_data(["train.txt"], tokenizer, block_length=512, held_out=0.05)  # doctest: +SKIP
     """
     source = read_source(paths, data_format=data_format, split=split, text_field=text_field)
     names = ", ".join(paths)

@@ -1,4 +1,4 @@
-"""The steps of `tune` that differ between methods: what goes into the model, who trains it, what is written."""
+"""The methods of `tune`: which layers go into the model, which trainer trains it, what is written."""
 
 from __future__ import annotations
 

@@ -28,13 +28,10 @@ _PEFT_MARK = "_hf_peft_config_loaded"
 
 
 class SPPTrainer(AdapterTrainer):
-    """Trains the adapter of a wrapped model; takes the arguments of `transformers.Trainer`.
+    """Trains the adapter of a wrapped model, as AdapterTrainer does: resuming is exact, only α and β train.
 
-    `train(resume_from_checkpoint=True)` continues from the last whole checkpoint in `args.output_dir`, a path from
-    that one; on the same machine the losses and the final adapter are bit for bit those of an uninterrupted run.
-    `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads; with
-    `load_best_model_at_end` the best checkpoint's adapter is loaded. `save_total_limit` counts whole checkpoints
-    and always keeps the last and the best one.
+    `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads, after a look at the base's
+    zeros; with `load_best_model_at_end` the best checkpoint's adapter is loaded.
 
     Args:
         model: wrapped by `spp.wrap`.
@@ -47,7 +44,7 @@ class SPPTrainer(AdapterTrainer):
 
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
-        MaskError: at a save, the base's zero pattern is not the one at the start.
+        MaskError: at a save, the base's zero pattern is not the one at the start, or of the last mask update.
         AdapterError: a checkpoint does not fit the model.
         CheckpointError: a checkpoint to resume from is not whole.
 

@@ -1,7 +1,4 @@
-"""PackedWeight: a pruned matrix stored at the size of what was kept, PackedStack: those of several experts.
-
-How they are stored: `spp.weights.packed.layout`.
-"""
+"""The forms of a frozen weight W, and the modules that hold one."""
 
 from __future__ import annotations
 

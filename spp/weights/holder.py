@@ -82,7 +82,7 @@ class HoldsWeight(HookedAdapter):
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that holds W's values, in its dtype and on its device: the Parameter, or the packed values."""
+        """The tensor that holds W's values, whose address and version tell a write: the Parameter, values or codes."""
         return self.weight if self.packed_layout is None else self.packed_weight().values
 
     def packed_matrix(self) -> PackedWeight | QuantizedWeight:

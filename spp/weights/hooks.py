@@ -62,7 +62,7 @@ class HookedAdapter(nn.Module):
 
 
 class _Blind:
-    """A class put before that of a hook that offloads, to keep parameters from it."""
+    """A mixin before the class of an offloading hook: the hook ignores some parameters."""
 
     _kept: tuple[str, ...]
 
@@ -154,7 +154,7 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
 
 @contextlib.contextmanager
 def let_go_on_error(module: nn.Module) -> Iterator[None]:
-    """Free what a module's hook has loaded if its call ends early, as under activation checkpointing."""
+    """Context manager: free what the hook loaded where a call ends early, as activation checkpointing ends it."""
     try:
         yield
     except BaseException:

@@ -1,8 +1,7 @@
 """Weights that accelerate has offloaded: where they are, how they are read and written.
 
 accelerate puts a hook around a module's forward (`module._hf_hook`). One that offloads keeps the module's parameters
-on the meta device, loads them before each call from a map, in memory or of files, and frees them
-after it.
+on the meta device, loads them before each call from a map, which is in memory or reads files, and frees them after it.
 """
 
 from __future__ import annotations

@@ -40,18 +40,20 @@ Targets = Mapping[str, Projection | AdapterLayer]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order, not copied.
-
-    Those of fused experts, under the path of their parameter, are (E, r, n) and (E, m, 1).
+    """Return the tensors of the adapter, not copied.
 
     Args:
         model: wrapped.
+
+    Returns:
+        {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order; those of fused experts,
+        under the path of their parameter, are (E, r, n) and (E, m, 1).
 
     Raises:
         WrapError: the model is not wrapped.
 
     Example:
-        >>> sorted(adapter_state_dict(spp.wrap(model)))[0]  # doctest: +SKIP
+        >>> sorted(adapter_state_dict(model))[0]  # doctest: +SKIP
         'model.layers.0.mlp.down_proj.spp_alpha'
     """
     return {
@@ -99,7 +101,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 
     Example:
         >>> save_adapter(model, "adapter")  # doctest: +SKIP
-        PosixPath('adapter')
     """
     store_adapter(model, path, overwrite=overwrite)
     warn_without_effect(model)
@@ -167,7 +168,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         In each case the model is left as it was.
 
     Example:
-        >>> load_adapter(AutoModelForCausalLM.from_pretrained("pruned"), "run/adapter")  # doctest: +SKIP
+        >>> model = load_adapter(pruned, "adapter")  # doctest: +SKIP
     """
     given, model = model, uncompiled(model)
     files = read_adapter(path)

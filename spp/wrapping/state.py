@@ -1,4 +1,10 @@
-"""The state of a wrapped model: what the model refuses, warns of and restores."""
+"""How every method puts layers of its own into a model: SPP in spp.wrapping.wrap, PST in spp.pst.
+
+    Wrapping.put_in     the layers go in, everything that they do not train is frozen
+    Wrapping.take_out   other modules go in their place, requires_grad flags are what they were
+
+A layer that no checkpoint can hold says so in `save_refusal`: save_pretrained is an error while one is in the model.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +33,7 @@ from spp.weights.base_values import BaseVerdict
 
 @dataclass
 class WrapState:
-    """The facts that a wrapped model remembers.
+    """The state of a wrapped model.
 
     Attributes:
         config: how it was wrapped.

@@ -23,10 +23,7 @@ from spp.weights.workspace import workspace
 
 
 class PackedTensors:
-    """The tensors of a packed matrix, or of a stack of them.
-
-    `spp.weights.packed.layout` and `spp.weights.packed.stack` say what they are.
-    """
+    """The tensors of a packed matrix, or of a stack of them."""
 
     values: Tensor
     codes: Tensor

@@ -26,7 +26,7 @@ def read(module: nn.Module, where: str, dtype: torch.dtype | None) -> QuantizedW
 
 
 def release(module: nn.Module) -> None:
-    """Free the module's weight, until `write`."""
+    """Free the weight of the module, until `write`."""
     linear: Any = module
     linear.weight = nn.Parameter(torch.empty(linear.weight.shape, device="meta"), requires_grad=False)
     if kind_of(module) == "4bit":

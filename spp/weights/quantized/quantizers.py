@@ -40,7 +40,7 @@ def read_quantized(module: nn.Module, where: str, dtype: torch.dtype | None = No
 
 
 def release_quantized(module: nn.Module) -> None:
-    """Free the module's weight, until `write_quantized`."""
+    """Free the weight of a quantized linear, until `write_quantized`."""
     (torchao if quantized_kind(module) == "torchao" else bitsandbytes).release(module)
 
 

@@ -61,7 +61,7 @@ def read(module: nn.Module, where: str, dtype: torch.dtype | None) -> QuantizedW
 
 
 def release(module: nn.Module) -> None:
-    """Free the module's weight, until `write`: the module keeps a shell of the same form without values."""
+    """Free the weight of the module, until `write`: it keeps a shell of the same form without values."""
     linear: Any = module
     parts = {name: tensor.to("meta") for name, tensor in _parts(linear.weight).items()}
     linear.weight = _parameter(linear.weight, parts, linear.weight.dtype)
