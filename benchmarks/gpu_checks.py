@@ -53,7 +53,7 @@ LARGE = (
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared, and whether it is within its bound: an error, or the number of elements that differ."""
+    """A comparison, and whether it is within its bound: an error, or the number of elements that differ."""
 
     what: str
     case: str

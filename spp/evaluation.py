@@ -71,7 +71,10 @@ def perplexity(
     max_windows: int | None = None,
     progress: bool = False,
 ) -> float:
-    """Return the perplexity of `model` on `text`: `perplexity_result(…).perplexity`, whose arguments and errors it has.
+    """Return the perplexity of `model` on `text`.
+
+    Args:
+        model, tokenizer, text, window, batch_size, max_windows, progress: as for `perplexity_result`, also the errors.
 
     Example:
         >>> perplexity(model, tokenizer, open("valid.txt").read(), window=1024)  # doctest: +SKIP
@@ -202,6 +205,10 @@ def rows_perplexity(
 
     Raises:
         DataError, NonFiniteError: as `mean_loss`.
+
+    Example:
+        >>> rows_perplexity(model, loader).tokens  # doctest: +SKIP
+        5120
     """
     rows = 0
 
@@ -229,6 +236,10 @@ def mean_loss(
     Raises:
         DataError: nothing is predicted, or a token id is beyond the model's vocabulary.
         NonFiniteError: a loss is NaN or infinite; the message names the batch.
+
+    Example:
+        >>> mean_loss(model, [{"input_ids": ids, "labels": ids}])  # doctest: +SKIP
+        (3.0, 511)
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)

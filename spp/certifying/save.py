@@ -111,7 +111,7 @@ def certify(
         deep: add the sha256 of every tensor's contents.
 
     Returns:
-        What the certificate says.
+        The report of the certificate.
 
     Raises:
         NonFiniteError: a projection weight holds NaN or infinity; such a checkpoint gets no certificate.
@@ -119,6 +119,10 @@ def certify(
         CheckpointError: the files are bad, or projections are stored so that their zeros cannot be read, such as by
             GPTQ.
         OutputError: the certificate cannot be written, or a sparsity.json is there that is none.
+
+    Example:
+        >>> certify("merged", base="pruned").sparsity  # doctest: +SKIP
+        0.5
     """
     directory = checkpoint_directory(dir)
     check_target(directory / CERTIFICATE_NAME, overwrite=True, kind=CERTIFICATE)

@@ -1,4 +1,4 @@
-"""What the commands share: printing tables and paths, warnings on one line, progress, which device."""
+"""Shared by the commands: printing tables and paths, warnings on one line, progress, the choice of a device."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def show_warnings_on_one_line() -> None:
 
 
 def pick_device(device: str) -> str:
-    """Return the device that `auto`, `cpu` or `cuda` stands for.
+    """Return the device that `auto`, `cpu` or `cuda` means.
 
     Raises:
         ConfigError: there is no such device.

@@ -14,7 +14,7 @@ NAME = "merge"
 def run(config: MergeConfig) -> None:
     """Merge adapters into their pruned model, shard by shard; every zero stays a zero.
 
-    What PST trained prunes its dense model instead, by the masks that it learned.
+    Given the output of PST, prune the dense model by the masks that PST has learned.
 
     Example: spp merge pruned run/adapter merged
 

@@ -21,7 +21,7 @@ NAME = "prune"
 def run(config: PruneConfig) -> None:
     """Prune a dense model, one block at a time in memory, and write a plain checkpoint.
 
-    A run that was killed goes on behind its last finished block when the same command is given again.
+    A run that was killed continues after its last finished block when the same command is given again.
 
     Example: spp prune MODEL pruned --method wanda --pattern 2:4 --calibration texts.txt
     """

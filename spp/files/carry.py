@@ -37,7 +37,7 @@ def refuse_overlap(out: Path, source: Path, what: str) -> None:
 
 
 def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True) -> None:
-    """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …
+    """Copy the files beside the weights: config, tokenizer, generation config, chat templates, remote code, …
 
     Args:
         base: the checkpoint. directory: where copies go; None to look whether they could be made.

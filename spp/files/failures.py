@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 def output_error(error: BaseException, target: str | os.PathLike[str]) -> OutputError:
-    """Return the OutputError, with a remedy, that stands for a failure to write `target`."""
+    """Return the OutputError, with a remedy, for a failure to write `target`."""
     if isinstance(error, OutputError):
         return error
     number = errno_of(error)

@@ -87,7 +87,7 @@ def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str, Tenso
 
 
 def build_header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the start of a file, up to the first tensor's bytes, for tensors that lie in the order of `layout`."""
+    """Return the start of a file, up to the first tensor's bytes, for tensors stored in the order of `layout`."""
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in layout.items():

@@ -110,7 +110,7 @@ class CheckpointReader:
         return shards
 
     def raw(self, key: str) -> memoryview:
-        """Return a tensor's bytes as they lie on the disk, not copied, read-only."""
+        """Return a tensor's bytes as they are on the disk, not copied, read-only."""
         entry = self._entry(key)
         return memoryview(self._map(self._file_of[key]))[entry.begin : entry.end].toreadonly()
 

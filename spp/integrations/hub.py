@@ -32,7 +32,7 @@ _KEPT = (".gitattributes", CARD_NAME)  # files of a repository that stay though 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was pushed.
+    """The result of a push.
 
     Args:
         repo_id: of the repository.

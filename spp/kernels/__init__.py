@@ -2,7 +2,7 @@
 
 The floor of dense arithmetic is full fine-tuning of the layer: X Wᵀ, dY W and dYᵀ X, three products of m · n · T
 multiplications each; no exact algebra with fewer is known. Beside the products a CPU passes over m × n elements,
-counted here in blocks that are read or written while they lie in the last cache (W itself comes from memory, once a
+counted here in blocks that are read or written while they are in the last cache (W itself comes from memory, once a
 block):
 
                           products              passes over m × n in plain torch

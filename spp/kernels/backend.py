@@ -31,7 +31,7 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Operation:
-    """What one call of a layer computes: X W_effᵀ, and with input dropout X Wᵀ + X̃ (W_eff − W)ᵀ.
+    """The operation of one call of a layer: X W_effᵀ, and with input dropout X Wᵀ + X̃ (W_eff − W)ᵀ.
 
     Attributes:
         weight: W (m, n).

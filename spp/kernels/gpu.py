@@ -118,7 +118,7 @@ SCRATCH_ELEMENTS = 2**24  # of a block of rows: 64 MB of float32, and few enough
 
 
 class Work(ABC):
-    """What is done for one call of one layer.
+    """The work of one call of one layer.
 
     Args:
         rule, weight: of the layer; factors: from the rule's `prepare`.

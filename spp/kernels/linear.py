@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What backward is told by forward, but for tensors.
+    """The facts that forward hands to backward, without tensors.
 
     Attributes:
         adapter: without its parameters, which are saved.

@@ -1,4 +1,4 @@
-"""What can be adapted: the form of a layer, which costs nothing to look at, and its values, which are read once."""
+"""Checks of layers to adapt: of their form, which costs nothing to look at, and their values, which are read once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 17  # weights looked at together, which stay in a core's cache bet
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a weight's values found.
+    """The findings of one pass over a weight's values.
 
     Attributes:
         numel: entries. kept: how many of them are not zero. bad: how many are NaN or infinite.

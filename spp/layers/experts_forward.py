@@ -1,4 +1,4 @@
-"""What sits beside fused expert weights, and the forward of a module that has it: its own, with other products."""
+"""The adapters beside fused expert weights, and the forward of their module: its own, with other products."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Multiply = Callable[[int, Tensor], Tensor]
 
 
 class ExpertsAdapter(HoldsWeight):
-    """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
+    """An adapter beside a fused expert weight, which gives its products; `adapt_experts` puts it in place.
 
     The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
     here.
@@ -113,7 +113,7 @@ class ExpertsAdapter(HoldsWeight):
         self.projection.hold(nn.Parameter(weight, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertsAdapter:
-        """Convert or move; what stands for a packed weight in the module follows its dtype."""
+        """Convert or move; the meta placeholder of a packed weight in the module follows its dtype."""
         super()._apply(fn, recurse)
         self.refresh()
         return self

@@ -28,6 +28,10 @@ class InputStats:
         mean: (n,).
         var: (n,), the population's.
         norm: (n,), ‖X_j‖₂ over the tokens.
+
+    Raises:
+        ConfigError: the vectors are not of one length.
+        DataError: there is no token.
     """
 
     count: int

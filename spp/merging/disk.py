@@ -53,7 +53,7 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
 
-    What lies beside the weights goes along (config, tokenizer, remote code, …), but not README.md, the base's card.
+    The files beside the weights are copied (config, tokenizer, remote code, …), but not README.md, the base's card.
     Not promised: that the base is what its own certificate says, which `spp.verify` checks.
 
     Args:

@@ -89,10 +89,14 @@ def sum_layers(layers: Sequence[LayerMerge]) -> LayerMerge:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """A merge: per layer by module path, over all, and the sparsity of the result.
+    """The effect of a merge: on each layer, over all layers, and the sparsity of the result.
 
-    `survived` is None where no layer has an update; layers without one do not count. `base` says whether the base had
-    the values that the adapter was trained on (spp.weights.base_values).
+    Args:
+        layers: {module path: the effect on it}.
+        survived: the share of the update that is stored; None where no layer has an update, layers without one do not
+            count.
+        sparsity_report: of the merged weights.
+        base: whether the base had the values that the adapter was trained on (spp.weights.base_values).
     """
 
     layers: dict[str, LayerMerge]

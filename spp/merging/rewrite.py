@@ -320,7 +320,7 @@ def output(
 
 
 def write_shards(rewriting: Rewriting, directory: Path | None, task: str, *, card: bool = True) -> None:
-    """Write all shards, what lies beside them, and the index into a directory.
+    """Write all shards, the files beside them, and the index into a directory.
 
     Args:
         directory: None to make and check everything, and write nothing.

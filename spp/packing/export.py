@@ -4,8 +4,8 @@
             compare the hash → write
     back    for each tensor: read → decode → compare the hash → write
 
-At any time one tensor is dense or packed in memory. Shards stay shards, under their names. What lies beside the weights
-is carried along, with the certificate: it speaks of the dense tensors, so the packed checkpoint is verified by decoding
+At any time one tensor is dense or packed in memory. Shards stay shards, under their names. The files beside the weights
+are copied, with the certificate: it speaks of the dense tensors, so the packed checkpoint is verified by decoding
 and the dense one that comes back by the same file.
 """
 

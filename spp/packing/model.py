@@ -75,9 +75,18 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
 def unpack(model: Model) -> Model:
     """Make every packed weight dense again, in place; the modules that had been packed return.
 
+    Args:
+        model: packed by `spp.pack`, or loaded by `spp.load_packed`.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is wrapped.
         ConfigError: nothing in the model is packed.
+
+    Example:
+        >>> unpack(spp.load_packed("packed")).save_pretrained("dense")  # doctest: +SKIP
     """
     given, model = model, uncompiled(model)
     if is_wrapped(model):

@@ -36,7 +36,7 @@ def find_blocks(model: nn.Module, targets: Sequence[str]) -> tuple[str, list[nn.
 
     Args:
         model: any module whose forward runs a list of blocks one after another.
-        targets: module paths, all of which must lie in the blocks.
+        targets: module paths, all of which must be inside the blocks.
 
     Raises:
         TargetError: there is no such list, or some targets lie outside it.

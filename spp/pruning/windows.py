@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.configs.calibration import JSON_SUFFIXES, KNOWN, DataSet, check_source, is_data_set, is_ids
+from spp.configs.pruning import JSON_SUFFIXES, KNOWN, DataSet, check_source, is_data_set, is_ids
 from spp.errors import CheckpointError, DataError, SPPWarning, arg
 from spp.files import CheckpointReader
 from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown
@@ -74,7 +74,7 @@ def calibration_windows(
 
     Args:
         calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or a path
-            or the id of a data set (spp.configs.calibration).
+            or the id of a data set (spp.configs.pruning).
         tokenizer: of the model; needed for text only.
         nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
         seqlen: L of windows cut from text.

@@ -185,12 +185,28 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
-    """Return {path: layer} in module order."""
+    """Return the PST layers of a model, {path: layer} in module order.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> pst_layers(nn.Linear(4, 4))
+        {}
+    """
     return _PST.layers(model)
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether the model holds PST layers."""
+    """Whether a model holds PST layers.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> is_wrapped(nn.Linear(4, 4))
+        False
+    """
     return _PST.is_in(model)
 
 

@@ -17,7 +17,7 @@ from spp.rules.canonical import WHOLE, arithmetic_dtype, effective_block
 
 
 class Adapter(NamedTuple):
-    """What W is changed by.
+    """A rule with its parameters, scaling and dropout: the change of W.
 
     Attributes:
         rule: how.

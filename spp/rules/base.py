@@ -1,4 +1,4 @@
-"""What a rule is.
+"""Rule, the base class of all rules.
 
 A rule turns W (m, n), frozen, and its parameters θ into W_eff (m, n), zero wherever W is zero. The three-product
 function needs two things of it: `build`, a block of W_eff, and `reduce`, what the same block of G = dYᵀ X adds to the

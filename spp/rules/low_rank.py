@@ -1,4 +1,4 @@
-"""What rules with two low-rank factors share: U = s·B A, in one order of operations that no block changes.
+"""Shared by rules with two low-rank factors: U = s·B A, in one order of operations that no block changes.
 
     A (r, n) drawn, B (m, r) zeros, s the scaling
     U     = Σ_k t_k ⊗ A_k,  t = s·B                  k in order, each product and each sum rounded: no matrix product,
@@ -28,7 +28,7 @@ _PASS_ELEMENTS = 1 << 18  # of U at a time: with the scratch of its size it stay
 
 @dataclass
 class LowRankFactors:
-    """What one call needs: A (r, n), t = s·B (m, r), B (m, r)."""
+    """The operands of one call: A (r, n), t = s·B (m, r), B (m, r)."""
 
     a: Tensor
     scaled_b: Tensor

@@ -33,7 +33,7 @@ def row_groups(out_features: int, r: int, device: torch.device | str | None = No
 
 @dataclass
 class Factors:
-    """What one call needs: α (r, n), t = s·β (m, 1), β (m, 1), and m / r where r divides m, else 0."""
+    """The operands of one call: α (r, n), t = s·β (m, 1), β (m, 1), and m / r where r divides m, else 0."""
 
     alpha: Tensor
     scaled_beta: Tensor
@@ -160,7 +160,7 @@ class _Piece:
     """Rows of a block that one operation covers: those of the groups [start, stop), `size` rows each.
 
     Attributes:
-        local, rows: where they lie in the block, and in the layer.
+        local, rows: their places in the block, and in the layer.
         whole: whether they are all rows of their groups.
         groups: g(i) of each, where the groups are small and not of one size; then [start, stop) is [0, r).
     """

@@ -120,6 +120,10 @@ class Collator:
 
     Args:
         pad_token_id: any valid id: padding is masked and not learned.
+
+    Example:
+        >>> Collator(0)([{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6])}])["input_ids"]
+        tensor([[5, 6]])
     """
 
     def __init__(self, pad_token_id: int) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spp.configs.mask_updates import DECAYS, MaskUpdateOptions
+from spp.configs.pruning import DECAYS, MaskUpdateOptions
 from spp.errors import SPPWarning, WrapError, arg
 from spp.kernels.blocks import row_step, slices
 from spp.masks.patterns import nonzero_mask, pack_bits

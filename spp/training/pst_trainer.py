@@ -106,6 +106,8 @@ class PSTTrainer(AdapterTrainer):
     exact, as SPPTrainer's. With `load_best_model_at_end` only models of the final sparsity are compared.
 
     Args:
+        model: wrapped by `spp.pst.wrap`.
+        args: TrainingArguments; rest, options: as in transformers.Trainer.
         final_sparsity: s_f in [0, 1), the share that is pruned at the end; None is that of the N:M pattern.
         initial_sparsity, initial_warmup, final_warmup: as in SparsitySchedule; the defaults are the authors'.
         loss_chunk: as in SPPTrainer.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.configs.calibration import JSON_SUFFIXES
+from spp.configs.pruning import JSON_SUFFIXES
 from spp.errors import DataError
 from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown
 

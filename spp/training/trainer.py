@@ -28,6 +28,8 @@ class SPPTrainer(AdapterTrainer):
     zeros; with `load_best_model_at_end` the best checkpoint's adapter is loaded.
 
     Args:
+        model: wrapped by `spp.wrap`.
+        args: TrainingArguments; rest, options: as in transformers.Trainer.
         loss_chunk: as in AdapterTrainer.
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.

@@ -148,6 +148,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Args:
         model: wrapped.
 
+    Args:
+        model: wrapped.
+
+    Yields:
+        Nothing; the adapter is active again afterwards.
+
     Raises:
         WrapError: the model is not wrapped.
 
@@ -272,6 +278,7 @@ def set_saved_activations(model: nn.Module, choice: str) -> None:
     A choice of the run: it is no part of SPPConfig and is not saved with the adapter.
 
     Args:
+        model: wrapped.
         choice: "full", or "bfloat16": float32 inputs are kept rounded to bfloat16, at half the memory. Outputs and the
             gradients of activations do not change; those of W_α and W_β see inputs that are off by at most 2⁻⁸ of each
             entry. 16-bit inputs stay as they are.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spp.configs.calibration import DataSet, check_source
+from spp.configs.pruning import DataSet, check_source
 from spp.errors import DataError, DependencyError, SPPWarning
 from spp.pruning import prune
 from spp.pruning.windows import calibration_windows, check_calibration, documents, needs_tokenizer

@@ -103,6 +103,7 @@ def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     saved = json.loads((run / "config.json").read_text())
     assert TuneConfig.from_dict(saved["tune"]) == c
     assert saved["data"] == result.data.to_dict()
+    assert saved["versions"]["torch"] == torch.__version__ and saved["threads"] == torch.get_num_threads()
     log = read_log(run / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, 41))
     assert all(set(entry) == {"step", "loss", "lr", "grad_norm", "sparsity", "seconds"} for entry in log)

@@ -67,7 +67,7 @@ class _Findings(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of some entries of a tensor, in a row.
+    """The facts found of some consecutive entries of a tensor.
 
     Attributes:
         kept: how many are not zero.

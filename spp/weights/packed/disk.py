@@ -1,4 +1,4 @@
-"""Packed checkpoints: how pruned matrices lie in safetensors files. Format version 1.
+"""Packed checkpoints: how pruned matrices are stored in safetensors files. Format version 1.
 
 A packed checkpoint is a Hugging Face checkpoint like any other, model.safetensors or shards with their index, in which
 some tensors are packed. A packed tensor K is stored as

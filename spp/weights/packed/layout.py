@@ -30,7 +30,7 @@ STRETCH = 1024  # columns between two entries of `starts`
 
 @dataclass(frozen=True)
 class Layout:
-    """What has to be known to read the tensors of a packed matrix.
+    """The facts that are needed to read the tensors of a packed matrix.
 
     Args:
         rows: m.

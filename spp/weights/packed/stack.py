@@ -29,7 +29,7 @@ from spp.weights.packed.packing import layout_of_bits, pack_tensor, stretch_coun
 
 @dataclass(frozen=True)
 class StackLayout:
-    """What has to be known to read the tensors of packed experts.
+    """The facts that are needed to read the tensors of packed experts.
 
     Args:
         matrix: of one expert's W (m, n).

@@ -9,8 +9,7 @@ import pytest
 from spp.certifying.certificate import SparsityReport, TensorSparsity, make_report
 from spp.certifying.verify import sparsity
 from spp.errors import ConfigError, OutputExistsError
-from spp.report.heatmap import heat_panels, plot_sparsity
-from spp.report.plot import check_plot
+from spp.report.plot import check_plot, heat_panels, plot_sparsity
 from tests.helpers.models import moe_model, prune_nm_, tiny_llama
 
 
