@@ -66,7 +66,7 @@ class Whole(Backend):
         d_x = None
         if needs.x and kept is None:
             d_x = torch.mm(dy, work.effective(dy.dtype))
-        elif needs.x:
+        elif needs.x and kept is not None:
             d_x = torch.mm(dy, work.delta(dy.dtype)).mul_(kept)
             d_x.addmm_(dy, work.frozen(dy.dtype), beta=scale)
         grads = work.rule.empty_grads(work.factors, needs.params)
