@@ -17,13 +17,13 @@ from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, TargetError
 from spp.layers.adapted import HoldsAdapter, adapter_config
 from spp.layers.checks import check_values
-from spp.layers.experts_packed import OverPackedExperts, PackedExperts, require_alone
+from spp.layers.experts_forward import ExpertsAdapter, require_alone
 from spp.models.projection import Projection
 from spp.rules import get_rule
 from spp.weights import DTYPES
 
 
-class SPPExperts(HoldsAdapter, OverPackedExperts):
+class SPPExperts(HoldsAdapter, ExpertsAdapter):
     """The adapter of one fused expert weight; `adapt_experts` puts it in place.
 
     Args:
@@ -72,7 +72,6 @@ class SPPExperts(HoldsAdapter, OverPackedExperts):
         if not checked:
             check_experts(projection, config, r)
             check_values(projection)
-        self.saved_activations = "full"
         flags = [*(b.weight_requires_grad for b in self._before), projection.operand.requires_grad]
         self.weight_requires_grad = flags[0]
         if packed:
@@ -82,13 +81,6 @@ class SPPExperts(HoldsAdapter, OverPackedExperts):
         self.training = projection.module.training
         if packed:
             self.take_over()
-
-    def restore(self) -> PackedExperts | None:
-        """Give the weight back as it is now; PackedExperts come back if it is packed still."""
-        if self.packed_layout is None:
-            self.projection.operand.requires_grad_(self.weight_requires_grad)
-            return None
-        return self.release_packed()
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""

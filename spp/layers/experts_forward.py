@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
+from spp.errors import ConfigError, TargetError
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
 from spp.models.expert_products import ExpertProducts, plain_experts
 from spp.models.projection import Projection
 from spp.rules import Adapter
-from spp.weights import HoldsWeight, PackedStack, Weight
+from spp.weights import DTYPES, HoldsWeight, PackedStack, Weight
+from spp.weights.holder import PACKED
 from spp.weights.hooks import let_go_on_error
 from spp.weights.offload import parameter_weight
 
@@ -27,7 +30,7 @@ class ExpertsAdapter(HoldsWeight):
     """An adapter beside a fused expert weight, which gives its products; `adapt_experts` puts it in place.
 
     The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
-    here.
+    here. One that PackedExperts held goes back to them.
 
     Args:
         projection: the fused weight.
@@ -43,6 +46,8 @@ class ExpertsAdapter(HoldsWeight):
         self.num_experts = projection.shape[0]
         self.out_features, self.in_features = projection.out_features, projection.in_features
         self.input_axis = projection.input_axis
+        before = projection.packed
+        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
 
     @property
     def projection(self) -> Projection:
@@ -88,8 +93,14 @@ class ExpertsAdapter(HoldsWeight):
         adapters, run = active.for_call(self.training).experts(), Run(self.saved_activations)
         return lambda expert, x: linear(x, weights[expert], None, adapters[expert], run)
 
-    def restore(self) -> ExpertsAdapter | None:
-        """Give the weight back, flags as before; return what takes this one's place in the module, if anything."""
+    def restore(self) -> PackedExperts | None:
+        """Give the weight back as it is now, flags as before; PackedExperts come back if it is packed still."""
+        if self.packed_layout is not None:
+            for before in self._before:
+                before.hold_packed(self.held())
+                self.drop_weight()
+                return before
+            self.hold_dense(self.weight)
         self.projection.operand.requires_grad_(self.weight_requires_grad)
         return None
 
@@ -132,6 +143,40 @@ class ExpertsAdapter(HoldsWeight):
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
         return self.describe()
+
+
+class PackedExperts(ExpertsAdapter):
+    """The packed weight of fused experts; `adapt_experts` puts it in place, and the module's own forward runs.
+
+    Each product of an expert's tokens decodes that expert's matrix, a block at a time.
+
+    Args:
+        projection: the fused weight, which is freed in the module.
+        packed: the weight, packed already (then the module's may be on the meta device); None packs it.
+
+    Raises:
+        TargetError: it is no weight of float64, float32, bfloat16 or float16.
+        ConfigError: it is on the meta device.
+    """
+
+    save_refusal = PACKED
+
+    def __init__(self, projection: Projection, packed: PackedStack | None = None) -> None:
+        super().__init__(projection)
+        if packed is None:
+            check_packable_experts(projection)
+        self.disabled = False
+        self.weight_requires_grad = projection.operand.requires_grad
+        if packed is None:
+            self.hold_what_is_there()
+        else:
+            self.hold_packed(packed)
+        projection.release()
+        self.refresh()
+        self.train(projection.module.training)
+
+    def active(self) -> None:
+        """Return nothing: there is no adapter."""
 
 
 class ExpertsForward:
@@ -230,3 +275,27 @@ def pack_experts(projection: Projection) -> PackedStack:
         transposed=projection.input_axis == -2,
         where=projection.parameter_path,
     )
+
+
+def require_alone(projection: Projection) -> None:
+    """Raise a TargetError where an adapter, such as PEFT's, sits beside a fused weight already."""
+    beside = adapters_of(projection.module).get(projection.name)
+    if beside is not None and not isinstance(beside, PackedExperts):
+        raise TargetError(f"{projection.path} has a {type(beside).__name__} beside it already; take that out first")
+
+
+def check_packable_experts(projection: Projection) -> None:
+    """Raise unless a fused weight can be packed: plain, floating-point and in memory."""
+    where = projection.parameter_path
+    require_alone(projection)
+    if parametrize.is_parametrized(projection.module):
+        raise TargetError(
+            f"{where} has a parametrization; make it permanent first with "
+            f"torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    weight = projection.weight
+    if weight.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TargetError(f"{where} is {weight.dtype}: {known} weights are packed, quantized ones are not")
+    if weight.is_meta:
+        raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")

@@ -125,6 +125,10 @@ class LinearHost(HoldsWeight):
         packed = () if self.packed_layout is None else (f"packed={self.packed_layout}",)
         return ", ".join((sizes, *facts, *packed))
 
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return self.describe()
+
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let a module run the hooks of another one."""

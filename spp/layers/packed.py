@@ -51,10 +51,6 @@ class PackedLinear(LinearHost):
         """Compute Y (…, m) from x (…, n)."""
         return base_linear(x, self.held(), self.bias)
 
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return self.describe()
-
 
 def pack_linear(linear: nn.Module, where: str) -> PackedWeight:
     """Return the packed weight of a linear or Conv1D."""

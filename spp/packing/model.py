@@ -9,8 +9,7 @@ from torch import nn
 
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.layers.checks import survey, warn_dense
-from spp.layers.experts_forward import adapt_experts, release_experts
-from spp.layers.experts_packed import PackedExperts, check_packable_experts
+from spp.layers.experts_forward import PackedExperts, adapt_experts, check_packable_experts, release_experts
 from spp.layers.packed import PackedLinear, check_packable
 from spp.models.targets import resolve_projections
 from spp.wrapping.state import guard_saving, replace_modules, uncompiled

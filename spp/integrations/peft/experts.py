@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
-from spp.layers.experts_packed import OverPackedExperts, PackedExperts
+from spp.layers.experts_forward import ExpertsAdapter, PackedExperts
 from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_experts
 from spp.models.projection import Projection
@@ -25,7 +25,7 @@ from spp.weights import DenseWeight, Weight
 from spp.weights.offload import is_offloaded
 
 
-class SPPPeftExperts(OverPackedExperts, TermsLayer):
+class SPPPeftExperts(ExpertsAdapter, TermsLayer):
     """The adapters of one fused weight, as PEFT's machinery handles them; `adapt_experts` puts it in place.
 
     Args:
@@ -37,7 +37,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
     """
 
     def __init__(self, projection: Projection, *, packed: bool = False) -> None:
-        OverPackedExperts.__init__(self, projection)
+        ExpertsAdapter.__init__(self, projection)
         self._init_terms(get_rule("spp"), projection.path)
         self.training = projection.module.training
         self.weight_requires_grad = projection.operand.requires_grad
@@ -48,7 +48,7 @@ class SPPPeftExperts(OverPackedExperts, TermsLayer):
 
     def restore(self) -> PackedExperts | None:
         """Let go of the weight as it is now, flags as PEFT leaves them; what was packed before stays packed."""
-        return None if self.packed_layout is None else self.release_packed()
+        return None if self.packed_layout is None else super().restore()
 
     @property
     def disabled(self) -> bool:  # type: ignore[override]
