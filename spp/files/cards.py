@@ -18,7 +18,8 @@ _LINE = re.compile(  # every line of the hub's template, and what PEFT adds
     r"|(- \*\*[\w ()\[\]-]+:\*\* )?\[More Information Needed\]( <!--[^>]*-->)?"
     r"|The following `bitsandbytes` quantization config was used during training:"
     r"|- (quant_method|_?load_in_[48]bit|llm_int8_\w+|bnb_4bit_\w+): .*"
-    r"|Use the code below to get started with the model\.|Users \(both direct and downstream\) should be made aware of .* for further recommendations\."
+    r"|Use the code below to get started with the model\."
+    r"|Users \(both direct and downstream\) should be made aware of .* for further recommendations\."
     r"|Carbon emissions can be estimated using the \[Machine Learning Impact calculator\].*"
 )
 _BY_TRAINER = "<!-- This model card has been generated automatically according to the information the Trainer had"
