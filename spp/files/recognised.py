@@ -116,11 +116,11 @@ _TOKENIZERS = (  # vocab_files_names of transformers' tokenizers, and those of t
     r"sentencepiece(\.bpe)?\.model|(spiece|spm|spm_char)\.model|byte_maps\.json|word_(pronunciation|shape)\.json",
 )
 _TEXTS = {  # names that a person may give to a text, and what stands beside those that a library wrote
-    r"vocab\.bpe|merges\.txt": r"(vocab|encoder)\.json",
+    r"vocab\.bpe|merges\.txt": r"(vocab(-src)?|encoder)\.json",
     r"zero_to_fp32\.py|latest": r"global_step\d+",
 }
 _VOCABULARIES = {  # the same of whole vocabularies: which tokenizer_class has one
-    r"vocab\.txt": r"\w*(Bert|Phobert|Electra|MPNet|Esm|RoFormer|Funnel|LayoutLM|Lxmert|Splinter|Tapas|Cpm|DPR)\w*",
+    r"vocab\.txt": r"\w*(Bert|Phobert|Electra|MPNet|Esm|RoFormer|Funnel|LayoutLM|Splinter|Tapas|Cpm|DPR|Japanese)\w*",
     r"bpe\.codes": r"(Phobert|Bertweet)\w*",
     r"dict\.txt": r"Bartpho\w*",
 }
