@@ -21,7 +21,7 @@ def run(config: ExportConfig) -> None:
     from spp.report import byte_text, export_table
 
     directory, output, overwrite = config.directory, config.output, config.overwrite
-    console.check_directory(output, overwrite)
+    console.check_directory(output, overwrite, [("the checkpoint", directory)])
     with console.step(f"{'packing' if config.packed else 'unpacking'} {directory}"):
         if config.packed:
             report = export_packed(directory, output, strict_bits=config.strict_bits, overwrite=overwrite)

@@ -29,7 +29,8 @@ def run(config: MergeConfig) -> None:
 
     base, adapters, output = config.base, config.adapters, config.output
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    console.check_directory(output, config.overwrite)
+    sources = [("the base", base), *(("the adapter", name) for name, _ in adapters)]
+    console.check_directory(output, config.overwrite, sources)
     of_pst = [name for name, _ in adapters if method_of(name) == PST_TYPE]
     if of_pst:
         _check_pst(of_pst[0], config)

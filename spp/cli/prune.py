@@ -30,7 +30,7 @@ def run(config: PruneConfig) -> None:
     from spp.report import pattern_text, prune_lines, prune_table
 
     where, overwrite = console.pick_device(config.device), config.overwrite
-    console.check_directory(config.output, overwrite)
+    console.check_directory(config.output, overwrite, [("the model", config.model)])
     if config.report is not None:
         console.check_file(config.report, overwrite, PRUNE_REPORT)
     console.quiet_libraries()

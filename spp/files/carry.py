@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from spp.errors import CheckpointError, ConfigError
+from spp.files.cards import CARD_NAME
 from spp.files.hashes import dtype_name
 from spp.files.jsonio import read_json, write_json
 from spp.files.reader import INDEX, require_inside
@@ -20,8 +21,6 @@ from spp.files.reader import INDEX, require_inside
 CERTIFICATE_NAME = "sparsity.json"
 
 logger = logging.getLogger(__name__)
-
-CARD_NAME = "README.md"  # the hub's model card
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart

@@ -20,7 +20,7 @@ from yaml import YAMLError
 from spp.certifying.certificate import Certificate
 from spp.errors import CheckpointError, ConfigError, arg
 from spp.files import read_json
-from spp.files.carry import CARD_NAME
+from spp.files.cards import CARD_NAME
 from spp.files.provenance import Provenance
 from spp.report import Table, sparsity_table
 from spp.weights.packed.disk import is_packed_directory

@@ -15,7 +15,7 @@ from spp.certifying.certificate import SparsityReport, TensorSparsity
 from spp.configs.checks import check_chart
 from spp.errors import DependencyError
 from spp.files import atomic_file
-from spp.files.recognised import PICTURE
+from spp.files.recognised import CHART_MARK, PICTURE
 from spp.models.targets import OTHER_PROJECTIONS, PROJECTIONS
 
 OURS, THEIRS = "#2a6f97", "#a9b4bd"
@@ -60,9 +60,11 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path, *, overwrite: bool) -> None:
-    """Write a figure to a file, whole or not at all, also over another chart; its ending is the format."""
+    """Write a figure to a file, whole or not at all, also over another chart of ours; its ending is the format."""
+    ending = path.suffix.removeprefix(".")
+    metadata = {"Software" if ending == "png" else "Creator": CHART_MARK}
     with atomic_file(path, overwrite=overwrite, kind=PICTURE) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=DPI)
+        figure.savefig(temporary, format=ending, dpi=DPI, metadata=metadata)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,10 @@ class RunDirectory:
         return earlier
 
     def _require_replaceable(self) -> None:
+        model = self.config.model
+        copies = [] if model is None else [model]
         for path, kind in ((self.checkpoints, TRAININGS), (self.adapter, ADAPTER), (self.base, MODEL)):
-            require_replaceable(path, kind=kind)
+            require_replaceable(path, copies, kind=kind)
 
     def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
         defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run

@@ -9,6 +9,7 @@ import pytest
 from spp.certifying.certificate import SparsityReport, TensorSparsity, make_report
 from spp.certifying.verify import sparsity
 from spp.errors import ConfigError, OutputExistsError
+from spp.files.recognised import PICTURE
 from spp.report.plot import check_plot, heat_panels, plot_sparsity
 from tests.helpers.models import moe_model, prune_nm_, tiny_llama
 
@@ -82,7 +83,7 @@ def test_a_file_is_written(tmp_path: Path) -> None:
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         path = tmp_path / f"zeros.{ending}"
         plot_sparsity(report, "a model", path, overwrite=False)
-        assert path.read_bytes().startswith(start)
+        assert path.read_bytes().startswith(start) and PICTURE.recognises(path)
     with pytest.raises(OutputExistsError, match="overwrite=True"):
         plot_sparsity(report, "a model", path, overwrite=False)
     plot_sparsity(report, "a model", path, overwrite=True)

@@ -403,6 +403,18 @@ class TestRefused:
         with pytest.raises(OutputExistsError, match=r"base is a checkpoint, but also holds thesis\.txt"):
             run_tune(config(text, run, overwrite=True))
 
+    def test_overwriting_loses_no_page_that_the_model_has_too(self, text: Path, tmp_path: Path) -> None:
+        run, model = tmp_path / "run", tmp_path / "model"
+        for folder in (run / "base", model):
+            folder.mkdir(parents=True)
+            (folder / "LICENSE").write_text("free")
+        (run / "config.json").write_text('{"format": "spp-tune-1"}')
+        again = config(text, run, model=str(model), overwrite=True)
+        RunDirectory(again)
+        (run / "base/LICENSE").write_text("mine")
+        with pytest.raises(OutputExistsError, match="holds LICENSE, which would be lost"):
+            RunDirectory(again)
+
     def test_overwriting_looks_again_after_the_model_is_loaded(
         self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
