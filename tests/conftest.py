@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores: one thread each, and for what they start. The variable alone comes too late
@@ -26,6 +27,16 @@ if not torch.cuda.is_available():
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 GOLDEN = 0.6180339887  # its multiples, modulo 1, spread over [0, 1) without hitting one column of a table only
+
+# How many inputs a property is tried on: few and always the same in the quick part, many and new ones in the whole.
+settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
+settings.register_profile("whole", max_examples=200, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose hypothesis' profile by -m, unless --hypothesis-profile names one."""
+    if config.getoption("hypothesis_profile", None) is None:
+        settings.load_profile("quick" if "not slow" in config.option.markexpr else "whole")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
