@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -55,6 +56,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(some):
             if number not in quick:
                 item.add_marker(pytest.mark.slow)
+
+
+_modules = 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Take what was imported out of garbage collection: a Trainer collects at every start, some tests do, too."""
+    global _modules
+    if len(sys.modules) != _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
