@@ -33,7 +33,7 @@ demo: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores: one thread each, and for what they start. The variable alone comes too late
@@ -24,8 +27,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What tests write is made durable with fsync, which takes a disk longer than all else: memory, where it has room.
+MEMORY, ROOM = Path("/dev/shm"), 8 * 2**30
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 GOLDEN = 0.6180339887  # its multiples, modulo 1, spread over [0, 1) without hitting one column of a table only
+
+# How many inputs a property is tried on: few and always the same in the quick part, many and new ones in the whole.
+settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
+settings.register_profile("whole", max_examples=200, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose hypothesis' profile by -m, unless --hypothesis-profile names one."""
+    if config.getoption("hypothesis_profile", None) is None:
+        settings.load_profile("quick" if "not slow" in config.option.markexpr else "whole")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
@@ -44,6 +62,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(some):
             if number not in quick:
                 item.add_marker(pytest.mark.slow)
+
+
+_modules = 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Take what was imported out of garbage collection: a Trainer collects at every start, some tests do, too."""
+    global _modules
+    if len(sys.modules) != _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

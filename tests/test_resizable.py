@@ -42,6 +42,7 @@ def step(model: Any) -> None:
         model(input_ids=ids)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whatever_is_done_to_a_model(tmp_path: Path, dtype: torch.dtype, threads: int) -> None:

@@ -28,11 +28,13 @@ def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_import_loads_no_torch() -> None:
     assert loaded_by("import spp", HEAVY) == []
     assert loaded_by("import spp, torch", HEAVY) == ["torch", "numpy"]  # the check can fail
 
 
+@pytest.mark.slow
 def test_a_config_loads_no_torch() -> None:
     assert loaded_by("import spp; spp.SPPConfig(r=8)", HEAVY) == []
 

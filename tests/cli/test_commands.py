@@ -119,7 +119,7 @@ def test_an_adapter_that_changes_nothing_is_said_to(spp: Call, pruned: Path, tex
         warnings.simplefilter("default", SPPWarning)
         for name in ("one", "two"):  # a second command in the process says it again
             run = ("tune", pruned, tmp_path / name, "--data", text, "--steps", 1, "--block-length", 32, "--window", 32)
-            assert ok(spp(*run)).err.count(said) == 1
+            assert ok(spp(*run, "--batch-size", 1, "--eval-windows", 2)).err.count(said) == 1
         found = ok(spp("merge", pruned, tmp_path / "one/adapter", tmp_path / "merged"))
     assert found.err.count(said) == 1 and found.out.count("no update") > 1 and "1.0000" not in found.out
 

@@ -70,6 +70,7 @@ def command(
 FOLDERS = ("prune", "prune --in-memory", "merge", "merge --dtype", "merge PST", "export --packed", "export --dense")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("command", FOLDERS, indirect=True)
 def test_a_folder(spp: Call, command: tuple[object, ...], tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -205,6 +206,7 @@ def test_a_report(spp: Call, dense: Path, tmp_path: Path) -> None:
     refused(spp(*command, "/dev/null"), "/dev/null is no regular file")
 
 
+@pytest.mark.slow
 def test_a_chart(spp: Call, pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("chart.png", "chart.svg", "chart.pdf"):

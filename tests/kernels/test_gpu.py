@@ -44,7 +44,7 @@ def on(device: torch.device, case: Case) -> Case:
     return Case(*moved, case.scaling)  # type: ignore[arg-type]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), [*SHAPES, WIDE])
 def test_values_and_gradients(
@@ -60,7 +60,7 @@ def test_float64_is_plain_torchs(small_chunks: None, triton_device: torch.device
         check(case, *run(case), torch.float64)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), [(13, 7, 5, (3,)), (8, 4, 2, (0,)), WIDE])
 def test_input_dropout(
@@ -119,6 +119,7 @@ def test_packed_weights_give_the_bits_of_dense_ones(
             assert_same_bits(found, dense)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("trains", ["x", "alpha", "beta", "bias", "x alpha"])
 def test_only_what_requires_a_gradient_gets_one(trains: str, kernels: str, triton_device: torch.device) -> None:
     case = on(triton_device, make_case(*WIDE))

@@ -36,7 +36,7 @@ def built(weight: Tensor, factors: Factors, dtype: torch.dtype | None = None) ->
     return out
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), MATRICES)
 def test_every_bit_is_the_twins(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch.device) -> None:
@@ -86,6 +86,7 @@ def test_what_would_vanish_is_rescued_and_every_zero_stays(dtype: torch.dtype, t
     assert_same_bits(found[2], weight[2])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), [(13, 7, 5), (1, 3, 1), (37, 521, 5)])
 def test_the_update_alone(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch.device) -> None:

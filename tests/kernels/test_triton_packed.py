@@ -59,7 +59,7 @@ def factors_of(weight: Tensor, r: int) -> Factors:
     return factors
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("pattern", "m", "n", "form"), MATRICES)
 def test_any_rectangle_is_decoded(
@@ -100,7 +100,7 @@ def test_nothing_is_kept(triton_device: torch.device) -> None:
     assert torch.equal(decode(packed_as(weight, MASK), WHOLE, WHOLE, out), weight)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
 @pytest.mark.parametrize(("pattern", "m", "n", "form"), MATRICES)
 def test_the_effective_weight_and_the_update_have_the_bits_of_the_dense_ones(
@@ -118,7 +118,7 @@ def test_the_effective_weight_and_the_update_have_the_bits_of_the_dense_ones(
         assert_same_bits(results[1], results[0])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
 @pytest.mark.parametrize(("pattern", "m", "n", "form"), MATRICES)
 def test_gradients(

@@ -58,7 +58,7 @@ class Reduction:
         return [grad for grad in grads if grad is not None]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), MATRICES)
 def test_values(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch.device) -> None:
@@ -70,6 +70,7 @@ def test_values(m: int, n: int, r: int, dtype: torch.dtype, triton_device: torch
     assert_same_bits(reduction.gradient, given)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("m", "n", "r"), [(13, 200, 5), (200, 300, 3)])
 def test_columns_in_chunks_add_up(m: int, n: int, r: int, triton_device: torch.device) -> None:
     reduction = Reduction(m, n, r, torch.float32, triton_device)
@@ -78,6 +79,7 @@ def test_columns_in_chunks_add_up(m: int, n: int, r: int, triton_device: torch.d
         assert_matches(found, exact, torch.float32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
 @pytest.mark.parametrize(("m", "n", "r"), [(13, 7, 5), (131, 40, 1)])
 def test_only_what_is_wanted(m: int, n: int, r: int, needed: tuple[bool, bool], triton_device: torch.device) -> None:

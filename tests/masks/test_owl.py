@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp.errors import ConfigError, PatternError
@@ -22,7 +22,6 @@ def test_outliers_are_counted_over_all_weights_of_a_block() -> None:
 
 
 @given(st.lists(st.floats(0, 0.2), min_size=1, max_size=12), st.floats(0.2, 0.8), st.floats(0, 0.09))
-@settings(max_examples=100, deadline=None)
 def test_the_mean_is_what_was_asked_for_and_more_outliers_keep_more(
     outliers: list[float], fraction: float, spread: float
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp.errors import ConfigError, PatternError
@@ -213,7 +213,6 @@ def test_chunks_join_seamlessly(monkeypatch: pytest.MonkeyPatch) -> None:
         assert detect_pattern(view) == naive_pattern(t != 0)
 
 
-@settings(max_examples=200)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 5),
@@ -239,7 +238,6 @@ def test_detect_pattern_is_the_definition(
             assert is_nm(mask.t(), kept, group, input_axis=0) == expected
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**30),
     shape=st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 16, 32]), min_size=1, max_size=3),

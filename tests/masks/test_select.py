@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp.errors import ConfigError, NonFiniteError, PatternError
@@ -27,7 +27,6 @@ def _sorted_keep(values: list[float], kept: int) -> list[bool]:
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([2, 3, 4, 8, 16, 17, 32]), st.data())
-@settings(max_examples=60, deadline=None)
 def test_groups_equal_a_sorted_list_even_with_ties(rows: int, groups: int, group: int, data: st.DataObject) -> None:
     kept = data.draw(st.integers(1, group - 1))
     seed = data.draw(st.integers(0, 1000))
@@ -43,7 +42,6 @@ def test_groups_equal_a_sorted_list_even_with_ties(rows: int, groups: int, group
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 6), st.data())
-@settings(max_examples=60, deadline=None)
 def test_rows_equal_a_sorted_list_even_with_ties(rows: int, n: int, levels: int, data: st.DataObject) -> None:
     pruned = data.draw(st.integers(0, n))
     seed = data.draw(st.integers(0, 1000))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +39,6 @@ def plain_swap(kept: Tensor, drop: Tensor, grow: Tensor, count: int, group: int 
 @given(
     st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6), st.sampled_from([None, 2, 4, 5]), st.integers(0, 40)
 )
-@settings(max_examples=80, deadline=None)
 def test_as_by_sorted_lists(seed: int, rows: int, groups: int, group: int | None, count: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, groups * (group or 3))

@@ -320,7 +320,7 @@ def run(good: Path, folder: Path, name: str, count: int) -> None:
         fuzz(*READERS[name](folder / "copy"), count)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_fuzz(good: Path, tmp_path: Path, name: str) -> None:
     run(good, tmp_path, name, DAILY)

@@ -102,7 +102,7 @@ def test_wanda_equals_the_literal_procedure(architecture: str) -> None:
     model(ids, labels=ids).loss.backward()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["sparsegpt", "dsnot", "magnitude+dsnot", "sparsegpt+dsnot"])
 @pytest.mark.parametrize("pattern", ["2:4", 0.5])
 def test_other_methods_equal_the_literal_procedure(method: str, pattern: str | float) -> None:

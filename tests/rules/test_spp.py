@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp.errors import ConfigError
@@ -75,7 +75,6 @@ def test_the_smallest_float16_weights_survive_a_shrinking_factor() -> None:
     assert_same_bits(merged, weight)
 
 
-@settings(max_examples=60)
 @given(
     st.sampled_from(list(SMALLEST)),
     st.integers(0, 2**31),

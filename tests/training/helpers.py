@@ -1,17 +1,27 @@
-"""What the tests of training share: a pruned tiny model, token data and quiet arguments."""
+"""What the tests of training share: a pruned tiny model, data, quiet options, and what stops a run."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import spp
-from spp.training import Collator, MaskUpdates, SPPTrainer
+from spp.training import Collator, MaskUpdates, SPPTrainer, TuneConfig, TuneResult, tune
+from spp.training.callbacks import ProgressBar
 from spp.training.data import TokenBlocks
-from tests.helpers.models import prune_nm_, tiny_llama
+from tests.helpers.models import prune_nm_, tiny_llama, tiny_tokenizer
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen liquor jugs!",
+    "How vexingly quick daft zebras jump?",
+]
+TEXT = "\n".join(SENTENCES[i * i % 3] for i in range(60))
+ROWS = [{"instruction": f"Say {i}.", "output": f"{i}, {i} and again {i}"} for i in range(24)]
 
 
 def pruned() -> Any:
@@ -64,8 +74,6 @@ def trainer(
         loss_chunk=loss_chunk,
         mask_updates=mask_updates,
     )
-    from transformers import PrinterCallback
-
     made.remove_callback(PrinterCallback)
     return made
 
@@ -76,3 +84,46 @@ def losses(made: SPPTrainer) -> list[float]:
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.is_file()}
+
+
+class StopAt(TrainerCallback):
+    """Stops a run as a kill right after a save would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def config(data_file: Path, run: Path, **options: Any) -> TuneConfig:
+    defaults: dict[str, Any] = {
+        "data": data_file,
+        "output_dir": run,
+        "block_length": 32,
+        "eval_window": 32,
+        "steps": 6,
+        "lr": 2e-2,
+        "r": 4,
+        "device": "cpu",
+        "progress": False,
+    }
+    return TuneConfig(**{**defaults, **options})
+
+
+def run_tune(c: TuneConfig) -> TuneResult:
+    return tune(c, model=pruned(), tokenizer=tiny_tokenizer())
+
+
+class SignalAt(ProgressBar):
+    """Stands in for the progress bar and sends this process a signal at a step."""
+
+    step, number, times = 3, signal.SIGINT, 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        super().on_step_end(args, state, control, **options)
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)

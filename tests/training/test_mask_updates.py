@@ -21,8 +21,7 @@ from spp.wrapping.wrap import adapter_layers, adapter_parameters
 from tests.helpers.models import moe_model, projections, prune_nm_, tiny_llama
 from tests.helpers.tolerances import assert_same_bits, assert_same_zeros
 from tests.masks.test_swap import plain_swap
-from tests.training.helpers import bytes_of, losses, pruned, trainer
-from tests.training.test_trainer import StopAt
+from tests.training.helpers import StopAt, bytes_of, losses, pruned, trainer
 
 
 def halved() -> Any:
@@ -47,6 +46,14 @@ def updated(directory: Path, base: str = "2:4", dense: Any = None, wrap: Any = N
         tiny_llama() if dense is None else dense, **{"every": 2, "fraction": 0.2, "until": 1.0, **own}
     )
     return trainer(directory, model, mask_updates=updates, **options)
+
+
+@pytest.fixture(scope="module")
+def updated_once(tmp_path_factory: pytest.TempPathFactory) -> SPPTrainer:
+    """A finished run with mask updates and a checkpoint at its end; for reading only."""
+    made = updated(tmp_path_factory.mktemp("updated"), save_strategy="steps", save_steps=6)
+    made.train()
+    return made
 
 
 @pytest.mark.parametrize(("steps", "every", "last"), [(2, 2, 1), (4, 3, 2)])  # at step 3 of 4 the fraction is 0
@@ -166,14 +173,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, base
         assert_same_bits(weights_of(resumed.model)[path], weight, path)
 
 
-def test_a_fraction_of_zero_changes_nothing(tmp_path: Path) -> None:
-    without, none = trainer(tmp_path / "a"), updated(tmp_path / "b", fraction=0.0)
-    without.train()
+def test_a_fraction_of_zero_changes_nothing(finished: SPPTrainer, tmp_path: Path) -> None:
+    none = updated(tmp_path, fraction=0.0)
     none.train()
-    assert losses(none) == losses(without)
-    for key, tensor in spp.adapter_state_dict(without.model).items():
+    assert losses(none) == losses(finished)
+    for key, tensor in spp.adapter_state_dict(finished.model).items():
         assert_same_bits(spp.adapter_state_dict(none.model)[key], tensor, key)
-    for path, weight in weights_of(without.model).items():
+    for path, weight in weights_of(finished.model).items():
         assert_same_bits(weights_of(none.model)[path], weight, path)
 
 
@@ -201,18 +207,16 @@ def test_the_seed_of_the_data_decides(tmp_path: Path) -> None:
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
-def test_other_ways_to_compute(tmp_path: Path, options: dict[str, Any]) -> None:
-    plain, other = updated(tmp_path / "a"), updated(tmp_path / "b", **options)
-    plain.train()
+def test_other_ways_to_compute(updated_once: SPPTrainer, tmp_path: Path, options: dict[str, Any]) -> None:
+    other = updated(tmp_path, **options)
     other.train()
-    same = plain.mask_updates.state.hashes() == other.mask_updates.state.hashes()
+    same = updated_once.mask_updates.state.hashes() == other.mask_updates.state.hashes()
     assert same == ("bf16" not in options)
     assert all(is_nm(weight, 2, 4) for weight in weights_of(other.model).values())
 
 
-def test_after_updates_the_layers_compute_with_the_new_masks(tmp_path: Path) -> None:
-    made = updated(tmp_path)
-    made.train()
+def test_after_updates_the_layers_compute_with_the_new_masks(updated_once: SPPTrainer) -> None:
+    made = updated_once
     fresh = pruned()
     for path, weight in weights_of(made.model).items():
         fresh.get_submodule(path).weight.data.copy_(weight)
@@ -318,21 +322,17 @@ def test_conv1d(tmp_path: Path) -> None:
 
 
 class TestFiles:
-    def test_a_checkpoint_holds_the_masks(self, tmp_path: Path) -> None:
-        made = updated(tmp_path, save_strategy="steps", save_steps=6)
-        made.train()
-        directory = tmp_path / "checkpoint-6"
+    def test_a_checkpoint_holds_the_masks(self, updated_once: SPPTrainer) -> None:
+        directory = Path(updated_once.args.output_dir) / "checkpoint-6"
         assert {MASKS_NAME, STATE_NAME} <= {file.name for file in directory.iterdir()}
         saved = json.loads((directory / "adapter_config.json").read_text())
-        assert saved["base_masks"] == made.mask_updates.state.hashes()
+        assert saved["base_masks"] == updated_once.mask_updates.state.hashes()
 
-    def test_checkpoints_with_and_without_are_not_mixed(self, tmp_path: Path) -> None:
-        trainer(tmp_path / "a", save_strategy="steps", save_steps=6).train()
+    def test_checkpoints_with_and_without_are_not_mixed(self, updated_once: SPPTrainer, checkpoints: Path) -> None:
         with pytest.raises(CheckpointError, match="without mask updates"):
-            updated(tmp_path / "a").train(resume_from_checkpoint=True)
-        updated(tmp_path / "b", save_strategy="steps", save_steps=6).train()
+            updated(checkpoints).train(resume_from_checkpoint=True)
         with pytest.raises(CheckpointError, match="with mask updates"):
-            trainer(tmp_path / "b").train(resume_from_checkpoint=True)
+            trainer(Path(updated_once.args.output_dir)).train(resume_from_checkpoint=True)
 
     @pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
     @pytest.mark.sampled(3)

@@ -19,8 +19,7 @@ from spp.training import Collator, PSTTrainer, SparsitySchedule
 from spp.training.checkpoints import MARKER_NAME
 from tests.helpers.models import tiny_llama
 from tests.pst.test_model import classifier
-from tests.training.helpers import arguments, blocks, bytes_of, losses
-from tests.training.test_trainer import StopAt
+from tests.training.helpers import StopAt, arguments, blocks, bytes_of, losses
 
 
 class Labelled(Dataset[dict[str, Any]]):
@@ -103,12 +102,17 @@ def test_of_an_n_m_pattern_the_final_sparsity_is_its_own(tmp_path: Path) -> None
     assert spp.sparsity(converted).pattern == "1:4"
 
 
-def test_only_what_pst_trains_changes(tmp_path: Path) -> None:
-    model = dense()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    made = trainer(tmp_path, model)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> PSTTrainer:
+    """A run of six steps with a checkpoint every three; for reading only."""
+    made = trainer(tmp_path_factory.mktemp("pst"), save_strategy="steps", save_steps=3)
     made.train()
-    optimized = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    return made
+
+
+def test_only_what_pst_trains_changes(finished: PSTTrainer) -> None:
+    model, before = finished.model, dict(dense().named_parameters())
+    optimized = {id(p) for group in finished.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trained_parameters(model).values()}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in trained_parameters(model)), name
@@ -135,10 +139,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop
     assert bytes_of(tmp_path / "cut" / "final") == bytes_of(tmp_path / "whole" / "final")
 
 
-def test_a_checkpoint_holds_what_is_trained_and_loads(tmp_path: Path) -> None:
-    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
-    made.train()
-    directory = tmp_path / "checkpoint-3"
+def test_a_checkpoint_holds_what_is_trained_and_loads(finished: PSTTrainer) -> None:
+    run = Path(finished.args.output_dir)
+    directory = run / "checkpoint-3"
     assert {file.name for file in directory.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -148,13 +151,13 @@ def test_a_checkpoint_holds_what_is_trained_and_loads(tmp_path: Path) -> None:
         "trainer_state.json",
         MARKER_NAME,
     }
-    loaded = spp.pst.load(tiny_llama(), tmp_path / "checkpoint-6")
-    for name, parameter in trained_parameters(made.model).items():
+    loaded = spp.pst.load(tiny_llama(), run / "checkpoint-6")
+    for name, parameter in trained_parameters(finished.model).items():
         assert torch.equal(trained_parameters(loaded)[name], parameter), name
     assert {layer.sparsity for layer in pst_layers(loaded).values()} == {0.6}
-    finished = trainer(tmp_path)
-    assert finished.train(resume_from_checkpoint=True).global_step == 6
-    assert finished.sparsity == made.sparsity
+    again = trainer(run)
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert again.sparsity == finished.sparsity
 
 
 @pytest.mark.sampled(1)
@@ -199,11 +202,10 @@ def test_the_best_model_is_one_of_the_final_sparsity(tmp_path: Path) -> None:
     assert {layer.sparsity for layer in pst_layers(made.model).values()} == {0.6}
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    plain, checkpointed = trainer(tmp_path / "a"), trainer(tmp_path / "b", gradient_checkpointing=True)
-    plain.train()
+def test_gradient_checkpointing_changes_nothing(finished: PSTTrainer, tmp_path: Path) -> None:
+    checkpointed = trainer(tmp_path, gradient_checkpointing=True)
     checkpointed.train()
-    assert losses(checkpointed) == losses(plain)
+    assert losses(checkpointed) == losses(finished)
 
 
 def test_frozen_weights_that_were_written_to_are_not_saved(tmp_path: Path) -> None:

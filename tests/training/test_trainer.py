@@ -20,33 +20,19 @@ from spp.training import SPPTrainer
 from spp.training.checkpoints import MARKER_NAME, last_complete, mark_complete, rotate, why_incomplete
 from spp.wrapping.adapters import adapter_state_dict, base_masks, load_adapter, save_adapter
 from spp.wrapping.wrap import adapter_layers
-from tests.training.helpers import arguments, blocks, bytes_of, losses, pruned, trainer, wrapped
-
-
-class StopAt(TrainerCallback):
-    """Stops a run as a kill right after a save would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
-        return control
+from tests.helpers.models import prune_nm_, tiny_llama
+from tests.training.helpers import StopAt, arguments, blocks, bytes_of, losses, pruned, trainer, wrapped
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
     return {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
 
 
-def test_only_the_adapter_changes(tmp_path: Path) -> None:
-    model = wrapped()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    made = trainer(tmp_path, model)
-    made.train()
-    optimized = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
-    assert optimized == {id(p) for p in spp.adapter_parameters(model)}
-    for name, parameter in model.named_parameters():
+def test_only_the_adapter_changes(finished: SPPTrainer) -> None:
+    before = dict(wrapped().named_parameters())
+    optimized = {id(p) for group in finished.optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in spp.adapter_parameters(finished.model)}
+    for name, parameter in finished.model.named_parameters():
         is_ours = name.endswith(("spp_alpha", "spp_beta"))
         assert torch.equal(parameter, before[name]) != is_ours, name
 
@@ -57,10 +43,8 @@ def test_alpha_and_beta_are_both_decayed(tmp_path: Path) -> None:
     assert {group["weight_decay"] for group in made.optimizer.param_groups if group["params"]} == {0.25}
 
 
-def test_every_train_log_has_the_sparsity(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
-    made.train()
-    entries = [entry for entry in made.state.log_history if "loss" in entry]
+def test_every_train_log_has_the_sparsity(finished: SPPTrainer) -> None:
+    entries = [entry for entry in finished.state.log_history if "loss" in entry]
     assert len(entries) == 6
     assert {entry["sparsity"] for entry in entries} == {0.5}
 
@@ -102,36 +86,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop
     assert bytes_of(tmp_path / "cut" / "final") == bytes_of(tmp_path / "whole" / "final")
 
 
-def test_resuming_a_finished_run_trains_no_further(tmp_path: Path) -> None:
-    first = trainer(tmp_path, max_steps=7, save_strategy="steps", save_steps=7)
-    result = first.train()
-    again = trainer(tmp_path, max_steps=7)
+def test_resuming_a_finished_run_trains_no_further(finished: SPPTrainer, checkpoints: Path) -> None:
+    again = trainer(checkpoints)
     repeated = again.train(resume_from_checkpoint=True)
-    assert repeated.global_step == again.state.global_step == 7
-    assert repeated.training_loss == pytest.approx(result.training_loss)
-    expected = adapter_of(first.model)
+    assert repeated.global_step == again.state.global_step == 6
+    assert repeated.training_loss == pytest.approx(finished.state.log_history[-1]["train_loss"])
+    expected = adapter_of(finished.model)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in adapter_of(again.model).items())
 
 
-def test_resuming_with_more_steps_goes_on(tmp_path: Path) -> None:
-    trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4).train()
-    longer = trainer(tmp_path, max_steps=7)
+def test_resuming_with_more_steps_goes_on(checkpoints: Path) -> None:
+    longer = trainer(checkpoints, max_steps=9)
     longer.train(resume_from_checkpoint=True)
-    assert longer.state.global_step == 7
+    assert longer.state.global_step == 9
 
 
-def test_another_seed_is_another_run(tmp_path: Path) -> None:
-    first = trainer(tmp_path / "a")
-    first.train()
-    second = trainer(tmp_path / "b", seed=4)
+def test_another_seed_is_another_run(finished: SPPTrainer, tmp_path: Path) -> None:
+    second = trainer(tmp_path, seed=4)
     second.train()
-    assert losses(first) != losses(second)
+    assert losses(finished) != losses(second)
 
 
-def test_a_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
-    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
-    made.train()
-    directory = tmp_path / "checkpoint-3"
+def test_a_checkpoint_holds_the_adapter_alone(finished: SPPTrainer) -> None:
+    directory = Path(finished.args.output_dir) / "checkpoint-4"
     assert {file.name for file in directory.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -142,24 +119,20 @@ def test_a_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
         MARKER_NAME,
     }
     marker = json.loads((directory / MARKER_NAME).read_text())
-    assert marker["step"] == 3
+    assert marker["step"] == 4
     assert marker["files"] == {f.name: f.stat().st_size for f in directory.iterdir() if f.name != MARKER_NAME}
 
 
-def test_a_checkpoint_is_an_adapter_that_loads(tmp_path: Path) -> None:
-    made = trainer(tmp_path, save_strategy="steps", save_steps=6)
-    made.train()
-    model = load_adapter(pruned(), tmp_path / "checkpoint-6")
-    for key, tensor in adapter_of(made.model).items():
+def test_a_checkpoint_is_an_adapter_that_loads(finished: SPPTrainer) -> None:
+    model = load_adapter(pruned(), Path(finished.args.output_dir) / "checkpoint-6")
+    for key, tensor in adapter_of(finished.model).items():
         assert torch.equal(adapter_state_dict(model)[key], tensor), key
 
 
-def test_save_model_writes_the_adapter(tmp_path: Path) -> None:
-    made = trainer(tmp_path / "run")
-    made.train()
-    made.save_model(str(tmp_path / "out"))
+def test_save_model_writes_the_adapter(finished: SPPTrainer, tmp_path: Path) -> None:
+    finished.save_model(str(tmp_path / "out"))
     assert set(bytes_of(tmp_path / "out")) == {"adapter_config.json", "adapter_model.safetensors"}
-    save_adapter(made.model, tmp_path / "saved")
+    save_adapter(finished.model, tmp_path / "saved")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "saved")
 
 
@@ -249,13 +222,12 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, reentrant: bool)
         assert torch.equal(tensor, expected[key]), key
 
 
-def test_bf16_autocast_trains(tmp_path: Path) -> None:
-    full, half = trainer(tmp_path / "a", max_steps=20), trainer(tmp_path / "b", max_steps=20, bf16=True)
-    full.train()
+def test_bf16_autocast_trains(finished: SPPTrainer, tmp_path: Path) -> None:
+    half = trainer(tmp_path, bf16=True)
     half.train()
-    assert losses(half) != losses(full)
+    assert losses(half) != losses(finished)
     assert all(p.dtype == torch.float32 for p in spp.adapter_parameters(half.model))
-    for a, b in zip(losses(half), losses(full), strict=True):
+    for a, b in zip(losses(half), losses(finished), strict=True):
         assert a == pytest.approx(b, rel=2e-2)
 
 
@@ -306,33 +278,28 @@ def test_model_init_builds_a_wrapped_model(tmp_path: Path) -> None:
 
 
 class TestHalfWritten:
-    def run(self, directory: Path) -> None:
-        trainer(directory, save_strategy="steps", save_steps=2).train()
-
     @pytest.mark.sampled(1)
     @pytest.mark.parametrize("damage", ["marker", "file", "size"])
-    def test_is_skipped_with_a_warning(self, tmp_path: Path, damage: str) -> None:
-        self.run(tmp_path)
-        last = tmp_path / "checkpoint-6"
+    def test_is_skipped_with_a_warning(self, checkpoints: Path, damage: str) -> None:
+        last = checkpoints / "checkpoint-6"
         if damage == "marker":
             (last / MARKER_NAME).unlink()
         elif damage == "file":
             (last / "scheduler.pt").unlink()
         else:
             (last / "optimizer.pt").write_bytes(b"")
-        made = trainer(tmp_path)
+        made = trainer(checkpoints)
         with pytest.warns(SPPWarning, match="skipping .*checkpoint-6"):
             made.train(resume_from_checkpoint=True)
         assert made.state.global_step == 6
         assert len(losses(made)) == 6
 
-    def test_is_refused_by_name(self, tmp_path: Path) -> None:
-        self.run(tmp_path)
-        (tmp_path / "checkpoint-6" / MARKER_NAME).unlink()
+    def test_is_refused_by_name(self, checkpoints: Path) -> None:
+        (checkpoints / "checkpoint-6" / MARKER_NAME).unlink()
         with pytest.raises(
             CheckpointError, match=r"checkpoint-6 cannot be resumed from: .*last whole one .*checkpoint-4"
         ):
-            trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+            trainer(checkpoints).train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
 
     def test_a_name_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no such directory"):
@@ -342,12 +309,12 @@ class TestHalfWritten:
         with pytest.raises(CheckpointError, match="no whole checkpoint"):
             trainer(tmp_path).train(resume_from_checkpoint=True)
 
-    def test_a_malformed_marker(self, tmp_path: Path) -> None:
-        self.run(tmp_path)
-        (tmp_path / "checkpoint-6" / MARKER_NAME).write_text("{")
-        assert "checkpoint marker" in str(why_incomplete(tmp_path / "checkpoint-6"))
-        (tmp_path / "checkpoint-6" / MARKER_NAME).write_text("{}")
-        assert "lists no files" in str(why_incomplete(tmp_path / "checkpoint-6"))
+    def test_a_malformed_marker(self, checkpoints: Path) -> None:
+        last = checkpoints / "checkpoint-6"
+        (last / MARKER_NAME).write_text("{")
+        assert "checkpoint marker" in str(why_incomplete(last))
+        (last / MARKER_NAME).write_text("{}")
+        assert "lists no files" in str(why_incomplete(last))
 
     def test_a_kill_while_saving_leaves_no_marker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = trainer(tmp_path, save_strategy="steps", save_steps=2)
@@ -365,10 +332,9 @@ class TestHalfWritten:
         assert last_complete(tmp_path, warn=False) == tmp_path / "checkpoint-2"
 
     def test_saving_again_over_a_whole_one_unmarks_it_first(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.run(tmp_path)
-        made = trainer(tmp_path, save_strategy="steps", save_steps=2)
+        made = trainer(checkpoints, save_strategy="steps", save_steps=2)
 
         def killed(output_dir: str) -> None:
             raise KeyboardInterrupt
@@ -376,7 +342,7 @@ class TestHalfWritten:
         monkeypatch.setattr(made, "_save_rng_state", killed)
         with pytest.raises(KeyboardInterrupt):
             made.train()
-        assert MARKER_NAME in str(why_incomplete(tmp_path / "checkpoint-2"))
+        assert MARKER_NAME in str(why_incomplete(checkpoints / "checkpoint-2"))
 
 
 class TestRotate:
@@ -473,45 +439,39 @@ class TestRefused:
             made.train()
         assert [d.name for d in tmp_path.iterdir()] == ["checkpoint-2"]
 
-    def test_a_checkpoint_of_another_rank(self, tmp_path: Path) -> None:
-        trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    def test_a_checkpoint_of_another_rank(self, checkpoints: Path) -> None:
         model = wrapped(r=8)
         before = adapter_of(model)
         with pytest.raises(AdapterError):
-            trainer(tmp_path, model).train(resume_from_checkpoint=True)
+            trainer(checkpoints, model).train(resume_from_checkpoint=True)
         assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_of(model).items())
 
-    def test_a_checkpoint_of_another_model(self, tmp_path: Path) -> None:
-        from tests.helpers.models import prune_nm_, tiny_llama
-
-        trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    def test_a_checkpoint_of_another_model(self, checkpoints: Path) -> None:
         other = spp.wrap(prune_nm_(tiny_llama(intermediate_size=128)), r=4)
         with pytest.raises(AdapterError):
-            trainer(tmp_path, other).train(resume_from_checkpoint=True)
+            trainer(checkpoints, other).train(resume_from_checkpoint=True)
 
-    def test_a_checkpoint_of_another_mask(self, tmp_path: Path) -> None:
-        trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    def test_a_checkpoint_of_another_mask(self, checkpoints: Path) -> None:
         other = pruned()
         with torch.no_grad():
             other.model.layers[0].mlp.up_proj.weight[0, :4] = 0
         with pytest.raises(MaskError):
-            trainer(tmp_path, spp.wrap(other, r=4)).train(resume_from_checkpoint=True)
+            trainer(checkpoints, spp.wrap(other, r=4)).train(resume_from_checkpoint=True)
 
-    def test_a_checkpoint_of_other_values(self, tmp_path: Path) -> None:
-        trainer(tmp_path, save_strategy="steps", save_steps=3).train()
-        made = trainer(tmp_path, max_steps=9)
+    def test_a_checkpoint_of_other_values(self, checkpoints: Path) -> None:
+        made = trainer(checkpoints, max_steps=9)
         made.train(resume_from_checkpoint=True)  # on its own base, without a word
         other = pruned()
         with torch.no_grad():
             other.model.layers[0].mlp.up_proj.weight.mul_(2)
         model = spp.wrap(other, r=4)
         before = adapter_of(model)
-        strict = SPPTrainer(model, arguments(tmp_path, max_steps=9), train_dataset=blocks(), strict_values=True)
+        strict = SPPTrainer(model, arguments(checkpoints, max_steps=9), train_dataset=blocks(), strict_values=True)
         with pytest.raises(AdapterError, match="1 of 14 layers"):
             strict.train(resume_from_checkpoint=True)
         assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_of(model).items())
         with pytest.warns(SPPWarning, match=r"1 of 14 layers, first in model\.layers\.0\.mlp\.up_proj"):
-            trainer(tmp_path, model, max_steps=9).train(resume_from_checkpoint=True)
+            trainer(checkpoints, model, max_steps=9).train(resume_from_checkpoint=True)
 
     def test_deepspeed_and_fsdp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = SPPTrainer.create_accelerator_and_postprocess

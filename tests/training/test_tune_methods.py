@@ -20,26 +20,19 @@ from spp.training.methods import method_of
 from spp.wrapping.wrap import adapter_layers, is_wrapped
 from tests.helpers.models import projections, tiny_llama, tiny_tokenizer
 from tests.helpers.tolerances import assert_same_bits
-from tests.training.helpers import arguments, bytes_of, pruned
-from tests.training.test_tuning import ROWS, TEXT, SignalAt, config
+from tests.training.helpers import ROWS, TEXT, SignalAt, arguments, bytes_of, config, pruned
 
 PST: dict[str, Any] = {"method": "pst", "lr": 1e-2, "pattern": "2:4"}
 # SPP's own options are given by `config`.
 SPP_ONLY = {"r": 16}
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "train.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def by_pst(data: Path, run: Path, **options: Any) -> TuneConfig:

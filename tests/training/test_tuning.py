@@ -33,64 +33,30 @@ from spp.errors import (
 from spp.evaluation import perplexity
 from spp.merging.model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
-from spp.training.callbacks import ProgressBar, StopOnSignal, read_log
+from spp.training.callbacks import StopOnSignal, read_log
 from spp.training.checkpoints import MARKER_NAME
 from spp.training.run_directory import RunDirectory
 from spp.wrapping.adapters import adapter_state_dict, load_adapter
 from spp.wrapping.wrap import is_wrapped
 from tests.helpers.models import tiny_llama, tiny_tokenizer
-from tests.training.helpers import bytes_of, pruned
+from tests.training.helpers import ROWS, TEXT, SignalAt, bytes_of, config, pruned, run_tune
 
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog.",
-    "Pack my box with five dozen liquor jugs!",
-    "How vexingly quick daft zebras jump?",
-]
-TEXT = "\n".join(SENTENCES[i * i % 3] for i in range(60))
-ROWS = [{"instruction": f"Say {i}.", "output": f"{i}, {i} and again {i}"} for i in range(24)]
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneResult:
+    """A run of six steps with a checkpoint every two; for reading only."""
+    return run_tune(config(text, tmp_path_factory.mktemp("tuned") / "run", save_every=2, save_limit=9))
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "train.txt"
-    file.write_text(TEXT)
-    return file
-
-
-def config(data_file: Path, run: Path, **options: Any) -> TuneConfig:
-    defaults: dict[str, Any] = {
-        "data": data_file,
-        "output_dir": run,
-        "block_length": 32,
-        "eval_window": 32,
-        "steps": 6,
-        "lr": 2e-2,
-        "r": 4,
-        "device": "cpu",
-        "progress": False,
-    }
-    return TuneConfig(**{**defaults, **options})
-
-
-def run_tune(c: TuneConfig) -> TuneResult:
-    return tune(c, model=pruned(), tokenizer=tiny_tokenizer())
-
-
-class SignalAt(ProgressBar):
-    """Stands in for the progress bar and sends this process a signal at a step."""
-
-    step, number, times = 3, signal.SIGINT, 1
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        super().on_step_end(args, state, control, **options)
-        if state.global_step == self.step:
-            for _ in range(self.times):
-                signal.raise_signal(self.number)
+def run(finished: TuneResult, tmp_path: Path) -> Path:
+    """A copy of what that run wrote."""
+    return Path(shutil.copytree(finished.run_dir, tmp_path / "run"))
 
 
 def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     model, run = pruned(), tmp_path / "run"
-    c = config(text, run, steps=40, save_every=None)
+    c = config(text, run, steps=40, save_every=None, warmup_ratio=0.03)
     result = tune(c, model=model, tokenizer=tiny_tokenizer())
     assert result.model is model
     assert is_wrapped(model)
@@ -107,6 +73,9 @@ def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     log = read_log(run / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, 41))
     assert all(set(entry) == {"step", "loss", "lr", "grad_norm", "sparsity", "seconds"} for entry in log)
+    warmup = math.ceil(0.03 * 40)
+    rates = [2e-2 * min(k / warmup, (40 - k) / (40 - warmup)) for k in range(40)]
+    assert [entry["lr"] for entry in log] == pytest.approx(rates, rel=1e-12)
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
     assert result.seconds >= log[-1]["seconds"] > 0
     evaluation = json.loads((run / "eval.json").read_text())
@@ -118,14 +87,6 @@ def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.to_dict()))["run_dir"] == str(run)
 
 
-def test_the_learning_rate_is_the_recipes(text: Path, tmp_path: Path) -> None:
-    run_tune(config(text, tmp_path / "run", lr=4e-3, steps=40, warmup_ratio=0.03, eval_fraction=0.0))
-    rates = [entry["lr"] for entry in read_log(tmp_path / "run" / "log.jsonl")]
-    warmup = math.ceil(0.03 * 40)
-    expected = [4e-3 * min(k / warmup, (40 - k) / (40 - warmup)) for k in range(40)]
-    assert rates == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 4e-3), ("cosine", 0.0)])
 def test_other_schedules(text: Path, tmp_path: Path, schedule: str, last: float) -> None:
@@ -134,7 +95,7 @@ def test_other_schedules(text: Path, tmp_path: Path, schedule: str, last: float)
 
 
 @pytest.mark.slow
-def test_an_adapter_that_changes_nothing_is_said_once(text: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_is_said_once(finished: TuneResult, text: Path, tmp_path: Path) -> None:
     """The learning rate of the first step of a warm-up is zero: one step learns nothing."""
     with pytest.warns(SPPWarning, match="changes no weight: β is zero everywhere; was it trained") as found:
         result = run_tune(config(text, tmp_path / "run", steps=1, save_every=1))
@@ -144,20 +105,27 @@ def test_an_adapter_that_changes_nothing_is_said_once(text: Path, tmp_path: Path
     with pytest.warns(SPPWarning, match="changes no weight: it learned an update"):
         result = run_tune(config(text, tmp_path / "low", steps=3, lr=1e-20))
     assert "it learned an update" in str(result.without_effect)
-    assert run_tune(config(text, tmp_path / "trained")).without_effect is None
+    assert finished.without_effect is None
 
 
 def test_epochs_are_counted_in_steps(text: Path, tmp_path: Path) -> None:
-    result = run_tune(
-        config(text, tmp_path / "run", steps=None, epochs=1.5, batch_size=3, gradient_accumulation=2, eval_fraction=0.0)
-    )
+    options = {"steps": None, "epochs": 1.5, "batch_size": 3, "gradient_accumulation": 2, "block_length": 128}
+    result = run_tune(config(text, tmp_path / "run", eval_fraction=0.0, **options))
     per_epoch = math.ceil(math.ceil(result.data.rows / 3) / 2)
     assert result.steps == math.ceil(1.5 * per_epoch)
 
 
-def test_log_every(text: Path, tmp_path: Path) -> None:
-    run_tune(config(text, tmp_path / "run", log_every=2, eval_fraction=0.0))
+def test_a_bar_fewer_logs_and_nothing_held_out_when_asked(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = run_tune(config(text, tmp_path / "run", log_every=2, eval_fraction=0.0, progress=True))
+    captured = capfd.readouterr()
+    assert "tuning" in captured.err and "6/6" in captured.err
+    assert captured.out == ""
     assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl")] == [2, 4, 6]
+    assert result.perplexity_before is None
+    assert result.perplexity_after is None
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["after"] is None
 
 
 def test_perplexity_on_a_text_of_its_own(text: Path, tmp_path: Path) -> None:
@@ -178,29 +146,21 @@ def test_perplexity_on_a_text_of_its_own(text: Path, tmp_path: Path) -> None:
 def test_instruction_data(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in ROWS))
-    result = run_tune(config(data, tmp_path / "run", block_length=64, steps=30, eval_fraction=0.2))
+    result = run_tune(config(data, tmp_path / "run", block_length=64, steps=12, eval_fraction=0.2))
     assert result.data.kind == "instruction"
     assert result.data.held_out == 5
     assert result.eval_window is None
     assert result.perplexity_after < result.perplexity_before
 
 
-def test_nothing_held_out(text: Path, tmp_path: Path) -> None:
-    result = run_tune(config(text, tmp_path / "run", eval_fraction=0.0))
-    assert result.perplexity_before is None
-    assert result.perplexity_after is None
-    assert json.loads((tmp_path / "run" / "eval.json").read_text())["after"] is None
-
-
 @pytest.mark.slow
-def test_a_model_from_a_directory(text: Path, tmp_path: Path) -> None:
+def test_a_model_from_a_directory(text: Path, tmp_path: Path, run: Path) -> None:
     pruned().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     from_files = tune(config(text, tmp_path / "a", model=tmp_path / "model"))
-    run_tune(config(text, tmp_path / "b"))
     assert from_files.perplexity_after is not None
     assert (tmp_path / "a/adapter/adapter_model.safetensors").read_bytes() == (
-        tmp_path / "b/adapter/adapter_model.safetensors"
+        run / "adapter/adapter_model.safetensors"
     ).read_bytes()
     half = tune(config(text, tmp_path / "c", model=tmp_path / "model", dtype="bfloat16"))
     assert half.model.dtype == torch.bfloat16
@@ -209,7 +169,7 @@ def test_a_model_from_a_directory(text: Path, tmp_path: Path) -> None:
 def test_the_same_run_gives_the_same_bytes_and_another_seed_others(text: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(hash(name) % 1000)
-        run_tune(config(text, tmp_path / name, seed=seed, dropout=0.1, eval_fraction=0.0))
+        run_tune(config(text, tmp_path / name, seed=seed, dropout=0.1, eval_fraction=0.0, steps=3))
     assert bytes_of(tmp_path / "a/adapter") == bytes_of(tmp_path / "b/adapter")
     assert bytes_of(tmp_path / "a/adapter") != bytes_of(tmp_path / "c/adapter")
 
@@ -217,7 +177,7 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(text: Path, t
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}, {"dropout": 0.05}])
 def test_other_ways_to_compute(text: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    result = run_tune(config(text, tmp_path / "run", steps=20, **options))
+    result = run_tune(config(text, tmp_path / "run", steps=10, **options))
     assert result.perplexity_after < result.perplexity_before
 
 
@@ -235,14 +195,6 @@ def test_quiet_when_asked(text: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
-
-
-def test_a_bar_when_asked(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_tune(config(text, tmp_path / "run", progress=True, eval_fraction=0.0))
-    captured = capfd.readouterr()
-    assert "tuning" in captured.err
-    assert "6/6" in captured.err
-    assert captured.out == ""
 
 
 class TestInterruption:
@@ -289,35 +241,33 @@ class TestInterruption:
             signal.signal(signal.SIGINT, before)
         assert not isinstance(caught.value, TrainingInterrupted)
 
-    def test_resuming_a_finished_run_changes_nothing(self, text: Path, tmp_path: Path) -> None:
-        first = run_tune(config(text, tmp_path / "run"))
-        before = bytes_of(tmp_path / "run/adapter"), bytes_of(tmp_path / "run")
-        again = run_tune(config(text, tmp_path / "run", resume=True))
-        assert again.steps == first.steps
-        assert again.perplexity_after == first.perplexity_after
-        assert (bytes_of(tmp_path / "run/adapter"), bytes_of(tmp_path / "run")) == before
+    def test_resuming_a_finished_run_changes_nothing(self, finished: TuneResult, text: Path, run: Path) -> None:
+        before = bytes_of(run / "adapter"), bytes_of(run)
+        again = run_tune(config(text, run, resume=True))
+        assert again.steps == finished.steps
+        assert again.perplexity_after == finished.perplexity_after
+        assert (bytes_of(run / "adapter"), bytes_of(run)) == before
 
     def test_resuming_nothing_starts(self, text: Path, tmp_path: Path) -> None:
         assert run_tune(config(text, tmp_path / "run", resume=True)).steps == 6
 
     @pytest.mark.sampled(1)
-    def test_a_run_killed_before_its_first_checkpoint_starts_anew(self, text: Path, tmp_path: Path) -> None:
-        whole = run_tune(config(text, tmp_path / "whole"))
-        run_tune(config(text, tmp_path / "run"))
-        shutil.rmtree(tmp_path / "run/checkpoints")
-        shutil.rmtree(tmp_path / "run/adapter")
-        result = run_tune(config(text, tmp_path / "run", resume=True))
-        assert result.perplexity_after == whole.perplexity_after
-        assert [entry["step"] for entry in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4, 5, 6]
+    def test_a_run_killed_before_its_first_checkpoint_starts_anew(
+        self, finished: TuneResult, text: Path, run: Path
+    ) -> None:
+        shutil.rmtree(run / "checkpoints")
+        shutil.rmtree(run / "adapter")
+        result = run_tune(config(text, run, resume=True))
+        assert result.perplexity_after == finished.perplexity_after
+        assert [entry["step"] for entry in read_log(run / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
-    def test_logged_steps_after_the_checkpoint_are_dropped(self, text: Path, tmp_path: Path) -> None:
-        run_tune(config(text, tmp_path / "run", save_every=2, save_limit=9))
-        (tmp_path / "run/checkpoints/checkpoint-6" / MARKER_NAME).unlink()
-        log = tmp_path / "run/log.jsonl"
+    def test_logged_steps_after_the_checkpoint_are_dropped(self, text: Path, run: Path) -> None:
+        (run / "checkpoints/checkpoint-6" / MARKER_NAME).unlink()
+        log = run / "log.jsonl"
         whole = read_log(log)
         log.write_text(log.read_text() + '{"step": 7, "lo')  # cut off by a kill
         with pytest.warns(SPPWarning, match="skipping .*checkpoint-6"):
-            run_tune(config(text, tmp_path / "run", resume=True, save_every=2, save_limit=9))
+            run_tune(config(text, run, resume=True, save_every=2, save_limit=9))
         now = read_log(log)
         assert [(e["step"], e["loss"]) for e in now] == [(e["step"], e["loss"]) for e in whole]
 
@@ -370,27 +320,21 @@ class TestInterruption:
 
 
 class TestRefused:
-    def test_an_earlier_run(self, text: Path, tmp_path: Path) -> None:
-        run_tune(config(text, tmp_path / "run"))
-        before = bytes_of(tmp_path / "run")
+    def test_an_earlier_run(self, text: Path, run: Path) -> None:
+        before = bytes_of(run)
         with pytest.raises(OutputExistsError, match=r"resume=True.*overwrite=True"):
-            run_tune(config(text, tmp_path / "run"))
-        assert bytes_of(tmp_path / "run") == before
+            run_tune(config(text, run))
+        assert bytes_of(run) == before
 
-    def test_overwriting_replaces_what_a_run_writes_and_nothing_else(self, text: Path, tmp_path: Path) -> None:
-        run_tune(config(text, tmp_path / "run", steps=9, save_every=3))
-        (tmp_path / "run/notes.txt").write_text("mine")
-        run_tune(config(text, tmp_path / "run", overwrite=True, steps=4))
-        assert (tmp_path / "run/notes.txt").read_text() == "mine"
-        assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-4"]
-        assert len(read_log(tmp_path / "run/log.jsonl")) == 4
+    def test_overwriting_replaces_what_a_run_writes_and_nothing_else(self, text: Path, run: Path) -> None:
+        (run / "notes.txt").write_text("mine")
+        run_tune(config(text, run, overwrite=True, steps=3))
+        assert (run / "notes.txt").read_text() == "mine"
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["checkpoint-3"]
+        assert len(read_log(run / "log.jsonl")) == 3
 
-    def test_overwriting_loses_nothing_that_somebody_put_among_what_a_run_writes(
-        self, text: Path, tmp_path: Path
-    ) -> None:
-        run = tmp_path / "run"
-        run_tune(config(text, run))
-        (step,) = (run / "checkpoints").iterdir()
+    def test_overwriting_loses_nothing_that_somebody_put_among_what_a_run_writes(self, text: Path, run: Path) -> None:
+        step = run / "checkpoints" / "checkpoint-6"
         for name in ("checkpoints/notes.txt", f"checkpoints/{step.name}/notes.txt", "adapter/train.jsonl"):
             (run / name).write_text("mine")
             before = bytes_of(run)
@@ -416,10 +360,8 @@ class TestRefused:
             RunDirectory(again)
 
     def test_overwriting_looks_again_after_the_model_is_loaded(
-        self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, text: Path, run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run = tmp_path / "run"
-        run_tune(config(text, run))
         late, real = run / "adapter/late.txt", RunDirectory.begin
 
         def begin(self: RunDirectory, data: dict[str, Any]) -> None:
@@ -431,9 +373,8 @@ class TestRefused:
             run_tune(config(text, run, overwrite=True))
         assert late.read_text() == "mine" and (run / "adapter/adapter_config.json").exists()
 
-    def test_overwriting_keeps_links_to_other_disks(self, text: Path, tmp_path: Path) -> None:
-        run, disk = tmp_path / "run", tmp_path / "disk"
-        run_tune(config(text, run))
+    def test_overwriting_keeps_links_to_other_disks(self, text: Path, run: Path, tmp_path: Path) -> None:
+        disk = tmp_path / "disk"
         for name in ("checkpoints", "adapter"):
             (run / name).rename(tmp_path / f"disk-{name}")
             (run / name).symlink_to(tmp_path / f"disk-{name}")
@@ -457,14 +398,16 @@ class TestRefused:
             run_tune(config(text, model, **{option: True}))
         assert bytes_of(model) == before
 
-    def test_an_output_that_is_a_file(self, text: Path) -> None:
+    def test_an_output_that_is_a_file(self, text: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
         with pytest.raises(OutputExistsError, match="is a file"):
-            run_tune(config(text, text))
+            run_tune(config(text, tmp_path / "file"))
 
-    def test_a_place_that_cannot_be_written(self, text: Path) -> None:
+    def test_a_place_that_cannot_be_written(self, text: Path, tmp_path: Path) -> None:
         model = pruned()
+        (tmp_path / "file").write_text("mine")
         with pytest.raises(OutputError, match="a part of the path is a file"):
-            tune(config(text, text / "run"), model=model, tokenizer=tiny_tokenizer())
+            tune(config(text, tmp_path / "file" / "run"), model=model, tokenizer=tiny_tokenizer())
         assert not is_wrapped(model)
 
     @pytest.mark.sampled(1)
@@ -480,7 +423,13 @@ class TestRefused:
         ],
     )
     def test_a_full_disk(
-        self, text: Path, tmp_path: Path, name: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+        self,
+        finished: TuneResult,
+        text: Path,
+        tmp_path: Path,
+        name: str,
+        message: str | None,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         real = getattr(SPPTrainer, name)
 
@@ -501,32 +450,30 @@ class TestRefused:
             patch.setattr("spp.training.checkpoints.tempfile.TemporaryFile", no_file)
             with pytest.raises(OutputError, match=r"cannot write .*checkpoint-4: the disk is full: free some space"):
                 run_tune(config(text, tmp_path / "run", save_every=2))
-        whole = run_tune(config(text, tmp_path / "whole"))
         with pytest.warns(SPPWarning, match="skipping .*checkpoint-4"):
             result = run_tune(config(text, tmp_path / "run", save_every=2, resume=True))
-        assert result.perplexity_after == whole.perplexity_after
+        assert result.perplexity_after == finished.perplexity_after
 
-    def test_resuming_with_other_options(self, text: Path, tmp_path: Path) -> None:
-        run_tune(config(text, tmp_path / "run"))
+    def test_resuming_with_other_options(self, text: Path, run: Path) -> None:
         with pytest.raises(ConfigError, match=r"lr: 0\.02 then, 0\.01 now\n  steps: 6 then, 9 now"):
-            run_tune(config(text, tmp_path / "run", resume=True, lr=1e-2, steps=9))
-        run_tune(config(text, tmp_path / "run", resume=True, save_every=5, log_every=2))
+            run_tune(config(text, run, resume=True, lr=1e-2, steps=9))
+        run_tune(config(text, run, resume=True, save_every=5, log_every=2))
 
-    def test_resuming_a_run_from_before_an_option_existed(self, text: Path, tmp_path: Path) -> None:
-        run_tune(config(text, tmp_path / "run"))
-        path = tmp_path / "run" / "config.json"
+    def test_resuming_a_run_from_before_an_option_existed(self, text: Path, run: Path) -> None:
+        path = run / "config.json"
         written = json.loads(path.read_text())
         del written["tune"]["loss_chunk"], written["tune"]["saved_activations"]
         path.write_text(json.dumps(written))
-        assert run_tune(config(text, tmp_path / "run", resume=True)).steps == 6
+        assert run_tune(config(text, run, resume=True)).steps == 6
         with pytest.raises(ConfigError, match="loss_chunk: None then, 8 now"):
-            run_tune(config(text, tmp_path / "run", resume=True, loss_chunk=8))
+            run_tune(config(text, run, resume=True, loss_chunk=8))
 
-    def test_resuming_with_other_data(self, text: Path, tmp_path: Path) -> None:
-        run_tune(config(text, tmp_path / "run"))
-        text.write_text(TEXT.replace("fox", "fux"))
+    def test_resuming_with_other_data(self, text: Path, run: Path, tmp_path: Path) -> None:
+        path, other = run / "config.json", tmp_path / "train.txt"
+        path.write_text(path.read_text().replace(str(text), str(other)))
+        other.write_text(TEXT.replace("fox", "fux"))
         with pytest.raises(ConfigError, match="its training data was another"):
-            run_tune(config(text, tmp_path / "run", resume=True))
+            run_tune(config(other, run, resume=True))
 
     def test_a_diverging_run_stops_and_leaves_the_model_as_it_was(self, text: Path, tmp_path: Path) -> None:
         model = pruned()

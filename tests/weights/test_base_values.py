@@ -263,6 +263,7 @@ def test_a_model_without_values_is_unknown(saved: Path) -> None:
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("trained", "here", "state"),
     [
@@ -302,6 +303,7 @@ def test_dtypes(
         spp.load_adapter(other, path, strict_values=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
 def test_quantized_bases(form: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

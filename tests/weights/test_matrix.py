@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,7 +118,6 @@ def test_more_rows_than_are_decoded_together(kind: str, threads: int, monkeypatc
     assert_same_bits(out, weight[rows, cols] + 0.0)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     m=st.integers(0, 12),
     n=st.integers(0, 70),

@@ -149,6 +149,7 @@ def test_a_share_near_one_does_not_hide_the_error(form: str) -> None:
 
 @pytest.mark.sampled(2)
 @every_form
+@pytest.mark.sampled(1)
 def test_adapters_copies_checkpointing_and_generation(form: dict, tmp_path: Path) -> None:
     model = spp.wrap(quantized_llama(**form), r=4, seed=0)
     pruned = model(IDS).logits
