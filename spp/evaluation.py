@@ -287,7 +287,18 @@ def _exp(loss: float) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set every module to eval mode, without gradients, and each back to its own mode afterwards: a context manager."""
+    """Set every module to eval mode, without gradients, and each back to its own mode afterwards: a context manager.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with evaluating(model):  # doctest: +SKIP
+        ...     logits = model(ids).logits
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -221,8 +221,11 @@ class Certificate:
 
     def _check_keys(self, where: str) -> None:
         """Raise unless there are projections, and each tensor is listed once in every part that lists it."""
-        if not self.tensors:
-            raise CheckpointError(f"{where} lists no projection, so it certifies nothing; spp.certify(dir) writes one")
+        if not any(math.prod(tensor.shape) for tensor in self.tensors.values()):
+            raise CheckpointError(
+                f"{where} lists no projection with any weights, so it certifies nothing; {call('certify', 'dir')} "
+                f"writes one"
+            )
         twice = self.tensors.keys() & self.other.keys()
         if twice:
             raise CheckpointError(f"{where} is malformed: tensors and other both list {some_of(twice)}")

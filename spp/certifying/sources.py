@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.errors import CheckpointError, ConfigError, StreamingError, TargetError, some_of
+from spp.errors import CheckpointError, ConfigError, StreamingError, TargetError, call, some_of
 from spp.files import CheckpointReader, recover
 from spp.files.hub import local_directory
 from spp.files.reader import INDEX, SINGLE
@@ -79,14 +79,19 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "mode
             if (adapter / CONFIG_NAME).is_file():
                 raise CheckpointError(
                     f"{directory} holds an adapter, no model: pass the model that it was trained on, or what "
-                    f"spp merge BASE {adapter} OUTPUT writes"
+                    f"{call('merge_checkpoint', f'base, {adapter}, output')} writes"
                 )
     return directory
 
 
 def projection_keys(reader: CheckpointReader) -> list[str]:
-    """Return the sorted keys of a checkpoint that name projection weights of a floating dtype."""
-    return [k for k in reader if is_projection_key(k, len(reader.shape(k))) and reader.dtype(k).is_floating_point]
+    """Return the sorted keys of a checkpoint that name projection weights of a floating dtype with any values."""
+
+    def is_one(key: str) -> bool:
+        shape = reader.shape(key)
+        return is_projection_key(key, len(shape)) and reader.dtype(key).is_floating_point and 0 not in shape
+
+    return list(filter(is_one, reader))
 
 
 def unreadable_in(reader: CheckpointReader) -> dict[str, str]:
@@ -148,6 +153,7 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         axes = {
             key: axis % (packed_ndim(packed[key]) if key in packed else max(parameters[key].ndim, 2))
             for key, axis in projections.items()
+            if key in packed or parameters[key].numel()
         }
         others = [n for n, p in parameters.items() if is_other_matrix(n, p.ndim, p.dtype) and has_values(what, n)]
         others += [n for n in packed if n not in axes and is_other_matrix(n, 2, torch.float32)]

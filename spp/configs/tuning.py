@@ -292,7 +292,10 @@ class TuneConfig:
         if self.progress is not None and not isinstance(self.progress, bool):
             raise ConfigError(f"{arg('progress')} is {self.progress!r}; it must be True, False or None")
         if self.overwrite and self.resume:
-            raise ConfigError("overwrite and resume are both True; choose to replace the earlier run or to continue it")
+            raise ConfigError(
+                f"{arg('overwrite', True)} and {arg('resume', True)} exclude each other; choose to replace the earlier "
+                f"run or to continue it"
+            )
         adapter = self.adapter_config() if self.method == "spp" else self.pst_config()  # raises for r, scaling, …
         if self.rule not in RULES:
             raise ConfigError(f"there is no rule {self.rule!r}; known: {', '.join(sorted(RULES))}", option="rule")

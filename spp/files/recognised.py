@@ -54,7 +54,7 @@ class Kind:
         mark: whether a folder is one; None for one that is only part of another.
         needs: a regular expression; without a file of that name, nothing in it is known.
         whole: nothing in it is anybody's but its writer's, and none of it is looked at.
-        model: its index names further files, and a report or a generated card may lie beside them.
+        model: its index names further files, and it may hold a report or a generated card.
     """
 
     name: str

@@ -65,7 +65,8 @@ def survived_share(inner: float, square: float, updated: int, moved: int) -> flo
         return None
     if not moved:
         return 0.0
-    return inner / square if square else 1.0  # squares too small for the arithmetic, but weights that moved
+    # Squares may be too small or too large for the arithmetic, of weights that moved.
+    return inner / square if 0 < square < math.inf and math.isfinite(inner) else 1.0
 
 
 def sum_layers(layers: Sequence[LayerMerge]) -> LayerMerge:
@@ -185,6 +186,11 @@ def _warning(total: LayerMerge, idle: str | None, requantized: bool) -> str | No
             f"(survived), and what is stored differs from the merged weights by {error or 0.0:.2f} times the update's "
             f"norm (below {MOST_ERROR:.2f} costs little, at 1 the base was as near): the steps of the quantized form "
             f"are too coarse for the update. {ways}"
+        )
+    if total.lost:
+        return (
+            f"quantizing the merged weights again made zeros of {total.lost} kept weights (lost): they are nearer "
+            f"to zero than to any other value of the quantized form. {_ways_out(requantized=True)}"
         )
     if survived < ENOUGH_SURVIVED:
         return (

@@ -60,7 +60,7 @@ def merge_tensor(
     arithmetic, factors = arithmetic_dtype(weight.dtype), adapter.factors(weight.shape[0], weight.dtype)
     by_chance = rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16)
     compiled = None if by_chance else merge_matrix(rule, weight, factors, dtype)
-    if compiled is not None and compiled[1].finite_after and not compiled[1].changed:
+    if compiled is not None and compiled[1].finite_after and not compiled[1].changed and _has_sums(compiled[1]):
         return compiled[0], layer_merge(compiled[1])
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     totals = _Totals()
@@ -148,10 +148,11 @@ def requantized(
             rescued = int(torch.count_nonzero(rescue_(exact.to(merged.dtype), block) & nonzero))
         rule.delta(block, factors, rows, slice(None), exact)
         totals.add(block, block, now, exact, int(torch.count_nonzero(nonzero)), rescued)
-        square += _sum((now.to(arithmetic) - before.to(arithmetic)).square_())
+        error = now.to(arithmetic) - before.to(arithmetic)
+        square += _dot(error, error)
     found = totals.result()
-    error = math.sqrt(square) / found.update_norm if found.update_norm else None
-    return replace(found, lost=lost, requantize_error=error)
+    share = math.sqrt(square) / found.update_norm if found.update_norm else None
+    return replace(found, lost=lost, requantize_error=share)
 
 
 def layer_merge(found: Found) -> LayerMerge:
@@ -250,8 +251,8 @@ class _Totals:
         self.rescued += rescued
         self.updated += int(torch.count_nonzero(updated))
         self.moved += int(torch.count_nonzero(updated.logical_and_(stored != alone)))
-        self.inner += _sum(change * update)
-        self.square += _sum(update * update)
+        self.inner += _dot(change, update)
+        self.square += _dot(update, update)
         relative = change.div_(before).abs_().nan_to_num_(nan=0.0)  # 0 / 0 where pruned
         self.largest = max(self.largest, float(relative.amax()) if relative.numel() else 0.0)
 
@@ -268,8 +269,15 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def _sum(products: Tensor) -> float:
-    return float(products.sum(-1).double().sum())
+def _dot(one: Tensor, other: Tensor) -> float:
+    """Return ⟨one, other⟩, also where products are too large for float32."""
+    found = float((one * other).sum(-1).double().sum())
+    return found if math.isfinite(found) else float((one.double() * other.double()).sum())
+
+
+def _has_sums(found: Found) -> bool:
+    """Whether no sum of a compiled merge was too large for float32."""
+    return all(map(math.isfinite, (found.inner, found.square, found.largest)))
 
 
 def _check_block(weight: Tensor, merged: Tensor, start: int, where: str) -> int:

@@ -65,7 +65,7 @@ class Weight(ABC):
 
     @abstractmethod
     def bounds(self) -> Tensor:
-        """Return a tensor in W's dtype: no non-zero entry is above the least |W| > 0 of those that it stands for."""
+        """Return a tensor in W's dtype: no non-zero entry is above the least |W| > 0 of the entries that it bounds."""
 
     @abstractmethod
     def entries(self) -> Tensor:
@@ -116,7 +116,7 @@ class Weight(ABC):
 
     @property
     def form(self) -> str:
-        """What the hash of W's values is of, in words."""
+        """Name what the hash of W's values is of."""
         return dtype_name(self.dtype)
 
     def values_sha256(self, form: str | None = None) -> str | None:

@@ -38,8 +38,9 @@ from spp.wrapping.wrap import (
     adapter_config,
     adapter_layers,
     is_wrapped,
+    origin_of_loaded,
     require_layers,
-    set_base_verdict,
+    set_loaded,
     wrap,
 )
 
@@ -120,15 +121,20 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 def write_adapter(model: nn.Module, directory: Path, masks: Mapping[str, str] | None = None) -> None:
     """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole).
 
+    One that was loaded, and not trained since, belongs to the values that its files name, whatever it was loaded onto.
+
     Args:
         masks: of `base_masks`, where they are known.
     """
+    origin = origin_of_loaded(model)
+    if origin is None:
+        origin = base_values((path, layer.held()) for path, layer in require_layers(model).items())
     config = {
         **adapter_config(model).to_dict(),
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": name_of_base(model),
         "base_masks": base_masks(model) if masks is None else dict(masks),
-        **base_values((path, layer.held()) for path, layer in require_layers(model).items()),
+        **origin,
         "task_type": "CAUSAL_LM" if _generates(uncompiled(model)) else None,  # what PEFT's Auto classes go by
     }
     write_files(directory, config, {PREFIX + key: tensor for key, tensor in adapter_state_dict(model).items()})
@@ -222,7 +228,8 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
             wrap(model, replace(files.config, packed=True) if held_packed else files.config)
     for layer_path, layer in adapter_layers(model).items():
         _fill(layer, layer_path, files.tensors)
-    set_base_verdict(model, verdict)
+    fields = {"base_values": files.base_values, "base_forms": files.base_forms}
+    set_loaded(model, verdict, {name: value for name, value in fields.items() if value is not None})
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
     return given
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import name_matches
 from spp.errors import ConfigError, arg
+from spp.files.hashes import content_sha256
 from spp.kernels import check_saved_activations
 from spp.layers.checks import check_linear, check_values, warn_dense
 from spp.layers.experts import SPPExperts, check_experts
@@ -24,7 +26,15 @@ from spp.models.targets import name_targets, resolve_projections
 from spp.weights import HoldsWeight
 from spp.weights.base_values import BaseVerdict
 from spp.weights.offload import check_offloading
-from spp.wrapping.state import Wrapping, check_quantizer, dtype_of_model, guard_saving, layer_generator, uncompiled
+from spp.wrapping.state import (
+    Loaded,
+    Wrapping,
+    check_quantizer,
+    dtype_of_model,
+    guard_saving,
+    layer_generator,
+    uncompiled,
+)
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -177,9 +187,26 @@ def base_verdict(model: nn.Module) -> BaseVerdict:
     return _SPP.state(model).base
 
 
-def set_base_verdict(model: nn.Module, verdict: BaseVerdict) -> None:
-    """Remember what a loaded adapter says of the base."""
-    _SPP.state(model).base = verdict
+def set_loaded(model: nn.Module, verdict: BaseVerdict, origin: Mapping[str, Any]) -> None:
+    """Remember what a loaded adapter says of the base, and the fields of its config that it says that with."""
+    state = _SPP.state(model)
+    state.base, state.loaded = verdict, Loaded(_parameters_hash(model), origin)
+
+
+def origin_of_loaded(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return on which values an adapter says that it was trained; None unless it was loaded and not changed since."""
+    loaded = _SPP.state(model).loaded
+    return loaded.origin if loaded is not None and loaded.parameters == _parameters_hash(model) else None
+
+
+def _parameters_hash(model: nn.Module) -> str:
+    """Return one hash of the parameters of all adapters, as they are now."""
+    digest = hashlib.sha256()
+    for path, layer in require_layers(model).items():
+        digest.update(path.encode() + b"\0")
+        for parameter in layer.adapter_parameters():
+            digest.update(b"meta" if parameter.is_meta else content_sha256(parameter).encode())
+    return digest.hexdigest()
 
 
 def adapter_config(model: nn.Module) -> SPPConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spp
-from benchmarks.saved import saved_bytes
+from benchmarks.harness import saved_bytes
 from spp.errors import ConfigError, NonFiniteError, SPPWarning
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.models import moe_model, projections, tiny_llama

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
@@ -17,7 +16,7 @@ from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_tensor
 from spp.models.projection import features, input_axis_of
 from spp.rules import get_rule
-from spp.weights import DenseWeight, Weight, quantized_kind, read_quantized
+from spp.weights import Weight, quantized_kind, read_quantized
 from spp.weights.hooks import move_hook
 from spp.weights.offload import execution_device, offloader, parameter_weight, values
 
@@ -47,7 +46,6 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         AdaptedLinear.__init__(self)
         quantized = read_quantized(base_layer, f"{where}.weight", dtype) if quantized_kind(base_layer) else None
         self._packed_here = (packed or quantized is not None) and not isinstance(base_layer, PackedLinear)
-        self._packed_before_merge: tuple[PackedLinear, ...] = ()  # in a tuple: not a submodule
         if self._packed_here:
             assert isinstance(base_layer, nn.Linear)
             base_layer = PackedLinear(base_layer, quantized, where=where)
@@ -80,11 +78,9 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         assert isinstance(stored, Tensor)
         return stored
 
-    def held(self) -> Weight:
-        """Return W as it was before any merge."""
-        if self._before_merge is not None:
-            return DenseWeight(self._before_merge, self.input_axis)
-        return self._packed_before_merge[0].held() if self._packed_before_merge else self.frozen()
+    def held_now(self) -> Weight:
+        """Return the base weight, merged or not."""
+        return self.frozen()
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has the weight offloaded."""
@@ -112,48 +108,25 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         merged, done = merge_tensor(self.held().matrix(), active, where=self.spp_name)
         return (merged if self.input_axis == -1 else merged.T.contiguous()), done
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the effective weight of the active adapters, or those named, into the base layer.
-
-        Adapters that are merged already are merged together with these, from the weight before: one rounding. The
-        result is checked whether or not `safe_merge` asks for it.
-
-        Raises:
-            NonFiniteError, MaskError: as for `merged_weight`; the weight is left as it was.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.spp_terms]
-        result = self.merged_weight([*self.merged_adapters, *names]) if names else None
-        if result is None:
-            return
-        merged, self.spp_merge = result
+    def write_merged(self, weight: Tensor) -> Tensor | PackedLinear:
+        """Have the base layer hold a merged weight; in place of a PackedLinear stands what it was made of."""
         base = self.base_layer
         if isinstance(base, PackedLinear):
-            self._packed_before_merge = (base,)
             self.base_layer = base.restore(dense=True)
-        weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        if self._before_merge is None and not self._packed_before_merge:
-            self._before_merge = weight.data
-        weight.data = merged
-        self.merged_adapters = [*self.merged_adapters, *names]
-        self._cached = None
+        parameter = self.base_layer.get_parameter("weight")
+        before = parameter.data
+        parameter.data = weight
+        return base if isinstance(base, PackedLinear) else before
 
-    def unmerge(self) -> None:
-        """Put back the weight that was there before the merge: the same tensor, not a computed one."""
-        if not self.merged:
-            return
-        weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        if self._packed_before_merge:
-            (packed,), self._packed_before_merge = self._packed_before_merge, ()
+    def write_back(self, before: Tensor | PackedLinear) -> None:
+        """Have the base layer be, or hold, what was there before a merge."""
+        if isinstance(before, PackedLinear):
             release_parameter(self.base_layer, "weight")
-            move_hook(self.base_layer, packed)
-            self.base_layer = packed
-        elif self._before_merge is not None:
-            weight.data = self._before_merge.to(weight.device)
-        self._before_merge, self.merged_adapters = None, []
+            move_hook(self.base_layer, before)
+            self.base_layer = before
+        else:
+            parameter = self.base_layer.get_parameter("weight")
+            parameter.data = before.to(parameter.device)
 
     def put(self, module: nn.Module, parent: nn.Module, name: str) -> None:
         """Put a module where this layer's linear was, or this layer is: at a place, and at the others that it has."""
@@ -161,25 +134,16 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             setattr(owner, attribute, module)
 
     def unpack_base(self) -> None:
-        """Have the base layer be what it was, if it was this layer that packed it, or holds it for being quantized."""
+        """Give the base layer back as it was, if this layer has packed it, or holds it because it is quantized."""
         if self._packed_here and isinstance(self.base_layer, PackedLinear):
             self.base_layer = self.base_layer.restore()
-
-    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """Make adapters the active ones, trainable unless in inference mode."""
-        self._cached = None
-        super().set_adapter(adapter_names, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftLinear:
         """Convert or move; what was set aside by a merge follows."""
         super()._apply(fn, recurse)
-        if self._before_merge is not None:
-            self._before_merge = fn(self._before_merge)
-        for packed in self._packed_before_merge:
-            packed._apply(fn)
+        self.convert_before(fn)
         return self
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
-        ranks = {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
-        return f"in_features={self.in_features}, out_features={self.out_features}, r={ranks}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.ranks}"

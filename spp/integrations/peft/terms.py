@@ -1,4 +1,4 @@
-"""What every tuner layer keeps: its adapters, each a sum of terms, and which of them are active.
+"""A tuner layer's adapters, each a sum of terms; which of them are active, and which are merged into the weight.
 
 The active adapters' terms are summed, W_eff = W · (1 + Σ_t (s_t·β_t) · A_t) (spp.rules.terms; one term: spp.rules.spp).
 An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighted combination of adapters is several.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
@@ -20,11 +20,12 @@ from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
-from spp.weights import Weight, converting
+from spp.weights import DenseWeight, Weight, converting
 from spp.weights.hooks import HookedAdapter
 from spp.wrapping.state import layer_generator
 
 PREFIX = "spp_"
+Before = Any  # W as it was before a merge: a Tensor, a packed Weight, or the PackedLinear that held it
 
 
 class Term(NamedTuple):
@@ -68,6 +69,7 @@ class TermsLayer(BaseTunerLayer):
     spp_name: str
     in_features: int
     out_features: int
+    input_axis: int
     training: bool
     num_experts: int
 
@@ -80,15 +82,19 @@ class TermsLayer(BaseTunerLayer):
         self.spp_dropout: dict[str, tuple[float, str]] = {}
         self.spp_merge: LayerMerge | None = None
         self.merged_adapters: list[str] = []
-        self._before_merge: Tensor | None = None
+        self._before_merge: tuple[Before, ...] = ()  # one, or none; in a tuple: no submodule
 
-    def held(self) -> Weight:
-        """Return W as it was before any merge."""
+    def held_now(self) -> Weight:
+        """Return W as it is now, after a merge the merged one."""
         raise NotImplementedError
 
-    def base_weight(self) -> Tensor:
-        """Return W as it was before any merge, as it is stored."""
-        return self.held().dense()
+    def write_merged(self, weight: Tensor) -> Before:
+        """Hold a merged weight, as it is stored, and return the one before."""
+        raise NotImplementedError
+
+    def write_back(self, before: Before) -> None:
+        """Hold again what `write_merged` has returned."""
+        raise NotImplementedError
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has the weight offloaded."""
@@ -100,6 +106,70 @@ class TermsLayer(BaseTunerLayer):
 
     def drop_cache(self) -> None:
         """Forget what was computed from the adapters."""
+
+    def held(self) -> Weight:
+        """Return W as it was before any merge."""
+        for before in self._before_merge:
+            if isinstance(before, Tensor):
+                return DenseWeight(before, self.input_axis)
+            held: Weight = before if isinstance(before, Weight) else before.held()
+            return held
+        return self.held_now()
+
+    def base_weight(self) -> Tensor:
+        """Return W as it was before any merge, as it is stored; an offloaded one is loaded, a packed one decoded."""
+        return self.held().dense()
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective weight of the active adapters, or those named, in place of the base weight.
+
+        Adapters that are merged already are merged together with these, from the weight before: one rounding. The
+        result is checked whether or not `safe_merge` asks for it.
+
+        Args:
+            safe_merge: PEFT's; without effect.
+            adapter_names: of the adapters; None merges the active ones.
+
+        Raises:
+            NonFiniteError, MaskError: as for `merged_weight`; the weight is left as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_terms]
+        result = self.merged_weight([*self.merged_adapters, *names]) if names else None
+        if result is None:
+            return
+        merged, self.spp_merge = result
+        before = self.write_merged(merged)
+        self._before_merge = self._before_merge or (before,)
+        self.merged_adapters = [*self.merged_adapters, *names]
+        self.drop_cache()
+
+    def unmerge(self) -> None:
+        """Put back the weight that was there before the merge: the same tensor, not a computed one."""
+        for before in self._before_merge:
+            self.write_back(before)
+        self._before_merge, self.merged_adapters = (), []
+        self.drop_cache()
+
+    def convert_before(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Convert or move what was set aside by a merge."""
+        for before in self._before_merge:
+            if isinstance(before, Tensor):
+                self._before_merge = (fn(before),)
+            elif isinstance(before, Weight):
+                self._before_merge = (before.maker()(*map(fn, before.tensors())),)
+            else:
+                before._apply(fn)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Make adapters the active ones, trainable unless in inference mode."""
+        self.drop_cache()
+        super().set_adapter(adapter_names, *args, **kwargs)
+
+    @property
+    def ranks(self) -> dict[str, list[int]]:
+        """The ranks of each adapter's terms."""
+        return {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
 
     def update_layer(self, adapter: str, config: SPPConfig, inference_mode: bool = False) -> None:
         """Add an adapter, or make one anew: drawn as `spp.wrap` draws it."""
