@@ -76,17 +76,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gc.freeze()
 
 
+def model_of(example: str) -> Path:
+    """The directory of the model that an example downloads, once; the test is skipped where that cannot be."""
+    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return Path(getattr(module, example)())
+    except RuntimeError as error:
+        pytest.skip(f"{example} is not here: {error}")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The directory of SmolLM2-135M-Instruct; downloaded once, the test is skipped where that cannot be."""
-    spec = importlib.util.spec_from_file_location("smollm2", EXAMPLES / "smollm2.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    try:
-        return example.smollm2()
-    except RuntimeError as error:
-        pytest.skip(f"SmolLM2 is not here: {error}")
+    """The directory of SmolLM2-135M-Instruct."""
+    return model_of("smollm2")
 
 
 @pytest.fixture(scope="session")

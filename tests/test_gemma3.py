@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import spp
 from spp.evaluation import perplexity
 from spp.files import read_json
 from spp.masks.patterns import nonzero_mask
-from tests.conftest import EXAMPLES
+from tests.conftest import model_of
 from tests.helpers.tolerances import LOGITS, error
 from tests.test_smollm2 import TEXT
 
@@ -22,14 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def gemma3() -> Path:
-    spec = importlib.util.spec_from_file_location("gemma3", EXAMPLES / "gemma3.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    try:
-        return example.gemma3()
-    except RuntimeError as reason:
-        pytest.skip(f"Gemma 3 270M is not here: {reason}")
+    return model_of("gemma3")
 
 
 def test_the_road(gemma3: Path, tmp_path: Path) -> None:

@@ -10,16 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Outcome
+from tests.helpers.checkpoints import contents
 
 Call = Callable[..., Outcome]
 UNUSUAL = {"notes.txt": "of the base", "figures/zeros.svg": "<svg/>", "weird.dat": "\x00", "LICENSE": "free"}
 TUNED = ("--steps", 2, "--block-length", 16, "--window", 16, "--eval-windows", 1, "--batch-size", 1)
 COMPARED = ("--steps", 1, "--block-length", 16, "--window", 16, "--test-windows", 1, "--validation-windows", 1)
 CHEAP = ("--cost-rounds", 0, "--lr", "2e-2", "--device", "cpu", "--contenders", "norms")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def put(folder: Path, files: dict[str, str]) -> None:
@@ -148,6 +145,7 @@ def test_one_kind_of_output_takes_the_place_of_another(spp: Call, base: Path, ad
         assert (found := spp(*arguments, "--overwrite")).code == 0, found.err
 
 
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # the first step of a warm-up learns nothing
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # the rate of a first step is zero
 def test_a_run(spp: Call, pruned: Path, adapter: Path, text: Path, tmp_path: Path) -> None:

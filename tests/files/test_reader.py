@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from spp.errors import CheckpointError, OutputError
 from spp.files import CheckpointReader, read_json, save_tensors, write_json, write_tensors
 from spp.files.reader import INDEX, SINGLE
+from tests.merging.fuzzing import EDITS, edited
 
 TENSORS = {
     "b": torch.arange(15).reshape(3, 5).bfloat16(),
@@ -335,25 +336,6 @@ ENTRIES = st.fixed_dictionaries(
     }
 )
 HEADERS = st.dictionaries(st.sampled_from(["a", "b", "__metadata__", ""]), ENTRIES | JSON, max_size=3) | JSON
-EDITS = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "insert", "length"]), st.integers(0, 400), st.integers(0, 2**64 - 1)),
-    min_size=1,
-    max_size=4,
-)
-
-
-def edited(data: bytes, edits: list[tuple[str, int, int]]) -> bytes:
-    for kind, at, value in edits:
-        at = at % (len(data) + 1)
-        if kind == "flip":
-            data = data[:at] + bytes([b ^ (1 << value % 8) for b in data[at : at + 1]]) + data[at + 1 :]
-        elif kind == "cut":
-            data = data[:at] + data[at + value % 32 :]
-        elif kind == "insert":
-            data = data[:at] + value.to_bytes(8, "little")[: value % 9] + data[at:]
-        else:
-            data = struct.pack("<Q", value >> value % 64) + data[8:]
-    return data
 
 
 def fuzz(folder: Path, count: int) -> None:

@@ -28,16 +28,12 @@ from spp.packing import export as exporting
 from spp.pruning import magnitude_mask
 from spp.weights import PackedWeight
 from spp.weights.packed.disk import DenseReader, Descriptor
-from tests.helpers.checkpoints import Q0, UP1, pruned_model, rewrite, same_tensors, shard, tensors_of
+from tests.helpers.checkpoints import Q0, UP1, contents, pruned_model, rewrite, same_tensors, shard, tensors_of
 from tests.helpers.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
 from tests.helpers.tolerances import assert_same_bits
 
 NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def prune_any_(model: Any, fraction: float) -> Any:
