@@ -119,7 +119,7 @@ class Weight(ABC):
         """Name what the hash of W's values is of."""
         return dtype_name(self.dtype)
 
-    def values_sha256(self, form: str | None = None) -> str | None:
+    def values_sha256(self, form: str | None = None, *, anew: bool = False) -> str | None:
         """Return the hash of the values in a form; None where they are not there, or cannot be had in that form.
 
         It is computed once: it is known for as long as the tensors of `storage()` are the same, where they were, and
@@ -127,6 +127,7 @@ class Weight(ABC):
 
         Args:
             form: another float dtype than the weight's rounds it first; None is the weight's own.
+            anew: compute it, whatever is known.
         """
         form = form or self.form
         if form != self.form and not (self.form in FLOATS and form in FLOATS):
@@ -134,7 +135,7 @@ class Weight(ABC):
         held = self.storage()
         state = _state(held)
         known = {} if state is None else _known.setdefault(held[0], {})
-        if form in known and known[form][0] == state:
+        if not anew and form in known and known[form][0] == state:
             return str(known[form][1])
         digest = self._sha256(form)
         if state is not None:

@@ -100,10 +100,10 @@ class BaseComparison:
             self._unlike[f"trained on {recorded}, this one is {form}"] = None
         self._states[path] = state
 
-    def add_held(self, path: str, weight: Weight) -> None:
-        """Take a weight of a model; one without values is unknown."""
+    def add_held(self, path: str, weight: Weight, *, anew: bool = False) -> None:
+        """Take a weight of a model, hashed `anew` if asked; one without values is unknown."""
         recorded = self.form(path)
-        digest = None if recorded is None else weight.values_sha256(recorded)
+        digest = None if recorded is None else weight.values_sha256(recorded, anew=anew)
         if recorded is not None and digest is None and weight.is_meta:
             self._states[path] = UNKNOWN
         else:

@@ -65,6 +65,12 @@ def empty(values: dict[str, Any]) -> None:
     totals(values)
 
 
+def hollow(values: dict[str, Any]) -> None:
+    for record in values["tensors"].values():
+        record["shape"], record["zeros"] = [0, record["shape"][1]], 0
+    totals(values)
+
+
 def totals(values: dict[str, Any]) -> None:
     """Have the totals be the sums."""
     shapes = [record["shape"] for record in values["tensors"].values()]
@@ -121,6 +127,7 @@ LIES = [
         CheckpointError,
         "no projection with any weights, so it certifies nothing",
     ),
+    Lie("projections without a weight", edit(hollow), CheckpointError, "no projection with any weights"),
     Lie(
         "a tensor listed in two places",
         edit(lambda values: values["other"].update({Q0: 1})),

@@ -422,3 +422,47 @@ def test_weights_of_inference_mode_are_hashed_each_time(tmp_path: Path, monkeypa
     for number in range(2):
         spp.save_adapter(model, tmp_path / str(number))
     assert count.calls == 28
+
+
+# An adapter belongs to the values that it was trained on, whatever it is loaded onto and saved from.
+
+
+@pytest.mark.filterwarnings("ignore:the base's values are not those")
+def test_saving_from_another_base_launders_nothing(saved: Path, tmp_path: Path) -> None:
+    elsewhere = spp.load_adapter(scaled(pruned()), saved)
+    again = spp.save_adapter(elsewhere, tmp_path / "again")
+    for name in ("base_values", "base_forms"):
+        assert config_of(again)[name] == config_of(saved)[name]
+    assert base_verdict(spp.load_adapter(pruned(), again, strict_values=True)).state == SAME
+    with pytest.raises(AdapterError, match="14 of 14 layers"):
+        spp.load_adapter(scaled(pruned()), again, strict_values=True)
+
+
+@pytest.mark.filterwarnings("ignore:the base's values are not those")
+def test_one_that_was_trained_further_belongs_where_it_was(saved: Path, tmp_path: Path) -> None:
+    elsewhere = spp.load_adapter(scaled(pruned()), saved)
+    with torch.no_grad():
+        next(p for p in elsewhere.parameters() if p.requires_grad).view(-1)[0] += 1
+    again = spp.save_adapter(elsewhere, tmp_path / "again")
+    assert base_verdict(spp.load_adapter(scaled(pruned()), again, strict_values=True)).state == SAME
+
+
+def test_one_that_says_nothing_says_nothing_when_it_is_saved_again(saved: Path, tmp_path: Path) -> None:
+    config = config_of(saved)
+    del config["base_values"], config["base_forms"]
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    again = spp.save_adapter(spp.load_adapter(scaled(pruned()), saved), tmp_path / "again")
+    assert "base_values" not in config_of(again)
+
+
+def test_strict_values_look_at_every_value(saved: Path) -> None:
+    model = pruned()
+    weight = model.get_submodule(UP).weight.data
+    spp.unwrap(spp.load_adapter(model, saved))
+    odd = weight[1::2, 1::2]  # a sample takes every other row and column of these
+    before = base.as_weight(weight).values_sha256()
+    kept = odd.nonzero()[0]
+    odd[tuple(kept)] *= 2
+    assert base._sample(weight) == base._sample(weight.clone()) and before is not None
+    with pytest.raises(AdapterError, match=rf"1 of 14 layers, first in {UP}"):
+        spp.load_adapter(model, saved, strict_values=True)
