@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.comparing.measure import installed, require_peft
+from benchmarks.harness import installed, require_peft
 from spp.errors import ConfigError
 from spp.layers.linear import SPPLinear
 from spp.masks.patterns import Pattern
@@ -134,7 +134,7 @@ def contenders() -> dict[str, Build]:
 
 
 def make_layer(name: str, spec: LayerSpec) -> nn.Module:
-    """Return a contender, its random numbers always the same."""
+    """Return a contender, drawn from the same seed at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return contenders()[name](spec).train()
@@ -172,7 +172,7 @@ class LayerStep:
         self.forward().backward(self.dy)
 
     def parameters(self) -> int:
-        """Return how many numbers get a gradient besides X."""
+        """Return how many values get a gradient besides X."""
         return self.layer.gradient.numel() if isinstance(self.layer, Products) else sum(p.numel() for p in self.trained)
 
 

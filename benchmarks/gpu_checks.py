@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.functional import spp_linear_reference
-from spp.kernels import PackedSource, use_kernels
+from spp.kernels import use_kernels
 from spp.kernels.autograd import draw_dropout
 from spp.kernels.gpu import TritonWork, work_for
 from spp.kernels.linear import linear
@@ -23,7 +23,7 @@ from spp.packing.semi_structured import to_semi_structured
 from spp.pruning import magnitude_mask
 from spp.rules import Adapter, effective_weight, get_rule
 from spp.weights import PackedWeight
-from spp.weights.base import DenseWeight
+from spp.weights.base import as_weight
 
 RULE = get_rule("spp")
 WHOLE = slice(None)
@@ -53,7 +53,7 @@ LARGE = (
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared, and whether it is within its bound: an error, or the number of elements that differ."""
+    """A comparison, and whether it is within its bound: an error, or the number of elements that differ."""
 
     what: str
     case: str
@@ -90,7 +90,7 @@ class Layer:
             self.given = PackedWeight.pack(self.weight)
         self.alpha, self.beta = (t.to(device, torch.float32) for t in (alpha, beta))
         self.x, self.dy = (draw(tokens, k).to(device, dtype) for k in (n, m))
-        self.source = PackedSource(self.given) if isinstance(self.given, PackedWeight) else DenseWeight(self.given)
+        self.source = as_weight(self.given)
         self.factors: Any = RULE.prepare((self.alpha, self.beta), SCALING, m, torch.float32)
         self.dtype = dtype
 
@@ -137,7 +137,7 @@ def kernel_checks(layer: Layer) -> Iterator[Check]:
     m, n = dense.shape
     work = work_for(RULE, layer.source, layer.factors)
     assert isinstance(work, TritonWork)
-    effective = effective_weight(RULE, dense, params, SCALING)
+    effective = effective_weight(dense, Adapter(RULE, params, SCALING))
     yield layer.check("W_eff, bits", differing(work.effective(layer.dtype), effective), 0)
     update = torch.empty(m, n)
     RULE.delta(dense, RULE.prepare(params, SCALING, m, torch.float32), WHOLE, WHOLE, update)

@@ -9,20 +9,15 @@ contender trains. The contenders are those of benchmarks.adapted; they take turn
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from benchmarks import harness
 from benchmarks.adapted import LayerSpec, LayerStep, Products, contenders
-from benchmarks.plot import plot_ratios
-from benchmarks.saved import saved_bytes
-from spp.cli.options import spoken
-from spp.comparing import measure as harness
-from spp.errors import ConfigError, SPPError
+from spp.errors import ConfigError
 from spp.masks.patterns import Pattern
 from spp.report import Table, byte_text
 
@@ -32,7 +27,7 @@ MEMORY_STEPS = 3
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row for every shape, number of tokens and contender."""
-    environment = harness.environment(options.device, getattr(torch, options.dtype))
+    environment = harness.environment(options.device, getattr(torch, options.dtype)).to_dict()
     found = []
     for spec in layer_specs(options):
         for tokens in options.tokens:
@@ -83,19 +78,15 @@ def memory_here(step: LayerStep, device: str) -> dict[str, int]:
     memory = harness.measure_memory(step.step, calls=MEMORY_STEPS, device=device)
     found = {"peak_bytes": memory.peak - memory.rest, "saved_bytes": 0, "saved_beyond_x_bytes": 0}
     if not isinstance(step.layer, Products):
-        found["saved_bytes"] = saved_bytes(step.forward, step.layer)
-        found["saved_beyond_x_bytes"] = saved_bytes(step.forward, step.layer, [step.x])
+        found["saved_bytes"] = harness.saved_bytes(step.forward, step.layer)
+        found["saved_beyond_x_bytes"] = harness.saved_bytes(step.forward, step.layer, [step.x])
     return found
 
 
 def _memory_of(options: argparse.Namespace, spec: LayerSpec, tokens: int, name: str) -> dict[str, int]:
     layer = f"{spec.out_features}x{spec.in_features}"
-    arguments = ["--child", name, "--layers", layer, "--tokens", str(tokens), "--pattern", options.pattern]
-    for option in ("rank", "peft-rank", "device", "dtype", "threads"):
-        value = getattr(options, option.replace("-", "_"))
-        if value is not None:
-            arguments += [f"--{option}", str(value)]
-    return harness.in_child("benchmarks.layer", arguments)
+    shared = harness.child_arguments(options, "pattern", "rank", "peft-rank", "device", "dtype", "threads")
+    return harness.in_child("benchmarks.layer", ["--child", name, "--layers", layer, "--tokens", str(tokens), *shared])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -126,14 +117,12 @@ def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     for row in rows:
         panels.setdefault(f"{row['out_features']} × {row['in_features']}, {row['tokens']} tokens", []).append(row)
     title = f"one training step of a layer at {rows[0]['pattern']}"
-    plot_ratios(panels, title, harness.environment_line(rows[0]), options.plot, overwrite=options.overwrite)
+    harness.plot_ratios(panels, title, rows[0], options)
 
 
-def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Time one training step of a linear layer: SPP against its peers, interleaved."
-    )
+    parser = harness.parser("layer", "Time one training step of a linear layer: SPP against its peers, interleaved.")
     add_layer_options(parser)
     parser.add_argument(
         "--contenders",
@@ -147,7 +136,6 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--memory", action="store_true", help="also the memory of a step, each contender in a fresh process"
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     harness.add_common_options(parser)
     harness.add_timing_options(parser)
     options = parser.parse_args(arguments)
@@ -156,12 +144,13 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return options
 
 
-def add_layer_options(parser: argparse.ArgumentParser) -> None:
+def add_layer_options(
+    parser: argparse.ArgumentParser, layers: Sequence[str] = ("4096x4096",), tokens: int = 512
+) -> None:
     """Add the options that describe layers."""
-    parser.add_argument(
-        "--layers", nargs="+", default=["4096x4096"], metavar="MxN", help="out × in features (default: 4096x4096)"
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512], help="rows of X (default: 512)")
+    told = f"out × in features (default: {' '.join(layers)})"
+    parser.add_argument("--layers", nargs="+", default=list(layers), metavar="MxN", help=told)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[tokens], help=f"rows of X (default: {tokens})")
     parser.add_argument("--rank", type=int, default=16, help="r of SPP (default: 16)")
     parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA (default: 8)")
     parser.add_argument("--pattern", default="2:4", help="zeros of the weights (default: 2:4)")
@@ -176,25 +165,20 @@ def check_layer_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--layers has {layer!r}; a layer is out x in features, such as 11008x4096")
         shapes.append((int(found[1]), int(found[2])))
     options.layers = shapes
-    for name, values in (("tokens", options.tokens), ("rank", [options.rank]), ("peft-rank", [options.peft_rank])):
-        if min(values) < 1:
-            raise ConfigError(f"--{name} is {min(values)}; it must be at least 1")
+    harness.require_positive(options, "tokens", "rank", "peft-rank")
     Pattern.parse(options.pattern)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.layer") -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
-    options = parse(arguments, prog)
-    if options.child:
-        (spec,), (tokens,) = layer_specs(options), options.tokens
-        print(json.dumps(memory_here(LayerStep(options.child, spec, tokens), options.device)))
-        return
-    rows = measure(options)
-    harness.finish(rows, table(rows), options, lambda: plot(rows, options))
+    harness.run(parse(arguments), measure_child, measure, table, plot)
+
+
+def measure_child(options: argparse.Namespace) -> dict[str, int]:
+    """Return what one contender takes in this process."""
+    (spec,), (tokens,) = layer_specs(options), options.tokens
+    return memory_here(LayerStep(options.child, spec, tokens), options.device)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SPPError as error:
-        sys.exit(f"error: {spoken(error, None)}")
+    harness.exiting(main)

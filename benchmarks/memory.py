@@ -1,4 +1,4 @@
-"""What a training step of a whole model takes in memory: at its peak, and between forward and backward.
+"""The memory of a training step of a whole model: at its peak, and between forward and backward.
 
 Each contender runs in a fresh process. `at rest` is what that holds before the first step (model, optimizer,
 libraries), `peak` the highest point of three steps, `step` the difference, `saved` what autograd keeps from the forward
@@ -10,39 +10,32 @@ to the backward beyond the parameters. For one layer: `python -m benchmarks.laye
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks import trained
-from benchmarks.plot import plot_ratios
-from benchmarks.saved import saved_bytes
-from spp.cli.options import spoken
-from spp.comparing import measure as harness
-from spp.errors import SPPError
+from benchmarks import harness, trained
 from spp.report import Table, byte_text
 
 CONTENDERS = ("spp", "spp-bf16-saved", "spp-chunked-loss", "spp-low-memory", "lora", "hira")
 
 
-def measure_here(options: argparse.Namespace, name: str) -> dict[str, int]:
+def measure_here(options: argparse.Namespace) -> dict[str, int]:
     """Return what one contender takes in this process."""
-    training = trained.Training(options, name)
+    training = trained.Training(options, options.child)
     training.step()  # away from the start, where an adapter has less to keep
-    saved = saved_bytes(training.loss, training.model)
+    saved = harness.saved_bytes(training.loss, training.model)
     memory = harness.measure_memory(training.step, calls=trained.MEMORY_STEPS, device=options.device)
     return {"rest_bytes": memory.rest, "peak_bytes": memory.peak, "saved_bytes": saved}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row a contender."""
-    environment = harness.environment(options.device, getattr(torch, options.dtype))
+    environment = harness.environment(options.device, getattr(torch, options.dtype)).to_dict()
     rows: list[dict[str, Any]] = []
     for name in options.contenders:
-        found = harness.in_child("benchmarks.memory", trained.child_arguments(options, name))
+        found = trained.measure_in_child("benchmarks.memory", options, name)
         row = {
             "bench": "memory",
             **trained.conditions(options, name),
@@ -74,17 +67,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write the chart of `--plot`."""
-    where = harness.environment_line(rows[0])
-    panels = {trained.describe(rows[0]): rows}
     fields = {"field": "this_to_reference_peak", "axis": "peak memory"}
-    plot_ratios(panels, "one training step", where, options.plot, overwrite=options.overwrite, **fields)
+    harness.plot_ratios({trained.describe(rows[0]): rows}, "one training step", rows[0], options, **fields)
 
 
-def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Measure the memory of a training step, each contender in a fresh process."
-    )
+    parser = harness.parser("memory", "Measure the memory of a training step, each contender in a fresh process.")
     trained.add_training_options(parser)
     trained.add_contenders_option(parser, CONTENDERS)
     harness.add_common_options(parser)
@@ -94,18 +83,10 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.memory") -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
-    options = parse(arguments, prog)
-    if options.child:
-        print(json.dumps(measure_here(options, options.child)))
-        return
-    rows = measure(options)
-    harness.finish(rows, table(rows), options, lambda: plot(rows, options))
+    harness.run(parse(arguments), measure_here, measure, table, plot)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SPPError as error:
-        sys.exit(f"error: {spoken(error, None)}")
+    harness.exiting(main)

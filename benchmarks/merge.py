@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
 import mmap
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -30,15 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import harness
 from benchmarks.adapted import BETA
 from benchmarks.models import SHAPES
-from benchmarks.plot import plot_ratios
 from spp.certifying.save import certify
 from spp.certifying.verify import verify
-from spp.cli.options import spoken
-from spp.comparing import measure as harness
 from spp.configs.adapter import SPPConfig
-from spp.errors import ConfigError, SPPError
+from spp.errors import ConfigError
 from spp.files import CheckpointReader, mask_sha256, save_tensors, values_sha256, write_json, write_tensors
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
@@ -59,7 +55,7 @@ _PIECE = 2**22  # bytes that a thread sums up at a time
 def make_checkpoint(options: argparse.Namespace, directory: Path) -> int:
     """Write a pruned Llama checkpoint of random weights and an adapter of it, one tensor at a time; return its bytes.
 
-    Every matrix of one shape holds the same numbers: what is measured does not depend on them.
+    Every matrix of one shape holds the same values: the measurements do not depend on them.
     """
     dtype, pattern = getattr(torch, options.dtype), Pattern.parse(options.pattern)
     hidden, intermediate, layers, heads, kv_heads, vocabulary, _ = SHAPES[options.shape]
@@ -194,7 +190,7 @@ def measure(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]
             "compiled_merge": elementwise.compiled() is not None,
             "bytes_per_s": size / times["wall_s"]["median"],
             **times,
-            **harness.environment("cpu", getattr(torch, options.dtype)),
+            **harness.environment("cpu", getattr(torch, options.dtype)).to_dict(),
         }
         if name == MERGE:
             row["rest_bytes"], row["peak_bytes"] = memory.rest, memory.peak
@@ -231,11 +227,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(f"merging and verifying {first['model']} at {first['pattern']}: {what}", columns, tuple(lines))
 
 
-def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Time the merge of an adapter into a checkpoint against a copy of the same files, and its "
+    parser = harness.parser(
+        "merge",
+        "Time the merge of an adapter into a checkpoint against a copy of the same files, and its "
         "verification against one pass of zlib.crc32.",
     )
     parser.add_argument("--shape", default="smollm2", choices=sorted(SHAPES), help="random weights of this shape")
@@ -244,7 +240,6 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="r of the adapter (default: 16)")
     parser.add_argument("--pattern", default="2:4", help="of the zeros (default: 2:4)")
     parser.add_argument("--directory", type=Path, help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     harness.add_timing_options(parser, rounds=3, warmup=1)
     harness.add_common_options(parser)
     parser.set_defaults(dtype="bfloat16")
@@ -252,47 +247,36 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     harness.check_common_options(options)
     if options.device != "cpu":
         raise ConfigError(f"--device is {options.device}; checkpoints are merged on the processor: cpu")
-    for name in ("blocks", "shards", "rank"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    harness.require_positive(options, "blocks", "shards", "rank")
     if options.directory and not options.directory.is_dir():
         raise ConfigError(f"--directory is {options.directory}, which is no folder; make it first")
     Pattern.parse(options.pattern)
     return options
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.merge") -> None:
-    """Run the benchmark and print its table; `--out` and `--plot` write files."""
-    options = parse(arguments, prog)
-    if options.child:
-        there = Path(options.child)
-        memory = harness.measure_memory(
-            lambda: merge_checkpoint(there / "base", there / "adapter", there / "out"), calls=1
-        )
-        print(json.dumps({"rest": memory.rest, "peak": memory.peak}))
-        shutil.rmtree(there / "out")
-        return
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
+    options = parse(arguments)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="spp-bench-") as scratch:
-        rows = measure(options, Path(scratch))
-    made = table(rows)
-
-    def plot() -> None:
-        conditions = harness.environment_line(rows[0])
-        panels = {pair[1]: [row for row in rows if row["contender"] in pair] for pair in PAIRS}
-        plot_ratios(panels, made.title, conditions, options.plot, overwrite=options.overwrite)
-
-    harness.finish(rows, made, options, plot)
+        harness.run(options, measure_child, lambda options: measure(options, Path(scratch)), table, plot)
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except SPPError as error:
-        sys.exit(f"error: {spoken(error, None)}")
+def measure_child(options: argparse.Namespace) -> harness.Memory:
+    """Return what one merge takes in this process; --child names the folder that has the checkpoint."""
+    there = Path(options.child)
+    out = there / "out"
+    memory = harness.measure_memory(lambda: merge_checkpoint(there / "base", there / "adapter", out), calls=1)
+    shutil.rmtree(out)
+    return memory
 
 
-# ---- How much of some files lies in the system's cache: whether a measurement that reads them found it warm.
+def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the chart of `--plot`: a panel for each pair."""
+    panels = {pair[1]: [row for row in rows if row["contender"] in pair] for pair in PAIRS}
+    harness.plot_ratios(panels, table(rows).title, rows[0], options)
+
+
+# ---- How much of some files is in the system's cache: whether a measurement that reads them found it warm.
 
 
 def cached_share(paths: Iterable[Path]) -> float | None:
@@ -316,3 +300,7 @@ def cached_share(paths: Iterable[Path]) -> float | None:
                 return None
             here, pages = here + int((found & 1).sum()), pages + found.size
     return here / pages if pages else None
+
+
+if __name__ == "__main__":
+    harness.exiting(main)

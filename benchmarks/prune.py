@@ -1,8 +1,9 @@
 """Pruning a whole model: each method of `spp.prune` beside the forward passes that no method can avoid.
 
 Contenders take turns in one process on one model, whose dense weights are put back, untimed, before each turn. "floor"
-is each block run twice, and nothing else (`benchmarks.floor`). Peak memory above the loaded model is measured in a
-fresh process for each contender.
+is the forward passes that no method can avoid: a block runs once to show what its layers read, and once more, pruned,
+to give the next block its inputs; nothing needs the second run of the last block that is pruned. Peak memory above the
+loaded model is measured in a fresh process for each contender.
 
     python -m benchmarks.prune --model DIR --calibration FILE
     python -m benchmarks.prune --shape smollm2 --out prune.json
@@ -11,29 +12,27 @@ fresh process for each contender.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floor import forward_passes
+from benchmarks import harness
 from benchmarks.models import add_model_options, load_dense, model_arguments
-from benchmarks.plot import plot_ratios
-from spp.cli.options import spoken
-from spp.comparing import measure as harness
 from spp.configs.pruning import METHODS
-from spp.errors import ConfigError, SPPError
+from spp.errors import ConfigError
+from spp.evaluation import evaluating
 from spp.masks.patterns import Pattern
 from spp.models.targets import resolve_targets
 from spp.pruning import prune
+from spp.pruning.blocks import BATCH_TOKENS, Reached, call_model, find_blocks, hidden_name
 from spp.pruning.windows import calibration_windows
 from spp.report import Table, byte_text
 
 FLOOR = "floor"
+Call = Callable[[Tensor], Any]  # a block with its recorded arguments: hidden states in, the block's output out
 
 
 def load_windows(options: argparse.Namespace, model: nn.Module) -> Tensor:
@@ -84,7 +83,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         device=options.device,
         before=restorer(model),
     )
-    environment = harness.environment(options.device, getattr(torch, options.dtype))
+    environment = harness.environment(options.device, getattr(torch, options.dtype)).to_dict()
     rows = []
     for name, fields in harness.compare(samples).items():
         row: dict[str, Any] = {
@@ -130,15 +129,12 @@ def job(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write the chart of `--plot`."""
-    conditions = harness.environment_line(rows[0])
-    plot_ratios({job(rows): rows}, "pruning", conditions, options.plot, overwrite=options.overwrite)
+    harness.plot_ratios({job(rows): rows}, "pruning", rows[0], options)
 
 
-def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Time spp.prune beside two forward passes a block, interleaved."
-    )
+    parser = harness.parser("prune", "Time spp.prune beside two forward passes a block, interleaved.")
     add_model_options(parser, "directory or hub id of a dense model")
     parser.add_argument(
         "--methods",
@@ -153,29 +149,20 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--calibration", type=Path, help="text file; needs --model (default: random token ids)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     harness.add_common_options(parser)
     harness.add_timing_options(parser, rounds=3, warmup=1)
     options = parser.parse_args(arguments)
     harness.check_common_options(options)
-    for name in ("windows", "seqlen"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    harness.require_positive(options, "windows", "seqlen")
     if options.calibration and not options.model:
         raise ConfigError("--calibration is text, and the random weights of --shape have no tokenizer: give --model")
     Pattern.parse(options.pattern)
     return options
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.prune") -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
-    options = parse(arguments, prog)
-    if options.child:
-        memory = measure_child(options)
-        print(json.dumps({"rest": memory.rest, "peak": memory.peak}))
-        return
-    rows = measure(options)
-    harness.finish(rows, table(rows), options, lambda: plot(rows, options))
+    harness.run(parse(arguments), measure_child, measure, table, plot)
 
 
 def measure_child(options: argparse.Namespace) -> harness.Memory:
@@ -190,16 +177,81 @@ def measure_child(options: argparse.Namespace) -> harness.Memory:
 
 
 def _memory_of(options: argparse.Namespace, name: str) -> harness.Memory:
-    arguments = ["--child", name, *model_arguments(options), "--pattern", options.pattern]
-    for option in ("windows", "seqlen", "calibration", "device", "dtype", "threads"):
-        value = getattr(options, option)
-        if value is not None:
-            arguments += [f"--{option}", str(value)]
+    shared = ("pattern", "windows", "seqlen", "calibration", "device", "dtype", "threads")
+    arguments = ["--child", name, *model_arguments(options), *harness.child_arguments(options, *shared)]
     return harness.Memory(**harness.in_child("benchmarks.prune", arguments))
 
 
-if __name__ == "__main__":
+# ---- The floor: the forward passes, and nothing else. A block is called with the arguments that the model itself
+# passes to it, recorded beforehand, batch by batch, and only the hidden states between two blocks are kept.
+
+
+def forward_passes(model: nn.Module, windows: Tensor) -> Callable[[], None]:
+    """Return a call that runs each block of a model twice, and the last one that is pruned once.
+
+    Args:
+        model: any that `spp.prune` takes.
+        windows: token ids (k, L), run in the batches that `spp.prune` makes of them.
+    """
+    targets = [path for path, _ in resolve_targets(model)]
+    root, blocks = find_blocks(model, targets)
+    start = len(root) + 1 if root else 0
+    blocks = blocks[: 1 + max(int(path[start:].split(".")[0]) for path in targets)]
+    batches = windows.to(next(model.parameters()).device).split(max(1, BATCH_TOKENS // windows.shape[1]))
+    with evaluating(model):
+        recorded = [_record(model, blocks, batch) for batch in batches]
+
+    def run() -> None:
+        hidden = [first for first, _ in recorded]
+        with evaluating(model):
+            for index in range(len(blocks)):
+                calls = [calls[index] for _, calls in recorded]
+                for call, x in zip(calls, hidden, strict=True):
+                    call(x)
+                if index < len(blocks) - 1:
+                    for batch, call in enumerate(calls):
+                        output = call(hidden[batch])
+                        hidden[batch] = output[0] if isinstance(output, tuple) else output
+
+    return run
+
+
+def _record(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> tuple[Tensor, list[Call]]:
+    """Return the first block's hidden states for a batch, and each block with its other arguments."""
+    first: list[Tensor] = []
+    calls: list[Call] = []
+
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = None if args else hidden_name(kwargs)
+        if not first:
+            first.append(args[0] if name is None else kwargs[name])
+        calls.append(_with_arguments(block, args[1:], kwargs, name))
+
+    def finish(*_: Any) -> NoReturn:
+        raise Reached
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(finish))
     try:
-        main()
-    except SPPError as error:
-        sys.exit(f"error: {spoken(error, None)}")
+        with torch.no_grad():
+            call_model(model, ids)
+    except Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first[0], calls
+
+
+def _with_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Call:
+    """Return a block that takes its hidden states by position, or by `name`; those recorded are not kept."""
+    rest = {key: value for key, value in kwargs.items() if key != name}
+
+    def call(x: Tensor) -> Any:
+        return block(x, *args, **rest) if name is None else block(**{name: x}, **rest)
+
+    return call
+
+
+if __name__ == "__main__":
+    harness.exiting(main)

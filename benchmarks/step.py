@@ -9,27 +9,22 @@ same pruned model and the same tokens. Peak memory is measured in a fresh proces
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.plot import plot_ratios
+from benchmarks import harness
 from benchmarks.trained import (
     MEMORY_STEPS,
     Training,
     add_contenders_option,
     add_training_options,
     check_training_options,
-    child_arguments,
     conditions,
     describe,
+    measure_in_child,
 )
-from spp.cli.options import spoken
-from spp.comparing import measure as harness
-from spp.errors import SPPError
 from spp.report import Table, byte_text
 
 
@@ -43,7 +38,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         warmup=options.warmup,
         device=options.device,
     )
-    environment = harness.environment(options.device, getattr(torch, options.dtype))
+    environment = harness.environment(options.device, getattr(torch, options.dtype)).to_dict()
     rows = []
     for name, fields in harness.compare(samples).items():
         row: dict[str, Any] = {
@@ -85,15 +80,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def plot(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write the chart of `--plot`."""
-    where = harness.environment_line(rows[0])
-    plot_ratios({describe(rows[0]): rows}, "one training step", where, options.plot, overwrite=options.overwrite)
+    harness.plot_ratios({describe(rows[0]): rows}, "one training step", rows[0], options)
 
 
-def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Time one training step of SPP against PEFT's LoRA and HiRA, interleaved."
-    )
+    parser = harness.parser("step", "Time one training step of SPP against PEFT's LoRA and HiRA, interleaved.")
     add_training_options(parser)
     add_contenders_option(parser, ("spp", "lora", "hira"))
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
@@ -105,25 +97,20 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks.step") -> None:
-    """Run the benchmark and print its table; `--out` writes the rows as JSON."""
-    options = parse(arguments, prog)
-    if options.child:
-        memory = harness.measure_memory(
-            Training(options, options.child).step, calls=MEMORY_STEPS, device=options.device
-        )
-        print(json.dumps({"rest": memory.rest, "peak": memory.peak}))
-        return
-    rows = measure(options)
-    harness.finish(rows, table(rows), options, lambda: plot(rows, options))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its table; `--out` writes the rows as JSON, `--plot` a chart."""
+    harness.run(parse(arguments), memory_here, measure, table, plot)
+
+
+def memory_here(options: argparse.Namespace) -> harness.Memory:
+    """Return what the steps of one contender take in this process."""
+    step = Training(options, options.child).step
+    return harness.measure_memory(step, calls=MEMORY_STEPS, device=options.device)
 
 
 def _memory_of(options: argparse.Namespace, name: str) -> harness.Memory:
-    return harness.Memory(**harness.in_child("benchmarks.step", child_arguments(options, name)))
+    return harness.Memory(**measure_in_child("benchmarks.step", options, name))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SPPError as error:
-        sys.exit(f"error: {spoken(error, None)}")
+    harness.exiting(main)

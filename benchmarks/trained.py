@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import harness
 from benchmarks.models import add_model_options, load_dense, model_arguments
-from spp.comparing.measure import installed, require_bitsandbytes, require_peft
 from spp.errors import ConfigError
 from spp.masks.patterns import Pattern
 from spp.models.targets import resolve_targets
@@ -45,14 +45,14 @@ def contenders(rank: int, peft_rank: int, pattern: str = "2:4") -> dict[str, Cal
     """Return what adapts a pruned model, by the name of the contender."""
 
     def lora(model: nn.Module) -> nn.Module:
-        peft = require_peft("lora")
+        peft = harness.require_peft("lora")
         config = peft.LoraConfig(r=peft_rank, lora_alpha=2 * peft_rank, target_modules=list(PROJECTIONS))
         return peft.get_peft_model(model, config)
 
     def hira(model: nn.Module) -> nn.Module:
-        peft = require_peft("hira")
+        peft = harness.require_peft("hira")
         if not hasattr(peft, "HiraConfig"):
-            raise ConfigError(f"peft {installed('peft')} has no HiRA; leave hira out of --contenders")
+            raise ConfigError(f"peft {harness.installed('peft')} has no HiRA; leave hira out of --contenders")
         config = peft.HiraConfig(r=peft_rank, target_modules=list(PROJECTIONS))
         return peft.get_peft_model(model, config)
 
@@ -97,7 +97,7 @@ def quantize(model: nn.Module, form: str) -> nn.Module:
     Args:
         form: "nf4" or "int8".
     """
-    bnb = require_bitsandbytes()
+    bnb = harness.require_bitsandbytes()
     for path, module in resolve_targets(model, PROJECTIONS):
         linear: Any = module
         weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
@@ -171,25 +171,19 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=16, help="r of SPP (default: 16)")
     parser.add_argument("--peft-rank", type=int, default=8, help="r of LoRA and HiRA, ranks of PST (default: 8)")
     parser.add_argument("--pattern", default="2:4", help="pruned to this where the model is dense (default: 2:4)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def check_training_options(options: argparse.Namespace) -> None:
     """Refuse a step that cannot be."""
-    for name in ("batch", "tokens", "rank", "peft_rank"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    harness.require_positive(options, "batch", "tokens", "rank", "peft-rank")
     Pattern.parse(options.pattern)
 
 
-def child_arguments(options: argparse.Namespace, name: str) -> list[str]:
-    """Return the command line with which a child measures one contender."""
-    arguments = ["--child", name, *model_arguments(options), "--pattern", options.pattern]
-    for option in ("batch", "tokens", "rank", "peft-rank", "device", "dtype", "threads"):
-        value = getattr(options, option.replace("-", "_"))
-        if value is not None:
-            arguments += [f"--{option}", str(value)]
-    return arguments
+def measure_in_child(module: str, options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return what a benchmark measures of one contender in a fresh process."""
+    shared = ("pattern", "batch", "tokens", "rank", "peft-rank", "device", "dtype", "threads")
+    arguments = ["--child", name, *model_arguments(options), *harness.child_arguments(options, *shared)]
+    return harness.in_child(module, arguments)
 
 
 def describe(row: Any) -> str:

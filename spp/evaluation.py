@@ -40,7 +40,7 @@ _LOSS_ELEMENTS = 1 << 24  # logits turned to float32 at a time: 64 MiB
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What a perplexity measurement found.
+    """The result of a perplexity measurement.
 
     Args:
         perplexity: exp(loss).
@@ -71,7 +71,10 @@ def perplexity(
     max_windows: int | None = None,
     progress: bool = False,
 ) -> float:
-    """Return the perplexity of `model` on `text`; see `perplexity_result` for the arguments.
+    """Return the perplexity of `model` on `text`.
+
+    Args:
+        model, tokenizer, text, window, batch_size, max_windows, progress: as for `perplexity_result`, also the errors.
 
     Example:
         >>> perplexity(model, tokenizer, open("valid.txt").read(), window=1024)  # doctest: +SKIP
@@ -103,10 +106,17 @@ def perplexity_result(
         max_windows: measure the first windows only; None for all.
         progress: show a progress bar if standard error is a terminal.
 
+    Returns:
+        The perplexity, and what it was measured on.
+
     Raises:
         ConfigError: an option makes no sense.
         DataError: the text has fewer tokens than one window, or the tokenizer is another model's.
         NonFiniteError: a loss is NaN or infinite.
+
+    Example:
+        >>> perplexity_result(model, tokenizer, text, window=1024).windows  # doctest: +SKIP
+        312
     """
     return token_perplexity(
         model,
@@ -119,7 +129,21 @@ def perplexity_result(
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Return the token ids (T,) of a text of any length, without the tokenizer's warning about its model's length."""
+    """Return the token ids of a text of any length, without the tokenizer's warning about its model's length.
+
+    Args:
+        tokenizer: adds the special tokens that it always adds.
+        text: the text, not a path.
+
+    Returns:
+        Int64 (T,).
+
+    Raises:
+        DataError: the text is no str.
+
+    Example:
+        >>> tokens = tokenize(tokenizer, "A text.")  # doctest: +SKIP
+    """
     if not isinstance(text, str):
         raise DataError(f"the text is a {type(text).__name__}; it must be a str (read the file first)")
     ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
@@ -138,12 +162,18 @@ def token_perplexity(
     """Measure the perplexity on a text that is tokenised already.
 
     Args:
-        model: a causal language model.
+        model, window, batch_size, max_windows, progress: as for `perplexity_result`.
         tokens: token ids (T,).
-        window: see `perplexity_result`, also for the rest.
-        batch_size: windows of one forward pass.
-        max_windows: measure the first windows only.
-        progress: show a progress bar if standard error is a terminal.
+
+    Returns:
+        The perplexity, and what it was measured on.
+
+    Raises:
+        ConfigError, DataError, NonFiniteError: as `perplexity_result`.
+
+    Example:
+        >>> token_perplexity(model, tokenize(tokenizer, text), window=1024).perplexity  # doctest: +SKIP
+        20.6
     """
     require_model(model)
     check_windows(window, batch_size, max_windows)
@@ -169,6 +199,16 @@ def rows_perplexity(
         batches: "input_ids", "labels" (−100: not predicted) and, for padded rows, "attention_mask", each (B, T).
         total: number of batches, for the progress bar.
         progress: show a progress bar if standard error is a terminal.
+
+    Returns:
+        The perplexity; its `window` is None.
+
+    Raises:
+        DataError, NonFiniteError: as `mean_loss`.
+
+    Example:
+        >>> rows_perplexity(model, loader).tokens  # doctest: +SKIP
+        5120
     """
     rows = 0
 
@@ -182,22 +222,31 @@ def rows_perplexity(
     return PerplexityResult(_exp(loss), loss, count, rows, None)
 
 
-@torch.no_grad()
 def mean_loss(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, total: int | None = None, progress: bool = False
 ) -> tuple[float, int]:
-    """Return (mean loss in nats, number of predicted tokens) over all batches; only one batch's logits exist at a time.
+    """Measure the loss; only one batch's logits exist at a time.
+
+    Args:
+        model, batches, total, progress: as for `rows_perplexity`.
+
+    Returns:
+        (mean loss in nats, number of predicted tokens) over all batches.
 
     Raises:
         DataError: nothing is predicted, or a token id is beyond the model's vocabulary.
         NonFiniteError: a loss is NaN or infinite; the message names the batch.
+
+    Example:
+        >>> mean_loss(model, [{"input_ids": ids, "labels": ids}])  # doctest: +SKIP
+        (3.0, 511)
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     device = weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
     loss_sum, count = 0.0, 0
     bar = tqdm(batches, total=total, desc="perplexity", disable=not (progress and sys.stderr.isatty()), leave=False)
-    with _eval_mode(model), bar:
+    with evaluating(model), bar:
         for number, batch in enumerate(bar):
             if isinstance(weight, Tensor) and int(batch["input_ids"].max()) >= len(weight):
                 raise DataError(
@@ -237,12 +286,24 @@ def _exp(loss: float) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and each back into its own afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set every module to eval mode, without gradients, and each back to its own mode afterwards: a context manager.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with evaluating(model):  # doctest: +SKIP
+        ...     logits = model(ids).logits
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes:
             module.training = training

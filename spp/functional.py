@@ -72,10 +72,19 @@ def spp_linear_reference(
 ) -> Tensor:
     """Compute the SPP layer as the paper writes it, with separate branches: the oracle that tests compare with.
 
-    Arguments as for `spp_linear`, all of one dtype; differentiable in all of them, any number of times.
+    Differentiable in all arguments, any number of times.
 
     Args:
+        x: (…, n); weight: (m, n); bias: (m,) or None; alpha: (r, n); beta: (m, 1); scaling: s; all of one dtype.
         mask: None, or what input dropout multiplies x by in the residual branch: (…, n) of 0 and 1 / (1 − p).
+
+    Returns:
+        Y (…, m).
+
+    Example:
+        >>> x, weight, alpha, beta = torch.ones(3), torch.ones(2, 3), torch.ones(1, 3), torch.ones(2, 1)
+        >>> spp_linear_reference(x, weight, None, alpha, beta, 0.5)
+        tensor([4.5000, 4.5000])
     """
     return _RULE.oracle(x, weight, bias, (alpha, beta), scaling, mask)
 
@@ -88,9 +97,14 @@ def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scaling: float
 
     Args:
         weight: (m, n); alpha: (r, n); beta: (m, 1); scaling: s.
+
+    Example:
+        >>> effective_weight(torch.ones(2, 3), torch.ones(1, 3), torch.ones(2, 1), 0.5)
+        tensor([[1.5000, 1.5000, 1.5000],
+                [1.5000, 1.5000, 1.5000]])
     """
     _RULE.check_shapes((alpha, beta), weight.shape[0], weight.shape[1], "effective_weight")
-    return _effective_weight(_RULE, weight, (alpha, beta), scaling)
+    return _effective_weight(weight, Adapter(_RULE, (alpha, beta), scaling))
 
 
 __all__ = ["effective_weight", "spp_linear", "spp_linear_reference"]

@@ -35,6 +35,8 @@ def test_its_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
+    benchmarks = set(re.findall(r"\bbenchmarks\.(\w+)", README))
+    assert benchmarks and all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in benchmarks)
 
 
 def test_it_is_short() -> None:

@@ -23,22 +23,22 @@ depends on spp_version and base.name_or_path. NaN and infinity are looked for in
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spp._version import __version__
 from spp.errors import CheckpointError, call, some_of
 from spp.files import atomic_file, dtype_name, read_json, write_json
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.recognised import CERTIFICATE
-from spp.masks.patterns import DENSE, all_finite, count_kept, detect_packed, pack_bits
+from spp.masks.patterns import DENSE
 
 FORMAT_VERSION = 1
 MIXED = "mixed"
@@ -95,7 +95,7 @@ class SparsityReport:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What the certificate says of one projection weight; the fields are those of the file."""
+    """The entry of one projection weight; the fields are those of the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -108,10 +108,12 @@ class TensorRecord:
     @property
     def numel(self) -> int:
         """Number of entries."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
+
+    def sparsity(self) -> TensorSparsity:
+        """Return the part that a report shows; what is certified is finite."""
+        share = self.zeros / self.numel if self.numel else 0.0
+        return TensorSparsity(self.shape, self.dtype, self.zeros, share, self.pattern, valid=True)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Certificate:
 
     def report(self) -> SparsityReport:
         """Return what the certificate says as a report; what it certifies is finite."""
-        return make_report({key: record_sparsity(record) for key, record in self.tensors.items()})
+        return make_report({key: record.sparsity() for key, record in self.tensors.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that the file holds."""
@@ -219,8 +221,11 @@ class Certificate:
 
     def _check_keys(self, where: str) -> None:
         """Raise unless there are projections, and each tensor is listed once in every part that lists it."""
-        if not self.tensors:
-            raise CheckpointError(f"{where} lists no projection, so it certifies nothing; spp.certify(dir) writes one")
+        if not any(math.prod(tensor.shape) for tensor in self.tensors.values()):
+            raise CheckpointError(
+                f"{where} lists no projection with any weights, so it certifies nothing; {call('certify', 'dir')} "
+                f"writes one"
+            )
         twice = self.tensors.keys() & self.other.keys()
         if twice:
             raise CheckpointError(f"{where} is malformed: tensors and other both list {some_of(twice)}")
@@ -260,51 +265,12 @@ def fingerprint(masks: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def report_from_tensors(tensors: Iterable[tuple[str, Tensor, int]]) -> SparsityReport:
-    """Return the report on (name, tensor, input axis), one tensor at a time."""
-    return make_report({name: _facts(t, axis) for name, t, axis in tensors})
-
-
-def record_sparsity(record: TensorRecord) -> TensorSparsity:
-    """Return the part of a record that a report shows."""
-    numel = record.numel
-    return TensorSparsity(
-        shape=record.shape,
-        dtype=record.dtype,
-        zeros=record.zeros,
-        sparsity=record.zeros / numel if numel else 0.0,
-        pattern=record.pattern,
-        valid=True,
-    )
-
-
 def make_report(tensors: dict[str, TensorSparsity]) -> SparsityReport:
     """Return the report on tensors whose zeros are known."""
-    zeros = sum(t.zeros for t in tensors.values())
-    numel = 0
-    for tensor in tensors.values():
-        count = 1
-        for length in tensor.shape:
-            count *= length
-        numel += count
+    zeros, numel = sum(t.zeros for t in tensors.values()), sum(math.prod(t.shape) for t in tensors.values())
     patterns = {t.pattern for t in tensors.values()} or {DENSE}
     pattern = patterns.pop() if len(patterns) == 1 else MIXED
     return SparsityReport(sparsity=zeros / numel if numel else 0.0, pattern=pattern, tensors=tensors)
-
-
-def _facts(t: Tensor, input_axis: int) -> TensorSparsity:
-    packed = pack_bits(t)
-    numel = t.numel()
-    zeros = numel - count_kept(packed)
-    along = packed if input_axis in (-1, t.dim() - 1) else pack_bits(t.movedim(input_axis, -1))
-    return TensorSparsity(
-        shape=tuple(t.shape),
-        dtype=dtype_name(t.dtype),
-        zeros=zeros,
-        sparsity=zeros / numel if numel else 0.0,
-        pattern=detect_packed(along, numel, t.shape[input_axis]),
-        valid=all_finite(t),
-    )
 
 
 def _as_objects(records: Mapping[str, TensorRecord | TensorLayout]) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Collection, Mapping, Set
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from spp.certifying.sources import (
     require_projections,
     same_names,
 )
-from spp.certifying.verify import facts_of, pruned_matrices, require_same_masks
+from spp.certifying.verify import pruned_matrices, require_same_masks
 from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
 from spp.files import CheckpointReader, atomic_directory, check_target
 from spp.files.carry import CERTIFICATE_NAME
@@ -110,7 +111,7 @@ def certify(
         deep: add the sha256 of every tensor's contents.
 
     Returns:
-        What the certificate says.
+        The report of the certificate.
 
     Raises:
         NonFiniteError: a projection weight holds NaN or infinity; such a checkpoint gets no certificate.
@@ -118,21 +119,22 @@ def certify(
         CheckpointError: the files are bad, or projections are stored so that their zeros cannot be read, such as by
             GPTQ.
         OutputError: the certificate cannot be written, or a sparsity.json is there that is none.
+
+    Example:
+        >>> certify("merged", base="pruned").sparsity  # doctest: +SKIP
+        0.5
     """
     directory = checkpoint_directory(dir)
     check_target(directory / CERTIFICATE_NAME, overwrite=True, kind=CERTIFICATE)
-    record = None
-    pruned: list[str] = []
-    if base is not None:
-        with open_source(base) as before:
-            pruned = pruned_matrices(before)
-    with DenseReader(directory) as reader:
+    with ExitStack() as opened:
+        before = None if base is None else opened.enter_context(open_source(base))
+        pruned = [] if before is None else pruned_matrices(before)
+        reader = opened.enter_context(DenseReader(directory))
         certificate = make_certificate(reader, deep=deep, also=certified_keys(directory).union(pruned))
+        if before is not None:
+            one, other = same_names(before, opened.enter_context(open_source(directory)))
+            require_same_masks(one, other, {*one.axes, *pruned, *certificate.tensors})
     if base is not None:
-        with open_source(base) as before, open_source(directory) as after:
-            before, after = same_names(before, after)
-            keys = {*before.axes, *pruned, *certificate.tensors}
-            require_same_masks(before, after, keys)
         name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
         name = name if isinstance(base, nn.Module) else os.fspath(base)
         record = BaseRecord(name, certificate.fingerprint())  # same keys, same masks: the base's fingerprint too
@@ -160,7 +162,7 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
     wanted: dict[str, int | None] = dict.fromkeys(reader.keys())
     wanted |= {key: axes[key] for key in projections}
     found = scan_reader(reader, wanted, deep=deep)
-    bad = [key for key in projections if not facts_of(found[key]).valid]
+    bad = [key for key in projections if not found[key].zeros.valid]
     if bad:
         raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: a checkpoint like that gets no certificate")
     other = {key: found[key].crc for key, axis in wanted.items() if axis is None}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp.certifying.certificate import TensorRecord, TensorSparsity
+from spp.certifying.certificate import SparsityReport, TensorRecord, TensorSparsity, make_report
 from spp.certifying.sources import Source
 from spp.files import CheckpointReader, dtype_name
 from spp.files.hashes import packed_sha256
@@ -34,7 +34,7 @@ PIECE_BYTES = 2 * PIECE  # of a tensor whose entries do not matter
 
 @dataclass(frozen=True)
 class Scanned:
-    """What is known of a tensor.
+    """The result of a scan of one tensor.
 
     Attributes:
         crc: zlib.crc32 of its bytes.
@@ -50,11 +50,16 @@ class Scanned:
     axis: int = 0
     sha256: str | None = None
 
+    @property
+    def zeros(self) -> TensorSparsity:
+        """The zeros of a tensor that was looked at as one of values."""
+        assert self.facts is not None
+        return self.facts
+
     def record(self) -> TensorRecord:
         """Return what a certificate says of the tensor."""
-        facts = self.facts
-        assert facts is not None
-        return TensorRecord(facts.shape, facts.dtype, self.axis, facts.pattern, facts.zeros, self.mask, self.crc)
+        zeros = self.zeros
+        return TensorRecord(zeros.shape, zeros.dtype, self.axis, zeros.pattern, zeros.zeros, self.mask, self.crc)
 
 
 def crc32(data: Bytes) -> int:
@@ -195,6 +200,32 @@ def regrouped(pieces: Iterable[memoryview], size: int, scratch: Scratch) -> Iter
         yield data[:filled]
 
 
+def scan_tensor(t: Tensor, axis: int) -> Scanned:
+    """Scan a tensor in memory, in one pass over its values; its crc stays 0.
+
+    Args:
+        t: on the CPU it is looked at where it is; elsewhere a part of it is copied at a time.
+        axis: the input axis.
+    """
+    t, axis = t.detach(), axis % t.dim()
+    if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPES:
+        flat: Bytes = as_array(t.reshape(-1).view(torch.uint8))
+        bits, size = np.empty((t.numel() + 7) // 8, np.uint8), t.element_size()
+        bounds = entry_pieces(t.numel())
+        parts = [scan_piece(flat[a * size : b * size], t.dtype, bits[a // 8 : (b + 7) // 8]) for a, b in bounds]
+        found = put_together(parts)
+    else:
+        bits = pack_bits(t)
+        found = Found(kept=-1, finite_before=all_finite(t))
+    facts, mask = describe(tuple(t.shape), t.dtype, axis, bits, found)
+    return Scanned(0, mask, facts, axis)
+
+
+def report_from_tensors(tensors: Iterable[tuple[str, Tensor, int]]) -> SparsityReport:
+    """Return the report on (name, tensor, input axis), one tensor at a time."""
+    return make_report({name: scan_tensor(t, axis).zeros for name, t, axis in tensors})
+
+
 class TensorJob(Job):
     """Scan one tensor of a model in memory, as a whole; of its bytes nothing is said.
 
@@ -208,19 +239,8 @@ class TensorJob(Job):
         self.result: Scanned | None = None
 
     def do(self, piece: int, scratch: Scratch) -> None:
-        """Look at the tensor where it is; elsewhere than on the CPU a part of it is copied at a time."""
-        t = self.get(self.name).detach()
-        if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPES:
-            flat: Bytes = as_array(t.reshape(-1).view(torch.uint8))
-            bits, size = np.empty((t.numel() + 7) // 8, np.uint8), t.element_size()
-            bounds = entry_pieces(t.numel())
-            parts = [scan_piece(flat[a * size : b * size], t.dtype, bits[a // 8 : (b + 7) // 8]) for a, b in bounds]
-            found = put_together(parts)
-        else:
-            bits = pack_bits(t)
-            found = Found(kept=-1, finite_before=all_finite(t))
-        facts, mask = describe(tuple(t.shape), t.dtype, self.axis % t.dim(), bits, found)
-        self.result = Scanned(0, mask, facts, self.axis % t.dim())
+        """Look at the tensor."""
+        self.result = scan_tensor(self.get(self.name), self.axis)
 
     def finish(self) -> None:
         """Nothing is left to do."""

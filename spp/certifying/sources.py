@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.errors import CheckpointError, ConfigError, StreamingError, TargetError, some_of
-from spp.files import CheckpointReader, read_json, recover
+from spp.errors import CheckpointError, ConfigError, StreamingError, TargetError, call, some_of
+from spp.files import CheckpointReader, recover
 from spp.files.hub import local_directory
 from spp.files.reader import INDEX, SINGLE
 from spp.models.disk_keys import DiskKeys, Group
 from spp.models.projection import disk_input_axes
 from spp.models.targets import (
-    dense_projections,
     has_values,
     is_other_matrix,
     is_projection_key,
     packed_modules,
     packed_ndim,
+    projection_axes,
     weight_of,
 )
 from spp.models.unreadable import describe_unreadable, unreadable_projections
@@ -79,14 +79,19 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "mode
             if (adapter / CONFIG_NAME).is_file():
                 raise CheckpointError(
                     f"{directory} holds an adapter, no model: pass the model that it was trained on, or what "
-                    f"spp merge BASE {adapter} OUTPUT writes"
+                    f"{call('merge_checkpoint', f'base, {adapter}, output')} writes"
                 )
     return directory
 
 
 def projection_keys(reader: CheckpointReader) -> list[str]:
-    """Return the sorted keys of a checkpoint that name projection weights, of numbers that can be read."""
-    return [k for k in reader if is_projection_key(k, len(reader.shape(k))) and reader.dtype(k).is_floating_point]
+    """Return the sorted keys of a checkpoint that name projection weights of a floating dtype with any values."""
+
+    def is_one(key: str) -> bool:
+        shape = reader.shape(key)
+        return is_projection_key(key, len(shape)) and reader.dtype(key).is_floating_point and 0 not in shape
+
+    return list(filter(is_one, reader))
 
 
 def unreadable_in(reader: CheckpointReader) -> dict[str, str]:
@@ -114,7 +119,7 @@ def require_projections(reader: CheckpointReader, *, whole: bool) -> dict[str, s
         raise CheckpointError(
             f"{what}; it holds {some_of(reader, 4) or 'no tensor'}: is it a language model's checkpoint?"
         )
-    settings = _config_of(reader).get("quantization_config")
+    settings = reader.config().get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     says = f"; config.json says quant_method {method!r:.40}" if method is not None else ""
     raise CheckpointError(
@@ -125,12 +130,7 @@ def require_projections(reader: CheckpointReader, *, whole: bool) -> dict[str, s
 
 def input_axes(reader: CheckpointReader) -> dict[str, int]:
     """Return the input axis of every 2-D and 3-D tensor of a checkpoint, counted from the front."""
-    return disk_input_axes({key: reader.shape(key) for key in reader}, _config_of(reader).get("model_type"))
-
-
-def _config_of(reader: CheckpointReader) -> dict[str, Any]:
-    config = reader.directory / "config.json"
-    return read_json(config, "the model's config") if config.exists() else {}
+    return disk_input_axes({key: reader.shape(key) for key in reader}, reader.config().get("model_type"))
 
 
 @contextlib.contextmanager
@@ -144,27 +144,24 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
     """
     if isinstance(what, nn.Module):
         packed: dict[str, Any] = packed_modules(what)
-        parameters, dense = dict(what.named_parameters()), dense_projections(what)
-        empty = sorted(name for name in dense if not has_values(what, name))
+        parameters, projections = dict(what.named_parameters()), projection_axes(what)
+        empty = sorted(name for name in projections if name not in packed and not has_values(what, name))
         empty += sorted(name for name, module in packed.items() if module.stored_weight.is_meta)
         if empty:
             raise ConfigError(f"the model is on the meta device and has no values, such as {empty[0]}; load it first")
         name = f"the {type(what).__name__}"
-        axes = {key: axis % max(parameters[key].ndim, 2) for key, axis in dense.items()}
-        for key, module in packed.items():
-            if is_projection_key(key, packed_ndim(module)):
-                axes[key] = module.input_axis % packed_ndim(module)
+        axes = {
+            key: axis % (packed_ndim(packed[key]) if key in packed else max(parameters[key].ndim, 2))
+            for key, axis in projections.items()
+            if key in packed or parameters[key].numel()
+        }
         others = [n for n, p in parameters.items() if is_other_matrix(n, p.ndim, p.dtype) and has_values(what, n)]
         others += [n for n in packed if n not in axes and is_other_matrix(n, 2, torch.float32)]
-
-        def get(key: str) -> Tensor:
-            return packed[key].weight if key in packed else weight_of(what, key)
-
         unreadable = _unreadable_of(what, axes)
         if not axes:
             how = describe_unreadable(unreadable) or f"its parameters are {some_of(parameters, 4) or 'none'}"
             raise TargetError(f"{name} has no projection weight that can be read: {how}")
-        yield Source(name, axes, dict.fromkeys(others, 1), get, model=what, unreadable=unreadable)
+        yield Source(name, axes, dict.fromkeys(others, 1), partial(weight_of, what), model=what, unreadable=unreadable)
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")

@@ -67,7 +67,7 @@ def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
                 SPPWarning,
                 stacklevel=2,
             )
-    return make_report({key: facts_of(found[key]) for key in source.axes})
+    return make_report({key: found[key].zeros for key in source.axes})
 
 
 def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False) -> SparsityReport:
@@ -119,12 +119,6 @@ def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool
     return _examine_directory(checkpoint_directory(before), deep)
 
 
-def facts_of(scanned: Scanned) -> TensorSparsity:
-    """Return the zeros of a tensor that was looked at as one of numbers."""
-    assert scanned.facts is not None
-    return scanned.facts
-
-
 def require_same_masks(before: Source, after: Source, keys: Iterable[str]) -> None:
     """Raise unless these weights have the same zeros and are finite; arguments as for `compare`."""
     keys = set(keys)
@@ -137,7 +131,7 @@ def pruned_matrices(source: Source, scanned: Mapping[str, Scanned] | None = None
     found = scan_source(source, source.matrices) if scanned is None else scanned
 
     def is_pruned(key: str) -> bool:
-        facts = facts_of(found[key])
+        facts = found[key].zeros
         return 0 < facts.zeros >= PRUNED_FROM * math.prod(facts.shape)
 
     return [key for key in source.matrices if is_pruned(key)]
@@ -162,7 +156,7 @@ def compare(
             also = f"; {other_side.name} has it stored as {stored}" if stored else ""
             problems.append(Problem(MASK, f"only in {here.name}{also}", key))
             continue
-        one, other = facts_of(old[key]), facts_of(new[key])
+        one, other = old[key].zeros, new[key].zeros
         if one.shape != other.shape:
             problems.append(Problem(MASK, f"shape {one.shape} became {other.shape}", key))
             continue
@@ -189,7 +183,7 @@ def _examine_two(before: Source, after: Source) -> Verification:
         new = scan_source(after, {**after.axes, **before.axes, **dict.fromkeys(pruned)}, lambda _: bar.update())
     problems = compare(before, old, after, new, {*before.axes, *after.axes, *pruned})
     kept = [key for key in [*after.axes, *pruned] if key in new]
-    facts = {key: facts_of(new[key]) for key in kept}
+    facts = {key: new[key].zeros for key in kept}
     tensors = {**{problem.key: None for problem in problems}, **facts}
     return Verification(after.name, before.name, tensors, tuple(problems), make_report(facts))
 
@@ -258,7 +252,7 @@ def _examine_directory(directory: os.PathLike[str], deep: bool) -> Verification:
 
 
 def _problems_of(key: str, record: TensorRecord, scanned: Scanned) -> list[Problem]:
-    facts, numel = facts_of(scanned), record.numel
+    facts, numel = scanned.zeros, record.numel
     if not facts.valid:
         return [Problem(FINITE, "NaN or infinity", key)]
     if scanned.mask != record.mask_sha256:

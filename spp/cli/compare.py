@@ -9,8 +9,7 @@ import typer
 
 from spp.cli import console
 from spp.cli.options import command
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import GROUPS, KINDS
+from spp.configs.comparing import GROUPS, KINDS, CompareConfig
 from spp.configs.options import RUN, Option
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run(
     """Compare SPP with its peers: perplexity, zeros, parameters, time and memory under one trainer.
 
     Every contender trains on the same batches at its best learning rate, and is measured after its own merge. Ctrl-C
-    loses the trial that runs; the same command with --resume goes on, in several processes at once if need be.
+    loses the trial that runs; the same command with --resume continues, also in several processes at once.
 
     Example: spp compare pruned comparison --data train.txt --eval-text valid.txt --contenders "spp hira masked-lora"
     """

@@ -1,4 +1,4 @@
-"""What the commands share: printing tables and paths, warnings on one line, progress, which device."""
+"""Shared by the commands: printing tables and paths, warnings on one line, progress, the choice of a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -142,7 +142,7 @@ def show_warnings_on_one_line() -> None:
 
 
 def pick_device(device: str) -> str:
-    """Return the device that `auto`, `cpu` or `cuda` stands for.
+    """Return the device that `auto`, `cpu` or `cuda` means.
 
     Raises:
         ConfigError: there is no such device.
@@ -156,17 +156,28 @@ def pick_device(device: str) -> str:
     return device
 
 
-def check_directory(path: Path, overwrite: bool) -> None:
+def check_directory(path: Path, overwrite: bool, sources: Iterable[tuple[str, object]]) -> None:
     """Refuse a directory to write that exists, before any model is looked for.
 
     Whether it may be replaced is decided by the function that writes it, which knows what goes into it.
 
+    Args:
+        path: the directory.
+        overwrite: whether it may exist.
+        sources: what is read, such as "the base", and its directory or hub id: no option lets one be replaced.
+
     Raises:
+        ConfigError: it exists, and is, contains or lies inside a source.
         OutputExistsError: it exists and is not to be replaced, or is a file.
     """
     if path.is_file():
         raise OutputExistsError(f"{path} is a file; choose the name of a directory")
     if path.exists() and not overwrite:
+        from spp.files.carry import refuse_overlap
+
+        for what, source in sources:
+            if Path(str(source)).is_dir():
+                refuse_overlap(path, Path(str(source)), what)
         remedy = f"choose another output, or replace it with {arg('overwrite', True)}"
         raise OutputExistsError(f"{path} exists", remedy=remedy)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +22,11 @@ NAME = "eval"
 
 @command(EvalConfig)
 def run(config: EvalConfig) -> None:
-    """Measure perplexity: the text joined, tokenised once, cut into windows that do not overlap.
+    """Measure the perplexity of a model on a text, in windows that do not overlap.
 
     Example: spp eval merged --text valid.txt --window 1024
     """
+    from spp.comparing.measure import environment, weights_fingerprint
     from spp.evaluation import perplexity_result
     from spp.files.hub import local_directory
     from spp.report import Table
@@ -39,12 +43,24 @@ def run(config: EvalConfig) -> None:
         tokenizer = load_tokenizer(directory)
         if config.adapter is not None:
             verdict = load_trained(model, config.adapter, config.strict) or verdict
-    sizes = {"window": config.window, "batch_size": config.batch_size, "max_windows": config.max_windows}
-    found = perplexity_result(model, tokenizer, passage, **sizes, progress=True)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    found = perplexity_result(
+        model,
+        tokenizer,
+        passage,
+        window=config.window,
+        batch_size=config.batch_size,
+        max_windows=config.max_windows,
+        progress=True,
+    )
+    seconds = time.perf_counter() - start
     adapter = "" if config.adapter is None else str(config.adapter)
     if config.json:
         values = {"model": config.model, "adapter": adapter or None, "text": str(config.text), **found.to_dict()}
         values |= {} if config.adapter is None else verdict.to_dict()
+        text = hashlib.sha256(passage.encode()).hexdigest()
+        read = {"text_sha256": text, "model_fingerprint": weights_fingerprint(model)}
+        values |= replace(environment(where, model.dtype), seconds=seconds, hashes=read).to_dict()
         return console.say(json.dumps(values))
     columns = ("model", "adapter", "perplexity", "window", "windows", "tokens")
     row = (config.model, adapter, f"{found.perplexity:.4f}", *map(str, (found.window, found.windows, found.tokens)))

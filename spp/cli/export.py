@@ -11,9 +11,9 @@ NAME = "export"
 
 @command(ExportConfig)
 def run(config: ExportConfig) -> None:
-    """Write a pruned checkpoint packed, at the size of what pruning left, or a packed one as a plain checkpoint.
+    """Pack a pruned checkpoint, which then takes the space of its kept weights, or make a packed one plain again.
 
-    A packed checkpoint is loaded by spp.load_packed, checked by spp verify, and comes back bit for bit.
+    spp.load_packed loads a packed checkpoint, spp verify checks it, and it comes back bit for bit.
 
     Example: spp export pruned packed --packed
     """
@@ -21,7 +21,7 @@ def run(config: ExportConfig) -> None:
     from spp.report import byte_text, export_table
 
     directory, output, overwrite = config.directory, config.output, config.overwrite
-    console.check_directory(output, overwrite)
+    console.check_directory(output, overwrite, [("the checkpoint", directory)])
     with console.step(f"{'packing' if config.packed else 'unpacking'} {directory}"):
         if config.packed:
             report = export_packed(directory, output, strict_bits=config.strict_bits, overwrite=overwrite)

@@ -27,8 +27,7 @@ def run(config: InspectConfig) -> None:
     from spp.files.hub import local_directory
     from spp.files.recognised import PICTURE
     from spp.report import sparsity_table
-    from spp.report.heatmap import plot_sparsity
-    from spp.report.plot import check_plot
+    from spp.report.plot import check_plot, plot_sparsity
 
     directory = local_directory(config.path, "model or adapter")
     if config.plot is not None:

@@ -9,15 +9,17 @@ import typer
 
 from spp._version import __version__
 from spp.cli import certify, compare, console, eval, export, inspect, merge, prune, push, tune, verify
-from spp.cli.help import Command
+from spp.cli.options import Command, Program
 from spp.errors import SPPError
 
 app = typer.Typer(
     name="spp",
+    cls=Program,
     help="Fine-tune pruned language models and keep every zero.\n\n"
-    "Models are directories or hub ids; outputs are new directories; --overwrite replaces earlier outputs, and "
-    "nothing else.",
-    epilog="The Tab key completes commands and options after: spp --install-completion",
+    "A model is a directory or the id of a model on the Hugging Face hub. An output is a new directory; --overwrite "
+    "replaces an earlier output of spp, and nothing else. The usual order: prune, tune, merge, verify.",
+    epilog="spp COMMAND --help explains a command, with an example. To complete names with the Tab key: "
+    "spp --install-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -14,7 +14,7 @@ NAME = "merge"
 def run(config: MergeConfig) -> None:
     """Merge adapters into their pruned model, shard by shard; every zero stays a zero.
 
-    What PST trained prunes its dense model instead, by the masks that it learned.
+    Given the output of PST, prune the dense model by the masks that PST has learned.
 
     Example: spp merge pruned run/adapter merged
 
@@ -29,7 +29,8 @@ def run(config: MergeConfig) -> None:
 
     base, adapters, output = config.base, config.adapters, config.output
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    console.check_directory(output, config.overwrite)
+    sources = [("the base", base), *(("the adapter", name) for name, _ in adapters)]
+    console.check_directory(output, config.overwrite, sources)
     of_pst = [name for name, _ in adapters if method_of(name) == PST_TYPE]
     if of_pst:
         _check_pst(of_pst[0], config)

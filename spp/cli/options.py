@@ -1,4 +1,4 @@
-"""The options of a command, made of the fields of a config; and messages of the library in a command's spelling.
+"""The options and the help of a command, made of the fields of a config; messages of the library in its spelling.
 
     @command(EvalConfig)
     def run(config: EvalConfig) -> None: …
@@ -13,14 +13,15 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from spp.configs.options import GROUPS, Field, options_of
+from spp.configs.options import GROUPS, RUN, Field, options_of
 from spp.errors import ConfigError, Marked, Mention, arg, render
 from spp.supported import require_supported
 
@@ -63,9 +64,9 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
             is the class.
 
     Returns:
-        What makes of `function(config, …)` a function for typer. Parameters of `function` beside the first are options
-        of their own: by an Option in their annotation, or as typer reads them. The result has `spellings`, {name in
-        Python: Spelling}.
+        A decorator that makes of `function(config, …)` a function for typer. Parameters of `function` beside the first
+        are options of their own: by an Option in their annotation, or as typer reads them. The result has `spellings`,
+        {name in Python: Spelling}.
     """
     made = options_of(config) + (options_of(build) if build is not None else ())
 
@@ -207,3 +208,79 @@ def _plain(value: str) -> str:
 
 def _repeated(option: str, values: Iterable[object]) -> str:
     return " ".join(f"{option} {value}" for value in values)
+
+
+# ---- The help of a command: its text, then a panel for each group of options, on a terminal of any width.
+
+ARGUMENTS = "Arguments"
+
+
+class Command(TyperCommand):
+    """A command whose help shows every option in full; a name that is cut off helps nobody."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the name of the command: its arguments under the names that the help explains."""
+        pieces = ["[OPTIONS]"]
+        for parameter in self.get_params(ctx):
+            if parameter.param_type_name == "argument":
+                name = _typed_names(parameter) + ("..." if parameter.nargs == -1 else "")
+                pieces.append(name if parameter.required else f"[{name}]")
+        return pieces
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        rows: dict[str, list[tuple[str, str]]] = {name: [] for name in (ARGUMENTS, *GROUPS)}
+        for parameter in self.get_params(ctx):
+            usual = ARGUMENTS if parameter.param_type_name == "argument" else RUN
+            panel = getattr(parameter, "rich_help_panel", None) or usual
+            rows[panel].append((_typed_names(parameter), _told(parameter)))
+        _print_help(self.get_usage(ctx), self.help, rows)
+
+
+class Program(TyperGroup):
+    """The program, whose help has the commands and what each is for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        commands = {name: command.help or "" for name, command in self.commands.items()}
+        rows = {
+            "Commands": [(name, " ".join(told.split("\n\n")[0].split())) for name, told in commands.items()],
+            "Options": [(_typed_names(parameter), _told(parameter)) for parameter in self.get_params(ctx)],
+        }
+        _print_help(self.get_usage(ctx), f"{self.help}\n\n{self.epilog}", rows)
+
+
+def _print_help(usage: str, text: str | None, panels: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """Print how a program is called, its text, and a panel for each group of (what is typed, what it means)."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Padding(Text(usage, style="bold"), (1, 1)))
+    for paragraph in inspect.cleandoc(text or "").split("\n\n"):
+        console.print(Padding(Text(" ".join(paragraph.split())), (0, 1, 1, 1)))
+    for name, rows in panels.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for typed, told in rows:
+            table.add_row(Text(typed, style="bold cyan"), Text(told))
+        if rows:
+            console.print(Panel(table, title=name, title_align="left", border_style="dim"))
+
+
+def _typed_names(parameter: Any) -> str:
+    """Return how an argument or option is typed, on a line of its own what switches it off."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar or parameter.name.upper())
+    names = ", ".join(sorted(parameter.opts, key=len))
+    names += f" {parameter.metavar}" if parameter.metavar and not parameter.is_flag else ""
+    return "\n".join([names, *parameter.secondary_opts])
+
+
+def _told(parameter: Any) -> str:
+    required = parameter.required and parameter.param_type_name != "argument"
+    return f"{parameter.help or ''}{' Required.' if required else ''}"

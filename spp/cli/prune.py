@@ -21,7 +21,7 @@ NAME = "prune"
 def run(config: PruneConfig) -> None:
     """Prune a dense model, one block at a time in memory, and write a plain checkpoint.
 
-    A run that was killed goes on behind its last finished block when the same command is given again.
+    A run that was killed continues after its last finished block when the same command is given again.
 
     Example: spp prune MODEL pruned --method wanda --pattern 2:4 --calibration texts.txt
     """
@@ -30,7 +30,7 @@ def run(config: PruneConfig) -> None:
     from spp.report import pattern_text, prune_lines, prune_table
 
     where, overwrite = console.pick_device(config.device), config.overwrite
-    console.check_directory(config.output, overwrite)
+    console.check_directory(config.output, overwrite, [("the model", config.model)])
     if config.report is not None:
         console.check_file(config.report, overwrite, PRUNE_REPORT)
     console.quiet_libraries()

@@ -15,7 +15,7 @@ NAME = "push"
 def run(config: PushConfig) -> None:
     """Push a directory to the hub as one commit; its files are checked first.
 
-    A README.md in the directory is the card; without one, a card is made. The token is that of `hf auth login`.
+    A README.md in the directory becomes the model card; without one, a card is made. Log in first: hf auth login.
 
     Example: spp push merged owner/name --run run --dry-run
     """

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp.comparing.summary import Summary, summaries
-from spp.comparing.tables import AT_AN_END, notes, title
-from spp.configs.contenders import REFERENCE, parse_contender
+from spp.comparing.tables import AT_AN_END, Summary, notes, summaries, title
+from spp.configs.comparing import REFERENCE, parse_contender
 from spp.errors import DataError
 from spp.report.plot import OURS, check_plot, new_figure, save_figure
 
@@ -81,7 +80,7 @@ def _panel(
         low, high = _limits([x for one in found if (x := position(one)) is not None])
         axes.set_xlim(low, high)
     points = {number: (x, one) for number, one in enumerate(found, start=1) if (x := position(one)) is not None}
-    for x, one in reversed(points.values()):  # the best lies on top
+    for x, one in reversed(points.values()):  # the best is drawn last, on top
         mean = _mean(one)
         spread = [[mean - min(one.perplexities)], [max(one.perplexities) - mean]]
         axes.errorbar(x, mean, yerr=spread, fmt="none", ecolor=_colour(one), capsize=2, elinewidth=1)

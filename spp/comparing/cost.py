@@ -1,8 +1,7 @@
-"""What a step of a contender costs against the reference's: its time in interleaved rounds, its peak memory.
+"""The cost of a contender's step against the reference's: its time in interleaved rounds, its peak memory.
 
 One contender is measured in one fresh process: first its memory alone, then the reference beside it for the rounds.
-Tokens are random; a step is forward, backward, AdamW. What happens in one step of many, as mask updates do, is not in
-it.
+Tokens are random; a step is forward, backward, AdamW. Mask updates, which come in one step of many, are not measured.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ import torch
 from spp.comparing import measure
 from spp.comparing.methods import adapt
 from spp.comparing.trial import device_of
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import REFERENCE, Contender, parse_contender
+from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
 from spp.errors import SPPError
 from spp.training.loading import load_model
 
@@ -84,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = measure.interleave(steps, rounds=options.rounds, warmup=WARMUP, device=options.device)
     row = measure.compare(samples)[contender.name]
     row |= {"peak_bytes": memory.peak, "rest_bytes": memory.rest, "trainable": step.adapted.trainable()}
-    row["environment"] = measure.environment(options.device, next(step.model.parameters()).dtype)
+    row["environment"] = measure.environment(options.device, next(step.model.parameters()).dtype).to_dict()
     print(json.dumps(row))
 
 

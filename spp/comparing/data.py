@@ -55,7 +55,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class CompareData:
-    """What is trained and measured on; the three parts share no row and no window.
+    """The data that is trained and measured on; the three parts share no row and no window.
 
     Args:
         train, validation, test: the parts.
@@ -71,10 +71,10 @@ class CompareData:
     kind: str
     sha256: str
 
-    def facts(self) -> dict[str, str]:
-        """Return what tells these data from others."""
+    def hashes(self) -> dict[str, str]:
+        """Return the hashes of all data and of each held-out part."""
         held_out = {"validation_sha256": self.validation.sha256(), "test_sha256": self.test.sha256()}
-        return {"kind": self.kind, "data_sha256": self.sha256, **held_out}
+        return {"data_sha256": self.sha256, **held_out}
 
 
 def load(config: CompareConfig, tokenizer: Any) -> CompareData:

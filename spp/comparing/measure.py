@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved rounds, ratios of medians, peak memory of a fresh process, the environment.
+"""How measurements are taken: interleaved rounds, ratios of medians, peak memory of a fresh process, provenance.
 
 A ratio between two contenders is taken round by round, both having run seconds apart in one process, and given as
 median with 20th and 80th percentile: a machine that slows down or is shared slows both. Each row names the machine,
@@ -7,35 +7,26 @@ the versions, the dtype and the threads it was measured with.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import ctypes
 import gc
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from spp._version import __version__
-from spp.errors import ConfigError, DependencyError, OutputExistsError, SPPError
-from spp.files import atomic_file, write_json
-from spp.files.recognised import MEASUREMENTS, PICTURE, FileKind
+from spp.certifying.certificate import fingerprint
+from spp.errors import DependencyError, SPPError
+from spp.files import content_crc32
+from spp.files.provenance import Provenance
 from spp.kernels import native
 from spp.kernels.choice import kernels
-from spp.report import Table, count_text
-from spp.report.plot import check_plot
-
-PACKAGES = ("transformers", "peft", "triton")
 
 
 @dataclass(frozen=True)
@@ -176,49 +167,16 @@ def in_child(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a number is worth nothing without: machine, threads, dtype, who computes (SPP_KERNELS), versions."""
-    versions = {"spp": __version__, "torch": torch.__version__}  # torch tells its build: +cpu, +cu130
-    versions |= {name: found for name in PACKAGES if (found := installed(name))}
-    return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "kernels": kernels(),
-        "compiled_products": device == "cpu"
-        and dtype != torch.float64
-        and kernels() in ("auto", "native")
-        and native.why_not() is None,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+def environment(device: str, dtype: torch.dtype) -> Provenance:
+    """Return the provenance of a measurement: machine, threads, dtype, who computes (SPP_KERNELS), versions."""
+    chosen = kernels()
+    compiled = device == "cpu" and dtype != torch.float64 and chosen in ("auto", "native") and native.why_not() is None
+    return Provenance.here(device, dtype, kernels=chosen, compiled_products=compiled)
 
 
-def environment_line(found: Mapping[str, Any]) -> str:
-    """Return `environment` on one line, to stand under a table."""
-    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items())
-    threads = f"{count_text(found['threads'], 'thread')} on {count_text(found['cores'], 'core')}"
-    products = "products that skip zeros" if found["compiled_products"] else f"kernels {found['kernels']}"
-    return f"{found['device']}, {threads}, {found['dtype']}, {products}; Python {found['python']}, {versions}"
-
-
-def processor() -> str:
-    """Return the processor's name, as Linux tells it or as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def installed(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return a hash of all values of a model, by the names of its state dict."""
+    return fingerprint({name: f"{content_crc32(value):08x}" for name, value in model.state_dict().items()})
 
 
 def require_peft(contender: str) -> Any:
@@ -230,98 +188,6 @@ def require_peft(contender: str) -> Any:
             f"the contender {contender} needs peft: pip install 'spp[peft]', or leave it out"
         ) from error
     return peft
-
-
-def require_bitsandbytes() -> Any:
-    """Import bitsandbytes, or say which extra brings it."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        extra = "pip install 'spp[quantized]'"
-        raise DependencyError(f"the contenders on quantized weights need bitsandbytes: {extra}") from error
-    return bitsandbytes
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every benchmark has."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    told = "of weights and activations (default: %(default)s)"
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"), help=told)
-    parser.add_argument("--threads", type=int, help="threads of the processor (default: torch's own choice)")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
-    parser.add_argument("--plot", type=Path, help="draw the table as a chart: a .png, .svg or .pdf file")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of --out and --plot")
-
-
-def add_timing_options(parser: argparse.ArgumentParser, *, rounds: int = 10, warmup: int = 2) -> None:
-    """Add the options of a benchmark that takes turns."""
-    told = "(default: %(default)s)"
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds that count {told}")
-    parser.add_argument("--warmup", type=int, default=warmup, help=f"rounds before them that do not {told}")
-
-
-def check_common_options(options: argparse.Namespace) -> None:
-    """Refuse what cannot be measured, and set the number of threads.
-
-    Raises:
-        ConfigError: an option makes no sense; the message names it.
-    """
-    for name in ("rounds", "warmup", "threads"):
-        value = getattr(options, name, None)
-        if value is not None and value < (name != "warmup"):
-            raise ConfigError(f"--{name} is {value}; it must be at least {int(name != 'warmup')}")
-    _check_device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    for path, kind in ((options.out, MEASUREMENTS), (options.plot, PICTURE)):
-        if path is not None and path.exists() and not options.overwrite:
-            raise OutputExistsError(f"{path} exists; choose another name, or pass --overwrite")
-        if path is not None:
-            _rehearse_writing(path, kind)
-    if options.plot is not None:
-        check_plot(options.plot)
-
-
-def _check_device(device: str) -> None:
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if not found:
-        raise ConfigError(f"--device is {device!r}; known: cpu, cuda, cuda:N")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {device}, but this torch ({torch.__version__}) finds no CUDA device")
-    if device != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device is {device}, but the CUDA devices here are {torch.cuda.device_count()}, from cuda:0"
-        )
-
-
-def _rehearse_writing(path: Path, kind: FileKind) -> None:
-    """Raise now what writing the file after the measurements would raise; nothing stays behind."""
-    with contextlib.suppress(_RehearsalError), atomic_file(path, overwrite=True, kind=kind):
-        raise _RehearsalError
-
-
-class _RehearsalError(Exception):
-    """Ends a rehearsal before the file is put in its place."""
-
-
-def finish(
-    rows: Sequence[Mapping[str, Any]], table: Table, options: argparse.Namespace, plot: Callable[[], object]
-) -> None:
-    """Print the table and what it was measured with; write the files of `--out` and `--plot`."""
-    print(table.text())
-    print(environment_line(rows[0]))
-    if options.out:
-        write_rows(rows, options.out, overwrite=options.overwrite)
-        print(f"wrote {options.out}")
-    if options.plot:
-        plot()
-        print(f"wrote {options.plot}")
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool) -> None:
-    """Write rows of measurements as JSON, atomically; an existing file of measurements is kept unless `overwrite`."""
-    with atomic_file(path, overwrite=overwrite, kind=MEASUREMENTS) as temporary:
-        write_json(temporary, {"rows": [dict(row) for row in rows]})
 
 
 def _reset_peak() -> None:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import spp.pst as pst
-from spp.certifying.certificate import report_from_tensors
-from spp.comparing.measure import installed, require_peft
-from spp.configs.contenders import Contender
+from spp.certifying.scan import report_from_tensors
+from spp.comparing.measure import require_peft
+from spp.configs.comparing import Contender
 from spp.errors import ConfigError, TargetError
+from spp.files.provenance import installed
 from spp.masks.patterns import nonzero_mask, pack_bits, unpack_bits
 from spp.merging.model import merge
 from spp.models.targets import name_targets, projection_weights, resolve_projections
 from spp.training.mask_updates import MaskUpdates
-from spp.training.sparsity_schedule import SparsitySchedule
+from spp.training.pst_trainer import SparsitySchedule
 from spp.wrapping.wrap import adapter_layers, wrap
 
 

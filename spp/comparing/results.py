@@ -33,7 +33,7 @@ _NAMED = {"data": "data_sha256", "eval_text": "test_sha256"}  # file names, whic
 _PARTS = ("conditions", "baselines", "rows", "costs")
 _REMEDY = f"put back a copy of it, begin anew ({arg('overwrite', True)}), or choose another directory"
 _NO_RESULTS = "put back a copy of it, move it away, or choose another directory"
-_ANY = {"loss": 0.0, "perplexity": 1.0}  # stands for a part that is not there
+_ANY = {"loss": 0.0, "perplexity": 1.0}  # in place of a part that is missing
 _LOCK, _CLAIMS = ".lock", ".claims"
 _WAIT = 0.05  # seconds between two tries for the lock, which is held for milliseconds
 

@@ -19,15 +19,16 @@ import numpy.typing as npt
 from spp.certifying.certificate import fingerprint
 from spp.comparing import cost, trial
 from spp.comparing.data import load
+from spp.comparing.measure import weights_fingerprint
 from spp.comparing.methods import PST_KINDS, RULES_OF, require_methods
 from spp.comparing.results import NAME, REPORT, Results, refuse_existing
 from spp.comparing.tables import markdown
 from spp.comparing.trial import Trial
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import REFERENCE, Contender, parse_contender
+from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
 from spp.errors import ConfigError, NonFiniteError, arg, some_of
-from spp.files import atomic_file, content_crc32, require_directory
+from spp.files import atomic_file, require_directory
 from spp.files.hashes import packed_sha256
+from spp.files.provenance import Provenance
 from spp.files.recognised import COMPARISON_TEXT
 from spp.masks.patterns import all_finite, count_kept, pack_bits
 from spp.models.targets import projection_weights, resolve_projections
@@ -44,7 +45,7 @@ Masks = Mapping[str, tuple[tuple[int, ...], npt.NDArray[np.uint8]]]  # shape and
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison has to run.
+    """The trials that a comparison has to run.
 
     Args:
         contenders: in order.
@@ -126,43 +127,15 @@ def compare(config: CompareConfig) -> Results:
         require_methods(contenders)
     require_directory(path.parent, "the results need")
     refuse_existing(path, resume=config.resume, overwrite=config.overwrite)
-    tokenizer = load_tokenizer(str(config.model))
-    data = load(config, tokenizer)
-    model = load_model(config.model, config.dtype)
-    _require_finite(model, config.model)
-    masks = _masks(model)
-    if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
-        raise ConfigError(
-            f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
-            f"prune it first"
-        )
-    facts = {**data.facts(), "masks": _hash(masks), "weights": _weights(model)}
-    if config.budget == "parameters":
-        contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
-    _check_ranks(contenders, model)
-    del model
-    if config.dense is not None:
-        dense = load_model(config.dense, config.dtype)
-        _require_finite(dense, config.dense)
-        before = _masks(dense)
-        if {name: shape for name, (shape, _) in before.items()} != {name: shape for name, (shape, _) in masks.items()}:
-            raise ConfigError(
-                f"{arg('dense')} is {config.dense}, whose weights are not those of {config.model} before pruning"
-            )
-        if not any((before[name][1] & ~bits).any() for name, (_, bits) in masks.items()):
-            raise ConfigError(
-                f"{arg('dense')} is {config.dense}, which has the zeros of {config.model}; it must be the model before "
-                f"pruning"
-            )
-        facts["dense_weights"] = _weights(dense)
-        del dense
-    conditions = {**config.conditions(), **facts}
+    data = load(config, load_tokenizer(str(config.model)))
+    contenders, hashes = _examine(config, contenders)
+    hashes = {**data.hashes(), **hashes}
+    conditions = {**config.conditions(), "kind": data.kind, **Provenance(hashes=hashes).to_dict()}
     results = Results(path.parent, conditions, resume=config.resume, overwrite=config.overwrite)
     if config.cost_rounds:
         costs = results.read()["costs"]
         require_methods([contender for contender in contenders if contender.name not in costs])
-    baselines = {"pruned": config.model, "dense": config.dense}
-    for name, source in baselines.items():
+    for name, source in (("pruned", config.model), ("dense", config.dense)):
         if source is not None:
             results.once("baselines", name, partial(trial.measure_baseline, config, source, data))
     for contender in contenders if config.budget == "time" else ():
@@ -180,6 +153,42 @@ def compare(config: CompareConfig) -> Results:
             "%s is not there yet: another process was at it; should that have ended, resume the comparison", name
         )
     return results
+
+
+def _examine(config: CompareConfig, contenders: list[Contender]) -> tuple[list[Contender], dict[str, str]]:
+    """Check the models and the ranks; return the contenders, with the ranks of the budget, and the models' hashes."""
+    model = load_model(config.model, config.dtype)
+    _require_finite(model, config.model)
+    masks = _masks(model)
+    if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
+        raise ConfigError(
+            f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
+            f"prune it first"
+        )
+    hashes = {"masks": _hash(masks), "weights": weights_fingerprint(model)}
+    if config.budget == "parameters":
+        contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
+    _check_ranks(contenders, model)
+    del model  # one model at a time is in memory
+    if config.dense is not None:
+        dense = load_model(config.dense, config.dtype)
+        _require_finite(dense, config.dense)
+        _require_unpruned(config, _masks(dense), masks)
+        hashes["dense_weights"] = weights_fingerprint(dense)
+    return contenders, hashes
+
+
+def _require_unpruned(config: CompareConfig, before: Masks, masks: Masks) -> None:
+    """Raise a ConfigError unless `before` is of the model that was pruned to `masks`."""
+    if {name: shape for name, (shape, _) in before.items()} != {name: shape for name, (shape, _) in masks.items()}:
+        raise ConfigError(
+            f"{arg('dense')} is {config.dense}, whose weights are not those of {config.model} before pruning"
+        )
+    if not any((before[name][1] & ~bits).any() for name, (_, bits) in masks.items()):
+        raise ConfigError(
+            f"{arg('dense')} is {config.dense}, which has the zeros of {config.model}; it must be the model before "
+            f"pruning"
+        )
 
 
 def plan_of(
@@ -281,7 +290,7 @@ def _steps(config: CompareConfig, contenders: Sequence[Contender], results: Resu
 
 def _nearest(contender: Contender, model: Any) -> Contender:
     """Return the contender with the rank whose parameters are nearest to the reference's; as it is, without a rank."""
-    if contender.rank is None:
+    if contender.traits.rank is None:
         return contender
     shapes = _shapes(model)
     wanted = _count(parse_contender(REFERENCE), shapes)
@@ -316,11 +325,6 @@ def _hash(masks: Masks) -> str:
     return fingerprint({name: packed_sha256(shape, bits) for name, (shape, bits) in masks.items()})
 
 
-def _weights(model: Any) -> str:
-    """Return a hash of all values of a model."""
-    return fingerprint({name: f"{content_crc32(value):08x}" for name, value in model.state_dict().items()})
-
-
 def _shapes(model: Any) -> list[tuple[int, int]]:
     """Return (m, n) of every matrix that is adapted, those of fused experts one by one."""
     return [
@@ -332,8 +336,8 @@ def _shapes(model: Any) -> list[tuple[int, int]]:
 
 def _count(contender: Contender, shapes: Sequence[tuple[int, int]]) -> int:
     """Return how many parameters a contender with a rank trains."""
-    assert contender.rank is not None
-    r = contender.options[contender.rank]
+    assert contender.traits.rank is not None
+    r = contender.options[contender.traits.rank]
     if contender.kind == "spp-no-beta":  # β stays what it is
         return sum(r * n for _, n in shapes)
     if contender.kind in PST_KINDS:  # U V and A B, R and C

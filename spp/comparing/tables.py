@@ -1,13 +1,14 @@
-"""The tables of a comparison, on a terminal and as Markdown."""
+"""The tables of a comparison, on a terminal and as Markdown: one line a contender, from the rows of results.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
-from spp.comparing.measure import environment_line
-from spp.comparing.summary import Summary, over_equal_seeds, summaries
-from spp.configs.contenders import KINDS, REFERENCE, parse_contender
+from spp.configs.comparing import KINDS, REFERENCE, parse_contender
+from spp.files.provenance import Provenance
 from spp.report import Table, byte_text
 
 UNKNOWN = "–"
@@ -15,6 +16,101 @@ AT_AN_END = "†"
 OWN_WEIGHTS = ("full", "norms")  # kinds that train parameters of the model, in its dtype
 MASK_UPDATES = "spp-mask-updates"
 OURS = (REFERENCE, "spp-no-beta", "spp-random-beta", MASK_UPDATES)  # kinds that are no peers of SPP
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of one contender with one number of steps.
+
+    Attributes:
+        contender, steps: what the rows have in common.
+        lrs: {learning rate: row} with the seed of the search, ascending.
+        best: the learning rate of the lowest validation loss; None where all diverged.
+        rows: at the best learning rate, by seed.
+        cost: the entry of "costs", or None.
+    """
+
+    contender: str
+    steps: int
+    lrs: Mapping[float, Mapping[str, Any]]
+    best: float | None
+    rows: tuple[Mapping[str, Any], ...]
+    cost: Mapping[str, Any] | None
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether the best learning rate is the lowest or highest that was tried: a better one may lie beyond."""
+        return self.best in (min(self.lrs), max(self.lrs))
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Test losses, {seed: loss}."""
+        return {row["seed"]: row["test"]["loss"] for row in self.rows if "test" in row}
+
+    @property
+    def losses(self) -> list[float]:
+        """Test losses over the seeds."""
+        return list(self.by_seed.values())
+
+    @property
+    def loss(self) -> float:
+        """Their mean; infinite where there is none."""
+        return fmean(self.losses) if self.losses else float("inf")
+
+    @property
+    def perplexities(self) -> list[float]:
+        """Test perplexities over the seeds."""
+        return [row["test"]["perplexity"] for row in self.rows if "test" in row]
+
+    @property
+    def perplexity(self) -> float:
+        """Their mean; NaN where there is none."""
+        return fmean(self.perplexities or [float("nan")])
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """A row for what all seeds share."""
+        return self.rows[0] if self.rows else next(iter(self.lrs.values()))
+
+    @property
+    def zeros_kept(self) -> float | None:
+        """The least share of zeros kept over the seeds."""
+        found = [row["zeros_kept"] for row in self.rows if row.get("zeros_kept") is not None]
+        return min(found) if found else None
+
+    @property
+    def pattern_valid(self) -> bool | None:
+        """Whether N:M groups are whole with every seed; None where there are none."""
+        found = [row["pattern_valid"] for row in self.rows if row.get("pattern_valid") is not None]
+        return all(found) if found else None
+
+
+def summaries(contents: Mapping[str, Any]) -> list[Summary]:
+    """Return a summary of every contender in results.json, the best first."""
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in contents["rows"].values():
+        groups.setdefault((row["contender"], row["steps"]), []).append(row)
+    found = [_summary(name, steps, rows, contents["costs"].get(name)) for (name, steps), rows in groups.items()]
+    return sorted(found, key=lambda one: (one.loss, one.contender, one.steps))
+
+
+def over_equal_seeds(one: Summary, other: Summary) -> tuple[Summary, Summary]:
+    """Return both with the rows of the seeds that both have; unchanged where there is no such seed."""
+    seeds = one.by_seed.keys() & other.by_seed.keys()
+    if not seeds:
+        return one, other
+    first, second = (replace(s, rows=tuple(row for row in s.rows if row["seed"] in seeds)) for s in (one, other))
+    return first, second
+
+
+def _summary(contender: str, steps: int, rows: list[Mapping[str, Any]], cost: Mapping[str, Any] | None) -> Summary:
+    seeds = {row["seed"] for row in rows}
+    searched = max(seeds, key=lambda seed: (sum(row["seed"] == seed for row in rows), -seed))
+    lrs = {row["lr"]: row for row in sorted(rows, key=lambda row: row["lr"]) if row["seed"] == searched}
+    losses = {lr: row["validation"]["loss"] for lr, row in lrs.items() if not row["diverged"]}
+    best = min(losses, key=lambda lr: losses[lr]) if losses else None
+    chosen = sorted((row for row in rows if row["lr"] == best), key=lambda row: row["seed"])
+    return Summary(contender, steps, lrs, best, tuple(chosen), cost)
 
 
 def main_table(contents: Mapping[str, Any]) -> Table:
@@ -31,7 +127,7 @@ def main_table(contents: Mapping[str, Any]) -> Table:
     lines = []
     for one in summaries(contents):
         valid = one.pattern_valid if grouped else None
-        before = dense if parse_contender(one.contender).from_dense else pruned
+        before = dense if parse_contender(one.contender).traits.from_dense else pruned
         lines.append(
             (
                 one.contender,
@@ -71,7 +167,21 @@ def title(contents: Mapping[str, Any]) -> str:
 
 def notes(contents: Mapping[str, Any]) -> list[str]:
     """Return what the table leaves out: how it was measured, and where it is not to be trusted."""
-    given = contents["conditions"]
+    found = summaries(contents)
+    lines = [_measured_on(contents["conditions"])]
+    if dense := contents["baselines"].get("dense"):
+        lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
+    if several := [len(one.losses) for one in found if len(one.losses) > 1]:
+        lines.append(f"With several seeds (up to {max(several)}): the mean, with the lowest and the highest.")
+    if any(one.best is not None and one.at_an_end for one in found):
+        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
+    lines += _reservations(contents, {parse_contender(one.contender).kind for one in found})
+    measured = [*contents["rows"].values(), *contents["costs"].values()]
+    return lines + sorted({f"Measured on {Provenance.from_dict(one['environment']).line}." for one in measured})
+
+
+def _measured_on(given: Mapping[str, Any]) -> str:
+    """Return on what perplexities were measured, and by what learning rates were chosen."""
     if given["kind"] == "instruction":
         what = f"{given['test_windows']} instruction rows, on the answers"
         other = f"{given['validation_windows']} other rows"
@@ -79,43 +189,36 @@ def notes(contents: Mapping[str, Any]) -> list[str]:
         text = given["eval_text"] or "held-out text"
         what = f"{given['test_windows']} windows of {given['window']} tokens of {text}"
         other = f"the {given['validation_windows']} windows behind them"
-    lines = [f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."]
-    if dense := contents["baselines"].get("dense"):
-        lines.append(f"The dense model has {dense['test']['perplexity']:.2f}.")
-    if several := [one for one in summaries(contents) if len(one.losses) > 1]:
-        seeds = max(len(one.losses) for one in several)
-        lines.append(f"With several seeds (up to {seeds}): the mean, with the lowest and the highest.")
-    if any(one.best is not None and one.at_an_end for one in summaries(contents)):
-        lines.append(f"{AT_AN_END} the best learning rate is the lowest or highest tried, or the only one.")
+    return f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."
+
+
+def _reservations(contents: Mapping[str, Any], kinds: set[str]) -> list[str]:
+    """Return where contenders of these kinds are not compared on equal terms."""
+    budget, lines = contents["conditions"]["budget"], []
     if contents["costs"]:
         lines.append(
             f"Time {'and peak memory ' if REFERENCE in contents['costs'] else ''}of a step relative to {REFERENCE}'s: "
             "medians of interleaved rounds, fresh processes."
         )
-    kinds = {parse_contender(one.contender).kind for one in summaries(contents)}
-    if MASK_UPDATES in kinds and (contents["costs"] or given["budget"] == "time"):
+    if MASK_UPDATES in kinds and (contents["costs"] or budget == "time"):
         lines.append(f"A step of {MASK_UPDATES} is one without an update, which comes in one of many.")
-    if given["budget"] == "parameters" and (fixed := sorted(kind for kind in kinds if KINDS[kind].rank is None)):
+    if budget == "parameters" and (fixed := sorted(kind for kind in kinds if KINDS[kind].rank is None)):
         lines.append(f"The number of parameters is not equal where there is no rank to choose: {', '.join(fixed)}.")
-    rows = list(contents["rows"].values())
-    dtypes = {row["environment"]["dtype"] for row in rows if parse_contender(row["contender"]).kind in OWN_WEIGHTS}
-    if few := sorted(dtypes - {"float32", "float64"}):
+    own = [row for row in contents["rows"].values() if parse_contender(row["contender"]).kind in OWN_WEIGHTS]
+    if few := sorted({row["environment"]["dtype"] for row in own} - {"float32", "float64"}):
         lines.append(
             f"{' and '.join(OWN_WEIGHTS)} train the weights themselves, in {', '.join(few)} without a float32 copy, "
             "where small changes are rounded away; the others train float32 parameters."
         )
-    measured = [*rows, *contents["costs"].values()]
-    lines += sorted({f"Measured on {environment_line(one['environment'])}." for one in measured})
     return lines
 
 
 def verdict(contents: Mapping[str, Any]) -> str:
-    """Return in words how the reference does against those that keep every zero; empty where there is nothing yet.
+    """Say how the reference does against the peers that keep every zero; empty where nothing is measured yet.
 
-    Of its own forms, which are no peers, those are named that are ahead of it.
-
-    Which of two is ahead is told by the mean test loss at the best learning rate of each over the seeds that both have,
-    however small the difference; where these are several, it says in how many of them.
+    Of two contenders the one with the lower mean test loss is ahead, at the best learning rate of each, over the seeds
+    that both have, however small the difference; of several seeds it is said in how many. Forms of the reference are no
+    peers: those that are ahead of it are named.
     """
     found = {one.contender: one for one in summaries(contents) if one.perplexities}
     ours = found.get(REFERENCE)
@@ -128,19 +231,16 @@ def verdict(contents: Mapping[str, Any]) -> str:
     forms = [one for one in others if one not in peers and _is_ahead(one, ours)]
     ahead, behind, better = ([_beside(ours, one) for one in some] for some in (won, lost, forms))
     name = f"{ours.contender} ({ours.perplexity:.2f})"
-    parts = []
-    if behind:
-        parts.append(f"{name} does not hold against {_joined(behind)}")
+    parts = [f"{name} does not hold against {_joined(behind)}"] if behind else []
     if ahead:
-        parts.append(f"{name if not behind else 'it'} is ahead of {_joined(ahead)}")
+        parts.append(f"{'it' if behind else name} is ahead of {_joined(ahead)}")
     if better:
         parts.append(f"of its own forms, {_joined(better)} {'is' if len(better) == 1 else 'are'} ahead of it")
     text = f"Of those that keep every zero: {'; '.join(parts)}."
     if several := [f"{one.contender} in {wins}" for one in peers if (wins := _wins(ours, one))]:
         text += f" Seed by seed, which is with the same batches, {REFERENCE} is ahead of {', '.join(several)}."
-    open_ones = [one.contender for one in (ours, *peers, *forms) if one.at_an_end]
-    if open_ones:
-        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(open_ones)}."
+    if unsettled := [one.contender for one in (ours, *peers, *forms) if one.at_an_end]:
+        text += f" Not settled, for want of learning rates on both sides of the best: {', '.join(unsettled)}."
     return text
 
 

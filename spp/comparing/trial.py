@@ -17,24 +17,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from spp.certifying.certificate import report_from_tensors
+from spp.certifying.scan import report_from_tensors
 from spp.comparing import measure
 from spp.comparing.data import CompareData
 from spp.comparing.methods import Goal, adapt, masks_of
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import Contender
+from spp.configs.comparing import CompareConfig, Contender
 from spp.errors import NonFiniteError
 from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.models.targets import projection_weights
-from spp.training.arguments import training_arguments
 from spp.training.loading import load_model
+from spp.training.tuning import training_arguments
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What tells a row from others of the same conditions."""
+    """The facts that tell a row from others of the same conditions."""
 
     contender: str
     lr: float
@@ -62,7 +61,7 @@ def run_trial(
     gc.collect()  # a trainer is a knot of references; the model of the trial before hangs in it
     model = load_model(config.model, config.dtype)
     masks, goal = masks_of(model), Goal.of(model)
-    if contender.from_dense:
+    if contender.traits.from_dense:
         assert config.dense is not None, "checked by CompareConfig"
         model = load_model(config.dense, config.dtype)
     adapted = adapt(contender, model, trial.seed, goal, config.dense)
@@ -72,7 +71,7 @@ def run_trial(
         "trainable": adapted.trainable(),
         "diverged": False,
     }
-    environment = measure.environment(device_of(config), next(model.parameters()).dtype)
+    environment = measure.environment(device_of(config), next(model.parameters()).dtype).to_dict()
     try:
         row |= _train(config, trial, data, adapted.model, adapted.callbacks)
         with torch.random.fork_rng(devices=[]):

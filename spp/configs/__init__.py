@@ -8,12 +8,9 @@ options.py      Option: what a field says of itself, and the groups of the help
 checks.py       checks that several configs share
 pattern.py      Pattern: "2:4" or a fraction
 adapter.py      SPPConfig
-pst.py          PSTConfig, and the numbers of its schedule
+pst.py          PSTConfig, and checks of its schedule
 tuning.py       TuneConfig and its recipes
-mask_updates.py MaskUpdateOptions
-pruning.py      PruneOptions, OWL, the methods by name; PruneConfig, which adds where to read and write
-calibration.py  what names calibration data
-contenders.py   the contenders of a comparison by name
-comparing.py    CompareConfig
-checkpoints.py  what merge, verify, certify, inspect, eval, export and push are told
+pruning.py      PruneOptions, OWL, the methods by name, names of calibration data, mask updates; PruneConfig
+comparing.py    CompareConfig, and the contenders by name
+checkpoints.py  the configs of merge, verify, certify, inspect, eval, export and push
 """

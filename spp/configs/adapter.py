@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -12,9 +11,9 @@ from spp.configs.checks import (
     check_flag,
     check_int,
     check_names,
+    check_number,
     check_regex,
     check_seed,
-    is_number,
     is_suffix,
     name_matches,
 )
@@ -73,12 +72,8 @@ class SPPConfig:
     def __post_init__(self) -> None:
         check_int("r", self.r, least=1)
         self._check_rank_pattern()
-        if not is_number(self.scaling) or not math.isfinite(self.scaling) or self.scaling <= 0:
-            raise ConfigError(
-                f"{arg('scaling')} is {self.scaling!r}; it must be a finite number above 0 (the paper's is 2.0)"
-            )
-        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"{arg('dropout')} is {self.dropout!r}; it must be in [0, 1)")
+        check_number("scaling", self.scaling, above=0.0)
+        check_number("dropout", self.dropout, least=0.0, below=1.0)
         check_choice("dropout_mode", self.dropout_mode, DROPOUT_MODES)
         check_choice("init", self.init, INITS)
         if not isinstance(self.rule, str):

@@ -1,4 +1,7 @@
-"""What the verbs on checkpoints are told: merge, verify, certify, inspect, eval, export and push."""
+"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, export and push.
+
+Each field has its Option, whose text is the help of the command line.
+"""
 
 from __future__ import annotations
 
@@ -52,19 +55,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What `spp merge` is told.
-
-    Args:
-        base: directory or hub id of the pruned model; for PST, of the dense one.
-        adapters: (directory or hub id, weight) of each adapter; the weighted sum is merged.
-        output: directory to write the merged checkpoint to.
-        dtype: of the merged weights; None is the base's.
-        rounding: "nearest" or "stochastic".
-        seed: of stochastic rounding.
-        every: list every layer in the table.
-        dry_run: check everything, write nothing.
-        strict_values: refuse a base with other values than an adapter was trained on.
-        overwrite: replace an existing output.
+    """The options of `spp merge`.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.
@@ -74,8 +65,8 @@ class MergeConfig:
     adapters: Annotated[
         tuple[tuple[str, float], ...],
         Option(
-            "Directory or hub id of the adapter, or of what PST trained; or of several adapters, whose sum is merged, "
-            "each times its weight (default: 1).",
+            "Directory or hub id of an adapter, or of PST's output. Of several adapters the sum is merged, each times "
+            "its weight (default: 1).",
             metavar="ADAPTER[:WEIGHT]",
             type=str,
             argument=True,
@@ -109,14 +100,7 @@ class MergeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """What `spp verify` is told.
-
-    Args:
-        before: the pruned checkpoint; alone, a checkpoint with a certificate.
-        after: the checkpoint that must have the same zeros.
-        against: the pruned checkpoint whose zeros the first one must have: `before`, named last.
-        deep: compare sha256 of contents too.
-        every: list every tensor in the table.
+    """The options of `spp verify`.
 
     Raises:
         ConfigError: `after` and `against` are both given.
@@ -146,15 +130,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CertifyConfig:
-    """What `spp certify` is told.
-
-    Args:
-        directory: of the checkpoint.
-        base: the pruned checkpoint that it was tuned from.
-        deep: add the sha256 of every tensor's contents.
-        every: list every tensor in the table.
-        overwrite: replace an existing certificate.
-    """
+    """The options of `spp certify`."""
 
     directory: Annotated[Path, Option("Directory of the checkpoint (safetensors).", argument=True)]
     base: Annotated[
@@ -167,13 +143,7 @@ class CertifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What `spp inspect` is told.
-
-    Args:
-        path: directory or hub id of a model or an adapter.
-        every: list every tensor in the table.
-        plot: file for a heat map of layers × projections.
-        overwrite: replace the file of `plot`.
+    """The options of `spp inspect`.
 
     Raises:
         ConfigError: `plot` has no ending of a chart.
@@ -194,20 +164,7 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What `spp eval` is told.
-
-    Args:
-        model: directory or hub id of the model.
-        text: plain text to measure on.
-        window: tokens of a window.
-        batch_size: windows of one forward pass.
-        max_windows: measure the first windows only; None is all.
-        adapter: adapter, or what PST trained, to load onto the model.
-        strict: True refuses an adapter that was trained on other values than the model's, False accepts one that was
-            trained on other zeros; None refuses other zeros, and says other values.
-        dtype: to load the model in; "auto" is the checkpoint's own.
-        device: "auto", "cpu" or "cuda".
-        json: print one JSON object instead of a table.
+    """The options of `spp eval`.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.
@@ -218,15 +175,15 @@ class EvalConfig:
     window: Annotated[int, Option("Tokens of a window; perplexities compare at equal windows only.", EVALUATION)] = 1024
     batch_size: Annotated[int, Option("Windows of one forward pass.", EVALUATION)] = 1
     max_windows: Annotated[int | None, Option("Measure the first windows only.", EVALUATION, default="all")] = None
-    adapter: Annotated[Path | None, Option("Adapter, or what PST trained, to load onto the model.", MODEL)] = None
+    adapter: Annotated[Path | None, Option("Adapter, or PST's output, to load onto the model.", MODEL)] = None
     strict: Annotated[
         bool | None,
         Option(
-            "Refuse an adapter that was trained on other values than the model's, or accept one that was trained on "
-            "other zeros.",
+            "--strict refuses an adapter that was trained on other values than the model's, --no-strict accepts one "
+            "that was trained on other zeros.",
             MODEL,
             negatable=True,
-            default="other zeros are refused, other values are said",
+            default="refuse other zeros, report other values",
         ),
     ] = None
     dtype: Annotated[
@@ -244,16 +201,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What `spp export` is told.
-
-    Args:
-        directory: directory or hub id of the checkpoint.
-        output: directory to write to.
-        packed: store kept weights and masks instead of zeros.
-        dense: make a packed checkpoint a plain one again.
-        strict_bits: with `packed`, refuse −0.0.
-        every: list every tensor in the table.
-        overwrite: replace an existing output.
+    """The options of `spp export`.
 
     Raises:
         ConfigError: not one of `packed` and `dense` is asked for, or `strict_bits` with `dense`.
@@ -279,7 +227,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """What `spp push` is told; the fields are the arguments of spp.integrations.hub.push.
+    """The options of `spp push`; the fields are the arguments of spp.integrations.hub.push.
 
     Raises:
         ConfigError: `repo_id` is not of the form owner/name.
@@ -297,7 +245,7 @@ class PushConfig:
     ] = None
     base: Annotated[str | None, Option("Hub id of the base, where the files name a directory.", MODEL)] = None
     license: Annotated[str | None, Option("Licence for the card, such as apache-2.0.", MODEL)] = None
-    new_card: Annotated[bool, Option("Make a card in spite of a README.md that is there.", MODEL)] = False
+    new_card: Annotated[bool, Option("Make a card even if there is a README.md.", MODEL)] = False
     overwrite: Annotated[bool, Option("Replace what is in an existing repository.", RUN)] = False
     dry_run: Annotated[bool, Option("Check files, print the card, send nothing.", RUN)] = False
 

@@ -68,10 +68,10 @@ def check_number(
         for word, bound in (("at least", least), ("above", above), ("below", below), ("at most", most))
         if bound is not None
     ]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if (
         not isinstance(value, (int, float))
-        or not number
+        or not is_number(value)
+        or not math.isfinite(value)
         or (least is not None and value < least)
         or (above is not None and value <= above)
         or (below is not None and value >= below)

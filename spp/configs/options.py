@@ -1,4 +1,4 @@
-"""Option: what a field of a config says of itself to the command line, in its annotation.
+"""Option: how the command line offers a field of a config, in the field's annotation.
 
     steps: Annotated[int | None, Option("Optimizer steps.", OPTIMISATION, default="as many as --epochs has")] = None
 
@@ -28,7 +28,7 @@ GROUPS = (MODEL, METHOD, DATA, ADAPTER, OPTIMISATION, EVALUATION, RUN, MASK_UPDA
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line has a field.
+    """How the command line offers a field.
 
     Args:
         help: a sentence or two; the default is added to it.
@@ -106,10 +106,12 @@ class Field:
 
     @property
     def help(self) -> str:
-        """What help says, with the default."""
-        told = self.option.default
+        """The text of the help, with the default."""
+        told: str | None = self.option.default
         if told is None and not self.required and self.default is not None and not self.nested:
-            told = str(self.default) if self.type is not bool or self.option.negatable else None
+            told = str(self.default)
+            if self.type is bool:
+                told = ("on" if self.default else "off") if self.option.negatable else None
         return f"{self.option.help.removesuffix('.')} (default: {told})." if told else self.option.help
 
 

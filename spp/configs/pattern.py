@@ -27,7 +27,7 @@ class Pattern:
         fraction: share pruned, at least 0 (nothing) and below 1; None for an N:M pattern.
 
     Raises:
-        PatternError: the numbers make no pattern.
+        PatternError: the values make no pattern.
 
     Example:
         >>> str(Pattern.parse("2:4")), Pattern.parse("2:8").sparsity, str(Pattern.parse(0.5))

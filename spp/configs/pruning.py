@@ -1,6 +1,15 @@
-"""PruneOptions: what pruning is told, in memory and on disk; PruneConfig adds where to read and write.
+"""PruneOptions: the options of pruning, in memory and on disk; PruneConfig adds where to read and write.
 
-The methods by name, and OWL, whose formula is in spp.masks.owl.
+Beside them the methods by name, OWL (the formula: spp.masks.wanda), the names of calibration data, and the options of
+mask updates, which prune while an adapter trains (spp.training.mask_updates). A name of calibration data is
+
+    text.txt, .text, .md, .raw        plain text, one document
+    rows.json, .jsonl, .ndjson        rows with a field "text", each a document
+    ids.pt, ids.safetensors           token ids (k, L)
+    NAME[:CONFIG[:SPLIT[:FIELD]]]     a data set: an id of the Hugging Face hub (owner/name), or a folder that
+                                      `datasets` can load; by default its only config, split train, field text
+
+Empty parts are the default: "Salesforce/wikitext:wikitext-2-raw-v1", "allenai/c4:en:validation", "folder::test".
 """
 
 from __future__ import annotations
@@ -8,25 +17,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from spp.configs.calibration import check_source
 from spp.configs.checks import (
     AUTO_DTYPES,
     DEVICES,
     check_choice,
     check_int,
     check_names,
+    check_number,
     check_path,
     is_number,
     parse_names,
 )
 from spp.configs.options import DATA, METHOD, MODEL, RUN, Option
 from spp.configs.pattern import Pattern
-from spp.errors import ConfigError, PatternError, arg
+from spp.errors import ConfigError, DataError, PatternError, arg
 
 Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
 Names = str | list[str] | tuple[str, ...] | None
@@ -42,10 +51,14 @@ class OWL:
 
     Raises:
         ConfigError: an option makes no sense.
+
+    Example:
+        >>> OWL(spread=0.05)
+        OWL(threshold=5.0, spread=0.05)
     """
 
-    threshold: Annotated[float, Option("OWL: times the mean that an outlier is above.", METHOD)] = 5.0
-    spread: Annotated[float, Option("OWL: how far a block may be from the fraction.", METHOD)] = 0.08
+    threshold: Annotated[float, Option("OWL: a score above so many times the mean is an outlier.", METHOD)] = 5.0
+    spread: Annotated[float, Option("OWL: how far a block's fraction may be from the given one.", METHOD)] = 0.08
 
     def __post_init__(self) -> None:
         if not is_number(self.threshold) or not math.isfinite(self.threshold) or self.threshold <= 0:
@@ -149,8 +162,8 @@ class PruneOptions:
     pattern: Annotated[
         Patterns,
         Option(
-            "N:M (N kept of every M) or the fraction pruned, such as 0.5. Repeated, NAME=PATTERN for layers by name "
-            "suffix or regular expression, of which the first that matches counts; one without NAME is for all others.",
+            "N:M (N kept of every M) or the fraction pruned, such as 0.5. May be repeated: NAME=PATTERN for layers by "
+            "name suffix or regular expression, the first that matches counts; one without NAME is for all others.",
             METHOD,
             many=True,
             parse=parse_patterns,
@@ -175,7 +188,7 @@ class PruneOptions:
     ] = None
     nsamples: Annotated[int, Option("Calibration windows at most.", DATA)] = 128
     seqlen: Annotated[int, Option("Tokens of a window that is cut from text.", DATA)] = 2048
-    seed: Annotated[int, Option("Of the draw of windows.", DATA)] = 0
+    seed: Annotated[int, Option("Of the random choice of windows.", DATA)] = 0
     owl: Annotated[
         OWL | None,
         Option("Prune blocks with many outliers less (OWL); the pattern must be a fraction.", METHOD),
@@ -209,7 +222,7 @@ class PruneOptions:
 
     @property
     def described(self) -> str | dict[str, str]:
-        """What a report says of the pattern that was asked for."""
+        """The pattern that was asked for, as a report says it."""
         if isinstance(self.pattern, Mapping):
             return {name: str(Pattern.parse(value)) for name, value in self.pattern.items()}
         return str(Pattern.parse(self.pattern))
@@ -221,17 +234,7 @@ class PruneOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(PruneOptions):
-    """What `spp prune` is told: the options of `spp.prune`, and what to read and write.
-
-    Args:
-        model: directory or hub id of the dense model.
-        output: directory to write the pruned checkpoint to.
-        dtype: of the weights while they are pruned and as they are written; "auto" is the checkpoint's own.
-        device: "auto", "cpu" or "cuda".
-        in_memory: load the whole model instead of one block at a time.
-        report: JSON file for what was done to each layer.
-        every: list every layer in the table.
-        overwrite: replace an existing output.
+    """The options of `spp prune`: those of `spp.prune`, and what to read and write.
 
     Raises:
         ConfigError, PatternError, DataError: an option makes no sense; the message names it.
@@ -263,3 +266,118 @@ def check_patterns(pattern: Patterns) -> None:
             re.compile(name)
         except (re.error, TypeError) as error:
             raise PatternError(f"{arg('pattern')}: the name {name!r} is not a regular expression: {error}") from None
+
+
+# ---- Calibration data by name. Only the name is looked at, nothing is read.
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TENSOR_SUFFIXES = (".pt", ".safetensors")
+_OTHER_SUFFIXES = tuple(
+    [".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".npy", ".bin", ".html", ".pdf", ".docx"]
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+KNOWN = (
+    f"{', '.join(TEXT_SUFFIXES)} (plain text), {', '.join(JSON_SUFFIXES)} (rows with a field text), "
+    f"{', '.join(TENSOR_SUFFIXES)} (token ids (k, L)), or a data set: a folder or hub id owner/name, as "
+    f"NAME[:CONFIG[:SPLIT[:FIELD]]]"
+)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set by name, and what of it is meant.
+
+    Example:
+        >>> DataSet.parse("allenai/c4:en::url")
+        DataSet(name='allenai/c4', config='en', split='train', field='url')
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+
+    @classmethod
+    def parse(cls, text: str) -> DataSet | None:
+        """Read NAME[:CONFIG[:SPLIT[:FIELD]]]; None where NAME is neither a folder nor like an id of the hub."""
+        if Path(text).is_dir():
+            return cls(text)
+        name, *parts = text.split(":")
+        if len(parts) > 3 or not (Path(name).is_dir() or _is_hub_id(name)):
+            return None
+        config, split, field = [part.strip() for part in parts] + [""] * (3 - len(parts))
+        return cls(name, config or None, split or "train", field or "text")
+
+
+def check_source(source: str) -> None:
+    """Raise a DataError where a path or id names nothing that can be read; nothing is.
+
+    Args:
+        source: as in the head of this file.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() not in ("", *TEXT_SUFFIXES, *JSON_SUFFIXES, *TENSOR_SUFFIXES):
+            raise DataError(f"calibration file {source} ends in {path.suffix}, which is not understood; known: {KNOWN}")
+    elif DataSet.parse(source) is None:
+        raise DataError(f"{arg('calibration')} is {source[:200]!r}, which is no file; known: {KNOWN}")
+
+
+def is_ids(source: str) -> bool:
+    """Whether a path names a file of token ids."""
+    return Path(source).is_file() and Path(source).suffix.lower() in TENSOR_SUFFIXES
+
+
+def is_data_set(source: str) -> bool:
+    """Whether this names a data set rather than a file."""
+    return not Path(source).is_file()
+
+
+def _is_hub_id(name: str) -> bool:
+    suffix = Path(name).suffix.lower()
+    is_file = suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TENSOR_SUFFIXES, *_OTHER_SUFFIXES)
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith((".", "/", "~")) and not is_file
+
+
+# ---- Mask updates.
+
+# How the share that is exchanged shrinks, by the part of the updates that is done.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "cubic": lambda done: (1 - done) ** 3,
+}
+DROPS = ("activation", "magnitude")
+GROWS = ("gradient", "saliency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskUpdateOptions:
+    """The options of mask updates; TuneConfig has each with the prefix `mask_update_`.
+
+    Args:
+        every: k, optimizer steps between two updates.
+        fraction: share of a layer's kept weights that the first update exchanges at most, in [0, 1].
+        until: part of the steps, in (0, 1], after which masks stay.
+        decay: how the fraction shrinks to 0 until then, "cosine" or "cubic".
+        drop: what goes, by "activation" or "magnitude".
+        grow: what comes, by "gradient" or "saliency".
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it as TuneConfig does.
+    """
+
+    every: int
+    fraction: float = 0.1
+    until: float = 0.75
+    decay: str = "cosine"
+    drop: str = "activation"
+    grow: str = "gradient"
+
+    def __post_init__(self) -> None:
+        check_int("mask_update_every", self.every, least=1)
+        check_number("mask_update_fraction", self.fraction, least=0.0, most=1.0)
+        check_number("mask_update_until", self.until, above=0.0, most=1.0)
+        check_choice("mask_update_decay", self.decay, tuple(DECAYS))
+        check_choice("mask_update_drop", self.drop, DROPS)
+        check_choice("mask_update_grow", self.grow, GROWS)

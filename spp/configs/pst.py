@@ -1,13 +1,12 @@
-"""PSTConfig: how a model is wrapped for PST; and the checks of its schedule (the formula: spp.pst.schedule)."""
+"""PSTConfig: how a model is wrapped for PST; and the checks of its schedule (the formula: spp.pst.function)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from spp.configs.checks import check_int, check_names, check_seed
+from spp.configs.checks import check_int, check_names, check_number, check_seed
 from spp.configs.pattern import Pattern
 from spp.errors import ConfigError, PatternError, arg
 
@@ -29,9 +28,14 @@ class PSTConfig:
         modules_to_save: names of modules that train and are saved as a whole; None is the new head of a classifier,
             () is none.
         seed: of the initial values, keyed by module path; None draws from torch's global generator.
+        format_version: version of this format; another one than this library's is refused.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.
+
+    Example:
+        >>> PSTConfig(pattern="2:4").mask_rank
+        8
     """
 
     weight_rank: int = 8
@@ -111,15 +115,10 @@ def check_pattern(pattern: str | Pattern | None) -> Pattern | None:
 
 def check_schedule(initial_warmup: float, final_warmup: float, initial_sparsity: float, final_sparsity: float) -> None:
     """Raise a ConfigError, naming the number that is out of its range, unless a schedule can have these."""
-    for name, value, low, high in (
-        ("initial_warmup", initial_warmup, 0, 1),
-        ("final_warmup", final_warmup, 0, 1),
-        ("initial_sparsity", initial_sparsity, 0, math.nextafter(1, 0)),
-        ("final_sparsity", final_sparsity, 0, math.nextafter(1, 0)),
-    ):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not low <= value <= high:
-            raise ConfigError(f"{arg(name)} is {value!r}; it must be a number in [0, 1{']' if high == 1 else ')'}")
+    for name, share in (("initial_warmup", initial_warmup), ("final_warmup", final_warmup)):
+        check_number(name, share, least=0.0, most=1.0)
+    for name, sparsity in (("initial_sparsity", initial_sparsity), ("final_sparsity", final_sparsity)):
+        check_number(name, sparsity, least=0.0, below=1.0)
     if initial_warmup + final_warmup > 1:
         raise ConfigError(
             f"{arg('initial_warmup')} + {arg('final_warmup')} is {initial_warmup + final_warmup}; it must be at most 1"

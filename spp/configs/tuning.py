@@ -18,9 +18,9 @@ from spp.configs.checks import (
     check_path,
     parse_names,
 )
-from spp.configs.mask_updates import DECAYS, DROPS, GROWS, MaskUpdateOptions
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
+from spp.configs.pruning import DECAYS, DROPS, GROWS, MaskUpdateOptions
 from spp.configs.pst import PSTConfig, check_schedule
 from spp.errors import ConfigError, arg
 
@@ -183,14 +183,18 @@ class TuneConfig:
     rule: Annotated[
         str,
         Option(
-            "SPP: spp, hira or masked_lora. HiRA as spp compare has it is --r 8 --scaling 1, masked LoRA --r 8.",
+            "SPP: spp, hira or masked_lora; spp compare runs hira with --r 8 --scaling 1, masked_lora with --r 8.",
             ADAPTER,
             choices=RULES,
         ),
     ] = SPPConfig.rule
     saved_activations: Annotated[
         str,
-        Option("SPP: full or bfloat16: inputs kept for backward at half the memory.", ADAPTER, choices=ACTIVATIONS),
+        Option(
+            "SPP: how inputs are saved for backward: full, or bfloat16 at half the memory.",
+            ADAPTER,
+            choices=ACTIVATIONS,
+        ),
     ] = "full"
     steps: Annotated[int | None, Option("Optimizer steps.", OPTIMISATION, default="as many as --epochs has")] = None
     epochs: Annotated[float, Option("Passes over the data.", OPTIMISATION)] = 1.0
@@ -214,7 +218,7 @@ class TuneConfig:
     schedule: Annotated[str, Option("linear, cosine or constant.", OPTIMISATION, choices=SCHEDULES)] = "linear"
     warmup_ratio: Annotated[float, Option("Share of the steps that warm up.", OPTIMISATION)] = 0.03
     weight_decay: Annotated[float, Option("AdamW's weight decay.", OPTIMISATION)] = 0.001
-    max_grad_norm: Annotated[float, Option("Clip the gradient to this norm; 0 does not.", OPTIMISATION)] = 1.0
+    max_grad_norm: Annotated[float, Option("Clip the gradient to this norm; 0 does not clip.", OPTIMISATION)] = 1.0
     eval_text: Annotated[
         str | os.PathLike[str] | None,
         Option("Text for the perplexity before and after.", EVALUATION, type=Path, default="held out from the data"),
@@ -255,16 +259,16 @@ class TuneConfig:
         str, Option("How that share shrinks: cosine or cubic.", MASK_UPDATES, choices=tuple(DECAYS))
     ] = MaskUpdateOptions.decay
     mask_update_drop: Annotated[
-        str, Option("What goes: lowest activation or magnitude.", MASK_UPDATES, choices=DROPS)
+        str, Option("Prune those of the lowest activation or magnitude.", MASK_UPDATES, choices=DROPS)
     ] = MaskUpdateOptions.drop
     mask_update_grow: Annotated[
-        str, Option("What comes: highest gradient or saliency.", MASK_UPDATES, choices=GROWS)
+        str, Option("Regrow those of the highest gradient or saliency.", MASK_UPDATES, choices=GROWS)
     ] = MaskUpdateOptions.grow
     pattern: Annotated[
         str | float | None,
-        Option("PST: what is pruned at the end, N:M (N kept of M) or a fraction; required.", PST),
+        Option("PST: the final pattern, N:M (N kept of every M) or a fraction; required with --method pst.", PST),
     ] = None
-    initial_sparsity: Annotated[float, Option("PST: pruned at the start.", PST)] = 0.0
+    initial_sparsity: Annotated[float, Option("PST: fraction pruned at the start.", PST)] = 0.0
     initial_warmup: Annotated[float, Option("PST: share of the steps before pruning begins.", PST)] = 0.1
     final_warmup: Annotated[float, Option("PST: share of the steps at the final sparsity.", PST)] = 0.3
     weight_rank: Annotated[int, Option("PST: rank of the weight's update.", PST)] = PSTConfig.weight_rank
@@ -288,7 +292,10 @@ class TuneConfig:
         if self.progress is not None and not isinstance(self.progress, bool):
             raise ConfigError(f"{arg('progress')} is {self.progress!r}; it must be True, False or None")
         if self.overwrite and self.resume:
-            raise ConfigError("overwrite and resume are both True; choose to replace the earlier run or to continue it")
+            raise ConfigError(
+                f"{arg('overwrite', True)} and {arg('resume', True)} exclude each other; choose to replace the earlier "
+                f"run or to continue it"
+            )
         adapter = self.adapter_config() if self.method == "spp" else self.pst_config()  # raises for r, scaling, …
         if self.rule not in RULES:
             raise ConfigError(f"there is no rule {self.rule!r}; known: {', '.join(sorted(RULES))}", option="rule")
@@ -329,7 +336,7 @@ class TuneConfig:
 
     @property
     def final_sparsity(self) -> float:
-        """What PST prunes at the end, as a fraction."""
+        """The fraction that PST prunes at the end."""
         assert self.pattern is not None
         return Pattern.parse(self.pattern).sparsity
 

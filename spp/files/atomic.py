@@ -194,7 +194,7 @@ def require_directory(path: Path, who: str) -> None:
         OutputExistsError: it is a file.
     """
     if path.exists() and not path.is_dir():
-        raise OutputExistsError(f"{path} is a file; {who} a directory: choose another output_dir")
+        raise OutputExistsError(f"{path} is a file; {who} a directory: choose another path")
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What goes along when a checkpoint's weights are written anew: the files beside them, and what its config says."""
+"""Files beside the weights that are copied when these are written anew, and the dtype in config.json."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spp.errors import CheckpointError, ConfigError
+from spp.files.cards import CARD_NAME
 from spp.files.hashes import dtype_name
 from spp.files.jsonio import read_json, write_json
 from spp.files.reader import INDEX, require_inside
@@ -19,8 +21,6 @@ from spp.files.reader import INDEX, require_inside
 CERTIFICATE_NAME = "sparsity.json"
 
 logger = logging.getLogger(__name__)
-
-CARD_NAME = "README.md"  # the hub's model card
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _NOT_CARRIED = (CERTIFICATE_NAME, "adapter_config.json", INDEX)  # the index is written apart
@@ -36,45 +36,50 @@ def refuse_overlap(out: Path, source: Path, what: str) -> None:
 
 
 def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True) -> None:
-    """Copy what lies beside the weights: config, tokenizer, generation config, chat templates, remote code, …
+    """Copy the files beside the weights: config, tokenizer, generation config, chat templates, remote code, …
 
     Args:
         base: the checkpoint. directory: where copies go; None to look whether they could be made.
         shards: names of the files that hold weights.
         card: the model card too.
     """
+    for source in _beside(base):
+        name = source.name
+        if not card and source == base / CARD_NAME:
+            continue
+        if name.startswith(".") or name in shards or name in _NOT_CARRIED or name.endswith(_WEIGHT_ENDINGS):
+            continue
+        require_inside(source, base)
+        try:
+            status = source.stat()
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if status.st_size > _LARGEST_CARRIED:
+                logger.warning("%s has %d bytes and is not carried along", source, status.st_size)
+                continue
+            file = source.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
+        with file:
+            if directory is not None:
+                target = directory / source.relative_to(base)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as copy:
+                    shutil.copyfileobj(file, copy)
+
+
+def _beside(base: Path) -> Iterator[Path]:
+    """Yield all files of a folder but those of hidden subfolders and behind links."""
     for folder, subfolders, names in os.walk(base):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        here = Path(folder).relative_to(base)
         for link in (Path(folder, name) for name in subfolders):
             if link.is_symlink():
                 logger.warning("%s is a link to a folder and is not carried along", link)
-        for name in sorted(names):
-            source = Path(folder, name)
-            if not card and source == base / CARD_NAME:
-                continue
-            if name.startswith(".") or name in shards or name in _NOT_CARRIED or name.endswith(_WEIGHT_ENDINGS):
-                continue
-            require_inside(source, base)
-            try:
-                status = source.stat()
-                if not stat.S_ISREG(status.st_mode):
-                    continue
-                if status.st_size > _LARGEST_CARRIED:
-                    logger.warning("%s has %d bytes and is not carried along", source, status.st_size)
-                    continue
-                file = source.open("rb")
-            except OSError as error:
-                raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
-            with file:
-                if directory is not None:
-                    (directory / here).mkdir(parents=True, exist_ok=True)
-                    with (directory / here / name).open("wb") as copy:
-                        shutil.copyfileobj(file, copy)
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def update_config(directory: Path, dtype: torch.dtype) -> None:
-    """Have a checkpoint's config.json say which dtype its weights have."""
+    """Set the dtype of the weights in a checkpoint's config.json."""
     path = directory / "config.json"
     if path.exists():
         config = read_json(path, "config.json")

@@ -1,4 +1,4 @@
-"""What the system says when an output cannot be written, as an error with a remedy."""
+"""The system's error for an output that cannot be written, as an OutputError with a remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 def output_error(error: BaseException, target: str | os.PathLike[str]) -> OutputError:
-    """Return the OutputError, with a remedy, that stands for a failure to write `target`."""
+    """Return the OutputError, with a remedy, for a failure to write `target`."""
     if isinstance(error, OutputError):
         return error
     number = errno_of(error)

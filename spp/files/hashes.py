@@ -63,7 +63,7 @@ def values_sha256(t: Tensor, dtype: torch.dtype | None = None) -> str | None:
     threads = min(torch.get_num_threads(), _MOST_THREADS)
     if threads == 1 or t.numel() <= VALUES_PIECE or not t.is_contiguous():  # copies of pieces would pile up
         return joined_sha256(shape, dtype, [piece_sha256(part, dtype) for part in _value_pieces(t)])
-    with ThreadPoolExecutor(threads) as pool:  # hashlib lets go of Python's lock
+    with ThreadPoolExecutor(threads) as pool:  # hashlib releases Python's lock
         return joined_sha256(shape, dtype, pool.map(lambda part: piece_sha256(part, dtype), _value_pieces(t)))
 
 

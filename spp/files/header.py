@@ -8,6 +8,7 @@ the rest     the tensors' bytes, without gaps or overlaps
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: dtype, shape, and its bytes from `begin` to `end` of the file."""
+    """How a tensor is stored: dtype, shape, and its bytes from `begin` to `end` of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -86,7 +87,7 @@ def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str, Tenso
 
 
 def build_header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the start of a file, up to the first tensor's bytes, for tensors that lie in the order of `layout`."""
+    """Return the start of a file, up to the first tensor's bytes, for tensors stored in the order of `layout`."""
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in layout.items():
@@ -100,10 +101,7 @@ def build_header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> b
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Return the bytes that a tensor takes."""
-    count = dtype.itemsize
-    for length in shape:
-        count *= length
-    return count
+    return dtype.itemsize * math.prod(shape)
 
 
 def _entry(name: str, value: Any, first: int, path: str | os.PathLike[str]) -> TensorEntry:
@@ -113,7 +111,11 @@ def _entry(name: str, value: Any, first: int, path: str | os.PathLike[str]) -> T
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"{where} has the dtype {code!r}; known are {', '.join(DTYPES)}")
-    if not _are_sizes(shape) or len(shape) > _LARGEST_RANK or _product_of_nonzero(shape) > _LARGEST_SIZE:
+    if (
+        not _are_sizes(shape)
+        or len(shape) > _LARGEST_RANK
+        or math.prod(length or 1 for length in shape) > _LARGEST_SIZE
+    ):
         raise CheckpointError(f"{where} has no possible shape: {str(shape)[:100]}")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} has no possible data_offsets: {str(offsets)[:100]}")
@@ -141,10 +143,3 @@ def _check_layout(entries: dict[str, TensorEntry], first: int, size: int, path: 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
-
-
-def _product_of_nonzero(shape: list[int]) -> int:
-    product = 1
-    for length in shape[: _LARGEST_RANK + 1]:
-        product *= length or 1
-    return product

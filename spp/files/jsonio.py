@@ -63,21 +63,16 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _check_contents(value: Any, what: str) -> None:
-    """Refuse what whoever reads or shows the value would stumble over: deep nesting, text that is no Unicode."""
-    layer, depth = [value], 0
-    while layer:
-        depth += 1
-        if depth > DEEPEST_JSON:
-            raise CheckpointError(f"{what} nests objects or arrays more than {DEEPEST_JSON} deep")
-        inner: list[Any] = []
-        for container in layer:
-            for item in (*container, *container.values()) if isinstance(container, dict) else container:
-                if isinstance(item, str):
-                    if not item.isascii():
-                        _check_text(item, what)
-                elif isinstance(item, (dict, list)):
-                    inner.append(item)
-        layer = inner
+    """Refuse deep nesting and text that is no Unicode, which readers of the value would fail on."""
+    layer: list[Any] = [value]
+    for _ in range(DEEPEST_JSON):
+        inner = [x for one in layer for x in ((*one, *one.values()) if isinstance(one, dict) else one)]
+        for text in inner:
+            if isinstance(text, str) and not text.isascii():
+                _check_text(text, what)
+        layer = [item for item in inner if isinstance(item, (dict, list))]
+    if layer:
+        raise CheckpointError(f"{what} nests objects or arrays more than {DEEPEST_JSON} deep")
 
 
 def _check_text(text: str, what: str) -> None:

@@ -112,12 +112,11 @@ def run(jobs: Iterable[Job], done: Callable[[Job], object] | None = None, *, wai
 
     with _signals_deferred() as handle_signals:
         try:
-            for job in jobs:
-                for piece in range(job.pieces):
-                    handle_signals()
-                    if len(begun) == 2 * threads:
-                        complete()
-                    begun.append((pool.submit(job.do, piece, scratch), job if piece == job.pieces - 1 else None))
+            for job, piece in ((one, index) for one in jobs for index in range(one.pieces)):
+                handle_signals()
+                if len(begun) == 2 * threads:
+                    complete()
+                begun.append((pool.submit(job.do, piece, scratch), job if piece == job.pieces - 1 else None))
             while begun:
                 complete()
         finally:

@@ -18,15 +18,11 @@ _OF_THE_HUB = re.compile(r"(models|datasets|spaces)--.+")
 
 
 def why_never(path: Path) -> str | None:
-    """Return why a folder that exists is never replaced, or None.
-
-    Args:
-        path: without symbolic links.
-    """
+    """Return why an existing folder (a path without links) is never replaced, whatever is in it; None for any other."""
     if path == path.parent or os.path.ismount(path):
         return "it is the root of a disk"
     here = os.stat(path)
-    for place, what in _places():
+    for place, what in _relied_on():
         for folder in (place, *place.parents):
             with contextlib.suppress(OSError):
                 if os.path.samestat(here, os.stat(folder)):
@@ -40,7 +36,7 @@ def why_never(path: Path) -> str | None:
     return None
 
 
-def _places() -> Iterator[tuple[Path, str]]:
+def _relied_on() -> Iterator[tuple[Path, str]]:
     """Yield the folders, without symbolic links, and what they are."""
     with contextlib.suppress(OSError):  # it may have been removed
         yield Path(os.getcwd()), "the current directory"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -92,6 +92,11 @@ class CheckpointReader:
         """Return a tensor's dtype."""
         return self._entry(key).dtype
 
+    def config(self) -> dict[str, Any]:
+        """Return what config.json says; {} where there is none."""
+        path = self.directory / "config.json"
+        return read_json(path, "the model's config") if path.exists() else {}
+
     def file_of(self, key: str) -> str:
         """Return the name of the file that holds a tensor."""
         self._entry(key)
@@ -105,7 +110,7 @@ class CheckpointReader:
         return shards
 
     def raw(self, key: str) -> memoryview:
-        """Return a tensor's bytes as they lie on the disk, not copied, read-only."""
+        """Return a tensor's bytes as they are on the disk, not copied, read-only."""
         entry = self._entry(key)
         return memoryview(self._map(self._file_of[key]))[entry.begin : entry.end].toreadonly()
 

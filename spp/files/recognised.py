@@ -2,14 +2,17 @@
 
     a folder   empty; or one of KINDS by its marks (what its config.json, adapter_config.json, … says), while every
                file in it is
-                 - of a name that spp, transformers, tokenizers, peft or the Trainer gives to a file there,
-                 - named by the folder's own files: a shard by the index, code by auto_map,
-                 - beside a model, a report of spp prune, by its keys,
+                 - of a name that spp, transformers, tokenizers, peft or the Trainer gives to a file there, and that
+                   nobody gives to a text of their own: a page (README.md, LICENSE, …) or code is known by no name,
+                   vocab.txt and its like only where what they belong to stands beside them,
+                 - a shard that the folder's index names,
+                 - beside a model, a report of spp prune, by its keys, or a model card that PEFT or the Trainer
+                   generated, with nothing filled in,
                  - from the hub, and unchanged since: a download keeps a note of each file,
                  - or not lost: the same bytes have the same place in what replaces it, or in a folder that it copies.
-               Subfolders are judged alike. What is in another folder's place for its own (a home, a cache, the current
-               directory, a repository) is never replaced: spp.files.places.
-    a file     empty; or a file of the kind that replaces it, by its keys or first bytes.
+               Subfolders are judged alike; an adapter's must hold one. What is in another folder's place for its own (a
+               home, a cache, the current directory, a repository) is never replaced (places.py).
+    a file     empty; or a file of the kind that replaces it, by its keys, or by the mark in each of our charts.
 
 Names are looked at first, contents only of what has no known name. The verdict is an OutputExistsError that names the
 first of what would be lost; it comes before any work, and again right before the replacement.
@@ -28,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from spp.errors import CheckpointError, OutputError, OutputExistsError
+from spp.files.cards import CARD_NAME, is_generated_card
 from spp.files.jsonio import read_json
 from spp.files.places import why_never
 
 _LISTED = 3  # names in a message
 _LONGEST = 80  # characters of a name in a message
 _PIECE = 1 << 20  # bytes that are compared at a time
-_CODE = 1 << 20  # bytes of a file of code that are looked through for imports
+_ENDS = 1 << 16  # bytes at either end of a chart in which its mark is
 _REPORT = 1 << 24  # bytes of the largest report that is looked for: some hundred for each layer
 _ATTEMPTS = 20  # other writers that may replace a folder while it is looked at
 
@@ -48,14 +52,16 @@ class Kind:
         files: regular expressions of the names of its files, in full.
         folders: {regular expression: kind of a subfolder of that name}.
         mark: whether a folder is one; None for one that is only part of another.
+        needs: a regular expression; without a file of that name, nothing in it is known.
         whole: nothing in it is anybody's but its writer's, and none of it is looked at.
-        model: its files name further ones.
+        model: its index names further files, and it may hold a report or a generated card.
     """
 
     name: str
     files: Sequence[str] = ()
     folders: Mapping[str, Kind] = field(default_factory=dict)
     mark: Callable[[Path], bool] | None = None
+    needs: str = ""
     whole: bool = False
     model: bool = False
 
@@ -63,9 +69,11 @@ class Kind:
         """Whether a file of that name belongs here."""
         return self._names.fullmatch(name) is not None
 
-    def folder(self, name: str) -> Kind | None:
-        """Return the kind of a subfolder; None for a foreign one."""
-        return next((kind for pattern, kind in self.folders.items() if re.fullmatch(pattern, name)), None)
+    def folder(self, path: Path) -> Kind:
+        """Return the kind of a subfolder; of a foreign one, the kind to which nothing belongs."""
+        kind = next((kind for pattern, kind in self.folders.items() if re.fullmatch(pattern, path.name)), _NOTHING)
+        lacks = kind.needs and not any(re.fullmatch(kind.needs, name) for name in _listed(path))
+        return _NOTHING if lacks else kind
 
     @cached_property
     def _names(self) -> re.Pattern[str]:
@@ -103,38 +111,42 @@ _CONFIGS = (
 )
 _TOKENIZERS = (  # vocab_files_names of transformers' tokenizers, and those of tiktoken and Mistral
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|tekken\.json|tokenizer\.model(\.v\d+)?",
-    r"vocab\.(json|txt|bpe)|vocab-(src|tgt)\.json|target_vocab\.json|entity_vocab\.json|encoder\.json|dict\.txt",
-    r"merges\.txt|bpe\.codes|(source|target)\.spm|[\w-]+\.tiktoken|prophetnet\.tokenizer|normalizer\.json|emoji\.json",
+    r"vocab\.json|vocab-(src|tgt)\.json|target_vocab\.json|entity_vocab\.json|encoder\.json",
+    r"(source|target)\.spm|[\w-]+\.tiktoken|prophetnet\.tokenizer|normalizer\.json|emoji\.json",
     r"sentencepiece(\.bpe)?\.model|(spiece|spm|spm_char)\.model|byte_maps\.json|word_(pronunciation|shape)\.json",
 )
-_PAGES = (
-    r"README\.md|\.gitattributes",
-    r"(?i:licen[cs]e|copying|notice|(acceptable_)?use_policy)([-_][A-Z0-9]+)?(\.(txt|md|rst|pdf))?",
-)
+_TEXTS = {  # names that a person may give to a text, and what stands beside those that a library wrote
+    r"vocab\.bpe|merges\.txt": r"(vocab(-src)?|encoder)\.json",
+    r"zero_to_fp32\.py|latest": r"global_step\d+",
+}
+_VOCABULARIES = {  # the same of whole vocabularies: which tokenizer_class has one
+    r"vocab\.txt": r"\w*(Bert|Phobert|Electra|MPNet|Esm|RoFormer|Funnel|LayoutLM|Splinter|Tapas|Cpm|DPR|Japanese)\w*",
+    r"bpe\.codes": r"(Phobert|Bertweet)\w*",
+    r"dict\.txt": r"Bartpho\w*",
+}
 _TRAINING = (  # of the Trainer, accelerate and SPPTrainer
     r"(trainer_state|all_results|(train|eval|predict|test)_results)\.json|training_args\.bin|spp_complete\.json",
     r"optimizer\.(pt|bin)|(scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|masks\.(json|safetensors)",
-    r"zero_to_fp32\.py|latest",
 )
 
 _ALL = Kind("", whole=True)
 _NOTHING = Kind("")
 _SHARED = {_TEMPORARY: _ALL, r"__pycache__": Kind("", (r".+\.pyc",))}
-_MODEL_FILES = (*_WEIGHTS, *_ADAPTERS, *_CONFIGS, *_TOKENIZERS, *_PAGES, *_TRAINING, _TEMPORARY)
-_MODEL_FOLDERS = {
+_MODEL_FILES = (*_WEIGHTS, *_ADAPTERS, *_CONFIGS, *_TOKENIZERS, *_TRAINING, _TEMPORARY)
+_BESIDE_WEIGHTS = {
     **_SHARED,
     r"additional_chat_templates": Kind("", (r".+\.jinja",)),
-    r"original": Kind("", (*_WEIGHTS, *_TOKENIZERS, *_PAGES, r"params\.json|checklist\.chk")),
     r"\.cache": Kind("", folders={r"huggingface": _ALL}),
 }
 _SHARDED = {
     r"(pytorch_model_fsdp|optimizer)_\d+": Kind("", (r"__\d+_\d+\.distcp|\.metadata",)),
     r"global_step\d+": Kind("", (r"\w*(zero_pp_rank|mp_rank|layer)_[\w-]+\.pt",)),
 }
-_NAMED = {r"[\w.-]+": Kind("", (*_ADAPTERS, r"README\.md"))}  # further adapters, by name, as PEFT's Trainer leaves them
-_STEP = Kind("", _MODEL_FILES, {**_MODEL_FOLDERS, **_SHARDED, **_NAMED}, model=True)  # checkpoint-N
+# Further adapters, by name, as PEFT's Trainer leaves them.
+_NAMED = {r"[\w.-]+": Kind("", _ADAPTERS, needs="|".join(_ADAPTERS), model=True)}
+STEP = Kind("a checkpoint of a training", _MODEL_FILES, {**_BESIDE_WEIGHTS, **_SHARDED, **_NAMED}, model=True)
 _EVENTS = Kind("", (r"events\.out\.tfevents\..+",), {r"[\w.-]+": Kind("", (r"events\.out\.tfevents\..+",))})
-_MODEL_FOLDERS = {**_MODEL_FOLDERS, r"checkpoint-\d+": _STEP, r"runs": _EVENTS}
+_MODEL_FOLDERS = {**_BESIDE_WEIGHTS, r"checkpoint-\d+": STEP, r"runs": _EVENTS}
 
 
 def _says(folder: Path, name: str) -> dict[str, Any]:
@@ -159,15 +171,20 @@ def _keys(name: str, *keys: str, rows: Sequence[str] | None = None) -> FileKind:
     return FileKind(name, recognises)
 
 
-_SVG = re.compile(  # every part ends at its first end: there is one way to match
-    rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--((?!-->).)*-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg\b", re.DOTALL
-)
+CHART_MARK = "spp chart"  # what our charts say made them
+_CHARTS = {  # first bytes: the mark, as matplotlib writes it
+    b"\x89PNG\r\n\x1a\n": f"tEXtSoftware\0{CHART_MARK}".encode(),
+    b"%PDF-": f"/Creator ({CHART_MARK})".encode(),
+    b"<?xml": f"<dc:title>{CHART_MARK}</dc:title>".encode(),
+}
 
 
-def _is_picture(path: Path) -> bool:
+def _is_chart(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(1 << 14)
-    return head.startswith((b"\x89PNG\r\n\x1a\n", b"%PDF-")) or _SVG.match(head) is not None
+        head = file.read(_ENDS)
+        file.seek(max(len(head), os.fstat(file.fileno()).st_size - _ENDS))
+        tail = file.read(_ENDS)
+    return any(head.startswith(first) and (mark in head or mark in tail) for first, mark in _CHARTS.items())
 
 
 def _is_comparison_text(path: Path) -> bool:
@@ -175,7 +192,7 @@ def _is_comparison_text(path: Path) -> bool:
         return b"\n## Learning rates\n" in file.read(1 << 22)
 
 
-PICTURE = FileKind("chart: no PNG, SVG or PDF", _is_picture)
+PICTURE = FileKind("chart that spp drew", _is_chart)
 PRUNE_REPORT = _keys("report of spp prune", "layers", "method", "pattern", "sparsity", "windows")
 MEASUREMENTS = _keys("file of measurements of spp bench", "rows", rows=("device", "versions"))
 CERTIFICATE = _keys("certificate of spp", "format_version", "tensors", "totals")
@@ -201,18 +218,10 @@ def _is_checkpoint(folder: Path) -> bool:
     ) or CERTIFICATE.recognises(folder / "sparsity.json")
 
 
-def _is_trained(folder: Path) -> bool:
-    return "log_history" in _says(folder, "trainer_state.json")
-
-
 def _is_adapter(folder: Path) -> bool:
     found = _says(folder, "adapter_config.json")
     weights = any(re.fullmatch(_ADAPTERS[1], name) for name in os.listdir(folder))
     return bool(found) and (weights or bool(found.keys() & {"peft_type", "lora_alpha"}))
-
-
-def _is_run(folder: Path) -> bool:
-    return str(_says(folder, "config.json").get("format")).startswith("spp-tune-")
 
 
 def _is_pruning(folder: Path) -> bool:
@@ -223,15 +232,19 @@ def _is_pruning(folder: Path) -> bool:
 _INDEXED = ("model.safetensors", "pytorch_model.bin")
 MODEL = Kind("a checkpoint", _MODEL_FILES, _MODEL_FOLDERS, _is_checkpoint, model=True)
 _TRAINED = Kind(
-    "a checkpoint of a training", _MODEL_FILES, {**_MODEL_FOLDERS, **_SHARDED, **_NAMED}, _is_trained, model=True
+    "a checkpoint of a training",
+    _MODEL_FILES,
+    {**_MODEL_FOLDERS, **_SHARDED, **_NAMED},
+    lambda folder: "log_history" in _says(folder, "trainer_state.json"),
+    model=True,
 )
 ADAPTER = Kind("an adapter", _MODEL_FILES, _MODEL_FOLDERS, _is_adapter, model=True)
-TRAININGS = Kind("the checkpoints of a run", (_TEMPORARY,), {**_SHARED, r"checkpoint-\d+": _STEP, r"runs": _EVENTS})
+TRAININGS = Kind("the checkpoints of a run", (_TEMPORARY,), {**_SHARED, r"checkpoint-\d+": STEP, r"runs": _EVENTS})
 RUN = Kind(
     "a run of spp tune",
     (r"config\.json|log\.jsonl|eval\.json", _TEMPORARY),
     {**_SHARED, r"checkpoints": TRAININGS, r"adapter": ADAPTER, r"base": MODEL},
-    _is_run,
+    lambda folder: str(_says(folder, "config.json").get("format")).startswith("spp-tune-"),
 )
 RESULTS = Kind(
     "a comparison",
@@ -320,7 +333,7 @@ def foreign(folder: Path, kind: Kind, copies: Sequence[Path] = ()) -> Iterator[s
         for entry in entries:
             path = inside + entry.name
             if entry.is_dir(follow_symlinks=False):
-                inner = kind.folder(entry.name) or _NOTHING
+                inner = kind.folder(folder / path)
                 below += [] if inner.whole else [(inner, f"{path}/")]
                 continue
             plain = entry.is_file(follow_symlinks=False) or entry.is_symlink()
@@ -330,7 +343,7 @@ def foreign(folder: Path, kind: Kind, copies: Sequence[Path] = ()) -> Iterator[s
                 named = _named(folder / inside)
             if plain and named and entry.name in named:
                 continue
-            if plain and kind.model and entry.name.endswith(".json") and _is_report(folder / path):
+            if plain and kind.model and _has_known_content(folder / path):
                 continue
             if not (plain and (_is_downloaded(folder, path) or any(_same(folder, copy, path) for copy in copies))):
                 yield path
@@ -368,7 +381,7 @@ def _entries(folder: Path, inside: str) -> list[os.DirEntry[str]]:
         with os.scandir(path) as found:
             entries = sorted((entry for entry in found if entry.name not in _JUNK), key=lambda entry: entry.name)
     except FileNotFoundError:
-        raise
+        raise  # another writer has put something in its place
     except OSError as error:
         raise OutputExistsError(
             f"{shown(folder)} is not replaced, as nobody knows what would be lost: {_shortened(inside or '.')} cannot "
@@ -392,33 +405,36 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 def _named(folder: Path) -> frozenset[str]:
-    """Return the files that a model's folder names: shards in its index, code in auto_map and what that imports."""
+    """Return the files that are known by others in a model's folder: shards by the index, texts by what has them."""
     names: set[str] = set()
     for index in _INDEXED:
         weights = _says(folder, f"{index}.index.json").get("weight_map")
         names |= {name for name in weights.values() if isinstance(name, str)} if isinstance(weights, dict) else set()
-    left = []
-    for config in ("config.json", "generation_config.json", *(f"{w}_config.json" for w in _WITH_CODE)):
-        classes = _says(folder, config).get("auto_map")
-        for value in classes.values() if isinstance(classes, dict) else ():
-            listed = value if isinstance(value, list) else [value]
-            left += [name.split("--")[-1].split(".")[0] for name in listed if isinstance(name, str)]
-    while left:
-        name = f"{left.pop()}.py"
-        if name not in names and (folder / name).is_file():
-            names.add(name)
-            with (folder / name).open("rb") as file:
-                found = _IMPORTS.findall(file.read(_CODE).decode("utf-8", "replace"))
-            left += [module for several in found for part in several for module in re.findall(r"\w+", part)]
+    there = _listed(folder)
+    for text, beside in _TEXTS.items():
+        if any(re.fullmatch(beside, name) for name in there):
+            names |= {name for name in there if re.fullmatch(text, name)}
+    tokenizer = str(_says(folder, "tokenizer_config.json").get("tokenizer_class"))
+    for text, classes in _VOCABULARIES.items():
+        if re.fullmatch(classes, tokenizer):
+            names |= {name for name in there if re.fullmatch(text, name)}
     return frozenset(names)
 
 
-_WITH_CODE = ("adapter", "tokenizer", "processor", "preprocessor", "video_preprocessor")
-_IMPORTS = re.compile(r"^[ \t]*from[ \t]+\.(?:(\w+)[ \t]+import\b|[ \t]*import[ \t]+([\w, \t]+))", re.MULTILINE)
+def _listed(folder: Path) -> list[str]:
+    """Return the names in a folder; none where it cannot be read, which is said when its turn comes."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
-def _is_report(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= _REPORT and PRUNE_REPORT.recognises(path)
+def _has_known_content(path: Path) -> bool:
+    """Whether a file beside a model is a report of spp prune, or a card in which nobody wrote anything."""
+    if path.name == CARD_NAME:
+        return is_generated_card(path)
+    report = path.suffix == ".json" and path.is_file() and path.stat().st_size <= _REPORT
+    return report and PRUNE_REPORT.recognises(path)
 
 
 def _is_downloaded(folder: Path, path: str) -> bool:

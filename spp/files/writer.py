@@ -1,6 +1,6 @@
 """Writing safetensors files as a stream: the header from the shapes, then one tensor after the other.
 
-Tensors lie in the order in which the reference implementation puts them (wider dtypes first, then by name), the only
+Tensors are stored in the order of the reference implementation (wider dtypes first, then by name), the only
 metadata is {"format": "pt"}, so the same tensors give the same bytes.
 """
 

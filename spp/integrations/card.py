@@ -20,7 +20,8 @@ from yaml import YAMLError
 from spp.certifying.certificate import Certificate
 from spp.errors import CheckpointError, ConfigError, arg
 from spp.files import read_json
-from spp.files.carry import CARD_NAME
+from spp.files.cards import CARD_NAME
+from spp.files.provenance import Provenance
 from spp.report import Table, sparsity_table
 from spp.weights.packed.disk import is_packed_directory
 from spp.wrapping.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
@@ -62,33 +63,33 @@ def make_card(
     found_run = run if run is not None else _run_beside(directory)
     recipe = {} if found_run is None else read_json(found_run / "config.json", "the run's config")
     results = _results(found_run)
-    if (directory / CONFIG_NAME).exists():
-        adapter = read_adapter(directory)
-        named, metadata, body = adapter.base_name, {"base_model_relation": "adapter", "library_name": "spp"}, ""
-        zeros: Sequence[str] = ()
+    is_adapter = (directory / CONFIG_NAME).exists()
+    made: AdapterFiles | Certificate = read_adapter(directory) if is_adapter else Certificate.read(directory)
+    if isinstance(made, AdapterFiles):
+        named, relation, library = made.base_name, "adapter", "spp"
+        generates, tags = _generates(directory) or _is_causal(directory), ["spp", "pruned", "sparse"]
     else:
-        certificate = Certificate.read(directory)
-        named = certificate.base.name_or_path if certificate.base else None
-        metadata = {"library_name": "spp" if is_packed_directory(directory) else "transformers"}
-        if certificate.base or recipe:
-            metadata["base_model_relation"] = "finetune"
-        zeros = [certificate.report().pattern] if ":" in certificate.report().pattern else []
-        adapter = None
+        named = made.base.name_or_path if made.base else None
+        relation = "finetune" if made.base or recipe else ""
+        library = "spp" if is_packed_directory(directory) else "transformers"
+        pattern = made.report().pattern
+        generates, tags = _generates(directory), ["spp", "pruned", "sparse", *([pattern] if ":" in pattern else [])]
     known = base if base is not None else _hub_id(named)
-    metadata |= {"base_model": known or ""}
-    metadata["license"] = license or _license_of(named) or ""
-    if _generates(directory) or (adapter is not None and _is_causal(directory)):
-        metadata["pipeline_tag"] = "text-generation"
+    metadata = {
+        "base_model": known or "",
+        "base_model_relation": relation,
+        "library_name": library,
+        "license": license or _license_of(named) or "",
+        "pipeline_tag": "text-generation" if generates else "",
+    }
     shown = known or _public(named) or "the pruned base"
-    if adapter is not None:
-        body = _adapter_body(adapter, repo_id, shown)
+    if isinstance(made, AdapterFiles):
+        body = _adapter_body(made, repo_id, shown)
     else:
-        body = _model_body(directory, certificate, repo_id, shown if certificate.base or known else None)
-    parts = [_front_matter(metadata, ["spp", "pruned", "sparse", *zeros]), f"# {repo_id.rpartition('/')[2]}", body]
-    if recipe:
-        parts.append(_recipe_section(recipe))
-    if results is not None:
-        parts.append(results)
+        body = _model_body(directory, made, repo_id, shown if made.base or known else None)
+    parts = [_front_matter(metadata, tags), f"# {repo_id.rpartition('/')[2]}", body]
+    parts += [_recipe_section(recipe)] if recipe else []
+    parts += [results] if results is not None else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -165,6 +166,8 @@ def _recipe_section(values: Mapping[str, Any]) -> str:
     if data is not None:
         chosen["data"] = [_public(str(name)) for name in (data if isinstance(data, list) else [data])]
     rows = [(name, _shown(value)) for name, value in chosen.items()]
+    if versions := Provenance.from_dict(values).packages:
+        rows.append(("versions", versions))
     return f"## Recipe\n\n{_table(('option', 'value'), rows)}"
 
 
@@ -188,7 +191,7 @@ def _results(run: Path | None) -> str | None:
 
 
 def _run_beside(directory: Path) -> Path | None:
-    """Return the directory of the run that an adapter lies in."""
+    """Return the directory of the run that an adapter is in; None where it is in none."""
     run = Path(os.path.realpath(directory)).parent
     try:
         found = read_json(run / "config.json", "the run's config").get("format")

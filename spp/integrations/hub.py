@@ -22,7 +22,8 @@ from spp.certifying.verify import verify
 from spp.configs.checkpoints import check_repo_id
 from spp.errors import CheckpointError, HubError, OutputExistsError, SPPWarning, arg, call
 from spp.files import recover
-from spp.files.carry import CARD_NAME, CERTIFICATE_NAME
+from spp.files.cards import CARD_NAME
+from spp.files.carry import CERTIFICATE_NAME
 from spp.files.reader import require_inside
 from spp.integrations.card import make_card
 from spp.wrapping.adapter_files import CONFIG_NAME, adapter_without_update, read_adapter
@@ -32,7 +33,7 @@ _KEPT = (".gitattributes", CARD_NAME)  # files of a repository that stay though 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was pushed.
+    """The result of a push.
 
     Args:
         repo_id: of the repository.

@@ -35,7 +35,7 @@ from spp.wrapping.state import guard_saving, replace_modules
 
 @register_quantization_config(QUANT_METHOD)
 class SPPPackedConfig(QuantizationConfigMixin):
-    """What config.json says of a packed checkpoint.
+    """The part of config.json that describes a packed checkpoint.
 
     Args:
         format_version: of the packed tensors.

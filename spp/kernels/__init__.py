@@ -2,7 +2,7 @@
 
 The floor of dense arithmetic is full fine-tuning of the layer: X Wᵀ, dY W and dYᵀ X, three products of m · n · T
 multiplications each; no exact algebra with fewer is known. Beside the products a CPU passes over m × n elements,
-counted here in blocks that are read or written while they lie in the last cache (W itself comes from memory, once a
+counted here in blocks that are read or written while they are in the last cache (W itself comes from memory, once a
 block):
 
                           products              passes over m × n in plain torch
@@ -40,19 +40,14 @@ from spp.kernels.autograd import check_saved_activations
 from spp.kernels.choice import use_kernels
 from spp.kernels.frozen import base_linear
 from spp.kernels.linear import Run
-from spp.weights.base import WeightSource
-from spp.weights.offload import OffloadedExperts, offloaded_weight
-from spp.weights.packed.matrix import PackedSource
+from spp.weights.base import Weight
 from spp.weights.workspace import release_workspace, workspace_bytes
 
 __all__ = [
-    "OffloadedExperts",
-    "PackedSource",
     "Run",
-    "WeightSource",
+    "Weight",
     "base_linear",
     "check_saved_activations",
-    "offloaded_weight",
     "release_workspace",
     "use_kernels",
     "workspace_bytes",

@@ -1,4 +1,4 @@
-"""What the autograd functions share: their derivatives, what they keep of X, dropout, autocast."""
+"""Shared by the autograd functions: their derivatives, what they keep of X, dropout, autocast."""
 
 from __future__ import annotations
 

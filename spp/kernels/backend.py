@@ -11,20 +11,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spp.rules.base import Rule
-from spp.weights.base import WeightSource
+from spp.weights.base import Weight
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]
 
 
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for: dX, and each dθ."""
+
+    x: bool
+    params: Sequence[bool]
+
+
 @dataclass(frozen=True)
 class Operation:
-    """What one call of a layer computes: X W_effᵀ, and with input dropout X Wᵀ + X̃ (W_eff − W)ᵀ.
+    """The operation of one call of a layer: X W_effᵀ, and with input dropout X Wᵀ + X̃ (W_eff − W)ᵀ.
 
     Attributes:
         weight: W (m, n).
@@ -34,7 +41,7 @@ class Operation:
         dropout: p, with which entries of X are dropped from X̃; the others are divided by 1 − p.
     """
 
-    weight: WeightSource
+    weight: Weight
     rule: Rule
     factors: Any
     dtype: torch.dtype
@@ -79,14 +86,7 @@ class Backend(ABC):
 
     @abstractmethod
     def backward(
-        self,
-        operation: Operation,
-        told: Any,
-        dy: Tensor,
-        x: Tensor,
-        kept: Tensor | None,
-        needs_x: bool,
-        needs_params: Sequence[bool],
+        self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
         """Return dX (T, n) in any dtype, None where it is not needed, and dθ in the arithmetic's dtype, likewise.
 
@@ -95,5 +95,5 @@ class Backend(ABC):
             dy: dY (T, m), in the dtype of Y.
             x: X (T, n), as it was saved.
             kept: bool (T, n): the entries that input dropout kept; None without it.
-            needs_x, needs_params: which gradients are needed.
+            needs: which gradients are needed.
         """

@@ -13,9 +13,7 @@ from spp.kernels import processor
 from spp.kernels.choice import kernels
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
-from spp.weights import PackedWeight
-from spp.weights.base import WeightSource
-from spp.weights.packed.matrix import PackedSource
+from spp.weights.base import Weight
 from spp.weights.workspace import workspace
 
 # ---- How a product is cut into blocks, and in which dtype it runs.
@@ -115,7 +113,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight or its base -> {(f
 def remembered(fact: str, weight: Tensor, find: Callable[[Tensor], float]) -> float:
     """Return find(weight), computed anew only after the weight changed in place.
 
-    A view, such as one expert of many or the transpose of a Conv1D's weight, is known by where it lies in its base.
+    A view, such as one expert of many or the transpose of a Conv1D's weight, is known by its place in its base.
 
     Args:
         fact: names what `find` finds.
@@ -135,19 +133,11 @@ def remembered(fact: str, weight: Tensor, find: Callable[[Tensor], float]) -> fl
 # ---- The share of weights that a layer keeps, counted once a weight.
 
 
-def density(weight: WeightSource) -> float:
+def density(weight: Weight) -> float:
     """Return how many of W's entries are kept, relative to all of them; 1 for a weight without entries."""
     m, n = weight.shape
     if not m * n:
         return 1.0
-    if isinstance(weight, PackedSource) and not isinstance(weight.packed, PackedWeight):
-        # A quantized weight holds no values to count: its blocks are decoded, once.
-        count = remembered("kept", weight.packed.codes, lambda _: _count(weight))
-    else:
-        count = remembered("kept", weight.kept(), lambda kept: int(torch.count_nonzero(kept)))
+    first = next(iter(weight.tensors()), None)  # none of a weight that is offloaded
+    count = weight.count_kept() if first is None else remembered("kept", first, lambda _: weight.count_kept())
     return count / (m * n)
-
-
-def _count(weight: WeightSource) -> int:
-    m, n = weight.shape
-    return sum(int(torch.count_nonzero(weight.block(rows, slice(None)))) for rows in slices(m, row_step(m, n, 1)))

@@ -6,7 +6,7 @@
     SPP_KERNELS=native    the compiled products for every layer on a CPU that they can compute, or an error
     SPP_KERNELS=triton    Triton everywhere, or an error that says why not; on CPU tensors with TRITON_INTERPRET=1
 
-The numbers of W_eff are the same bits either way; outputs and gradients may differ in the order of their sums. Merges
+The values of W_eff are the same bits either way; outputs and gradients may differ in the order of their sums. Merges
 and the checks of checkpoints, too, are compiled on a CPU with `auto` and `native` (native/elementwise.py).
 """
 
@@ -109,11 +109,11 @@ def _refusal(device: torch.device, dtype: torch.dtype, rule: str) -> str | None:
 
 @cache
 def _works(device: torch.device) -> bool:
-    """Whether this GPU is one for the kernels, and a small run of each gives the numbers of its twin."""
+    """Whether this GPU is one for the kernels, and a small run of each gives what its twin does."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < CAPABILITY:
         return False
     try:
-        from spp.kernels.triton.probe import probe
+        from spp.kernels.triton import probe
 
         probe(device)
     except Exception as error:  # a missing compiler, driver or package: whatever it is, torch does the work

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.kernels import processor
-from spp.kernels.backend import Backend, Gradients, Operation
+from spp.kernels.backend import Backend, Gradients, Needs, Operation
 from spp.kernels.blocks import WHOLE, col_step, delta, effective, plain, product_dtype, remembered, row_step, slices
 from spp.kernels.frozen import frozen_linear, frozen_product
 from spp.masks.patterns import nonzero_mask
@@ -49,25 +49,18 @@ class Blockwise(Backend):
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
         if dropped is not None:
             return _forward_dropout(operation, x, dropped.to(dtype), bias), True
-        vanish = may_vanish(operation.weight.kept(), operation.largest_factor)
+        vanish = may_vanish(operation.weight.bounds(), operation.largest_factor)
         return _forward(operation, x, bias, vanish), vanish
 
     def backward(
-        self,
-        operation: Operation,
-        told: Any,
-        dy: Tensor,
-        x: Tensor,
-        kept: Tensor | None,
-        needs_x: bool,
-        needs_params: Sequence[bool],
+        self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
         """Return dX (T, n) and dθ."""
         dtype = product_dtype(operation.dtype, dy.device)
         dy, x = dy.to(dtype), x.to(dtype)
         if kept is None:
-            return _backward(operation, dy, x, told, needs_x, needs_params)
-        return _backward_dropout(operation, dy, x, kept.to(dtype), needs_x, needs_params)
+            return _backward(operation, dy, x, told, needs)
+        return _backward_dropout(operation, dy, x, kept.to(dtype), needs)
 
 
 class Idle(Blockwise):
@@ -98,24 +91,22 @@ def _forward(operation: Operation, x: Tensor, bias: Tensor | None, vanish: bool)
     return y if bias is None else y.add_(bias)
 
 
-def _backward(
-    operation: Operation, dy: Tensor, x: Tensor, vanish: bool, needs_x: bool, needs_params: Sequence[bool]
-) -> Gradients:
+def _backward(operation: Operation, dy: Tensor, x: Tensor, vanish: bool, needs: Needs) -> Gradients:
     weight, rule, factors, stored_as = operation.weight, operation.rule, operation.factors, operation.dtype
     (m, n), dtype, arithmetic = weight.shape, dy.dtype, arithmetic_dtype(weight.dtype)
     by_rows = dtype == arithmetic
     step = row_step(m, n, rule.row_alignment(factors)) if by_rows else col_step(m, n)
     one_block = step >= (m if by_rows else n) > 0
-    grads = rule.empty_grads(factors, needs_params)
+    grads = rule.empty_grads(factors, needs.params)
     if not one_block:  # a single one writes its sums at once
         for grad in grads:
             if grad is not None:
                 grad.zero_()
-    d_x = torch.empty(len(dy), n, dtype=dtype, device=dy.device) if needs_x and not one_block else None
+    d_x = torch.empty(len(dy), n, dtype=dtype, device=dy.device) if needs.x and not one_block else None
     for part in slices(m if by_rows else n, step):
         rows, cols = (part, WHOLE) if by_rows else (WHOLE, part)
         block = weight.block(rows, cols)
-        if needs_x:
+        if needs.x:
             built = effective(rule, block, factors, rows, cols, stored_as, dtype, vanish)
             if d_x is None:
                 d_x = input_product(dy, built)
@@ -123,7 +114,7 @@ def _backward(
                 d_x.addmm_(dy[:, rows], built, beta=float(part.start > 0))
             else:
                 torch.mm(dy, built, out=d_x[:, cols])
-        if any(needs_params):
+        if any(needs.params):
             _reduce(operation, block, rows, cols, dy[:, rows], x[:, cols], grads, accumulate=not one_block)
     return d_x, grads
 
@@ -158,19 +149,17 @@ def _forward_dropout(operation: Operation, x: Tensor, dropped: Tensor, bias: Ten
     return y
 
 
-def _backward_dropout(
-    operation: Operation, dy: Tensor, x: Tensor, kept: Tensor, needs_x: bool, needs_params: Sequence[bool]
-) -> Gradients:
+def _backward_dropout(operation: Operation, dy: Tensor, x: Tensor, kept: Tensor, needs: Needs) -> Gradients:
     """Return dX (T, n), where it is needed, and dθ; `kept` (T, n) is 0 or 1."""
     weight, rule, factors = operation.weight, operation.rule, operation.factors
     (m, n), dtype, scale = weight.shape, dy.dtype, operation.keep_scale
-    dropped = (x * kept).mul_(scale) if any(needs_params) else x
-    grads = rule.empty_grads(factors, needs_params)
+    dropped = (x * kept).mul_(scale) if any(needs.params) else x
+    grads = rule.empty_grads(factors, needs.params)
     for grad in grads:
         if grad is not None:
             grad.zero_()
-    d_x = torch.empty_like(x) if needs_x else None
-    spread = torch.empty_like(x) if needs_x else None  # dY W′
+    d_x = torch.empty_like(x) if needs.x else None
+    spread = torch.empty_like(x) if needs.x else None  # dY W′
     for cols in slices(n, col_step(m, n)):
         block = weight.block(WHOLE, cols)
         if d_x is not None and spread is not None:
@@ -179,7 +168,7 @@ def _backward_dropout(
             if len(dy) == 1:  # for one token MKL's order of summation depends on how far rows of W lie apart
                 frozen = frozen.contiguous()
             torch.mm(dy, frozen, out=d_x[:, cols])
-        if any(needs_params):
+        if any(needs.params):
             _reduce(operation, block, WHOLE, cols, dy, dropped[:, cols], grads, accumulate=True)
     if d_x is not None and spread is not None:
         d_x.addcmul_(spread, kept, value=scale)

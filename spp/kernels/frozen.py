@@ -19,11 +19,11 @@ from torch import Tensor
 from spp.kernels.autograd import Once, autocast_dtype, no_autocast
 from spp.kernels.blocks import WHOLE, col_step, plain, row_step, slices
 from spp.rules.canonical import arithmetic_dtype
-from spp.weights.base import WeightSource
+from spp.weights.base import Weight
 
 
-def base_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
-    """Compute X Wᵀ + b with a weight that is no tensor; differentiable once in x and bias.
+def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Compute X Wᵀ + b; with a weight that autograd cannot hold as a tensor, differentiable once in x and bias.
 
     Args:
         x: (…, n) in the dtype of W, or anything that autocast converts.
@@ -33,13 +33,15 @@ def base_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
     Returns:
         (…, m) in the dtype of x, under autocast in autocast's.
     """
+    if weight.is_tensor and weight.tensors():
+        return F.linear(x, weight.matrix(), bias)
     x, bias = operands(x, weight, bias)
     with no_autocast(x.device.type):
         result: Tensor = _Frozen.apply(x, weight, bias)
         return result
 
 
-def operands(x: Tensor, weight: WeightSource, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def operands(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return x and the bias in the dtype of the product: autocast's, or that of W, which x must have then.
 
     Raises:
@@ -62,7 +64,7 @@ class _Frozen(torch.autograd.Function):
     """Saves what W is made of, which the module holds anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(*weight.tensors())
         ctx.make_source = weight.maker()
         return shaped_like_inputs(frozen_linear(x, weight, bias), x)
@@ -87,7 +89,7 @@ def shaped_like_inputs(y: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def _input_gradient(dy: Tensor, weight: WeightSource) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Weight) -> Tensor:
     """Return dY W (…, n), by rows of W as it is stored, unless adding up would round to 16 bits."""
     m, n = weight.shape
     dy_2d = _rows(dy)
@@ -109,7 +111,7 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def frozen_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tensor:
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Return X Wᵀ + b (…, m) in the dtype of x, as torch's linear computes it."""
     m, n = weight.shape
     step = m if weight.is_tensor or x.device.type != "cpu" else row_step(m, n, 1)
@@ -121,7 +123,7 @@ def frozen_linear(x: Tensor, weight: WeightSource, bias: Tensor | None) -> Tenso
     return y
 
 
-def frozen_product(x: Tensor, weight: WeightSource, bias: Tensor | None, dtype: torch.dtype, step: int) -> Tensor:
+def frozen_product(x: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype, step: int) -> Tensor:
     """Return X Wᵀ + b (T, m) for x (T, n) in `dtype`, converting W a block at a time where it has another."""
     bias = bias if bias is None else bias.to(dtype)
     x = x.to(dtype)

@@ -26,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spp.kernels.backend import Backend, Gradients, Operation
+from spp.kernels.backend import Backend, Gradients, Needs, Operation
 from spp.kernels.blocks import slices
 from spp.kernels.choice import by_triton, kernels
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
 from spp.weights import PackedWeight
-from spp.weights.base import WeightSource
-from spp.weights.packed.matrix import PackedSource
+from spp.weights.base import Weight
 from spp.weights.workspace import workspace
 
 COLUMN_UNIT = 256  # chunks are multiples of it: whole tiles of a product, whole tiles of the reduction
@@ -52,81 +51,44 @@ class Whole(Backend):
         self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, None]:
         """Return Y (T, m)."""
-        return forward(x, dropped, bias, work_for(operation.rule, operation.weight, operation.factors)), None
+        work = work_for(operation.rule, operation.weight, operation.factors)
+        if dropped is None:
+            return F.linear(x, work.effective(x.dtype), bias), None
+        y = F.linear(x, work.frozen(x.dtype), bias)
+        return y.addmm_(dropped, work.delta(x.dtype).t()), None
 
     def backward(
-        self,
-        operation: Operation,
-        told: Any,
-        dy: Tensor,
-        x: Tensor,
-        kept: Tensor | None,
-        needs_x: bool,
-        needs_params: Sequence[bool],
+        self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
         """Return dX (T, n) and dθ."""
         work = work_for(operation.rule, operation.weight, operation.factors)
         dy, x, scale = dy.to(operation.dtype), x.to(operation.dtype), operation.keep_scale
-        d_x = input_gradient(dy, kept, scale, work) if needs_x else None
-        return d_x, parameter_gradients(dy, x, kept, scale, work, needs_params)
+        d_x = None
+        if needs.x and kept is None:
+            d_x = torch.mm(dy, work.effective(dy.dtype))
+        elif needs.x and kept is not None:
+            d_x = torch.mm(dy, work.delta(dy.dtype)).mul_(kept)
+            d_x.addmm_(dy, work.frozen(dy.dtype), beta=scale)
+        grads = work.rule.empty_grads(work.factors, needs.params)
+        if any(needs.params):
+            _reduce(work, dy, x if kept is None else x * kept, grads)
+        if kept is not None:
+            grads = [grad if grad is None else grad.mul_(scale) for grad in grads]
+        return d_x, grads
 
 
-def forward(x: Tensor, dropped: Tensor | None, bias: Tensor | None, work: Work) -> Tensor:
-    """Return Y (T, m).
-
-    Args:
-        x: X (T, n); dropped: X̃ of the same shape, or None without input dropout.
-        bias: (m,) or None, in the dtype of x.
-    """
-    if dropped is None:
-        return F.linear(x, work.effective(x.dtype), bias)
-    y = F.linear(x, _frozen(work.source, x.dtype), bias)
-    return y.addmm_(dropped, work.delta(x.dtype).t())
-
-
-def input_gradient(dy: Tensor, mask: Tensor | None, keep_scale: float, work: Work) -> Tensor:
-    """Return dX (T, n).
-
-    Args:
-        dy: dY (T, m); mask: what input dropout kept, bool (T, n), or None; keep_scale: 1 / (1 − p).
-    """
-    if mask is None:
-        return torch.mm(dy, work.effective(dy.dtype))
-    d_x = torch.mm(dy, work.delta(dy.dtype)).mul_(mask)
-    return d_x.addmm_(dy, _frozen(work.source, dy.dtype), beta=keep_scale)
-
-
-def parameter_gradients(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    keep_scale: float,
-    work: Work,
-    needed: Sequence[bool],
-) -> list[Any]:
-    """Return dθ in the arithmetic's dtype, None where it is not needed; others of the arguments as above.
-
-    Args:
-        x: X (T, n), whose dtype G is multiplied in.
-    """
-    totals = work.rule.empty_grads(work.factors, needed)
-    if not any(needed):
-        return totals
-    m, n = work.source.shape
-    if mask is not None:
-        x = x * mask
+def _reduce(work: Work, dy: Tensor, x: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Write dθ into `grads`: G a chunk of columns at a time, in the dtype of x (T, n)."""
+    m, n = work.weight.shape
     step = gradient_step(m, n, x.dtype.itemsize, x.device)
     several = not 0 < n <= step
-    for total in totals:
-        if several and total is not None:
-            total.zero_()
+    for grad in grads:
+        if several and grad is not None:
+            grad.zero_()
     for cols in slices(n, step):
         gradient = workspace("gradient", (m, cols.stop - cols.start), x.dtype, x.device)
         torch.mm(dy.t(), x[:, cols], out=gradient)
-        work.reduce(cols, gradient, totals, accumulate=several)
-    if mask is not None:
-        totals = [total if total is None else total.mul_(keep_scale) for total in totals]
-    return totals
+        work.reduce(cols, gradient, grads, accumulate=several)
 
 
 def gradient_step(m: int, n: int, itemsize: int, device: torch.device) -> int:
@@ -145,13 +107,6 @@ def cache_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or USUAL_CACHE
 
 
-def _frozen(source: WeightSource, dtype: torch.dtype) -> Tensor:
-    weight = source.block(WHOLE, WHOLE)
-    if weight.dtype == dtype:
-        return weight
-    return workspace("effective", source.shape, dtype, source.device).copy_(weight)
-
-
 # ---- The element-wise work around the products, for a whole layer: W_eff or W′ from W, and what G does to the
 # gradients.
 #
@@ -163,15 +118,15 @@ SCRATCH_ELEMENTS = 2**24  # of a block of rows: 64 MB of float32, and few enough
 
 
 class Work(ABC):
-    """What is done for one call of one layer.
+    """The work of one call of one layer.
 
     Args:
-        rule, source: of the layer; factors: from the rule's `prepare`.
+        rule, weight: of the layer; factors: from the rule's `prepare`.
     """
 
-    def __init__(self, rule: Rule, source: WeightSource, factors: Any) -> None:
+    def __init__(self, rule: Rule, weight: Weight, factors: Any) -> None:
         self.rule = rule
-        self.source = source
+        self.weight = weight
         self.factors = factors
 
     @abstractmethod
@@ -181,6 +136,11 @@ class Work(ABC):
     @abstractmethod
     def delta(self, dtype: torch.dtype) -> Tensor:
         """Return W′ = W_eff − W (m, n), rounded once to `dtype`, in the workspace "effective"."""
+
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """Return W (m, n) in `dtype`, where it has another in the workspace "effective"."""
+        block = self.weight.block(WHOLE, WHOLE)
+        return block if block.dtype == dtype else self._out(dtype).copy_(block)
 
     @abstractmethod
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
@@ -192,7 +152,7 @@ class Work(ABC):
         """
 
     def _out(self, dtype: torch.dtype) -> Tensor:
-        return workspace("effective", self.source.shape, dtype, self.source.device)
+        return workspace("effective", self.weight.shape, dtype, self.weight.device)
 
 
 class TorchWork(Work):
@@ -202,7 +162,7 @@ class TorchWork(Work):
         """Return W_eff."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
-            block = self.source.block(rows, WHOLE)
+            block = self.weight.block(rows, WHOLE)
             rounded = None if scratch.dtype == block.dtype else self._scratch("rounded", scratch.shape, block.dtype)
             out[rows] = effective_block(self.rule, block, self.factors, rows, WHOLE, scratch, rounded=rounded)
         return out
@@ -211,28 +171,28 @@ class TorchWork(Work):
         """Return W′."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
-            self.rule.delta(self.source.block(rows, WHOLE), self.factors, rows, WHOLE, scratch)
+            self.rule.delta(self.weight.block(rows, WHOLE), self.factors, rows, WHOLE, scratch)
             out[rows] = scratch
         return out
 
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
         """Reduce W ⊙ G in the arithmetic's dtype."""
-        arithmetic = arithmetic_dtype(self.source.dtype)
+        arithmetic = arithmetic_dtype(self.weight.dtype)
         if gradient.dtype != arithmetic:
             gradient = self._scratch("gradient", gradient.shape, arithmetic).copy_(gradient)
-        weight = self.source.block(WHOLE, cols)
+        weight = self.weight.block(WHOLE, cols)
         self.rule.reduce(weight, self.factors, WHOLE, cols, gradient, grads, accumulate=accumulate)
 
     def _blocks(self) -> Sequence[tuple[slice, Tensor]]:
-        m, n = self.source.shape
+        m, n = self.weight.shape
         alignment = self.rule.row_alignment(self.factors)
         step = max(1, SCRATCH_ELEMENTS // max(n, 1))
         step = step - step % alignment if step >= alignment else step
-        arithmetic = arithmetic_dtype(self.source.dtype)
+        arithmetic = arithmetic_dtype(self.weight.dtype)
         return [(rows, self._scratch("scratch", (rows.stop - rows.start, n), arithmetic)) for rows in slices(m, step)]
 
     def _scratch(self, tag: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return workspace(tag, tuple(shape), dtype, self.source.device)
+        return workspace(tag, tuple(shape), dtype, self.weight.device)
 
 
 class TritonWork(Work):
@@ -261,13 +221,12 @@ class TritonWork(Work):
         reduce(self._weight(), self.factors, cols, gradient, grads, accumulate=accumulate)
 
     def _weight(self) -> Tensor | PackedWeight:
-        packed = self.source.packed if isinstance(self.source, PackedSource) else None
-        return packed if isinstance(packed, PackedWeight) else self.source.block(WHOLE, WHOLE)
+        return self.weight if isinstance(self.weight, PackedWeight) else self.weight.block(WHOLE, WHOLE)
 
 
-def work_for(rule: Rule, source: WeightSource, factors: Any) -> Work:
+def work_for(rule: Rule, weight: Weight, factors: Any) -> Work:
     """Return who does the work for a layer; see spp.kernels.choice."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in source.tensors())  # no stand-in, no shard
-    return (TritonWork if plain and by_triton(source.device, source.dtype, rule.name) else TorchWork)(
-        rule, source, factors
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in weight.tensors())  # no stand-in, no shard
+    return (TritonWork if plain and by_triton(weight.device, weight.dtype, rule.name) else TorchWork)(
+        rule, weight, factors
     )

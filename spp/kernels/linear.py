@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from spp.kernels.autograd import Once, check_saved_activations, draw_dropout, kept_for_backward, no_autocast
-from spp.kernels.backend import Backend, Operation
+from spp.kernels.backend import Backend, Needs, Operation
 from spp.kernels.cpu import Blockwise, Idle
 from spp.kernels.frozen import operands, shaped_like_inputs
 from spp.kernels.gpu import Whole
 from spp.kernels.native import Native
 from spp.masks.bits import unpack_bits
 from spp.rules.adapter import Adapter
-from spp.weights.base import WeightSource, source_of
+from spp.weights.base import Weight, as_weight
 
 BACKENDS: tuple[Backend, ...] = (Whole(), Idle(), Native(), Blockwise())  # the first that takes an operation
 
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What backward is told by forward, but for tensors.
+    """The facts that forward hands to backward, without tensors.
 
     Attributes:
         adapter: without its parameters, which are saved.
@@ -59,20 +59,18 @@ class _Call(NamedTuple):
 
     backend: Backend
     adapter: Adapter
-    make_weight: Callable[..., WeightSource]
+    make_weight: Callable[..., Weight]
     dtype: torch.dtype
     needs_x: bool
     tap: Callable[[Tensor, Tensor], None] | None
 
 
-def linear(
-    x: Tensor, weight: Tensor | WeightSource, bias: Tensor | None, adapter: Adapter, run: Run | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None, adapter: Adapter, run: Run | None = None) -> Tensor:
     """Compute the adapted layer; differentiable once in x, bias and the rule's parameters, never in the frozen weight.
 
     Args:
         x: (…, n) in the dtype of `weight`, or anything that autocast converts.
-        weight: (m, n), frozen: it gets no gradient; a tensor, or a source of its blocks.
+        weight: (m, n), frozen: it gets no gradient; a tensor, or held in another form.
         bias: (m,) or None.
         adapter: of this call. Its dropout drops entries of X in the residual branch: one mask a call, drawn from
             torch's generator, the one that torch.nn.Dropout would draw.
@@ -83,21 +81,21 @@ def linear(
     """
     run = run or Run()
     check_saved_activations(run.saved_activations)
-    source, params = source_of(weight), adapter.params
-    x, bias = operands(x, source, bias)
+    weight, params = as_weight(weight), adapter.params
+    x, bias = operands(x, weight, bias)
     with no_autocast(x.device.type):
         differentiable = [x, *params] if bias is None else [x, bias, *params]
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
         kept = kept_for_backward(x, run.saved_activations) if trains and any(p.requires_grad for p in params) else x
         dropped, bits = draw_dropout(x, adapter.dropout) if adapter.dropout else (None, None)
         with torch.no_grad():
-            operation = _operation(adapter, source, x.dtype)
+            operation = _operation(adapter, weight, x.dtype)
             backend = _backend_for(operation, _rows(x))
         if not trains:
             return _forward(backend, operation, x, dropped, bias)[0]
         bare = Adapter(adapter.rule, (), adapter.scaling, adapter.dropout)
-        call = _Call(backend, bare, source.maker(), x.dtype, x.requires_grad, run.tap)
-        x = _Keep.apply(x, kept, source.tensors(), bits, *params)
+        call = _Call(backend, bare, weight.maker(), x.dtype, x.requires_grad, run.tap)
+        x = _Keep.apply(x, kept, weight.tensors(), bits, *params)
         result: Tensor = _Linear.apply(x, dropped, bias, operation, call, x.grad_fn, *params)
         return result
 
@@ -146,7 +144,8 @@ class _Linear(torch.autograd.Function):
                 x, bits, *saved = ctx.keep.saved_tensors
                 params = saved[: len(needs_params)]
                 weight = call.make_weight(*saved[len(needs_params) :])
-                d_x, d_params = _backward(call, ctx.told, dy, x, bits, params, weight, needs_params)
+                needs = Needs(call.needs_x, needs_params)
+                d_x, d_params = _backward(call, ctx.told, dy, x, bits, params, weight, needs)
                 if call.tap is not None:
                     call.tap(_rows(dy), _rows(x))
                 sources = [dy, x, *params]
@@ -156,7 +155,7 @@ class _Linear(torch.autograd.Function):
         return tuple(r if r is None else Once.apply(r, *sources) for r in results)  # create_graph=True
 
 
-def _operation(adapter: Adapter, weight: WeightSource, dtype: torch.dtype) -> Operation:
+def _operation(adapter: Adapter, weight: Weight, dtype: torch.dtype) -> Operation:
     factors = adapter.factors(weight.shape[0], weight.dtype)
     return Operation(weight, adapter.rule, factors, dtype, adapter.dropout)
 
@@ -179,14 +178,14 @@ def _backward(
     x: Tensor,
     bits: Tensor | None,
     params: list[Tensor],
-    weight: WeightSource,
-    needs_params: tuple[bool, ...],
+    weight: Weight,
+    needs: Needs,
 ) -> tuple[Tensor | None, list[Any]]:
     adapter = call.adapter
     operation = _operation(Adapter(adapter.rule, tuple(params), adapter.scaling, adapter.dropout), weight, call.dtype)
     rows = _rows(x)
     kept = None if bits is None else unpack_bits(bits, rows.shape)
-    d_x, totals = call.backend.backward(operation, told, _rows(dy), rows, kept, call.needs_x, needs_params)
+    d_x, totals = call.backend.backward(operation, told, _rows(dy), rows, kept, needs)
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
     return d_x if d_x is None else d_x.to(call.dtype).view(x.shape), d_params
 

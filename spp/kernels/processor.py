@@ -1,4 +1,4 @@
-"""What this CPU is good at, as far as the kernels choose by it; found out once, from its description, never by timing.
+"""The abilities of this CPU by which the kernels are chosen; found out once, from its description, never by timing.
 
 16-bit products in hardware that are faster than float32's: bfloat16 on AMX, and on AMD with AVX-512 BF16; float16 on
 AMX FP16. Intel's AVX-512 BF16 without AMX needs 1.8 times the time of float32 (512 to 2048 rows, 576 to 4096

@@ -1,20 +1,24 @@
-"""What every adapted linear layer shares: how it computes, what it keeps between calls, how it is converted."""
+"""Adapted layers: how a linear one computes and what it keeps between calls, and the adapter that a layer holds."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp.kernels import PackedSource, Run, WeightSource, base_linear
+from spp.configs.adapter import SPPConfig
+from spp.errors import ConfigError
+from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
-from spp.rules import Adapter, effective_weight
+from spp.rules import Adapter, Rule, effective_weight, get_rule
+from spp.rules.canonical import arithmetic_dtype
+from spp.weights import HoldsWeight, Weight
+from spp.weights.holder import WRAPPED
 
-WHOLE = slice(None)
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
 _opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
 
@@ -37,13 +41,13 @@ class CachedWeight(NamedTuple):
     seen: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, kept: Tensor, adapter: Adapter, build: Callable[[Adapter], Tensor]) -> CachedWeight | None:
+    def of(cls, kept: Tensor, adapter: Adapter, build: Callable[[], Tensor]) -> CachedWeight | None:
         """Return W_eff as `build` computes it; None for tensors without values or without a version."""
         tensors = (kept, *adapter.params)
         if kept.is_meta or any(t.is_inference() for t in tensors):
             return None
         with torch.inference_mode(False):
-            return cls(build(adapter), adapter, kept, [(t.data_ptr(), t._version) for t in tensors])
+            return cls(build(), adapter, kept, [(t.data_ptr(), t._version) for t in tensors])
 
     def holds(self, kept: Tensor, adapter: Adapter) -> bool:
         """Return whether W_eff computed anew would be the same."""
@@ -81,16 +85,17 @@ class AdaptedLinear(nn.Module):
         """Return the adapter to compute with; None computes as the pruned layer does."""
 
     @abstractmethod
-    def frozen(self) -> Tensor | WeightSource:
-        """Return W (m, n), as a tensor or where blocks of it come from."""
+    def frozen(self) -> Weight:
+        """Return W (m, n) to compute with."""
 
     @abstractmethod
     def frozen_bias(self) -> Tensor | None:
         """Return b (m,) or None."""
 
+    @property
     @abstractmethod
-    def kept_weight(self) -> Tensor:
-        """Return the tensor that holds W's numbers, in its dtype and on its device: W, or its packed values."""
+    def stored_weight(self) -> Tensor:
+        """The tensor that holds W's values, whose address and version tell a write."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
@@ -102,14 +107,14 @@ class AdaptedLinear(nn.Module):
     def _compute(self, x: Tensor) -> Tensor:
         active = self.active()
         if self._may_cache(x) and active is not None:
-            kept = self.kept_weight()
+            kept = self.stored_weight
             if self._cached is None or not self._cached.holds(kept, active):
-                self._cached = CachedWeight.of(kept, active, self._effective_weight)
+                self._cached = CachedWeight.of(kept, active, lambda: effective_weight(self.frozen().matrix(), active))
             if self._cached is not None:
                 return F.linear(x, self._cached.effective, self.frozen_bias())
         weight, bias = self.frozen(), self.frozen_bias()
         if active is None:
-            return F.linear(x, weight, bias) if isinstance(weight, Tensor) else base_linear(x, weight, bias)
+            return base_linear(x, weight, bias)
         return linear(x, weight, bias, active.for_call(self.training), Run(self.saved_activations, self.tap))
 
     def _may_cache(self, x: Tensor) -> bool:
@@ -119,12 +124,6 @@ class AdaptedLinear(nn.Module):
             return False
         few = x.numel() <= CACHED_TOKENS * self.in_features
         return few and self.cache_effective and not torch.is_autocast_enabled(x.device.type)
-
-    def _effective_weight(self, active: Adapter) -> Tensor:
-        weight = self.frozen()
-        if isinstance(weight, WeightSource):
-            weight = weight.packed.dense() if isinstance(weight, PackedSource) else weight.block(WHOLE, WHOLE)
-        return effective_weight(active.rule, weight, active.params, active.scaling)
 
     def train(self, mode: bool = True) -> AdaptedLinear:
         """Set the mode; a cached W_eff is dropped."""
@@ -146,10 +145,101 @@ class AdaptedLinear(nn.Module):
 
 
 def _prepare_opaque_forward() -> None:
-    """Make the layer one opaque call for torch.compile, so that its numbers are those of eager mode.
+    """Make the layer one opaque call for torch.compile, so that its results are those of eager mode.
 
     Not at import time: torch.compiler.disable imports the compiler, which takes seconds.
     """
     global _opaque_forward
     if _opaque_forward is None:
         _opaque_forward = torch.compiler.disable(AdaptedLinear._compute)
+
+
+class HoldsAdapter(HoldsWeight):
+    """A module with a frozen weight and one adapter of it, whose parameters are its own.
+
+    Attributes:
+        spp_rule, spp_init, r, scaling, dropout, dropout_mode: as in SPPConfig.
+        spp_name: the layer's name in messages.
+        spp_alpha: W_α (r, n), of experts (E, r, n). spp_beta: W_β (m, 1), (E, m, 1). With another rule its own.
+        disabled: whether the layer computes as the pruned one does.
+    """
+
+    save_refusal = WRAPPED
+    spp_alpha: nn.Parameter
+    spp_beta: nn.Parameter
+    out_features: int
+    in_features: int
+    _adapter_names: tuple[str, ...] = ()
+
+    def add_adapter(self, config: SPPConfig, where: str, weight: Weight, generator: torch.Generator | None) -> None:
+        """Make the adapter and draw it; on the CPU, whatever the device.
+
+        Args:
+            config: whose rule, r, scaling, dropout and init count.
+            where: the layer's name in messages.
+            weight: W, whose device and arithmetic the parameters have.
+            generator: where they are drawn from; None is torch's global one.
+        """
+        self.spp_rule: Rule = get_rule(config.rule)
+        self.spp_init, self.spp_name, self.r, self.scaling = config.init, where, config.r, config.scaling
+        self.dropout, self.dropout_mode, self.disabled = config.dropout, config.dropout_mode, False
+        self._adapter_names = self.spp_rule.attribute_names()
+        shapes = self.spp_rule.shapes(self.out_features, self.in_features, config.r)
+        is_meta = weight.device.type == "meta"
+        for name, shape in zip(self._adapter_names, shapes, strict=True):
+            size, dtype = (*weight.shape[:-2], *shape), arithmetic_dtype(weight.dtype)
+            empty = torch.empty(size, dtype=dtype, device="meta" if is_meta else "cpu")
+            self.register_parameter(name, nn.Parameter(empty))
+        if not is_meta:
+            self.reset_parameters(generator)
+            for parameter in self.adapter_parameters():
+                parameter.data = parameter.data.to(weight.device)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return [W_α, W_β]."""
+        held = self._parameters  # straight from it: nn.Module's own look-up would cost as much as the rest of a token
+        return [held[name] for name in self._adapter_names]  # type: ignore[misc]
+
+    def adapter(self) -> Adapter:
+        """Return the adapter."""
+        return Adapter(self.spp_rule, self.adapter_parameters(), self.scaling, self.dropout, self.dropout_mode)
+
+    def active(self) -> Adapter | None:
+        """Return the adapter, unless it is disabled."""
+        return None if self.disabled else self.adapter()
+
+    def parts(self) -> Iterator[tuple[Tensor, Adapter]]:
+        """Yield W (m, n) and its adapter, of fused experts one after the other; a packed W is decoded for it."""
+        weight, adapter = self.held(), self.adapter()
+        fused = len(weight.shape) == 3
+        adapters = adapter.experts() if fused else [adapter]
+        yield from ((one.matrix(), its) for one, its in zip(weight.experts(), adapters, strict=True))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the adapter anew in place, expert after expert; a generator must be on the parameters' device."""
+        adapter = self.adapter()
+        for one in adapter.experts() if adapter.params[0].dim() == 3 else [adapter]:
+            self.spp_rule.init_(one.params, self.spp_init, generator)
+
+    def effective_weight(self) -> Tensor:
+        """Return W_eff in the dtype and layout of `weight`: what the forward multiplies by, and a merge stores."""
+        made = [effective_weight(weight, adapter) for weight, adapter in self.parts()]
+        effective = torch.stack(made) if self.adapter_parameters()[0].dim() == 3 else made[0]
+        return effective if self.input_axis == -1 else effective.mT.contiguous()
+
+    def home(self) -> torch.device:
+        """Return the device that the adapter belongs on: W's, of an offloaded one that of the calls."""
+        return self.held().device
+
+    def resident_names(self) -> tuple[str, ...]:
+        """Return the names of W_α and W_β."""
+        return self._adapter_names
+
+
+def adapter_config(where: str, **options: Any) -> SPPConfig:
+    """Return the config of one layer's adapter; a ConfigError names `where`."""
+    try:
+        return SPPConfig(**options)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.marked}") from None

@@ -1,4 +1,4 @@
-"""What can be adapted: the form of a layer, which costs nothing to look at, and its values, which are read once."""
+"""Checks of layers to adapt: of their form, which costs nothing to look at, and their values, which are read once."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from spp.layers.packed import PackedLinear
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.models.projection import Projection, features, is_conv1d
 from spp.rules import get_rule
-from spp.weights import HoldsWeight, QuantizedWeight, quantized_kind, read_quantized
+from spp.weights import DTYPES, QuantizedWeight, quantized_kind, read_quantized
 from spp.weights.offload import offloader
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 1 << 17  # weights looked at together, which stay in a core's cache between the looks
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a weight's values found.
+    """The findings of one pass over a weight's values.
 
     Attributes:
         numel: entries. kept: how many of them are not zero. bad: how many are NaN or infinite.
@@ -40,34 +39,33 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
 
     Its values are `check_values`' matter.
     """
-    held = linear.held_packed() if isinstance(linear, PackedLinear) else None
-    _check_kind(linear, config, where)
+    packed = linear.held() if isinstance(linear, PackedLinear) else None
+    is_quantized = isinstance(packed, QuantizedWeight) or quantized_kind(linear) is not None
+    _check_kind(linear, config, where, packed is not None and not is_quantized)
     _check_weight_class(linear, where)
-    if isinstance(held, QuantizedWeight) or quantized_kind(linear):
+    if is_quantized:
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
         get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
-        if held is None:
+        if packed is None:
             read_quantized(linear, f"{where}.weight")
         return
-    weight = linear.stored_weight if isinstance(linear, PackedLinear) else linear.weight
-    assert isinstance(weight, Tensor)
-    if weight.dtype not in FLOATS:
+    weight = packed or linear.get_parameter("weight")
+    if weight.dtype not in DTYPES:
         raise TargetError(
             f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"
         )
-    if config.packed and not isinstance(linear, PackedLinear) and offloader(linear) is not None:
+    if config.packed and packed is None and offloader(linear) is not None:
         raise ConfigError(f"{where} is offloaded by accelerate, and what is packed stays in memory: packed=False")
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
 
 
-def _check_kind(linear: nn.Module, config: SPPConfig, where: str) -> None:
-    if isinstance(linear, PackedLinear):
-        if not config.packed and not isinstance(linear.held_packed(), QuantizedWeight):
-            raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
-    elif not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+def _check_kind(linear: nn.Module, config: SPPConfig, where: str, packed: bool) -> None:
+    if packed and not config.packed:
+        raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
+    if not isinstance(linear, (nn.Linear, PackedLinear)) and not is_conv1d(linear):
         raise TargetError(
             f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
         )
@@ -103,14 +101,8 @@ def check_values(target: Projection) -> Survey | None:
 
 def survey(target: Projection) -> Survey | None:
     """Return what one pass over a projection's values finds, however it is held; None on the meta device."""
-    holder = target.packed
-    if holder is not None:
-        assert isinstance(holder, HoldsWeight)
-        packed = holder.packed_weight()
-        values = packed.dense() if isinstance(packed, QuantizedWeight) else packed.values
-        return None if values.is_meta else _survey(values, packed.numel)
-    weight = target.dense_weight()
-    return None if weight.is_meta else _survey(weight.detach(), weight.numel())
+    weight = target.held()
+    return None if weight.is_meta else _survey(weight.entries(), weight.numel)
 
 
 def _survey(values: Tensor, numel: int) -> Survey:

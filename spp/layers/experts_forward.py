@@ -1,20 +1,25 @@
-"""What sits beside fused expert weights, and the forward of a module that has it: its own, with other products."""
+"""The adapters beside fused expert weights, and the forward of their module: its own, with other products."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from spp.kernels import OffloadedExperts, PackedSource, WeightSource, base_linear
+from spp.errors import ConfigError, TargetError
+from spp.kernels import Run, base_linear
+from spp.kernels.linear import linear
 from spp.models.expert_products import ExpertProducts, plain_experts
-from spp.models.projection import Projection, as_matrices
-from spp.weights import HeldWeight, HoldsWeight, PackedStack
+from spp.models.projection import Projection
+from spp.rules import Adapter
+from spp.weights import DTYPES, HoldsWeight, PackedStack, Weight
+from spp.weights.holder import PACKED
 from spp.weights.hooks import let_go_on_error
-from spp.weights.offload import fetch, offloader
+from spp.weights.offload import parameter_weight
 
 _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
 _opaque_forward: Callable[..., Any] | None = None
@@ -22,16 +27,17 @@ Multiply = Callable[[int, Tensor], Tensor]
 
 
 class ExpertsAdapter(HoldsWeight):
-    """What sits beside a fused expert weight and gives its products: `adapt_experts` puts it in place.
+    """An adapter beside a fused expert weight, which gives its products; `adapt_experts` puts it in place.
 
     The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
-    here.
+    here. One that PackedExperts held goes back to them.
 
     Args:
         projection: the fused weight.
     """
 
     disabled: bool
+    saved_activations: str = "full"
     weight_requires_grad: bool
 
     def __init__(self, projection: Projection) -> None:
@@ -40,6 +46,8 @@ class ExpertsAdapter(HoldsWeight):
         self.num_experts = projection.shape[0]
         self.out_features, self.in_features = projection.out_features, projection.in_features
         self.input_axis = projection.input_axis
+        before = projection.packed
+        self._before = (before,) if isinstance(before, PackedExperts) else ()  # in a tuple: no submodule
 
     @property
     def projection(self) -> Projection:
@@ -49,46 +57,60 @@ class ExpertsAdapter(HoldsWeight):
     @property
     def weight(self) -> Tensor:
         """The fused weight as it is stored: (E, m, n) or (E, n, m); of a packed one a copy; on meta while offloaded."""
-        return self.projection.operand if self.packed_layout is None else self.packed_weight().dense()
+        return self.projection.operand if self.packed_layout is None else self.held().dense()
 
-    def dense_weight(self) -> Tensor:
-        """Return the fused weight with its numbers: of an offloaded one, what is loaded."""
-        return self.projection.dense_weight() if self.packed_layout is None else self.weight
+    @property
+    def stored_weight(self) -> Tensor:
+        """The tensor that holds the weight's values."""
+        return self.projection.operand if self.packed_layout is None else super().stored_weight
 
-    def held(self) -> HeldWeight:
-        """Return the fused weight as it is held."""
-        return self.projection.held() if self.packed_layout is None else super().held()
-
-    def matrices(self) -> list[Tensor]:
-        """Return the experts' weights (m, n), views of `dense_weight`."""
-        return as_matrices(self.dense_weight().detach(), transposed=self.input_axis == -2)
+    def held(self) -> Weight:
+        """Return the fused weight."""
+        if self.packed_layout is not None:
+            return super().held()
+        return parameter_weight(self.projection.module, self.projection.name, self.input_axis)
 
     @abstractmethod
+    def active(self) -> Adapter | None:
+        """Return the adapter to compute with; None computes with W."""
+
     def has_no_effect(self) -> bool:
         """Whether W_eff is W and nothing is to be learned from this call."""
+        active = None if self.disabled else self.active()
+        if active is None:
+            return True
+        if torch.is_grad_enabled() or active.params[0].device.type != "cpu":  # elsewhere, asking would stall the device
+            return False
+        if self.training and active.dropout:  # what a checkpoint recomputes must draw the same dropout
+            return False
+        return active.is_idle()
 
-    @abstractmethod
     def multiplier(self) -> Multiply:
         """Return what multiplies an expert's tokens x (t, n) by its effective weight, for one forward."""
+        weights, active = self.held().experts(), self.active()
+        if active is None:
+            return lambda expert, x: base_linear(x, weights[expert], None)
+        adapters, run = active.for_call(self.training).experts(), Run(self.saved_activations)
+        return lambda expert, x: linear(x, weights[expert], None, adapters[expert], run)
 
-    def restore(self) -> ExpertsAdapter | None:
-        """Let go of the weight, flags as before, and return what takes this one's place in the module, if anything."""
+    def restore(self) -> PackedExperts | None:
+        """Give the weight back as it is now, flags as before; PackedExperts come back if it is packed still."""
+        if self.packed_layout is not None:
+            for before in self._before:
+                before.hold_packed(self.held())
+                self.drop_weight()
+                return before
+            self.hold_dense(self.weight)
         self.projection.operand.requires_grad_(self.weight_requires_grad)
         return None
 
-    def packed_experts(self) -> PackedStack:
-        """Return the packed weight."""
-        packed = self.packed_weight()
-        assert isinstance(packed, PackedStack)
-        return packed
-
     def hold_what_is_there(self) -> None:
-        """Take the weight packed, from whom holds it so already or from the module; `take_over` has these let go."""
-        held = self.projection.packed
-        self.hold_packed(pack_experts(self.projection) if held is None else held.packed_weight())  # type: ignore[operator]
+        """Pack the weight, or take what is packed already. The source is freed in `take_over`."""
+        packed = self.projection.packed
+        self.hold_packed(pack_experts(self.projection) if packed is None else self.projection.held())
 
     def take_over(self) -> None:
-        """Have what held the weight let go of it."""
+        """Free the storage that held the weight before."""
         held = self.projection.packed
         if held is None:
             self.projection.release()
@@ -96,41 +118,65 @@ class ExpertsAdapter(HoldsWeight):
             assert isinstance(held, HoldsWeight)
             held.drop_weight()
 
-    def unpack(self) -> None:
-        """Have the module hold the dense weight again."""
-        self.hold_dense(self.weight)
-
     def hold_dense(self, weight: Tensor) -> None:
         """Give the module a dense weight, as it is stored, in place of the packed one."""
         self.drop_weight()
         self.projection.hold(nn.Parameter(weight, requires_grad=False))
 
-    def sources(self) -> Sequence[Tensor | WeightSource]:
-        """Return what the experts' products take their weights from, for one call."""
-        if self.packed_layout is not None:
-            return [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
-        matrices, hook = self.matrices(), offloader(self.projection.module)
-        if hook is None:
-            return matrices
-        name, dtype, transposed = self.projection.name, self.weight.dtype, self.input_axis == -2
-        loaded = OffloadedExperts(lambda: as_matrices(fetch(hook, name, dtype), transposed=transposed))
-        return loaded.sources(matrices)
-
-    def frozen_multiplier(self) -> Multiply:
-        """Return what multiplies an expert's tokens x (t, n) by its packed weight as it is."""
-        sources = [PackedSource(matrix) for matrix in self.packed_experts().matrices()]
-        return lambda expert, x: base_linear(x, sources[expert], None)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertsAdapter:
-        """Convert or move; what stands for a packed weight in the module follows its dtype."""
+        """Convert or move; the meta placeholder of a packed weight in the module follows its dtype."""
         super()._apply(fn, recurse)
         self.refresh()
         return self
 
     def refresh(self) -> None:
-        """Have what stands for a packed weight in the module be of its dtype."""
+        """Set the dtype of the meta placeholder of a packed weight in the module."""
         if self.packed_layout is not None:
             self.projection.stand_for(self.stored_weight.dtype)
+
+    def describe(self, *facts: str) -> str:
+        """Return what `repr` shows between the brackets: sizes, then `facts`, then the form of a packed weight."""
+        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        packed = () if self.packed_layout is None else (f"packed={self.packed_layout}",)
+        return ", ".join((sizes, *facts, *packed))
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return self.describe()
+
+
+class PackedExperts(ExpertsAdapter):
+    """The packed weight of fused experts; `adapt_experts` puts it in place, and the module's own forward runs.
+
+    Each product of an expert's tokens decodes that expert's matrix, a block at a time.
+
+    Args:
+        projection: the fused weight, which is freed in the module.
+        packed: the weight, packed already (then the module's may be on the meta device); None packs it.
+
+    Raises:
+        TargetError: it is no weight of float64, float32, bfloat16 or float16.
+        ConfigError: it is on the meta device.
+    """
+
+    save_refusal = PACKED
+
+    def __init__(self, projection: Projection, packed: PackedStack | None = None) -> None:
+        super().__init__(projection)
+        if packed is None:
+            check_packable_experts(projection)
+        self.disabled = False
+        self.weight_requires_grad = projection.operand.requires_grad
+        if packed is None:
+            self.hold_what_is_there()
+        else:
+            self.hold_packed(packed)
+        projection.release()
+        self.refresh()
+        self.train(projection.module.training)
+
+    def active(self) -> None:
+        """Return nothing: there is no adapter."""
 
 
 class ExpertsForward:
@@ -156,13 +202,10 @@ class ExpertsForward:
         inner = self.before or type(self.module).forward.__get__(self.module)
         adapters, multipliers = [], []
         for adapter in adapters_of(self.module).values():
-            if adapter.packed_layout is not None:
-                adapter.refresh()
-                multipliers.append(adapter.frozen_multiplier() if adapter.disabled else adapter.multiplier())
-            elif adapter.disabled or adapter.has_no_effect():
+            if adapter.has_no_effect() and adapter.packed_layout is None:
                 continue
-            else:
-                multipliers.append(adapter.multiplier())
+            adapter.refresh()
+            multipliers.append(adapter.multiplier())
             adapters.append(adapter)
         if not adapters:
             return inner(*args, **kwargs)
@@ -232,3 +275,27 @@ def pack_experts(projection: Projection) -> PackedStack:
         transposed=projection.input_axis == -2,
         where=projection.parameter_path,
     )
+
+
+def require_alone(projection: Projection) -> None:
+    """Raise a TargetError where an adapter, such as PEFT's, sits beside a fused weight already."""
+    beside = adapters_of(projection.module).get(projection.name)
+    if beside is not None and not isinstance(beside, PackedExperts):
+        raise TargetError(f"{projection.path} has a {type(beside).__name__} beside it already; take that out first")
+
+
+def check_packable_experts(projection: Projection) -> None:
+    """Raise unless a fused weight can be packed: plain, floating-point and in memory."""
+    where = projection.parameter_path
+    require_alone(projection)
+    if parametrize.is_parametrized(projection.module):
+        raise TargetError(
+            f"{where} has a parametrization; make it permanent first with "
+            f"torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    weight = projection.weight
+    if weight.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TargetError(f"{where} is {weight.dtype}: {known} weights are packed, quantized ones are not")
+    if weight.is_meta:
+        raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.models.projection import features, input_axis_of
-from spp.weights import (
-    HoldsWeight,
-    PackedWeight,
-    QuantizedWeight,
-    quantized_kind,
-    release_quantized,
-    write_quantized,
-)
+from spp.weights import HoldsWeight, QuantizedWeight, Weight, quantized_kind, release_quantized, write_quantized
 from spp.weights.hooks import move_hook
 
 HOOKS = (
@@ -46,7 +39,7 @@ class LinearHost(HoldsWeight):
     in_features: int
     bias: nn.Parameter | None
 
-    def take(self, linear: nn.Module, packed: PackedWeight | QuantizedWeight | None = None) -> None:
+    def take(self, linear: nn.Module, packed: Weight | None = None) -> None:
         """Hold what a linear holds.
 
         Args:
@@ -83,10 +76,6 @@ class LinearHost(HoldsWeight):
         """Return the module that stood here, without its weight."""
         return self._linear[0]
 
-    def held_packed(self) -> PackedWeight | QuantizedWeight | None:
-        """Return the packed or quantized weight, None where it is dense."""
-        return None if self.packed_layout is None else self.packed_matrix()
-
     @property
     def weight_requires_grad(self) -> bool:
         """Whether the weight required a gradient when it was taken: what it goes back to."""
@@ -99,9 +88,7 @@ class LinearHost(HoldsWeight):
     @property
     def matrix(self) -> Tensor:
         """The frozen weight as (m, n), whatever its storage; of a packed or offloaded one a dense copy."""
-        if (packed := self.held_packed()) is not None:
-            return packed.dense()
-        return self.dense_weight() if self.input_axis == -1 else self.dense_weight().T
+        return self.held().matrix()
 
     def restore(self, *, dense: bool = False) -> nn.Module:
         """Return the module that stood here, with the weight and bias as they are now, flags as before.
@@ -113,8 +100,8 @@ class LinearHost(HoldsWeight):
             dense: in place of a quantized linear too an nn.Linear, with the dequantized weight.
         """
         original: nn.Module = self._linear[0]
-        held = self.held_packed()
-        if isinstance(original, LinearHost) and held is not None:
+        held = self.held()
+        if isinstance(original, LinearHost) and self.packed_layout is not None:
             original.hold_packed(held)
         elif quantized_kind(original) and isinstance(held, QuantizedWeight) and not dense:
             write_quantized(original, held)
@@ -137,6 +124,10 @@ class LinearHost(HoldsWeight):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         packed = () if self.packed_layout is None else (f"packed={self.packed_layout}",)
         return ", ".join((sizes, *facts, *packed))
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return self.describe()
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:

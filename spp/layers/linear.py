@@ -7,28 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.configs.adapter import SPPConfig
-from spp.errors import ConfigError, NonFiniteError
-from spp.kernels import PackedSource, WeightSource, offloaded_weight
-from spp.layers.adapted import AdaptedLinear
+from spp.errors import NonFiniteError
+from spp.layers.adapted import AdaptedLinear, HoldsAdapter, adapter_config
 from spp.layers.checks import check_linear, check_values
 from spp.layers.host import LinearHost
 from spp.layers.packed import PackedLinear, pack_linear
 from spp.models.projection import Projection, input_axis_of
-from spp.rules import Adapter, Rule, effective_weight, get_rule
-from spp.rules.canonical import arithmetic_dtype
-from spp.weights import PackedWeight, QuantizedWeight, quantized_kind, read_quantized
-from spp.weights.holder import WRAPPED
+from spp.weights import Weight, quantized_kind, read_quantized
 from spp.weights.hooks import let_go_on_error
-from spp.weights.offload import home, offloader
+from spp.weights.offload import offloader, parameter_weight
 
 
-class SPPLinear(AdaptedLinear, LinearHost):
+class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
     """A frozen linear layer whose weight W computes as W ⊙ (1 + s·β·A), with trained W_α and W_β (SPP, §3.2).
 
     Args:
         linear: the nn.Linear (or subclass, or transformers' Conv1D) to adapt; its Parameters are used, not copied, and
-            frozen. With packed=True it lets go of its weight until `restore`; a PackedLinear hands over its packed one.
+            frozen. With packed=True its weight is freed until `restore`; a PackedLinear hands over its packed one.
         r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig.
         packed: store the weight packed (spp.weights.packed.layout) and decode it a block at a time.
         dtype: of an 8-bit weight of bitsandbytes where it is multiplied, which does not say itself; None is its
@@ -40,7 +35,7 @@ class SPPLinear(AdaptedLinear, LinearHost):
     Attributes:
         weight (m, n), bias (m,) or None: the frozen base; of a packed weight, `weight` is a dense copy at each access,
             and that of a Conv1D is stored (n, m). While accelerate has it offloaded it is on the meta device, between
-            the calls; `dense_weight()` has the numbers.
+            the calls; `held().dense()` has the values.
         spp_alpha: W_α (r, n). spp_beta: W_β (m, 1). With another rule its own, such as hira_A and hira_B.
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
             generation does not build it for each. False for a packed or offloaded weight, whose saving it would undo:
@@ -57,10 +52,6 @@ class SPPLinear(AdaptedLinear, LinearHost):
         >>> layer(torch.ones(3, 8)).shape
         torch.Size([3, 4])
     """
-
-    save_refusal = WRAPPED
-    spp_alpha: nn.Parameter
-    spp_beta: nn.Parameter
 
     def __init__(
         self,
@@ -79,62 +70,26 @@ class SPPLinear(AdaptedLinear, LinearHost):
         checked: bool = False,
     ) -> None:
         super().__init__()
-        try:
-            config = SPPConfig(
-                r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
-            )
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error.marked}") from None
+        config = adapter_config(
+            where, r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
+        )
         if not checked:
             check_linear(linear, config, where)
             check_values(Projection(where, linear, input_axis=input_axis_of(linear)))
-        self.spp_rule: Rule = get_rule(rule)
-        self.spp_init = init
-        self.spp_name = where
-        self.r = r
-        self.scaling = scaling
-        self.dropout = dropout
-        self.dropout_mode = dropout_mode
-        self.disabled = False
-        held: PackedWeight | QuantizedWeight | None = None
+        held: Weight | None = None
         if isinstance(linear, PackedLinear):
-            held = linear.held_packed()
+            held = linear.held()
         elif quantized_kind(linear):
             held = read_quantized(linear, f"{where}.weight", dtype)
         elif packed:
             held = pack_linear(linear, where)
         self.cache_effective = held is None
         self.take(linear, held)
-        stored = self.stored_weight
-        dtype, device = arithmetic_dtype(stored.dtype), home(linear, stored)
-        self._adapter_names = self.spp_rule.attribute_names()
-        shapes = self.spp_rule.shapes(self.out_features, self.in_features, r)
-        for name, shape in zip(self._adapter_names, shapes, strict=True):
-            empty = torch.empty(shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
-            self.register_parameter(name, nn.Parameter(empty))
-        if device.type != "meta":
-            self.reset_parameters(generator)
-            for parameter in self.adapter_parameters():
-                parameter.data = parameter.data.to(device)
-        stored.requires_grad_(False)
+        self.add_adapter(config, where, held or parameter_weight(linear), generator)
+        self.stored_weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.release()
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        """Return [W_α, W_β]."""
-        held = self._parameters  # straight from it: nn.Module's own look-up would cost as much as the rest of a token
-        return [held[name] for name in self._adapter_names]  # type: ignore[misc]
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the adapter anew in place, as its `init` says; a generator must be on the parameters' device."""
-        self.spp_rule.init_(self.adapter_parameters(), self.spp_init, generator)
-
-    def effective_weight(self) -> Tensor:
-        """Return W_eff in the dtype and layout of `weight`: what the forward multiplies by, and a merge stores."""
-        effective = effective_weight(self.spp_rule, self.matrix, self.adapter_parameters(), self.scaling)
-        return effective if self.input_axis == -1 else effective.T.contiguous()
 
     def merge(self) -> nn.Linear:
         """Return a plain nn.Linear (of a Conv1D, a Conv1D) with the effective weight; this layer stays as it is.
@@ -165,40 +120,20 @@ class SPPLinear(AdaptedLinear, LinearHost):
         self.drop_weight()
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
-    def active(self) -> Adapter | None:
-        """Return the adapter, unless it is disabled."""
-        if self.disabled:
-            return None
-        return Adapter(self.spp_rule, tuple(self.adapter_parameters()), self.scaling, self.dropout, self.dropout_mode)
-
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
         if "_hf_hook" not in self.__dict__:
-            return super().forward(x)
+            return AdaptedLinear.forward(self, x)
         with let_go_on_error(self):
-            return super().forward(x)
+            return AdaptedLinear.forward(self, x)
 
-    def frozen(self) -> Tensor | WeightSource:
+    def frozen(self) -> Weight:
         """Return the base weight."""
-        if (packed := self.held_packed()) is not None:
-            return PackedSource(packed)
-        return offloaded_weight(self, self.input_axis) or self.matrix
+        return self.held()
 
     def frozen_bias(self) -> Tensor | None:
         """Return the bias."""
         return self._parameters["bias"]
-
-    def kept_weight(self) -> Tensor:
-        """Return `stored_weight`."""
-        return self._parameters["weight"] if self.packed_layout is None else self.stored_weight  # type: ignore[return-value]
-
-    def home(self) -> torch.device:
-        """Return the device that the adapter belongs on."""
-        return home(self, self.stored_weight)
-
-    def resident_names(self) -> tuple[str, ...]:
-        """Return the names of W_α and W_β."""
-        return self._adapter_names
 
     def hook_changed(self) -> None:
         """Keep no W_eff of a weight that is offloaded."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.errors import ConfigError, TargetError
-from spp.kernels import PackedSource, base_linear
+from spp.kernels import base_linear
 from spp.layers.host import LinearHost
 from spp.models.projection import input_axis_of, is_conv1d
 from spp.weights import DTYPES, PackedWeight, QuantizedWeight
@@ -19,7 +19,7 @@ class PackedLinear(LinearHost):
     Nothing of size m × n is kept, so each call decodes: for a few tokens that costs more than the product does.
 
     Args:
-        linear: the nn.Linear (or subclass, or transformers' Conv1D) that lets go of its dense weight.
+        linear: the nn.Linear (or subclass, or transformers' Conv1D) whose dense weight is freed.
         packed: its weight, packed already (then `linear` may be on the meta device) or quantized; None packs it.
         where: the layer's name in error messages.
 
@@ -49,11 +49,7 @@ class PackedLinear(LinearHost):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
-        return base_linear(x, PackedSource(self.packed_matrix()), self.bias)
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return self.describe()
+        return base_linear(x, self.held(), self.bias)
 
 
 def pack_linear(linear: nn.Module, where: str) -> PackedWeight:

@@ -87,7 +87,7 @@ def dsnot(
         if parsed.group is None:
             exchanges = min(max_cycles, w.shape[1])
             grown = best_in_rows(gain, exchanges)  # (rows, exchanges)
-            pruned = _cheapest(loss, exchanges)
+            pruned = loss.shape[1] - 1 - best_in_rows(-loss.flip(1), exchanges)  # lowest first, of equals the higher
         else:
             grown, pruned = _pairs_in_groups(gain, loss, parsed.group, max_cycles)
         possible = can_grow.gather(1, grown) & can_prune.gather(1, pruned)
@@ -111,11 +111,6 @@ def _cycles_taken(error: Tensor, taken_off: Tensor, possible: Tensor, threshold:
     before = torch.cat([error, after[:, :-1]], dim=1)
     allowed = possible & (before > threshold) & (after > 0)
     return allowed.long().cumprod(dim=1).bool()
-
-
-def _cheapest(loss: Tensor, count: int) -> Tensor:
-    """Return the columns of each row's `count` lowest losses, lowest first, of equals the higher first."""
-    return loss.shape[1] - 1 - best_in_rows(-loss.flip(1), count)
 
 
 def _pairs_in_groups(gain: Tensor, loss: Tensor, group: int, max_cycles: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from spp.masks.patterns import Pattern, all_finite
 
 _LONGEST_COUNTED_GROUP = 16  # up to here comparing all pairs of a group is faster than sorting it
 _CHUNK = 1 << 22  # scores looked at together
-_SAMPLE = 1 << 12  # scores of a long row that tell about where its k-th lowest lies
+_SAMPLE = 1 << 12  # scores of a long row that tell about where its k-th lowest is
 _LONG = 1 << 16  # from here on that is faster than to select among all of them
 _MARGIN = 3  # standard deviations of a quantile of the sample, to either side
 
@@ -128,7 +128,7 @@ def keep_in_rows(scores: Tensor, pruned: int) -> Tensor:
 def _kth_lowest(scores: Tensor, k: int) -> Tensor:
     """Return the k-th lowest score (rows, 1) of every row.
 
-    In a long row that is alone a sample says between which two scores it lies; it is selected among those only.
+    In a long row that is alone a sample says between which two scores it is; it is selected among those only.
     """
     rows, length = scores.shape
     if rows > 1 or length < _LONG or scores.device.type != "cpu":

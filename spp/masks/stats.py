@@ -1,4 +1,4 @@
-"""What a layer's calibration inputs X (T, n) leave behind: count, mean, variance and norm of each feature, and XᵀX.
+"""Statistics of a layer's calibration inputs X (T, n): count, mean, variance and norm of each feature, and XᵀX.
 
     mean_j = Σ_t X_tj / T        var_j = Σ_t (X_tj − mean_j)² / T        norm_j = (Σ_t X_tj²)^½        H = Xᵀ X
 
@@ -28,6 +28,10 @@ class InputStats:
         mean: (n,).
         var: (n,), the population's.
         norm: (n,), ‖X_j‖₂ over the tokens.
+
+    Raises:
+        ConfigError: the vectors are not of one length.
+        DataError: there is no token.
     """
 
     count: int

@@ -6,31 +6,38 @@ W_merged = W_eff = round(W · (1 + s·β·A))      one rounding, zeros stay zero
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp.certifying.certificate import fingerprint, report_from_tensors
+from spp.certifying.certificate import TensorSparsity, fingerprint, make_report
+from spp.certifying.scan import scan_tensor
 from spp.configs.checkpoints import ROUNDINGS
 from spp.configs.checks import check_choice
 from spp.errors import ConfigError, NonFiniteError, arg, call
-from spp.files import mask_sha256
+from spp.files import dtype_name
 from spp.layers.experts import SPPExperts
-from spp.layers.linear import SPPLinear
 from spp.masks.patterns import all_finite
 from spp.merging.report import LayerMerge, MergeReport
-from spp.merging.weight import merge_experts, merge_tensor, requantized
-from spp.models.targets import is_other_matrix, is_projection_key, projection_weights, weight_of
+from spp.merging.weight import merge_cannot_fail, merge_weight, requantized
+from spp.models.targets import (
+    is_other_matrix,
+    is_projection_key,
+    packed_modules,
+    projection_axes,
+    projection_weights,
+    weight_of,
+)
 from spp.rules import rescue_
 from spp.rules.idle import idle_reason
 from spp.weights import NAMES as PACKED_NAMES
 from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.weights.offload import in_memory, is_offloaded, offloader, write
-from spp.wrapping.state import forget_quantizer, layer_generator, uncompiled
+from spp.wrapping.state import forget_quantizer, uncompiled
 from spp.wrapping.wrap import AdapterLayer, base_verdict, require_layers, unwrap
 
 logger = logging.getLogger(__name__)
@@ -50,8 +57,9 @@ def merge(
 
     Args:
         model: wrapped.
-        check: compute every layer once before the first is written, so that an error leaves the model as it was; False
-            saves that pass, and an error then comes when earlier layers are merged already.
+        check: show before the first layer is written that none can fail, so that an error leaves the model as it was:
+            |W_eff| ≤ max|W| · (1 + max|s·β·A|) must fit the dtype. A layer for which that bound does not tell is
+            merged once more beforehand. False skips this, and an error then comes when earlier layers are merged.
         dtype: store in another floating dtype; the whole model is converted. None keeps each weight's own.
         rounding: "nearest", or "stochastic" (unbiased; for 16-bit dtypes, from which small updates would vanish).
         requantize: quantize merged weights in the form that they had; without it they come back dense, and once
@@ -82,26 +90,25 @@ def merge(
     if requantize:
         _check_requantize(layers, dtype)
     seed, verdict = draw_seed(rounding, seed), base_verdict(model)
-    results: dict[str, LayerMerge] = {}
+    compute = partial(_merge_layer, dtype=dtype, rounding=rounding, seed=seed, requantize=requantize)
+    ready: dict[str, tuple[Tensor | QuantizedWeight, LayerMerge]] = {}
     if check:
         for path, layer in layers.items():
-            merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
-            if requantize:
-                _quantize_again(path, layer, merged, results[path])
+            if requantize and _quantized(layer) is not None:
+                ready[path] = compute(path, layer)  # small enough to be kept
+            elif not _cannot_fail(layer, dtype):
+                compute(path, layer)
     if dtype is not None:
         _check_conversion(model, layers, dtype)
     base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
-    idle = idle_reason((layer.spp_rule, layer.adapter_parameters(), layer.scaling) for layer in layers.values())
+    idle = idle_reason(layer.adapter() for layer in layers.values())
+    results: dict[str, LayerMerge] = {}
     for path, layer in layers.items():
-        merged, results[path] = _merge_layer(path, layer, dtype, rounding, seed)
-        again = _quantize_again(path, layer, merged, results[path]) if requantize else None
-        if again is None:
+        merged, results[path] = ready.pop(path) if path in ready else compute(path, layer)
+        if isinstance(merged, Tensor):
             _write_weight(layer, merged)
         else:
-            assert isinstance(layer, SPPLinear)  # experts are never quantized
-            given = layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling
-            results[path] = requantized(*given, merged, again)
-            layer.hold_packed(again)
+            layer.hold_packed(merged)
     unwrap(model)
     forget_quantizer(model)
     if dtype is not None:
@@ -110,29 +117,58 @@ def merge(
     return replace(report, base=verdict)
 
 
-def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the certificate says of the base; a merge does not change it, so it may be asked after one.
+@dataclass(frozen=True)
+class BaseMasks:
+    """The zeros of a pruned model, which a merge does not change.
+
+    Attributes:
+        record: for the certificate: name_or_path, fingerprint, and keys that are no projections by their names.
+        facts: {parameter name: its zeros}.
+    """
+
+    record: dict[str, Any]
+    facts: dict[str, TensorSparsity]
+
+
+def describe_base(model: nn.Module, merged: Mapping[str, Any]) -> BaseMasks:
+    """Look at each projection once; it may be asked before a merge or after one.
 
     Args:
         merged: {parameter name: a module with its weight}.
     """
-    masks = {name: mask_sha256(weight) for name, weight, _ in projection_weights(model)}
-    extra = sorted(merged.keys() - masks.keys())  # no projection by its name
-    masks |= {name: mask_sha256(merged[name].dense_weight()) for name in extra}
+    scanned = {name: scan_tensor(weight, axis) for name, weight, axis in projection_weights(model)}
+    extra = sorted(merged.keys() - scanned.keys())  # no projection by its name
+    scanned |= {name: scan_tensor(merged[name].held().dense(), -1) for name in extra}
+    masks = {name: found.mask for name, found in scanned.items()}
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
+    record = {"name_or_path": name, "fingerprint": fingerprint(masks), "keys": extra}
+    return BaseMasks(record, {name: found.zeros for name, found in scanned.items()})
 
 
-def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: dict[str, Any], **options: Any) -> MergeReport:
+def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMasks, **options: Any) -> MergeReport:
     """Remember the base of a merged model, for spp.save_model to put into the certificate, and report the merge.
+
+    The zeros are the base's; a weight is looked at again only where quantizing it again made some.
 
     Args:
         options: of `MergeReport.from_layers`.
     """
-    model._spp_base = base  # type: ignore[assignment]
+    model._spp_base = base.record  # type: ignore[assignment]
     logger.info("merged %d layers", len(results))
-    others = ((name, weight_of(model, name), -1) for name in base["keys"])
-    return MergeReport.from_layers(results, report_from_tensors(chain(projection_weights(model), others)), **options)
+    changed = {path for path, layer in results.items() if layer.lost}
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    packed: dict[str, Any] = packed_modules(model)
+    facts = {}
+    for name in (*projection_axes(model), *base.record["keys"]):
+        found = base.facts[name]
+        if name.removesuffix(".weight") in changed:
+            found = scan_tensor(weight_of(model, name), -1).zeros
+        elif name in packed:
+            found = replace(found, dtype=dtype_name(packed[name].stored_weight.dtype))
+        elif name in dtypes:
+            found = replace(found, dtype=dtype_name(dtypes[name]))
+        facts[name] = found
+    return MergeReport.from_layers(results, make_report(facts), **options)
 
 
 def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
@@ -157,24 +193,49 @@ def _key(path: str, layer: AdapterLayer) -> str:
 
 
 def _merge_layer(
-    path: str, layer: AdapterLayer, dtype: torch.dtype | None, rounding: str, seed: int
-) -> tuple[Tensor, LayerMerge]:
-    """Return the merged weight in its own layout, and what was done; experts are merged one after the other."""
-    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": layer_generator(seed, path)}
-    if isinstance(layer, SPPExperts):
-        return merge_experts(
-            layer.spp_rule,
-            layer.dense_matrices(),
-            layer.of_experts(),
-            layer.scaling,
-            transposed=layer.input_axis != -1,
-            where=path,
-            **options,
-        )
-    merged, done = merge_tensor(
-        layer.spp_rule, layer.matrix, layer.adapter_parameters(), layer.scaling, where=path, **options
+    path: str, layer: AdapterLayer, *, dtype: torch.dtype | None, rounding: str, seed: int, requantize: bool
+) -> tuple[Tensor | QuantizedWeight, LayerMerge]:
+    """Return what is stored of a merged layer, in its own layout, and what was done.
+
+    With `requantize`, a quantized weight comes in the form that it had; one that the merge left as it was keeps its
+    codes and scales: quantizing it again could only add an error.
+    """
+    held, matrices, adapter = _quantized(layer) if requantize else None, _matrices(layer), layer.adapter()
+    merged, done = merge_weight(
+        matrices,
+        adapter,
+        fused=isinstance(layer, SPPExperts),
+        transposed=layer.input_axis != -1,
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        where=path,
     )
-    return merged if layer.input_axis == -1 else merged.T.contiguous(), done
+    if held is None:
+        return merged, done
+    if done.moved:
+        held = quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
+    (weight,) = matrices
+    return held, requantized(weight, adapter, merged, held, done)
+
+
+def _matrices(layer: AdapterLayer) -> Iterable[Tensor]:
+    """Return W (m, n); of experts each one's, decoded in turn."""
+    return (one.matrix() for one in layer.held().experts()) if isinstance(layer, SPPExperts) else [layer.matrix]
+
+
+def _quantized(layer: AdapterLayer) -> QuantizedWeight | None:
+    """Return the quantized weight of a layer; None where it has another form."""
+    held = layer.held()
+    return held if isinstance(held, QuantizedWeight) else None
+
+
+def _cannot_fail(layer: AdapterLayer, dtype: torch.dtype | None) -> bool:
+    """Whether a bound shows that merging a layer raises nothing; of a packed weight its kept values tell."""
+    packed = layer.packed_layout is not None and _quantized(layer) is None
+    adapters = layer.adapter().experts() if isinstance(layer, SPPExperts) else [layer.adapter()]
+    weights = [layer.stored_weight] if packed else _matrices(layer)
+    return merge_cannot_fail(weights, adapters, layer.out_features, dtype)
 
 
 def _write_weight(layer: AdapterLayer, merged: Tensor) -> None:
@@ -222,19 +283,6 @@ def _check_requantize(layers: Mapping[str, AdapterLayer], dtype: torch.dtype | N
         )
 
 
-def _quantize_again(path: str, layer: AdapterLayer, merged: Tensor, done: LayerMerge) -> QuantizedWeight | None:
-    """Return a merged weight in the quantized form of its layer, its zeros asserted; None for one that has none.
-
-    A weight that the merge left as it was keeps its codes and scales: quantizing it again could only add an error.
-    """
-    held = layer.held_packed() if isinstance(layer, SPPLinear) else None
-    if not isinstance(held, QuantizedWeight):
-        return None
-    if not done.moved:
-        return held
-    return quantize_like(held.layout, merged, path, asymmetric=held.nested is not None)
-
-
 def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype) -> None:
     """Raise a NonFiniteError where a tensor that the adapter leaves alone does not fit the dtype."""
     merged = {f"{path}.{name}" for path in layers for name in ("weight", *PACKED_NAMES)} | layers.keys()
@@ -247,20 +295,23 @@ def _check_conversion(model: nn.Module, layers: dict[str, AdapterLayer], dtype: 
 
 def _convert_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert what a checkpoint would hold, parameters and buffers; matrices but embeddings keep their zeros."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != dtype:
-                converted = parameter.data.to(dtype)
-                if is_projection_key(name, parameter.ndim) or is_other_matrix(name, parameter.ndim, parameter.dtype):
-                    rescue_(converted, parameter.data)
-                parameter.data = converted
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    buffer_converted = buffer.to(dtype)
-                    if isinstance(module, HoldsWeight) and buffer.dtype != dtype:
-                        rescue_(buffer_converted, buffer)
-                    module._buffers[name] = buffer_converted
+
+    def converted(t: Tensor, is_matrix: bool) -> Tensor:
+        result = t.to(dtype)
+        if is_matrix and t.dtype != dtype:
+            rescue_(result, t)
+        return result
+
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            is_matrix = is_projection_key(name, parameter.ndim) or is_other_matrix(
+                name, parameter.ndim, parameter.dtype
+            )
+            parameter.data = converted(parameter.data, is_matrix)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = converted(buffer.detach(), isinstance(module, HoldsWeight))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "dtype"):
         config.dtype = dtype

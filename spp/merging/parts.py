@@ -15,25 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.rules import Rule, get_rule
+from spp.rules import Adapter, get_rule
 from spp.rules.terms import TermsRule
 from spp.wrapping.adapter_files import AdapterFiles, read_adapter
 
 PathLike = str | os.PathLike[str]
 AdapterLike = PathLike | Sequence[PathLike | tuple[PathLike, float]]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is merged into one weight.
-
-    Attributes:
-        rule, params, scaling: as for `merge_tensor`; the parameters of experts have a leading dimension.
-    """
-
-    rule: Rule
-    params: tuple[Tensor, ...]
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -84,23 +71,23 @@ def _pair(entry: Any) -> tuple[PathLike, float]:
     raise ConfigError(f"{entry!r} is no adapter; pass its directory, or (directory, weight) with a finite number")
 
 
-def sum_of(parts: Sequence[Part]) -> dict[str, Layer]:
+def sum_of(parts: Sequence[Part]) -> dict[str, Adapter]:
     """Return {module path: what is merged into it}."""
-    found: dict[str, list[tuple[Rule, tuple[Tensor, ...], float]]] = {}
+    found: dict[str, list[Adapter]] = {}
     for part in parts:
         rule, scaling = get_rule(part.files.config.rule), part.weight * part.files.config.scaling
         for path, params in part.layers.items():
-            found.setdefault(path, []).append((rule, params, scaling))
-    return {path: _layer(path, terms) for path, terms in sorted(found.items())}
+            found.setdefault(path, []).append(Adapter(rule, params, scaling))
+    return {path: _sum(path, terms) for path, terms in sorted(found.items())}
 
 
-def _layer(path: str, terms: list[tuple[Rule, tuple[Tensor, ...], float]]) -> Layer:
-    rule = terms[0][0]
+def _sum(path: str, terms: list[Adapter]) -> Adapter:
     if len(terms) == 1:
-        return Layer(*terms[0])
-    others = sorted({other.name for other, _, _ in terms} - {rule.name})
+        return terms[0]
+    rule = terms[0].rule
+    others = sorted({term.rule.name for term in terms} - {rule.name})
     if others:
         raise ConfigError(f"{path}: adapters of the rules {rule.name} and {others[0]} cannot be summed up")
-    ranks = tuple(rule.rank([p[0] if p.ndim == 3 else p for p in params]) for _, params, _ in terms)
-    scalings = tuple(scaling for _, _, scaling in terms)
-    return Layer(TermsRule(rule, ranks, scalings), tuple(p for _, params, _ in terms for p in params), 1.0)
+    ranks = tuple(rule.rank([p[0] if p.ndim == 3 else p for p in term.params]) for term in terms)
+    scalings = tuple(term.scaling for term in terms)
+    return Adapter(TermsRule(rule, ranks, scalings), tuple(p for term in terms for p in term.params), 1.0)

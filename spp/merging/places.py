@@ -7,7 +7,7 @@ transformers' own conversion tables say which tensors they are (spp.models.disk_
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,30 +27,58 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where the weight of one layer lies.
+    """Where the weight of one layer is stored.
 
     Args:
         path: of the layer, as the adapter names it.
         keys: of the tensors on disk.
-        group: how they become one tensor of the model; None for a single one that is the weight.
         shape: of the weight: two dimensions, or three with experts in front.
         transposed: whether inputs run along the last axis but one.
+        group: how they become one tensor of the model; None for a single one that is the weight.
+        disk: the table of keys that the group is of.
     """
 
     path: str
     keys: tuple[str, ...]
-    group: Group | None
     shape: tuple[int, ...]
     transposed: bool
+    group: Group | None = None
+    disk: DiskKeys | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return len(self.shape) == 3
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """Return the weight as matrices (m, n), one or one an expert: views."""
         return as_matrices(weight, transposed=self.transposed)
 
+    def weight(self, reader: CheckpointReader) -> Tensor:
+        """Return the weight as it is in memory."""
+        if self.group is None:
+            return reader.tensor(self.keys[0])
+        joined = self.joined(reader)
+        return joined[self.name_among(joined)]
+
+    def joined(self, reader: CheckpointReader) -> dict[str, Tensor]:
+        """Return the tensors in memory that the group becomes."""
+        assert self.disk is not None and self.group is not None
+        return self.disk.join(self.group, reader.tensor)
+
+    def split(self, joined: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors on disk that those of the group are stored as."""
+        assert self.disk is not None
+        return self.disk.split(joined)
+
+    def name_among(self, joined: Iterable[str]) -> str:
+        """Return the name of the weight among those of its group."""
+        return next(name for name in joined if name in (self.path, f"{self.path}.weight"))
+
     def check(self, rule: Rule, params: Sequence[Tensor]) -> None:
         """Raise an AdapterError unless an adapter's parameters fit the weight."""
         m, n = self.shape[-1:-3:-1] if self.transposed else self.shape[-2:]
-        if len(self.shape) == 3:
+        if self.fused:
             if all(p.ndim == 2 for p in params):
                 raise AdapterError(f"{self.path}: {self.keys[0]} is {self.shape}; expected a matrix, as the adapter's")
             if any(p.ndim != 3 or p.shape[0] != self.shape[0] for p in params):
@@ -60,67 +88,60 @@ class Place:
         rule.check_shapes(params, m, n, where=self.path)
 
 
-class Places:
-    """The places of all layers of some adapters in a checkpoint.
-
-    Args:
-        reader: of the checkpoint.
-        parts: the adapters.
+def find_places(reader: CheckpointReader, parts: Sequence[Part]) -> list[Place]:
+    """Return the places of all layers of some adapters in a checkpoint.
 
     Raises:
+        ConfigError: the checkpoint is packed.
         AdapterError: layers that the checkpoint does not have, or that do not fit, all of an adapter in one message.
     """
-
-    def __init__(self, reader: CheckpointReader, parts: Sequence[Part]) -> None:
-        if is_packed(reader):
-            raise ConfigError(
-                f"{reader.directory} is packed; {call('export_dense', 'dir, out')} gives the dense checkpoint"
-            )
-        self._reader = reader
-        paths = list(dict.fromkeys(path for part in parts for path in part.layers))
-        found, self.disk = locate(reader, paths)
-        self.places = list(found.values())
-        for part in parts:
-            self._check(part, found)
-
-    def _check(self, part: Part, found: dict[str, Place]) -> None:
-        reader, files, layers, masks = self._reader, part.files, part.layers, part.files.base_masks or {}
-        files.warn_unchecked()
-        problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
-        rule = get_rule(files.config.rule)
-        for path, params in layers.items():
-            place = found.get(path)
-            if place is None:
-                problems.append(f"{path}: the base has no {path}.weight")
-                continue
-            wrong = [key for key in place.keys if reader.dtype(key) not in DTYPES]
-            if wrong or len(place.shape) not in (2, 3):
-                key = (wrong or place.keys)[0]
-                stored = f"{dtype_name(reader.dtype(key))} {reader.shape(key)}"
-                problems.append(f"{path}: {key} is {stored}; expected a floating-point matrix")
-                continue
-            try:
-                place.check(rule, params)
-                r, said = rule.rank([p[0] if p.ndim == 3 else p for p in params]), files.config.rank_for(path)
-                if r != said:
-                    problems.append(f"{path}: the adapter is of rank {r}; its config says {said}")
-            except (AdapterError, ConfigError) as error:
-                problems.append(str(error))
-        if problems:
-            listing = "\n  ".join(sorted(problems))
-            raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
+    if is_packed(reader):
+        raise ConfigError(
+            f"{reader.directory} is packed; {call('export_dense', 'dir, out')} gives the dense checkpoint"
+        )
+    found = locate(reader, list(dict.fromkeys(path for part in parts for path in part.layers)))
+    for part in parts:
+        _check(reader, part, found)
+    return list(found.values())
 
 
-def locate(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
-    """Return {path: place} of the layers that a checkpoint has, and the table of its keys if the names did not tell.
+def _check(reader: CheckpointReader, part: Part, found: dict[str, Place]) -> None:
+    files, layers, masks = part.files, part.layers, part.files.base_masks or {}
+    files.warn_unchecked()
+    problems = [f"{path}: the adapter lacks it" for path in masks.keys() - layers.keys()]
+    rule = get_rule(files.config.rule)
+    for path, params in layers.items():
+        place = found.get(path)
+        if place is None:
+            problems.append(f"{path}: the base has no {path}.weight")
+            continue
+        wrong = [key for key in place.keys if reader.dtype(key) not in DTYPES]
+        if wrong or len(place.shape) not in (2, 3):
+            key = (wrong or place.keys)[0]
+            stored = f"{dtype_name(reader.dtype(key))} {reader.shape(key)}"
+            problems.append(f"{path}: {key} is {stored}; expected a floating-point matrix")
+            continue
+        try:
+            place.check(rule, params)
+            r, said = rule.rank([p[0] if p.ndim == 3 else p for p in params]), files.config.rank_for(path)
+            if r != said:
+                problems.append(f"{path}: the adapter is of rank {r}; its config says {said}")
+        except (AdapterError, ConfigError) as error:
+            problems.append(str(error))
+    if problems:
+        listing = "\n  ".join(sorted(problems))
+        raise AdapterError(f"the adapter in {files.source} does not fit the base {reader.directory}:\n  {listing}")
+
+
+def locate(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
+    """Return {path: place} of the layers that a checkpoint has.
 
     Raises:
         CheckpointError: the zeros of some projections cannot be read: of what is made of it no certificate could speak.
     """
     require_projections(reader, whole=True)
     found = _by_name(reader, paths)
-    by_table, disk = _by_table(reader, [path for path in paths if path not in found])
-    return found | by_table, disk
+    return found | _by_table(reader, [path for path in paths if path not in found])
 
 
 def _by_name(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
@@ -130,14 +151,14 @@ def _by_name(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]
         key = next((key for key in (f"{path}.weight", path) if key in reader), None)
         if key is not None:
             shape = reader.shape(key)
-            found[path] = Place(path, (key,), None, shape, axes.get(key, 1) == len(shape) - 2)
+            found[path] = Place(path, (key,), shape, axes.get(key, 1) == len(shape) - 2)
     return found
 
 
-def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str, Place], DiskKeys | None]:
+def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
     """Find the weights of layers that the disk names otherwise, by a model without values."""
     if not paths:
-        return {}, None
+        return {}
     from spp.models.streamed import skeleton
 
     try:
@@ -145,7 +166,7 @@ def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str,
         disk = DiskKeys(model, {key: reader.shape(key) for key in reader})
     except (StreamingError, ConfigError) as error:
         logger.warning("cannot tell how %s names its weights: %s", reader.directory, error)
-        return {}, None
+        return {}
     single = {name: key for key, name in disk.memory.items() if disk.group_of(key) is None}
     groups = {name: group for group in disk.groups.values() for name in group.memory}
     found = {}
@@ -154,5 +175,5 @@ def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> tuple[dict[str,
         group = groups.get(name)
         keys = group.disk if group is not None else (single[name],) if name in single else ()
         if path in paths and keys:
-            found[path] = Place(path, keys, group, projection.shape, projection.input_axis == -2)
-    return found, disk
+            found[path] = Place(path, keys, projection.shape, projection.input_axis == -2, group, disk)
+    return found

@@ -1,4 +1,4 @@
-"""What a merge did, told of the weights that are stored: rounded to their dtype, rescued, quantized again.
+"""The report of a merge, of the weights that are stored: rounded to their dtype, rescued, quantized again.
 
     survived          ⟨W_stored − W, ΔW⟩ / ⟨ΔW, ΔW⟩            ΔW what the adapter adds to W, exact
     requantize_error  ‖W_stored − W_merged‖ / ‖ΔW‖             W_merged what the forward multiplied by
@@ -30,7 +30,7 @@ MOST_ERROR = math.sqrt(1 - ENOUGH_SURVIVED)
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """What a merge did to one layer, by its weights as they are stored.
+    """The merge of one layer, by its weights as they are stored.
 
     Counts are exact. Sums are of float32 products: of updates below 1e-19, whose squares are no float32, they tell
     nothing, nor does `max_relative_change` of denormal weights in a process that flushes those to zero.
@@ -65,7 +65,8 @@ def survived_share(inner: float, square: float, updated: int, moved: int) -> flo
         return None
     if not moved:
         return 0.0
-    return inner / square if square else 1.0  # squares too small for the arithmetic, but weights that moved
+    # Squares may be too small or too large for the arithmetic, of weights that moved.
+    return inner / square if 0 < square < math.inf and math.isfinite(inner) else 1.0
 
 
 def sum_layers(layers: Sequence[LayerMerge]) -> LayerMerge:
@@ -89,10 +90,14 @@ def sum_layers(layers: Sequence[LayerMerge]) -> LayerMerge:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did: per layer by module path, over all, and the sparsity of the result.
+    """The effect of a merge: on each layer, over all layers, and the sparsity of the result.
 
-    `survived` is None where no layer has an update; layers without one do not count. `base` says whether the base had
-    the values that the adapter was trained on (spp.weights.base_values).
+    Args:
+        layers: {module path: the effect on it}.
+        survived: the share of the update that is stored; None where no layer has an update, layers without one do not
+            count.
+        sparsity_report: of the merged weights.
+        base: whether the base had the values that the adapter was trained on (spp.weights.base_values).
     """
 
     layers: dict[str, LayerMerge]
@@ -181,6 +186,11 @@ def _warning(total: LayerMerge, idle: str | None, requantized: bool) -> str | No
             f"(survived), and what is stored differs from the merged weights by {error or 0.0:.2f} times the update's "
             f"norm (below {MOST_ERROR:.2f} costs little, at 1 the base was as near): the steps of the quantized form "
             f"are too coarse for the update. {ways}"
+        )
+    if total.lost:
+        return (
+            f"quantizing the merged weights again made zeros of {total.lost} kept weights (lost): they are nearer "
+            f"to zero than to any other value of the quantized form. {_ways_out(requantized=True)}"
         )
     if survived < ENOUGH_SURVIVED:
         return (

@@ -7,7 +7,7 @@ says what is wrong where a check fails. The weights are the same bits either way
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +18,19 @@ from spp.errors import MaskError, NonFiniteError
 from spp.kernels.native.elementwise import Found, merge_matrix
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
-from spp.rules import Rule, rescue_
+from spp.rules import Adapter, rescue_
 from spp.rules.canonical import arithmetic_dtype
+from spp.rules.low_rank import LowRankRule
 from spp.weights import QuantizedWeight
+from spp.wrapping.state import layer_generator
 
+_MARGIN = 0.99  # of the largest value: what rounding each step, and up to the next value by chance, adds is less
 BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
 
 
 def merge_tensor(
-    rule: Rule,
     weight: Tensor,
-    params: Sequence[Tensor],
-    scaling: float,
+    adapter: Adapter,
     *,
     dtype: torch.dtype | None = None,
     rounding: str = "nearest",
@@ -39,8 +40,8 @@ def merge_tensor(
     """Merge one weight: the canonical effective weight, checked, in a new tensor.
 
     Args:
-        rule, params, scaling: the adapter; parameters on the device of `weight` or convertible to it.
         weight: W (m, n).
+        adapter: of W; its parameters are moved to the device of `weight`.
         dtype: of the result; None for that of `weight`.
         rounding: "nearest" or "stochastic"; the latter needs `generator`, a CPU generator.
         where: the layer's name in messages.
@@ -52,15 +53,14 @@ def merge_tensor(
         NonFiniteError, MaskError: as for `merge`.
     """
     dtype = dtype or weight.dtype
-    params = [p.detach().to(weight.device) for p in params]
-    for name, parameter in zip(rule.attribute_names(), params, strict=True):
+    adapter, rule = adapter.on(weight.device), adapter.rule
+    for name, parameter in zip(rule.attribute_names(), adapter.params, strict=True):
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"{where}.{name} holds NaN or infinity; nothing was merged")
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    arithmetic, factors = arithmetic_dtype(weight.dtype), adapter.factors(weight.shape[0], weight.dtype)
     by_chance = rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16)
     compiled = None if by_chance else merge_matrix(rule, weight, factors, dtype)
-    if compiled is not None and compiled[1].finite_after and not compiled[1].changed:
+    if compiled is not None and compiled[1].finite_after and not compiled[1].changed and _has_sums(compiled[1]):
         return compiled[0], layer_merge(compiled[1])
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     totals = _Totals()
@@ -83,36 +83,76 @@ def merge_tensor(
     return merged, totals.result()
 
 
-def requantized(
-    rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float, merged: Tensor, stored: QuantizedWeight
-) -> LayerMerge:
-    """Return what was done to a weight whose merged form was quantized again: the numbers of what is stored.
+def merge_cannot_fail(
+    weights: Iterable[Tensor], adapters: Iterable[Adapter], out_features: int, dtype: torch.dtype | None
+) -> bool:
+    """Whether a bound shows, without a merge, that `merge_tensor` raises nothing for any of these weights.
+
+    The canonical function keeps every zero and every kept weight where all values are finite, and they are where
+    |W_eff| ≤ max|W| · (1 + max|u|), or max|W| + max|U|, is below the largest value of the dtypes.
 
     Args:
-        rule, params, scaling, weight: as for `merge_tensor`; W is the base, dequantized.
+        weights: W, or values of it: those that are left out are zeros.
+        adapters: of one matrix, or of each expert.
+        out_features: m.
+        dtype: of the result; None for that of W.
+    """
+    largest, limit, arithmetic = 0.0, math.inf, torch.float32
+    for weight in weights:
+        arithmetic = arithmetic_dtype(weight.dtype)
+        limit = min(limit, *(torch.finfo(d).max for d in (arithmetic, dtype or weight.dtype)))
+        if weight.numel():
+            ends = [abs(float(end)) for end in torch.aminmax(weight.detach())]
+            if not all(map(math.isfinite, ends)):
+                return False
+            largest = max(largest, *ends)
+    for adapter in adapters:
+        rule = adapter.rule
+        if not all(all_finite(p.detach()) for p in adapter.params):
+            return False
+        factors = adapter.on(None).factors(out_features, arithmetic)
+        if rule.multiplies:
+            bound = max(largest, 1.0) * (1 + rule.largest_factor(factors))  # 1 + u is a value of its own
+        elif isinstance(rule, LowRankRule):
+            bound = largest + rule.bound(factors)
+        else:
+            return False
+        if not bound < _MARGIN * limit:
+            return False
+    return True
+
+
+def requantized(
+    weight: Tensor, adapter: Adapter, merged: Tensor, stored: QuantizedWeight, done: LayerMerge
+) -> LayerMerge:
+    """Return what was done to a weight whose merged form was quantized again, counted of what is stored.
+
+    Args:
+        weight, adapter: as for `merge_tensor`; W is the base, dequantized.
         merged: W_merged (m, n).
         stored: what `merged` was quantized to; it is decoded a block at a time.
+        done: what `merge_tensor` said.
     """
-    params = [p.detach().to(weight.device) for p in params]
-    arithmetic = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], arithmetic)
+    rule, arithmetic = adapter.rule, arithmetic_dtype(weight.dtype)
+    factors = adapter.on(weight.device).factors(weight.shape[0], weight.dtype)
     totals, square, lost = _Totals(), 0.0, 0
     for rows in _blocks(weight):
         block, before = weight.detach()[rows], merged[rows]
         exact = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
-        rule.build(block, factors, rows, slice(None), exact)
-        rescued = rescue_(exact.to(merged.dtype), block)
         now = stored.decode(rows, slice(None), torch.empty(block.shape, dtype=stored.dtype, device=weight.device))
         nonzero = nonzero_mask(now)
         lost += int(torch.count_nonzero(nonzero_mask(before) & ~nonzero))
+        rescued = 0
+        if done.rescued:  # which of them, the merge did not say
+            rule.build(block, factors, rows, slice(None), exact)
+            rescued = int(torch.count_nonzero(rescue_(exact.to(merged.dtype), block) & nonzero))
         rule.delta(block, factors, rows, slice(None), exact)
-        totals.add(
-            block, block, now, exact, int(torch.count_nonzero(nonzero)), int(torch.count_nonzero(rescued & nonzero))
-        )
-        square += _sum((now.to(arithmetic) - before.to(arithmetic)).square_())
+        totals.add(block, block, now, exact, int(torch.count_nonzero(nonzero)), rescued)
+        error = now.to(arithmetic) - before.to(arithmetic)
+        square += _dot(error, error)
     found = totals.result()
-    error = math.sqrt(square) / found.update_norm if found.update_norm else None
-    return replace(found, lost=lost, requantize_error=error)
+    share = math.sqrt(square) / found.update_norm if found.update_norm else None
+    return replace(found, lost=lost, requantize_error=share)
 
 
 def layer_merge(found: Found) -> LayerMerge:
@@ -140,30 +180,52 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
 
 
-def merge_experts(
-    rule: Rule,
+def merge_weight(
     matrices: Iterable[Tensor],
-    params: Sequence[Sequence[Tensor]],
-    scaling: float,
+    adapter: Adapter,
     *,
+    fused: bool,
     transposed: bool,
+    seed: int,
     where: str,
     **options: Any,
+) -> tuple[Tensor, LayerMerge]:
+    """Merge the weight of a layer, in memory or on disk, in the layout in which it is stored.
+
+    Args:
+        matrices: W (m, n), one, or one an expert, each asked for when it is merged.
+        adapter: of fused experts its parameters have a leading dimension.
+        transposed: whether it is stored (n, m).
+        seed: of stochastic rounding; a layer draws by its name.
+        where: the layer's module path.
+        options: dtype and rounding, as for `merge_tensor`.
+    """
+    options["generator"] = layer_generator(seed, where)
+    if fused:
+        return merge_experts(matrices, adapter, transposed=transposed, where=where, **options)
+    merged, done = merge_tensor(next(iter(matrices)), adapter, where=where, **options)
+    return merged.T.contiguous() if transposed else merged, done
+
+
+def merge_experts(
+    matrices: Iterable[Tensor], adapter: Adapter, *, transposed: bool, where: str, **options: Any
 ) -> tuple[Tensor, LayerMerge]:
     """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
 
     Args:
-        matrices: of the experts, each asked for when it is merged; params: of each.
+        matrices: of the experts, each asked for when it is merged.
+        adapter: whose parameters have a leading dimension.
         transposed: whether the result is to be (E, n, m) instead of (E, m, n).
         options: of `merge_tensor`.
     """
     whole = torch.empty(0)
     totals: list[LayerMerge] = []
-    for number, (matrix, of_expert) in enumerate(zip(matrices, params, strict=True)):
-        merged, found = merge_tensor(rule, matrix, of_expert, scaling, where=f"{where}[{number}]", **options)
+    adapters = adapter.experts()
+    for number, (matrix, of_expert) in enumerate(zip(matrices, adapters, strict=True)):
+        merged, found = merge_tensor(matrix, of_expert, where=f"{where}[{number}]", **options)
         merged = merged.T if transposed else merged
         if not totals:
-            whole = merged.new_empty((len(params), *merged.shape))
+            whole = merged.new_empty((len(adapters), *merged.shape))
         whole[number] = merged
         totals.append(found)
     return whole, sum_layers(totals)
@@ -189,8 +251,8 @@ class _Totals:
         self.rescued += rescued
         self.updated += int(torch.count_nonzero(updated))
         self.moved += int(torch.count_nonzero(updated.logical_and_(stored != alone)))
-        self.inner += _sum(change * update)
-        self.square += _sum(update * update)
+        self.inner += _dot(change, update)
+        self.square += _dot(update, update)
         relative = change.div_(before).abs_().nan_to_num_(nan=0.0)  # 0 / 0 where pruned
         self.largest = max(self.largest, float(relative.amax()) if relative.numel() else 0.0)
 
@@ -207,8 +269,15 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def _sum(products: Tensor) -> float:
-    return float(products.sum(-1).double().sum())
+def _dot(one: Tensor, other: Tensor) -> float:
+    """Return ⟨one, other⟩, also where products are too large for float32."""
+    found = float((one * other).sum(-1).double().sum())
+    return found if math.isfinite(found) else float((one.double() * other.double()).sum())
+
+
+def _has_sums(found: Found) -> bool:
+    """Whether no sum of a compiled merge was too large for float32."""
+    return all(map(math.isfinite, (found.inner, found.square, found.largest)))
 
 
 def _check_block(weight: Tensor, merged: Tensor, start: int, where: str) -> int:

@@ -168,5 +168,5 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def _natural(key: str) -> list[tuple[int, int | str]]:
-    """Sort numbers in a key as numbers: experts are stacked in this order."""
+    """Return a sort key that takes digits as integers: experts are stacked in this order."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]

@@ -2,8 +2,8 @@
 
 A fused weight (E, out, in) or (E, in, out) is a parameter among others of a module whose own code multiplies with it,
 expert by expert; there is no submodule to put a hook on or something else in place of. So every product of torch that
-runs inside such a module is looked at: where its second operand lies in a fused weight, its place there tells the
-expert. That works for a tensor without values too, which stands for the weight where it is packed.
+runs inside such a module is looked at: where its second operand is a part of a fused weight, its place there tells the
+expert. That works for a tensor without values too, the placeholder of a packed weight.
 The module's own code stays what it is: transformers' plain form of it, one product an expert; its grouped one, with the
 tokens in the order of their experts; or a batched product of every token with every expert (Llama 4).
 """
@@ -94,7 +94,7 @@ class ExpertProducts(TorchFunctionMode):
         return torch.cat([*made, made[0].new_zeros(unrouted, made[0].shape[1])]) if made else None
 
     def _find(self, weight: Tensor) -> tuple[int, int | None] | None:
-        """Return (index, expert or None for all) of the weight that an operand lies in."""
+        """Return (index, expert or None for all) of the weight that an operand is a part of."""
         storage = weight.untyped_storage()._cdata
         for index, (projection, whole) in enumerate(self._projections):
             offset, matrix = weight.storage_offset() - whole.storage_offset(), whole[0].numel()
@@ -129,7 +129,7 @@ def set_experts_implementation(
 
 @contextlib.contextmanager
 def plain_experts(modules: Sequence[nn.Module], *, unless: Container[str | None] = ()) -> Iterator[None]:
-    """Have modules of fused experts run their plain code, one product an expert, for as long as it lasts.
+    """Run the plain code of modules of fused experts, one product an expert: a context manager.
 
     Args:
         modules: which; several may share the config that says how they run.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.weights import HeldWeight, quantized_kind, read_quantized
-from spp.weights.offload import values
+from spp.weights import Weight, quantized_kind, read_quantized
+from spp.weights.offload import parameter_weight
 
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
@@ -52,20 +52,15 @@ class Projection:
         assert isinstance(weight, Tensor)
         return weight
 
-    def dense_weight(self) -> Tensor:
-        """Return `weight` with its numbers, to be read only: where accelerate has it offloaded, a copy."""
-        weight = self.weight
-        return values(self.module, self.name) if weight.is_meta and self.name in self.module._parameters else weight
-
-    def held(self) -> HeldWeight:
-        """Return the weight as it is held, whose values can be hashed."""
+    def held(self) -> Weight:
+        """Return the weight, however it is held."""
         if (holder := self.packed) is not None:
             held = holder.held()  # type: ignore[operator]
-            assert isinstance(held, HeldWeight)
+            assert isinstance(held, Weight)
             return held
         if quantized_kind(self.module):
-            return HeldWeight.of_quantized(read_quantized(self.module, self.path))
-        return HeldWeight.of_parameter(self.module, self.name)
+            return read_quantized(self.module, self.path)
+        return parameter_weight(self.module, self.name, self.input_axis)
 
     @property
     def parameter_path(self) -> str:
@@ -74,13 +69,13 @@ class Projection:
 
     @property
     def packed(self) -> nn.Module | None:
-        """The module that holds the weight packed or as codes: `packed_weight()`; None where it is a Parameter."""
+        """The module that holds the weight packed or as codes; None where it is a Parameter."""
         holder = self.module if hasattr(self.module, "packed_layout") else self.module._modules.get(self.name)
         return holder if getattr(holder, "packed_layout", None) is not None else None
 
     @property
     def operand(self) -> Tensor:
-        """What the module's own code multiplies by: the parameter; of packed experts, what stands for it."""
+        """The tensor that the module's own code multiplies by: the parameter, or the placeholder of packed experts."""
         operand = getattr(self.module, self.name)
         assert isinstance(operand, Tensor)
         return operand
@@ -122,7 +117,7 @@ class Projection:
             self.module._parameters[self.name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
 
     def release(self) -> None:
-        """Have the module let go of the parameter of fused experts: a tensor without values stands for it.
+        """Free the parameter of fused experts; the module keeps a meta placeholder.
 
         It has the shape and dtype that the module's own code asks for, and tells experts apart
         (spp.models.expert_products); as a plain attribute, it is found before the parameters, and belongs to no state
@@ -135,13 +130,13 @@ class Projection:
         self.module._parameters[self.name] = None  # in its place, so that the order of keys is kept
 
     def stand_for(self, dtype: torch.dtype) -> None:
-        """Have the tensor that stands for a released parameter be of a dtype."""
+        """Set the dtype of the meta placeholder."""
         if self.operand.dtype != dtype:
             with torch.inference_mode(False):
                 self.module.__dict__[self.name] = torch.empty(self.shape, dtype=dtype, device="meta")
 
     def hold(self, weight: nn.Parameter) -> None:
-        """Have the module hold a parameter again that it let go of."""
+        """Put a parameter back in place of its placeholder."""
         self.module.__dict__.pop(self.name, None)
         self.module._parameters[self.name] = weight
 

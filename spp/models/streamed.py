@@ -240,8 +240,7 @@ def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
 
 def _refuse_endless(reader: CheckpointReader) -> None:
     """Raise where a config claims more parts of a model than the checkpoint has tensors, and than memory has room."""
-    path = reader.directory / "config.json"
-    values = [read_json(path, "the model's config")] if path.exists() else []
+    values = [reader.config()]
     most = max(_MOST_PARTS, len(reader.keys()))
     while values:
         for name, value in values.pop().items():
@@ -249,7 +248,8 @@ def _refuse_endless(reader: CheckpointReader) -> None:
                 values.append(value)
             elif type(value) is int and value > most and _PARTS.search(name):
                 raise StreamingError(
-                    f"{path} claims {name} = {value}, and the checkpoint has {len(reader.keys())} tensors: corrupt"
+                    f"{reader.directory / 'config.json'} claims {name} = {value}, and the checkpoint has "
+                    f"{len(reader.keys())} tensors: corrupt"
                 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,25 +156,25 @@ def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
     return wanted and not is_projection_key(key, ndim) and not _EMBEDDING.search(key)
 
 
+def projection_axes(model: nn.Module) -> dict[str, int]:
+    """Return {parameter name: input axis} of every projection, the frozen weight of a wrapped one too: packed last."""
+    packed: dict[str, Any] = packed_modules(model)
+    axes = {name: int(module.input_axis) for name, module in packed.items()}
+    found = {name: axis for name, axis in axes.items() if is_projection_key(name, packed_ndim(packed[name]))}
+    return dense_projections(model) | found
+
+
 def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield (parameter name, weight, input axis) of every projection, the frozen weight of a wrapped one too.
+    """Yield (parameter name, weight, input axis) of every projection, as `projection_axes`.
 
-    A packed or quantized weight comes as a dense copy, decoded when it is reached.
+    A packed, quantized or offloaded weight comes as a dense copy, made when it is reached.
     """
-    yield from dense_projection_weights(model)
-    for name, module in packed_modules(model).items():
-        if is_projection_key(name, packed_ndim(module)):
-            yield name, module.weight, int(module.input_axis)  # type: ignore[misc, arg-type]  # nn.Module's own types
-
-
-def dense_projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield what `projection_weights` does, but for packed weights."""
-    for name, axis in dense_projections(model).items():
+    for name, axis in projection_axes(model).items():
         yield name, weight_of(model, name), axis
 
 
 def dense_projections(model: nn.Module) -> dict[str, int]:
-    """Return {parameter name: input axis} of what `dense_projection_weights` yields."""
+    """Return {parameter name: input axis} of the projections that are not packed."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
     quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
     found = {}
@@ -185,19 +186,22 @@ def dense_projections(model: nn.Module) -> dict[str, int]:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a model with its numbers: a quantized or offloaded one as a dense copy.
+    """Return a weight of a model, by the name of its parameter: a packed, quantized or offloaded one as a dense copy.
 
-    One that has none because it is on the meta device comes as it is.
+    One on the meta device comes as it is.
     """
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
+    for holder in (module if last == "weight" else None, module._modules.get(last)):
+        if getattr(holder, "packed_layout", None) is not None:
+            return holder.weight  # type: ignore[union-attr, return-value]
     if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:  # type: ignore[union-attr]
         return read_quantized(module, name).dense()
     return values(module, last).detach()
 
 
 def has_values(model: nn.Module, name: str) -> bool:
-    """Whether a parameter of a model has numbers, in memory or where accelerate has it offloaded."""
+    """Whether a parameter of a model is materialised: not on meta, or offloaded by accelerate."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     held = module._parameters[last]

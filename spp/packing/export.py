@@ -1,12 +1,11 @@
-"""From a dense pruned checkpoint to a packed one (spp.weights.packed.disk says how it lies), and back: tensor by
-tensor.
+"""From a dense pruned checkpoint to a packed one (its format: spp.weights.packed.disk) and back, tensor by tensor.
 
     pack    for each tensor: read → check → hash, which tells its layout; then for each: read → pack → decode and
             compare the hash → write
     back    for each tensor: read → decode → compare the hash → write
 
-At any time one tensor is dense or packed in memory. Shards stay shards, under their names. What lies beside the weights
-is carried along, with the certificate: it speaks of the dense tensors, so the packed checkpoint is verified by decoding
+At any time one tensor is dense or packed in memory. Shards stay shards, under their names. The files beside the weights
+are copied, with the certificate: it speaks of the dense tensors, so the packed checkpoint is verified by decoding
 and the dense one that comes back by the same file.
 """
 
@@ -30,7 +29,6 @@ from spp.certifying.sources import checkpoint_directory, open_source
 from spp.certifying.verify import header_problems, pruned_matrices, verify
 from spp.errors import CheckpointError, ConfigError, MaskError, call
 from spp.files import (
-    CheckpointReader,
     atomic_directory,
     content_sha256,
     dtype_name,
@@ -92,7 +90,7 @@ def export_packed(
     refuse_overlap(Path(out_dir), base, "the checkpoint")
     made = atomic_directory(out_dir, overwrite=overwrite, copies=[base])
     with made as directory, DenseReader(base) as reader:
-        config = _config_of(reader)
+        config = read_json(reader.directory / "config.json", "the model's config")
         if reader.packed or packed_settings(config) is not None:
             raise ConfigError(f"{base} is packed already; {call('export_dense')} makes it dense")
         if config.get("quantization_config") is not None:
@@ -103,9 +101,8 @@ def export_packed(
         with tqdm(total=len(reader.keys()), desc="packing", unit="tensor", disable=None) as bar:
             for name, keys in shards.items():
                 with TensorFile(directory / name, layouts[name]) as file:
-                    for key in keys:
-                        for part, pieces in packing.parts(key, bar):
-                            file.write_all(part, pieces)
+                    for part, pieces in (part for key in keys for part in packing.parts(key, bar)):
+                        file.write_all(part, pieces)
         settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         _write_rest(reader, directory, layouts, {**config, "quantization_config": settings})
         packing.certificate().write(directory)
@@ -142,7 +139,7 @@ def export_dense(
     with made as directory, DenseReader(base) as reader:
         if not reader.packed:
             raise ConfigError(f"{base} is not packed; {call('export_packed')} packs it")
-        config = _config_of(reader)
+        config = read_json(reader.directory / "config.json", "the model's config")
         if packed_settings(config) is not None:
             del config["quantization_config"]
         certificate = _whole(Certificate.read(base), reader)
@@ -162,7 +159,7 @@ def export_dense(
 
 
 class _Packing:
-    """What is packed of a checkpoint and how, and the certificate of what it decodes to.
+    """Which tensors of a checkpoint are packed, how, and the certificate of what they decode to.
 
     Args:
         reader: of the dense checkpoint.
@@ -319,10 +316,6 @@ def _write_rest(reader: DenseReader, directory: Path, layouts: Mapping[str, Layo
         write_json(directory / INDEX, {**reader.index, "metadata": metadata, "weight_map": file_of})
 
 
-def _config_of(reader: CheckpointReader) -> dict[str, Any]:
-    return read_json(reader.directory / "config.json", "the model's config")
-
-
 # ---- What an export packed or unpacked, and what it takes in either form.
 
 
@@ -344,7 +337,7 @@ class ExportedTensor:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport:
-    """What an export wrote.
+    """The result of an export.
 
     Args:
         tensors: those that are packed, by key on disk.

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import Names
 from spp.layers.checks import survey, warn_dense
-from spp.layers.experts_forward import adapt_experts
-from spp.layers.experts_packed import PackedExperts
+from spp.layers.experts_forward import PackedExperts, adapt_experts
 from spp.layers.packed import PackedLinear
 from spp.models.projection import Projection, find_projections
 from spp.models.streamed import StreamedModel
@@ -83,7 +82,7 @@ def load_packed(
                 continue
             weight = _as_stored(target, keys, streamed, reader)
             if weight is None:
-                streamed.load(keys, reader)  # one dense weight, which the layer packs and lets go of
+                streamed.load(keys, reader)  # one dense weight, which the layer packs and frees
                 layer = PackedLinear(target.module, where=path)
             else:
                 copied = PackedWeight(weight.layout, *(part.clone() for part in weight.tensors()))

@@ -9,8 +9,7 @@ from torch import nn
 
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.layers.checks import survey, warn_dense
-from spp.layers.experts_forward import adapt_experts, release_experts
-from spp.layers.experts_packed import PackedExperts, check_packable_experts
+from spp.layers.experts_forward import PackedExperts, adapt_experts, check_packable_experts, release_experts
 from spp.layers.packed import PackedLinear, check_packable
 from spp.models.targets import resolve_projections
 from spp.wrapping.state import guard_saving, replace_modules, uncompiled
@@ -75,9 +74,18 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
 def unpack(model: Model) -> Model:
     """Make every packed weight dense again, in place; the modules that had been packed return.
 
+    Args:
+        model: packed by `spp.pack`, or loaded by `spp.load_packed`.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is wrapped.
         ConfigError: nothing in the model is packed.
+
+    Example:
+        >>> unpack(spp.load_packed("packed")).save_pretrained("dense")  # doctest: +SKIP
     """
     given, model = model, uncompiled(model)
     if is_wrapped(model):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spp.errors import NonFiniteError, TargetError, arg
 from spp.masks.patterns import all_finite
+from spp.wrapping.state import input_embedding
 
 BATCH_TOKENS = 2048  # windows are run together up to this many tokens
 
@@ -35,7 +36,7 @@ def find_blocks(model: nn.Module, targets: Sequence[str]) -> tuple[str, list[nn.
 
     Args:
         model: any module whose forward runs a list of blocks one after another.
-        targets: module paths, all of which must lie in the blocks.
+        targets: module paths, all of which must be inside the blocks.
 
     Raises:
         TargetError: there is no such list, or some targets lie outside it.
@@ -86,7 +87,7 @@ class BlockRunner:
         self._blocks = blocks
         self._batches = windows.to(_input_device(model)).split(max(1, BATCH_TOKENS // windows.shape[1]))
         self._outputs: list[Any] = [None] * len(self._batches)  # of the block before the next one, as it returned them
-        self._shared: list[dict[int | str, dict[Any, Any]]] = [{} for _ in self._batches]  # {argument: its entries}
+        self._shared = [_Shared() for _ in self._batches]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -106,11 +107,11 @@ class BlockRunner:
             NonFiniteError: an output that is to be kept holds NaN or infinity.
         """
         for batch in range(len(self._batches)):
-            output, shared = self._run(index, batch)
+            output = self._run(index, batch)
             if keep:
-                self._keep(index, batch, output)
-                for argument, entries in shared.items():
-                    self._shared[batch].setdefault(argument, {}).update(entries)
+                self._check(index, output)
+                self._outputs[batch] = output
+            self._shared[batch].end(keep=keep)
             yield batch
 
     def propagate(self, index: int) -> None:
@@ -118,7 +119,7 @@ class BlockRunner:
         for _ in self.run(index, keep=True):
             pass
 
-    def _keep(self, index: int, batch: int, output: Any) -> None:
+    def _check(self, index: int, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor):
             raise TargetError(f"{self._path}.{index} returns a {type(output).__name__}, not hidden states")
@@ -127,57 +128,82 @@ class BlockRunner:
                 f"the output of {self._path}.{index} holds NaN or infinity",
                 remedy=f"load the model in a wider dtype, such as {arg('dtype', torch.float32)}",
             )
-        self._outputs[batch] = output
 
-    def _run(self, index: int, batch: int) -> tuple[Any, dict[int | str, dict[Any, Any]]]:
-        """Return the output of a block, and the entries that it put into mappings that it was passed."""
+    def _run(self, index: int, batch: int) -> Any:
+        """Return the output of a block on a batch: the model's forward, as far as that block."""
         block = self._blocks[index]
-        mappings: dict[int | str, tuple[MutableMapping[Any, Any], dict[Any, Any]]] = {}
-
-        def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-            for argument, value in given:
-                if isinstance(value, MutableMapping):
-                    value.update(self._shared[batch].get(argument, {}))
-                    mappings[argument] = value, dict(value)
-
-        def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
-            raise Reached(output)
-
-        hooks = [block.register_forward_pre_hook(fill, with_kwargs=True), block.register_forward_hook(finish)]
+        stop = block.register_forward_hook(_stop)
+        shared = block.register_forward_pre_hook(self._shared[batch].fill, with_kwargs=True)
         try:
-            with self._skipped(index, batch):
+            with _forwards(_stand_ins(self._blocks[:index], self._outputs[batch])):
                 call_model(self._model, self._batches[batch])
         except Reached as reached:
-            return reached.output, {argument: _added(*pair) for argument, pair in mappings.items()}
+            return reached.output
         finally:
-            for hook in hooks:
-                hook.remove()
+            stop.remove()
+            shared.remove()
         raise TargetError(f"the model's forward does not run {self._path}.{index}; it cannot be calibrated")
 
-    @contextlib.contextmanager
-    def _skipped(self, count: int, batch: int) -> Iterator[None]:
-        """Let the last of the first `count` blocks return what was kept of it, and those before it their input."""
-        kept = self._outputs[batch]
 
-        def give(*args: Any, **kwargs: Any) -> Any:
-            return _copied(kept)
+def _stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
+    raise Reached(output)
 
-        def hand_on(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs[hidden_name(kwargs)]
-            return (hidden, *_copied(kept[1:])) if isinstance(kept, tuple) else hidden
 
-        before = [block.__dict__.get("forward") for block in self._blocks[:count]]
-        try:
-            for number, block in enumerate(self._blocks[:count], start=1):
-                block.__dict__["forward"] = give if number == count else hand_on
-            yield
-        finally:
-            for block, forward in zip(self._blocks, before, strict=False):
-                if forward is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.__dict__["forward"] = forward
+class _Shared:
+    """The entries that blocks put into mappings which they all are passed, by argument, for one batch."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int | str, dict[Any, Any]] = {}
+        self._passed: dict[int | str, tuple[MutableMapping[Any, Any], dict[Any, Any]]] = {}  # to the last block
+
+    def fill(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Put what earlier blocks have left into the mappings that a block is passed: a forward pre-hook."""
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        mappings = {argument: value for argument, value in given if isinstance(value, MutableMapping)}
+        for argument, mapping in mappings.items():
+            mapping.update(self._entries.get(argument, {}))
+        self._passed = {argument: (mapping, dict(mapping)) for argument, mapping in mappings.items()}
+
+    def end(self, *, keep: bool) -> None:
+        """Keep what the block has added, or forget it; the mappings themselves are freed."""
+        for argument, (mapping, before) in self._passed.items() if keep else ():
+            added = {key: value for key, value in mapping.items() if before.get(key, self) is not value}
+            self._entries.setdefault(argument, {}).update(added)
+        self._passed = {}
+
+
+def _stand_ins(blocks: Sequence[nn.Module], kept: Any) -> dict[nn.Module, Callable[..., Any]]:
+    """Return forwards that compute nothing: the last block gives what was kept of it, those before hand on their input.
+
+    Args:
+        blocks: all before the one that is to compute.
+        kept: the output of the last of them.
+    """
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        return _copied(kept)
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs[hidden_name(kwargs)]
+        return (hidden, *_copied(kept[1:])) if isinstance(kept, tuple) else hidden
+
+    return {block: give if block is blocks[-1] else hand_on for block in blocks}
+
+
+@contextlib.contextmanager
+def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Exchange the forwards of some modules: a context manager."""
+    before = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
 
 
 def _copied(output: Any) -> Any:
@@ -185,24 +211,6 @@ def _copied(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(map(_copied, output))
     return output.clone() if isinstance(output, Tensor) else output
-
-
-def _added(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the entries of a mapping that are not those from before."""
-    return {key: value for key, value in mapping.items() if key not in before or before[key] is not value}
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def call_model(model: nn.Module, ids: Tensor) -> None:
@@ -223,7 +231,4 @@ def hidden_name(kwargs: dict[str, Any]) -> str:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    parameters = (embedding if isinstance(embedding, nn.Module) else model).parameters()
-    return next(parameters, torch.empty(0)).device
+    return next((input_embedding(model) or model).parameters(), torch.empty(0)).device

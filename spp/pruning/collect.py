@@ -48,11 +48,18 @@ def gather_inputs(
     Raises:
         NonFiniteError: a layer's inputs hold NaN or infinity.
     """
-    tokens = windows.numel()
+
+    def gather(*, share: bool) -> dict[str, Sequence[StatsCollector]]:
+        hooks = _Hooks(layers, method, windows.numel(), share=share, whole=keep)
+        with hooks.installed():
+            for _ in runner.run(index, keep=keep):
+                hooks.end_batch()
+        return hooks.collectors
+
     try:  # a run that keeps its outputs cannot be repeated, so it does not count on inputs being shared
-        collectors = _gather(runner, index, layers, method, tokens, share=not keep, keep=keep)
+        collectors = gather(share=not keep)
     except _NotSharedError:
-        collectors = _gather(runner, index, layers, method, tokens, share=False, keep=False)
+        collectors = gather(share=False)
     shared = {id(c): LayerInputs(c, len(windows)) for several in collectors.values() for c in several}
     for path, several in collectors.items():
         for number, collector in enumerate(several):
@@ -70,23 +77,6 @@ def _require_finite(collector: StatsCollector, where: str) -> None:
             remedy=f"load the model in a wider dtype, such as {arg('dtype', torch.float32)}, and check the calibration "
             f"data",
         ) from None
-
-
-def _gather(
-    runner: BlockRunner,
-    index: int,
-    layers: Mapping[str, Projection],
-    method: Method,
-    tokens: int,
-    *,
-    share: bool,
-    keep: bool,
-) -> dict[str, Sequence[StatsCollector]]:
-    hooks = _Hooks(layers, method, tokens, share=share, whole=keep)
-    with hooks.installed():
-        for _ in runner.run(index, keep=keep):
-            hooks.end_batch()
-    return hooks.collectors
 
 
 class _Hooks:
@@ -110,7 +100,7 @@ class _Hooks:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the hooks in place."""
+        """Install the hooks: a context manager."""
         for path, layer in self._fused.items():
             self.collectors[path] = [self._collector(layer) for _ in range(layer.weight.shape[0])]
         handles = [
@@ -128,7 +118,7 @@ class _Hooks:
                 self.collectors[path] = [self._collector(layer)]
 
     def end_batch(self) -> None:
-        """Take note that a batch is through."""
+        """Note that a batch has run; after the first, which layer is called last."""
         if self._first_batch and not self._whole and sorted(self._calls) == sorted(self._layers):
             self._last = self._calls[-1]
         self._first_batch = False
@@ -192,7 +182,7 @@ def routed_inputs(projections: Mapping[str, Projection], read: Callable[[str, in
 
     Args:
         projections: the fused weights by path.
-        read: what is told.
+        read: called as read(path, expert, x).
 
     Raises:
         TargetError: experts ran, and no product with their weights was seen.

@@ -2,7 +2,7 @@
 
     for each block: load → collect statistics → prune → write its shard → propagate → unload
 
-In memory at once: one block, its statistics, the hidden states and what lies before the blocks (embeddings). The
+In memory at once: one block, its statistics, the hidden states and what comes before the blocks (embeddings). The
 weights are bit for bit those of `spp.prune`. Finished blocks wait in a folder beside the output; a run that was killed
 finds them there, goes through them again only to propagate, and goes on with the next.
 """
@@ -24,14 +24,15 @@ from spp._version import __version__
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.errors import StreamingError, TargetError
+from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.carry import refuse_overlap
 from spp.files.reader import INDEX, SINGLE
 from spp.masks.patterns import Pattern, as_array
 from spp.models.projection import Projection
 from spp.models.streamed import StreamedModel
-from spp.pruning.blocks import BlockRunner, evaluating, find_blocks
-from spp.pruning.loop import BlockStore, layers_by_block, owl_patterns, prune_blocks
+from spp.pruning.blocks import BlockRunner, find_blocks
+from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
 from spp.pruning.plan import PrunePlan, check_layer, make_plan
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import Calibration, check_calibration
@@ -62,15 +63,8 @@ def prune_checkpoint(
         directory: a checkpoint of safetensors files, or a hub id.
         out: the directory to make: the weights (in one file up to 5 GB, else in one for each block), the source's
             other files, sparsity.json.
-        method: as for `spp.prune`.
-        pattern: as for `spp.prune`.
-        calibration: as for `spp.prune`.
-        target_modules: as for `spp.prune`.
-        exclude_modules: as for `spp.prune`.
-        tokenizer: as for `spp.prune`.
-        nsamples: as for `spp.prune`.
-        seqlen: as for `spp.prune`.
-        seed: as for `spp.prune`.
+        method, pattern, calibration, target_modules, exclude_modules, tokenizer, nsamples, seqlen, seed: as for
+            `spp.prune`.
         owl: as for `spp.prune`; the dense blocks pass through memory once more.
         dtype: of the weights, while they are pruned and as they are written; None is the checkpoint's own.
         device: where a block is run.
@@ -90,17 +84,7 @@ def prune_checkpoint(
         >>> report = prune_checkpoint("model", "pruned", "magnitude", "2:4")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    options = PruneOptions(
-        method=method,
-        pattern=pattern,
-        calibration=calibration,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        owl=owl,
-    )
+    options = PruneOptions(method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl)
     if calibration is not None:
         check_calibration(calibration)
     target = Path(os.path.realpath(out))
@@ -122,33 +106,10 @@ def prune_checkpoint(
             model.tie_weights()  # type: ignore[operator]
             store = _Streamed(streamed, source, work, blocks, keys, of_block)
             with evaluating(model):
-                _run(plan, work, store, of_block, lambda: BlockRunner(model, root, blocks, plan.windows.to(device)))
+                prune_blocks(plan, of_block, lambda: BlockRunner(model, root, blocks, plan.windows), store)
             layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
             work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite)
     return plan.report(work.reports(), started)
-
-
-def _run(
-    plan: PrunePlan,
-    work: Work,
-    store: BlockStore,
-    of_block: list[dict[str, Projection]],
-    make_runner: Callable[[], BlockRunner],
-) -> None:
-    """Prune what is not finished; OWL's patterns are found once, before the first block is."""
-    patterns, owl = plan.patterns, plan.options.owl
-    if owl is not None:
-        known = work.recall("patterns")
-        if known is None:
-            fraction = Pattern.parse(plan.options.pattern).sparsity  # type: ignore[arg-type]  # no mapping with owl
-            found = owl_patterns(make_runner(), of_block, owl, fraction, plan.windows, store)
-            known = {path: str(pattern) for path, pattern in found.items()}
-            work.remember("patterns", known)
-        if known.keys() != patterns.keys():
-            raise work.malformed()
-        patterns = {path: Pattern.parse(pattern) for path, pattern in known.items()}
-    runner = make_runner() if plan.calibrated else None
-    prune_blocks(runner, of_block, plan.method, patterns, plan.windows, store)
 
 
 class _Streamed(BlockStore):
@@ -172,9 +133,9 @@ class _Streamed(BlockStore):
 
     @contextlib.contextmanager
     def resident(self, index: int) -> Iterator[None]:
-        """Load a block for as long as it is needed."""
+        """Load a block, and unload it afterwards: a context manager."""
         finished = self.has(index)
-        # A reader of its own: what one block has read of the files is let go of, and does not add up to all of them.
+        # A reader of its own: what one block has mapped of the files is freed, and does not add up to all of them.
         with self._work.reader(index) if finished else CheckpointReader(self._source) as origin:
             self._streamed.load(self._keys[index], origin)
         if not finished:
@@ -190,6 +151,16 @@ class _Streamed(BlockStore):
     def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
         """Write a block."""
         self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done)
+
+    def patterns(self, find: Callable[[], dict[str, Pattern]]) -> dict[str, Pattern]:
+        """Find the patterns once, before the first block is pruned, and remember them."""
+        known = self._work.recall("patterns")
+        if known is None:
+            known = {path: str(pattern) for path, pattern in find().items()}
+            self._work.remember("patterns", known)
+        if known.keys() != {path for layers in self._of_block for path in layers}:
+            raise self._work.malformed()
+        return {path: Pattern.parse(pattern) for path, pattern in known.items()}
 
 
 def _require_safetensors(source: Path) -> None:

@@ -28,7 +28,7 @@ _DSNOT_THRESHOLD = 0.1  # of |ε| summed over the tokens of a window
 
 
 class LayerInputs:
-    """What is known of the inputs of one or several layers that read the same tensor.
+    """The statistics of the inputs of one or several layers that read the same tensor.
 
     Args:
         collector: their statistics.

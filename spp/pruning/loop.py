@@ -1,24 +1,26 @@
-"""The passes over a model's blocks: the pruning one, and OWL's count of outliers before it.
+"""The passes over a model's blocks, in memory or streamed: the pruning one, and OWL's count of outliers before it.
 
-for each block: statistics of what its layers read → prune them → run it again for the inputs of the next block
+    for each block: statistics of what its layers read → prune them → run it again for the inputs of the next block
+
+So the next block gets the inputs that a pruned model has (SparseGPT and Wanda, their published procedure). Only one
+block's statistics and the current hidden states exist at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
 from tqdm import tqdm
 
-from spp.configs.pruning import METHODS, OWL, Method
-from spp.masks.owl import outlier_share, owl_fractions
+from spp.configs.pruning import METHODS
 from spp.masks.patterns import Pattern
-from spp.masks.wanda import wanda_score
+from spp.masks.wanda import outlier_share, owl_fractions, wanda_score
 from spp.models.projection import Projection
 from spp.pruning.blocks import BlockRunner
 from spp.pruning.collect import gather_inputs
 from spp.pruning.layer import LayerInputs, prune_layer
+from spp.pruning.plan import PrunePlan
 from spp.pruning.report import LayerReport
 
 Layers = Mapping[str, Projection]
@@ -28,7 +30,7 @@ class BlockStore:
     """Where blocks come from and go to; this one is for a model in memory, where there is nothing to do."""
 
     def resident(self, index: int) -> contextlib.AbstractContextManager[None]:
-        """Have the weights of a block in memory."""
+        """Hold the weights of a block in memory: a context manager."""
         return contextlib.nullcontext()
 
     def has(self, index: int) -> bool:
@@ -37,6 +39,10 @@ class BlockStore:
 
     def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
         """Take a resident block that was pruned just now."""
+
+    def patterns(self, find: Callable[[], dict[str, Pattern]]) -> dict[str, Pattern]:
+        """Return the patterns that `find` finds, in this run or an earlier one."""
+        return find()
 
 
 def layers_by_block(layers: Layers, root: str, count: int) -> list[dict[str, Projection]]:
@@ -49,63 +55,63 @@ def layers_by_block(layers: Layers, root: str, count: int) -> list[dict[str, Pro
 
 
 def prune_blocks(
-    runner: BlockRunner | None,
+    plan: PrunePlan,
     of_block: Sequence[Layers],
-    method: Method,
-    patterns: Mapping[str, Pattern],
-    windows: Tensor,
-    store: BlockStore | None = None,
+    make_runner: Callable[[], BlockRunner],
+    store: BlockStore,
 ) -> dict[str, LayerReport]:
     """Prune block by block and return what was done to each layer, finished blocks excepted.
 
     Args:
-        runner: at the first block; None prunes without calibration.
+        plan: what to do.
         of_block: each block's layers by path.
-        method: how.
-        patterns: {path: to what}.
-        windows: token ids (k, L).
+        make_runner: returns one at the first block; not called without calibration.
         store: of the blocks.
     """
-    store = store or BlockStore()
+    patterns = plan.patterns
+    if plan.options.owl is not None:
+        patterns = store.patterns(lambda: owl_patterns(plan, of_block, make_runner(), store))
+    runner = make_runner() if plan.calibrated else None
     last = max((index for index in range(len(of_block)) if not store.has(index)), default=-1)
     done: dict[str, LayerReport] = {}
-    bar = tqdm(range(last + 1), desc=f"pruning ({method.name})", unit="block", disable=None)
+    bar = tqdm(range(last + 1), desc=f"pruning ({plan.method.name})", unit="block", disable=None)
     for index in bar:
         with store.resident(index):
             if not store.has(index):
-                inputs: dict[str, list[LayerInputs]] = {}
-                if runner is not None and of_block[index]:
-                    inputs = gather_inputs(runner, index, of_block[index], method, windows)
-                found = {
-                    path: prune_layer(layer, inputs.pop(path, None), method, patterns[path])
-                    for path, layer in of_block[index].items()
-                }
+                found = _prune_block(plan, index, of_block[index], patterns, runner)
                 store.finish(index, found)
                 done |= found
-                if found:
-                    error = max(layer.relative_error or 0.0 for layer in found.values())
-                    bar.set_postfix(error=f"{error:.3f}", refresh=False)
+                error = max((layer.relative_error or 0.0 for layer in found.values()), default=0.0)
+                bar.set_postfix(error=f"{error:.3f}", refresh=False)
             if runner is not None and index < last:
                 runner.propagate(index)
     return done
 
 
+def _prune_block(
+    plan: PrunePlan, index: int, layers: Layers, patterns: Mapping[str, Pattern], runner: BlockRunner | None
+) -> dict[str, LayerReport]:
+    inputs: dict[str, list[LayerInputs]] = {}
+    if runner is not None and layers:
+        inputs = gather_inputs(runner, index, layers, plan.method, plan.windows)
+    return {
+        path: prune_layer(layer, inputs.pop(path, None), plan.method, patterns[path]) for path, layer in layers.items()
+    }
+
+
 def owl_patterns(
-    runner: BlockRunner,
-    of_block: Sequence[Layers],
-    owl: OWL,
-    fraction: float,
-    windows: Tensor,
-    store: BlockStore | None = None,
+    plan: PrunePlan, of_block: Sequence[Layers], runner: BlockRunner, store: BlockStore
 ) -> dict[str, Pattern]:
-    """Return each layer's pattern from the outliers of its block in the dense model, `fraction` on average."""
-    store = store or BlockStore()
+    """Return each layer's pattern from the outliers of its block in the dense model, the plan's fraction on average."""
+    owl = plan.options.owl
+    assert owl is not None
+    fraction = Pattern.parse(plan.options.pattern).sparsity  # type: ignore[arg-type]  # PruneOptions: no mapping
     held = [index for index, inside in enumerate(of_block) if inside]
     outliers = []
     for index in tqdm(range(held[-1] + 1), desc="counting outliers", unit="block", disable=None):
         with store.resident(index):
             if of_block[index]:
-                inputs = gather_inputs(runner, index, of_block[index], METHODS["wanda"], windows, keep=True)
+                inputs = gather_inputs(runner, index, of_block[index], METHODS["wanda"], plan.windows, keep=True)
                 scores = [
                     wanda_score(matrix, known.collector.stats().norm)
                     for path, layer in of_block[index].items()

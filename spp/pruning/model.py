@@ -1,10 +1,4 @@
-"""`spp.prune`: a model in memory, pruned in place.
-
-With calibration the model goes through block by block: a block's inputs are known, it runs once to collect the
-statistics of what its layers read, its layers are pruned, and it runs again to give the next block the inputs that a
-pruned model has (SparseGPT and Wanda, their published procedure). Only one block's statistics and the current hidden
-states exist at a time.
-"""
+"""`spp.prune`: a model in memory, pruned in place; with calibration block by block (spp.pruning.loop)."""
 
 from __future__ import annotations
 
@@ -16,11 +10,11 @@ from tqdm import tqdm
 
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.errors import NonFiniteError, WrapError
-from spp.masks.patterns import Pattern
+from spp.evaluation import evaluating
 from spp.packing.model import packed_layers
-from spp.pruning.blocks import BlockRunner, evaluating, find_blocks
+from spp.pruning.blocks import BlockRunner, find_blocks
 from spp.pruning.layer import prune_layer
-from spp.pruning.loop import layers_by_block, owl_patterns, prune_blocks
+from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
 from spp.pruning.plan import check_layer, make_plan
 from spp.pruning.report import PruneReport
 from spp.pruning.windows import Calibration, check_calibration
@@ -57,8 +51,7 @@ def prune(
             of which the first that matches a module path counts.
         calibration: token ids (k, L), a list of texts, or the path of a text or JSONL ({"text": …}) file. "magnitude"
             needs none, and with some reports its output errors.
-        target_modules: as for `spp.wrap`.
-        exclude_modules: as for `spp.wrap`.
+        target_modules, exclude_modules: as for `spp.wrap`.
         tokenizer: the model's, where calibration is text.
         nsamples: calibration windows at most.
         seqlen: tokens of a window that is cut from text.
@@ -79,17 +72,7 @@ def prune(
         0.5
     """
     started = time.perf_counter()
-    options = PruneOptions(
-        method=method,
-        pattern=pattern,
-        calibration=calibration,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        owl=owl,
-    )
+    options = PruneOptions(method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl)
     if calibration is not None:
         check_calibration(calibration)
     if is_wrapped(model):
@@ -105,17 +88,9 @@ def prune(
         return plan.report(done, started)
     root, blocks = find_blocks(model, list(plan.layers))
     of_block = layers_by_block(plan.layers, root, len(blocks))
-    patterns = plan.patterns
     with evaluating(model):
-        if owl is not None:
-            fraction = Pattern.parse(pattern).sparsity  # type: ignore[arg-type]  # PruneOptions: no mapping with owl
-            patterns = owl_patterns(
-                BlockRunner(model, root, blocks, plan.windows), of_block, owl, fraction, plan.windows
-            )
         try:
-            done = prune_blocks(
-                BlockRunner(model, root, blocks, plan.windows), of_block, plan.method, patterns, plan.windows
-            )
+            done = prune_blocks(plan, of_block, lambda: BlockRunner(model, root, blocks, plan.windows), BlockStore())
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error.marked} (blocks before it are pruned already: load the model anew)"

@@ -1,4 +1,4 @@
-"""What pruning is to do: options that are checked before there is a model, and the plan that they make for one.
+"""The plan that options make for a model: which layers are pruned, to what, and on which windows.
 
 `spp.prune` and the pruning of checkpoints begin and end with these steps.
 """
@@ -25,13 +25,14 @@ from spp.models.streamed import FLOATS
 from spp.models.targets import resolve_projections
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids
+from spp.wrapping.state import input_embedding
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What is done to a model.
+    """The layers of a model, and how each is pruned.
 
     Args:
         options: what was asked for.
@@ -80,7 +81,7 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     """
     layers = resolve_projections(model, options.target_modules, options.exclude_modules)
     patterns = resolve_patterns(layers, options.pattern)
-    common = common_inputs(layers)
+    common = math.gcd(*(layer.in_features for layer in layers.values()))  # a group that divides it fits every layer
     for path, layer in layers.items():
         patterns[path].require_fit(layer.in_features, path, common=common)
     warn_of_experts(model)
@@ -114,11 +115,6 @@ def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dic
     if unused:
         raise PatternError(f"names in {arg('pattern', ...)} that decide about no target module: {', '.join(unused)}")
     return {path: parsed_by_name[name] for path, name in found.items()}
-
-
-def common_inputs(layers: Mapping[str, Projection]) -> int:
-    """Return the greatest common divisor of the input dimensions: a group that divides it fits every layer."""
-    return math.gcd(*(layer.in_features for layer in layers.values()))
 
 
 def check_layer(layer: Projection) -> None:
@@ -163,8 +159,7 @@ def warn_of_experts(model: nn.Module) -> None:
 
 def check_ids(model: nn.Module, windows: Tensor) -> None:
     """Raise a DataError for token ids that the model's embedding does not have."""
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    embedding = input_embedding(model)
     if isinstance(embedding, nn.Embedding):
         low, high = int(windows.min()), int(windows.max())
         if low < 0 or high >= embedding.num_embeddings:

@@ -1,4 +1,4 @@
-"""What pruning did: one line a layer, and the whole."""
+"""The report of a pruning: one entry a layer, and the whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What pruning did to one weight.
+    """The result of pruning one weight.
 
     Args:
         shape: (m, n), or (E, m, n) of a fused expert weight, whatever its storage.
@@ -35,7 +35,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did.
+    """The result of `prune`.
 
     Args:
         method: the method's name.

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp.configs.calibration import KNOWN, check_source, is_data_set, is_ids
-from spp.errors import DataError, SPPWarning, arg
-from spp.pruning.sources import documents, read_ids
+from spp.configs.pruning import JSON_SUFFIXES, KNOWN, DataSet, check_source, is_data_set, is_ids
+from spp.errors import CheckpointError, DataError, SPPWarning, arg
+from spp.files import CheckpointReader
+from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown
 
 logger = logging.getLogger(__name__)
 
 Calibration = Tensor | Sequence[str] | str | os.PathLike[str]
+_KEY = "input_ids"  # the tensor of a file of token ids that holds several
 _PIECE = 32  # characters per token of a window that a long text is cut into before it is drawn from
 
 
@@ -30,8 +34,7 @@ def check_calibration(calibration: Calibration) -> None:
     elif not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
         raise DataError(
             f"{arg('calibration')} is a {type(calibration).__name__}; pass token ids (k, L), a list of texts, or a "
-            f"path or id: "
-            f"{KNOWN}"
+            f"path or id: {KNOWN}"
         )
 
 
@@ -67,19 +70,26 @@ def calibration_windows(
     seqlen: int,
     seed: int,
 ) -> Tensor:
-    """Return at most `nsamples` windows of token ids, int64 (k, L), the same for the same seed.
+    """Return windows of token ids to calibrate on, the same for the same seed.
 
     Args:
         calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or a path
-            or the id of a data set, see spp.pruning.sources.
+            or the id of a data set (spp.configs.pruning).
         tokenizer: of the model; needed for text only.
         nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
         seqlen: L of windows cut from text.
         seed: of the draw.
 
+    Returns:
+        Int64 (k, L), at most `nsamples` windows.
+
     Raises:
         DataError: no such data, empty or malformed data, text shorter than one window, no tokenizer.
         DependencyError: a data set is meant, and `datasets` is not installed.
+
+    Example:
+        >>> calibration_windows(torch.arange(6).view(3, 2), None, nsamples=3, seqlen=2, seed=0).shape
+        torch.Size([3, 2])
     """
     check_calibration(calibration)
     calibration = load_ids(calibration)
@@ -89,14 +99,12 @@ def calibration_windows(
     if tokenizer is None:
         raise DataError(
             f"{arg('calibration')} is text, and text needs the model's tokenizer: pass {arg('tokenizer', ...)}, or "
-            f"token "
-            f"ids (k, L)"
+            "token ids (k, L)"
         )
     if not callable(tokenizer):
         raise DataError(
             f"{arg('tokenizer')} is {tokenizer!r}, which cannot be called with a text: pass the model's tokenizer "
-            f"itself, "
-            f"such as AutoTokenizer.from_pretrained(…)"
+            "itself, such as AutoTokenizer.from_pretrained(…)"
         )
     source = os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
     where = "the list of texts" if source is None else source
@@ -167,3 +175,64 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         end = len(text) if end < 0 else end + 1
         yield text[start:end]
         start = end
+
+
+# ---- Calibration data that is named by a path or an id.
+
+
+def read_ids(source: str) -> Tensor:
+    """Return the tensor in a file of token ids, whatever its shape: the only one, or of several that called input_ids.
+
+    Raises:
+        DataError: the file is malformed, or holds something else.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".safetensors":
+        try:
+            with CheckpointReader(path.parent, file=path.name) as reader:
+                return _only(source, {key: reader.tensor(key) for key in reader})
+        except CheckpointError as error:
+            raise DataError(f"calibration file {source} cannot be read: {error.marked}") from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"calibration file {source} is none that torch reads without running code: {reason}; write one by "
+            f"torch.save(ids, path)"
+        ) from None
+    return _only(source, {"": found} if isinstance(found, Tensor) else found)
+
+
+def documents(source: str, seed: int) -> Iterator[str]:
+    """Yield the documents of a text, JSON or data set; those of a data set in drawn order, as they are asked for.
+
+    Raises:
+        DataError: what is named cannot be read, or a row has no text.
+        DependencyError: it is a data set, and `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() not in JSON_SUFFIXES:
+            yield read_text(path)
+            return
+        rows, field = read_json_rows(path), "text"
+    else:
+        data = DataSet.parse(source)
+        assert data is not None
+        rows, field = read_dataset_rows(data.name, data.config, data.split, seed=seed), data.field
+    for where, row in rows:
+        text = row.get(field)
+        if not isinstance(text, str):
+            found = f"{field} is {shown(text)}" if field in row else f"the row has {', '.join(map(str, row)) or 'none'}"
+            raise DataError(f"{where}: expected text in the field {field}; {found}")
+        yield text
+
+
+def _only(source: str, found: object) -> Tensor:
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    ids = tensors.get(_KEY, next(iter(tensors.values())) if len(tensors) == 1 else None)
+    if ids is None:
+        held = f"the tensors {', '.join(map(str, tensors))}" if tensors else f"a {type(found).__name__}"
+        raise DataError(f"calibration file {source} holds {held}; expected one tensor of token ids, or one of {_KEY}")
+    return ids

@@ -183,7 +183,7 @@ class Work:
             if not _is_note(found, self._blocks):
                 raise self.malformed()
             self._progress = found
-            logger.info("going on behind %d finished blocks in %s", len(found["blocks"]), self._folder)
+            logger.info("continuing after %d finished blocks in %s", len(found["blocks"]), self._folder)
             return
         if not isinstance(found.get("job"), dict) or not isinstance(found.get("blocks"), dict):
             raise self.malformed()
@@ -218,7 +218,7 @@ class Work:
             if not count:
                 raise failed from error
             said = f"{failed}. {count} finished block{'s are' if count > 1 else ' is'} kept in {self._folder}: "
-            result = type(failed)(said + f"the same command goes on behind {'them' if count > 1 else 'it'}")
+            result = type(failed)(said + f"the same command continues after {'them' if count > 1 else 'it'}")
             result.errno = failed.errno
             raise result from error
 
@@ -235,12 +235,8 @@ def _is_note(found: Mapping[str, Any], blocks: int) -> bool:
         return False
     if not isinstance(patterns, dict) or not all(isinstance(pattern, str) for pattern in patterns.values()):
         return False
-    reports = [values for layers in finished.values() for values in _values(layers)]
-    return all(isinstance(layers, dict) for layers in finished.values()) and all(map(_is_report, reports))
-
-
-def _values(layers: object) -> list[Any]:
-    return list(layers.values()) if isinstance(layers, dict) else []
+    reports = finished.values()
+    return all(isinstance(layers, dict) and all(map(_is_report, layers.values())) for layers in reports)
 
 
 def _is_report(values: object) -> bool:

@@ -16,9 +16,9 @@ require_supported()  # first: what follows may fail with other versions
 
 from spp.configs.pst import PSTConfig
 from spp.pst.files import load, save
+from spp.pst.function import sparsity_schedule
 from spp.pst.layer import PSTLinear
 from spp.pst.model import convert, is_wrapped, pst_layers, set_sparsity, unwrap, wrap
-from spp.pst.schedule import sparsity_schedule
 
 __all__ = [
     "PSTConfig",

@@ -21,12 +21,13 @@ from spp.files.carry import refuse_overlap
 from spp.masks.patterns import Pattern
 from spp.merging.model import check_rounding
 from spp.merging.places import locate
-from spp.merging.rewrite import Rewriting, output, write_shards
+from spp.merging.rewrite import Rewriting, Transform, output, stored_dtype, write_shards
 from spp.pst.files import PSTState, read
 from spp.pst.function import Scales, masked_weight
-from spp.pst.layer import FACTORS
+from spp.pst.layer import FACTORS, factor_shapes
 from spp.rules import rescue_
 from spp.rules.canonical import arithmetic_dtype
+from spp.wrapping.adapter_files import does_not_fit, misfits, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +71,28 @@ def convert_checkpoint(
     refuse_overlap(Path(out_dir), state.source, "the PST state")
     with CheckpointReader(base) as reader:
         converting = _Converting(reader, state, dtype)
-        with output(converting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
-            write_shards(converting, directory, "converting")
-            certificate = converting.certificate()
+        rewriting = Rewriting(reader, converting.transforms, dtype, certified=converting.layers)
+        with output(rewriting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
+            write_shards(rewriting, directory, "converting")
+            certificate = rewriting.certificate()
             if directory is not None:
                 certificate.write(directory)
     logger.info("converted %d layers%s", len(converting.layers), "" if dry_run else f" into {out_dir}")
     return certificate.report()
 
 
-class _Converting(Rewriting):
-    """Which tensors become what."""
+class _Converting:
+    """Which tensors become what.
+
+    Attributes:
+        layers: {key on disk: (module path, whether it is stored (n, m))}.
+        transforms: of these, and of modules that trained as a whole.
+    """
 
     def __init__(self, reader: CheckpointReader, state: PSTState, dtype: torch.dtype | None) -> None:
-        self.state = state
+        self.reader, self.state, self.dtype = reader, state, dtype
         paths = list(state.sparsity)
-        places, _ = locate(reader, paths)
+        places = locate(reader, paths)
         keys = {f"{path}.{name}": (path, name) for path in paths for name in FACTORS}
         self.whole = {name: tensor for name, tensor in state.tensors.items() if name not in keys}
         problems = [f"missing {key}" for key in keys.keys() - state.tensors.keys()]
@@ -97,25 +104,30 @@ class _Converting(Rewriting):
                 problems.append(f"{path} is kept on the disk as {', '.join(place.keys)}; convert it in memory")
             elif not any(f"missing {path}." in problem for problem in problems):
                 m, n = place.shape[::-1] if place.transposed else place.shape
-                problems += _misshapen(path, state, m, n)
+                k, q = state.config.weight_rank, state.config.mask_rank
+                expected = factor_shapes(m, n, k, q)
+                needed = {f"{path}.{name}": shape for name, shape in expected.items()}
+                problems += misfits(needed, shapes_of({key: state.tensors[key] for key in needed}))[1]
         problems += [
             f"{name}, which trained as a whole, is not in the base: convert in memory, with spp.pst.load(model, …)"
             for name, tensor in self.whole.items()
             if name not in reader or reader.shape(name) != tuple(tensor.shape)
         ]
         if problems:
-            listing = "\n  ".join(sorted(problems))
-            raise AdapterError(f"the PST state in {state.source} does not fit {reader.directory}:\n  {listing}")
+            what = f"the PST state in {state.source}"
+            raise AdapterError(does_not_fit(what, problems, f"does not fit {reader.directory}"))
         self.layers = {place.keys[0]: (path, place.transposed) for path, place in places.items()}
-        super().__init__(reader, dtype, {*self.layers, *self.whole}, self.layers)
+        changed = Transform(self._converted, keeps_zeros=False)
+        self.transforms = {
+            **dict.fromkeys(self.layers, changed),
+            **{
+                name: Transform(lambda key, _: self.whole[key].to(self._stored(key)), keeps_zeros=False)
+                for name in self.whole
+            },
+        }
 
-    def make(self, key: str, tensor: Tensor) -> Tensor:
-        """Return a layer's masked weight, or what a module became that trained as a whole."""
-        return self._converted(key, tensor) if key in self.layers else self.whole[key].to(self.stored(key)).contiguous()
-
-    def keeps_zeros(self, key: str) -> bool:
-        """Whether the zeros of a weight stay where they are."""
-        return key not in self.changed
+    def _stored(self, key: str) -> torch.dtype:
+        return stored_dtype(self.reader, key, self.dtype)
 
     def _converted(self, key: str, weight: Tensor) -> Tensor:
         path, transposed = self.layers[key]
@@ -136,22 +148,11 @@ class _Converting(Rewriting):
         effective = masked.to(weight.dtype)
         if not bool(torch.isfinite(effective).all()):
             raise NonFiniteError(f"{path}: the masked weight is not finite; take an earlier checkpoint")
-        result = effective.to(self.stored(key))
+        result = effective.to(self._stored(key))
         rescue_(result, effective)
-        return (result.T if transposed else result).contiguous()
+        return result.T if transposed else result
 
 
 def _scales(config: PSTConfig, sparsity: float) -> Scales:
     pattern = None if config.pattern is None else Pattern.parse(config.pattern)
     return Scales(config.weight_scale, config.low_rank_scale, config.structured_scale, sparsity, pattern)
-
-
-def _misshapen(path: str, state: PSTState, m: int, n: int) -> list[str]:
-    k, q = state.config.weight_rank, state.config.mask_rank
-    expected = dict(zip(FACTORS, ((m, k), (k, n), (m, q), (q, n), (m,), (n,)), strict=True))
-    found = {name: tuple(state.tensors[f"{path}.{name}"].shape) for name in FACTORS}
-    return [
-        f"misshapen {path}.{name}: {found[name]}, the base needs {expected[name]}"
-        for name in FACTORS
-        if found[name] != expected[name]
-    ]

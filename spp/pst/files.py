@@ -6,6 +6,7 @@ mask depends on every bit of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,29 +14,36 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spp.configs.checks import is_number
 from spp.configs.pst import PSTConfig
-from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
-from spp.files import (
-    CheckpointReader,
-    atomic_directory,
-    content_crc32,
-    dtype_name,
-    read_json,
-    save_tensors,
-    write_json,
-)
-from spp.files.hub import local_directory
+from spp.errors import AdapterError, CheckpointError, some_of
+from spp.files import atomic_directory, content_crc32, dtype_name
 from spp.pst.model import config_of, is_wrapped, require_layers, trained_parameters, unwrap, wrap
-from spp.wrapping.adapter_files import CONFIG_NAME, PST_TYPE, WEIGHTS_NAME
-from spp.wrapping.state import uncompiled
+from spp.weights import FLOATS
+from spp.wrapping.adapter_files import (
+    CONFIG_NAME,
+    PST_TYPE,
+    base_name_of,
+    does_not_fit,
+    misfits,
+    read_files,
+    refuse_type,
+    shapes_of,
+    write_files,
+)
+from spp.wrapping.adapters import name_of_base
 
 Model = TypeVar("Model", bound=nn.Module)
-_LISTED = 12  # problems that a message lists
+_FACTS: dict[str, Callable[[Any], bool]] = {  # of each layer, in the config
+    "sparsity": lambda value: is_number(value) and 0 <= value < 1,
+    "base_crc32": lambda value: type(value) is int,
+    "base_dtype": lambda value: isinstance(value, str) and value in FLOATS,
+}
 
 
 @dataclass(frozen=True)
 class PSTState:
-    """What a directory of PST holds.
+    """The contents of a directory that `save` wrote.
 
     Attributes:
         source: the directory.
@@ -62,12 +70,17 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
         path: a directory that does not exist yet, unless `overwrite`.
         overwrite: replace what is there, if it is an output (spp.files.recognised) and holds nothing else.
 
+    Returns:
+        The directory.
+
     Raises:
         WrapError: the model is not wrapped.
         NonFiniteError: a tensor holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
+
+    Example:
+        >>> spp.pst.save(model, "state")  # doctest: +SKIP
     """
-    check_finite(model)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write(model, directory)
     return Path(path)
@@ -79,21 +92,24 @@ def write(model: nn.Module, directory: Path, checksums: dict[str, int] | None = 
     Args:
         checksums: of `base_checksums`, where they are known.
     """
-    check_finite(model)
+    layers = require_layers(model)
     config = {
         **config_of(model).to_dict(),
         "peft_type": PST_TYPE,
-        "base_model_name_or_path": getattr(getattr(uncompiled(model), "config", None), "_name_or_path", None) or None,
-        "base_crc32": checksums or base_checksums(model),
-        "base_dtype": {path: dtype_name(layer.weight.dtype) for path, layer in require_layers(model).items()},
-        "sparsity": {path: layer.sparsity for path, layer in require_layers(model).items()},
+        "base_model_name_or_path": name_of_base(model),
+        "base_crc32": base_checksums(model) if checksums is None else checksums,
+        "base_dtype": {path: dtype_name(layer.weight.dtype) for path, layer in layers.items()},
+        "sparsity": {path: layer.sparsity for path, layer in layers.items()},
     }
-    save_tensors(directory / WEIGHTS_NAME, {name: p.detach() for name, p in trained_parameters(model).items()})
-    write_json(directory / CONFIG_NAME, config)
+    write_files(directory, config, {name: p.detach() for name, p in trained_parameters(model).items()})
 
 
 def load(model: Model, path: str | Path) -> Model:
-    """Load what `save` wrote onto the dense model that it was trained on, wrapping it unless it is wrapped already.
+    """Load what `save` wrote onto the dense model that it was trained on.
+
+    Args:
+        model: dense, which is wrapped then, or wrapped already as the saved config says.
+        path: the directory, or a hub id.
 
     Returns:
         The same object.
@@ -103,6 +119,9 @@ def load(model: Model, path: str | Path) -> Model:
             layers, ranks, scales or pattern than the model is wrapped with.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
+
+    Example:
+        >>> model = spp.pst.load(dense, "run/adapter")  # doctest: +SKIP
     """
     state = read(path)
     wrapped = is_wrapped(model)
@@ -134,31 +153,17 @@ def read(path: str | Path) -> PSTState:
         AdapterError: it is another method's.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
     """
-    directory = local_directory(path, "PST state")
-    values = read_json(directory / CONFIG_NAME, "PST config")
+    directory, values, tensors = read_files(path)
     if values.get("peft_type") != PST_TYPE:
-        raise AdapterError(f"{directory} holds an adapter of type {values.get('peft_type')!r}, not {PST_TYPE}")
+        refuse_type(directory, values, PST_TYPE)
     known = {f.name for f in fields(PSTConfig)}
     config = PSTConfig.from_dict({name: value for name, value in values.items() if name in known})
-    with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
-        tensors = {key: reader.tensor(key).clone() for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
-    bad = sorted(key for key, t in tensors.items() if not bool(torch.isfinite(t).all()))
-    if bad:
-        raise NonFiniteError(f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint")
     facts: dict[str, Any] = {}
-    for name, is_one in (("sparsity", _is_sparsity), ("base_crc32", _is_checksum), ("base_dtype", _is_dtype)):
+    for name, is_one in _FACTS.items():
         facts[name] = values.get(name)
         if not isinstance(facts[name], dict) or not all(map(is_one, facts[name].values())):
             raise CheckpointError(f"{directory / CONFIG_NAME}: {name} must map the paths of layers to what it says")
-    base = values.get("base_model_name_or_path")
-    return PSTState(directory, config, tensors, **facts, base_name=base if isinstance(base, str) else None)
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise a NonFiniteError that names every trained tensor with NaN or infinity."""
-    bad = sorted(name for name, p in trained_parameters(model).items() if not bool(torch.isfinite(p).all()))
-    if bad:
-        raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: the training diverged; lower the learning rate")
+    return PSTState(directory, config, tensors, **facts, base_name=base_name_of(values))
 
 
 def base_checksums(model: nn.Module) -> dict[str, int]:
@@ -168,22 +173,13 @@ def base_checksums(model: nn.Module) -> dict[str, int]:
 
 def _check(model: nn.Module, state: PSTState) -> None:
     """Raise an AdapterError, all of it in one, for what does not fit the model."""
-    tensors, shapes = state.tensors, {name: tuple(p.shape) for name, p in trained_parameters(model).items()}
-    problems = [f"missing {key} {shapes[key]}" for key in shapes.keys() - tensors.keys()]
-    problems += [f"unexpected {key} {tuple(tensors[key].shape)}" for key in tensors.keys() - shapes.keys()]
-    problems += [
-        f"misshapen {key}: saved {tuple(tensors[key].shape)}, model needs {shapes[key]}"
-        for key in shapes.keys() & tensors.keys()
-        if tuple(tensors[key].shape) != shapes[key]
-    ]
-    layers = require_layers(model)
-    for name in ("sparsity", "base_crc32", "base_dtype"):
+    keys, misshapen = misfits(shapes_of(trained_parameters(model)), shapes_of(state.tensors))
+    problems, layers = keys + misshapen, require_layers(model)
+    for name in _FACTS:
         if getattr(state, name).keys() != layers.keys():
             problems.append(f"{name} of {CONFIG_NAME} does not list the layers of this model")
     if problems:
-        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        listing = "\n  ".join([*sorted(problems)[:_LISTED], *more])
-        raise AdapterError(f"the PST state in {state.source} does not fit this model:\n  {listing}")
+        raise AdapterError(does_not_fit(f"the PST state in {state.source}", problems))
     changed = sorted(path for path, crc in base_checksums(model).items() if state.base_crc32[path] != crc)
     if changed:
         raise AdapterError(
@@ -204,15 +200,3 @@ def _computes_otherwise(one: PSTConfig, other: PSTConfig) -> bool:
     """Whether two configs make other layers of the same linears; which linears these are, `_check` sees."""
     elsewhere: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "modules_to_save": None, "seed": None}
     return replace(one, **elsewhere) != replace(other, **elsewhere)
-
-
-def _is_sparsity(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-
-
-def _is_checksum(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_dtype(value: object) -> bool:
-    return value in ("float64", "float32", "bfloat16", "float16")

@@ -16,6 +16,12 @@ the mask, beside X and the parameters; W' is made again, G a block of rows at a 
 With a pattern N:M the ⌊m·n·sparsity⌋ are the lowest among the M − N lowest of every group of M along a row: no group
 loses more than N:M takes from it, and at sparsity 1 − N / M, where a schedule ends, each has lost exactly that.
 
+The sparsity rises by a cubic schedule, of T steps in all, with shares w_i and w_f of them at either end:
+
+    s(t) = s_i                                                            t ≤ w_i·T
+           s_f + (s_i − s_f)·(1 − (t − w_i·T) / (T − w_i·T − w_f·T))³     between
+           s_f                                                            t > T − w_f·T
+
 A training step of SmolLM2 at 2:4 (4 × 256 tokens, float32, one thread of a busy AMD EPYC, median processor time of 3
 rounds): the plain formula under autograd takes 1.02 of it and 1.53 of the peak memory, LoRA (r = 8) 0.76 and SPP
 (r = 16) 0.74 of its time: `python -m benchmarks.step --contenders pst pst-autograd lora spp`.
@@ -29,6 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spp.configs.pst import check_schedule
+from spp.errors import ConfigError
 from spp.kernels.autograd import Once, autocast_dtype, no_autocast
 from spp.masks.bits import pack_bits, unpack_bits
 from spp.masks.patterns import Pattern
@@ -185,3 +193,45 @@ def _gradients(
         *(scales.structured * g for g in (dr, dc)),
     ]
     return [dx, dbias, *(g if need else None for g, need in zip(found, needed[4:], strict=True))]
+
+
+def sparsity_schedule(
+    step: int,
+    total_steps: int,
+    initial_warmup: float = 0.1,
+    final_warmup: float = 0.3,
+    initial_sparsity: float = 0.0,
+    final_sparsity: float = 0.9,
+) -> float:
+    """Return the sparsity after `step` optimizer steps of `total_steps`; the defaults are the authors'.
+
+    Args:
+        step: t, at least 0; the forward passes of the first optimizer step are at 0.
+        total_steps: T, at least 1.
+        initial_warmup: w_i, the share of the steps that stays at `initial_sparsity`.
+        final_warmup: w_f, the share that stays at `final_sparsity`; together at most 1.
+        initial_sparsity: s_i in [0, 1), at most `final_sparsity`.
+        final_sparsity: s_f in [0, 1).
+
+    Returns:
+        s(t), a share of the weights.
+
+    Raises:
+        ConfigError: a number is out of its range.
+
+    Example:
+        >>> sparsity_schedule(0, 100, final_sparsity=0.5), sparsity_schedule(100, 100, final_sparsity=0.5)
+        (0.0, 0.5)
+    """
+    check_schedule(initial_warmup, final_warmup, initial_sparsity, final_sparsity)
+    if total_steps < 1 or step < 0:
+        raise ConfigError(f"step is {step} of {total_steps}; a step is at least 0, and of at least 1")
+    start, end = initial_warmup * total_steps, total_steps - final_warmup * total_steps
+    if step <= start:
+        return initial_sparsity
+    span = total_steps - (final_warmup + initial_warmup) * total_steps
+    if step > end or span <= 0:  # rounding can leave a step between two warm-ups that take all steps
+        return final_sparsity
+    left = 1 - (step - start) / span
+    sparsity = final_sparsity + (initial_sparsity - final_sparsity) * left**3
+    return min(max(sparsity, initial_sparsity), final_sparsity)

@@ -97,7 +97,8 @@ class PSTLinear(LinearHost):
         self.take(linear)
         weight, bias = self.weight, self.bias
         dtype = arithmetic_dtype(weight.dtype)
-        for name, shape in zip(FACTORS, self._shapes(), strict=True):
+        shapes = factor_shapes(self.out_features, self.in_features, weight_rank, mask_rank)
+        for name, shape in shapes.items():
             value = torch.zeros(shape, dtype=dtype)
             if name in ("weight_U", "score_A"):
                 value.normal_(generator=generator)
@@ -178,14 +179,8 @@ class PSTLinear(LinearHost):
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight_rank={self.weight_rank}, mask_rank={self.mask_rank}, sparsity={self.sparsity:.4g}"
-        )
-
-    def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        m, n, k, q = self.out_features, self.in_features, self.weight_rank, self.mask_rank
-        return (m, k), (k, n), (m, q), (q, n), (m,), (n,)
+        ranks = f"weight_rank={self.weight_rank}", f"mask_rank={self.mask_rank}"
+        return self.describe(*ranks, f"sparsity={self.sparsity:.4g}")
 
     def _scales(self) -> Scales:
         return Scales(self.weight_scale, self.low_rank_scale, self.structured_scale, self._sparsity, self.pattern)
@@ -200,6 +195,12 @@ def _prepare_opaque_forward() -> None:
     global _opaque_forward
     if _opaque_forward is None:
         _opaque_forward = torch.compiler.disable(PSTLinear._compute)
+
+
+def factor_shapes(m: int, n: int, weight_rank: int, mask_rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each factor of a layer of weight (m, n)."""
+    k, q = weight_rank, mask_rank
+    return dict(zip(FACTORS, ((m, k), (k, n), (m, q), (q, n), (m,), (n,)), strict=True))
 
 
 def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> None:

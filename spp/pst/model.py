@@ -10,15 +10,25 @@ from torch import nn
 
 from spp.configs.checks import is_suffix
 from spp.configs.pst import PSTConfig, check_pattern
-from spp.errors import ConfigError, TargetError, WrapError
-from spp.models.targets import resolve_projections, text_side
+from spp.errors import TargetError
+from spp.models.projection import Projection
+from spp.models.targets import text_side
 from spp.pst.layer import PSTLinear, check_base
-from spp.wrapping.state import WrapState, begin, end, layer_generator, uncompiled
-from spp.wrapping.wrap import is_wrapped as is_spp_wrapped
+from spp.wrapping.state import Wrapping, layer_generator, uncompiled
+from spp.wrapping.wrap import refuse_wrapped
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
-_STATE = "_pst_state"
+_PST = Wrapping(
+    "_pst_state",
+    PSTConfig,
+    (PSTLinear,),
+    linear="spp.pst.PSTLinear",
+    wrap="spp.pst.wrap",
+    load="spp.pst.load",
+    ways_out="spp.pst.unwrap(model) takes the layers out, spp.pst.convert(model) makes their masks permanent",
+)
+require_layers = _PST.require
 _ENCODER_BLOCK = r"(.*\.)?(encoder|transformer)\.layer\.\d+\..*"  # BERT, RoBERTa, …; DistilBERT
 # What transformers' classifiers and the like add to a model, with random values.
 _HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "logits_proj", "sequence_summary")
@@ -73,25 +83,22 @@ def wrap(
         "modules_to_save": modules_to_save,
         "seed": seed,
     }
-    config = _make_config(weight_rank, options)
+    config = _PST.options(weight_rank, options)
     given, model = model, uncompiled(model)
-    if is_wrapped(model) or is_spp_wrapped(model):
-        raise WrapError("the model is wrapped already; take the layers out first (spp.pst.unwrap, or spp.unwrap)")
-    targets = resolve_projections(model, _targets(model, config), config.exclude_modules)
+    refuse_wrapped(model)
+    _PST.refuse(model)
+    targets = _PST.targets(model, _targets(model, config), config.exclude_modules)
     whole = _trained_whole(model, config)
     parsed = check_pattern(config.pattern)
     for path, target in targets.items():
         if target.fused:
             raise TargetError(f"{path} holds fused experts, which PST does not prune; leave it out (exclude_modules)")
-        if not path:
-            raise TargetError("the model itself is a linear, which cannot be replaced; use spp.pst.PSTLinear(linear)")
         if any(path == name or path.startswith(f"{name}.") for name in whole):
             raise TargetError(f"{path} is among the targets and in modules_to_save; it can only be one of them")
         check_base(target.module, parsed, path)
-    state = WrapState.of(model, config)
-    layers = {}
-    for path, target in targets.items():
-        layers[id(target.module)] = PSTLinear(
+
+    def make(target: Projection) -> PSTLinear:
+        return PSTLinear(
             target.module,
             config.weight_rank,
             config.weight_scale,
@@ -99,11 +106,12 @@ def wrap(
             config.low_rank_scale,
             config.structured_scale,
             pattern=config.pattern,
-            generator=None if config.seed is None else layer_generator(config.seed, path),
-            where=path,
+            generator=None if config.seed is None else layer_generator(config.seed, target.path),
+            where=target.path,
             checked=True,
         )
-    begin(model, _STATE, state, layers, whole.values())
+
+    layers = _PST.put_in(model, config, targets, make, whole.values())
     logger.info("wrapped %d layers for PST", len(layers))
     return given
 
@@ -113,11 +121,19 @@ def unwrap(model: Model) -> Model:
 
     Modules that trained as a whole keep what they learned.
 
+    Args:
+        model: wrapped; it is changed in place.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> dense = unwrap(model)  # doctest: +SKIP
     """
-    layers = require_layers(model)
-    end(uncompiled(model), _STATE, {id(layer): layer.restore() for layer in layers.values()})
+    _PST.take_out(model, PSTLinear.restore)
     return model
 
 
@@ -137,41 +153,66 @@ def convert(layer_or_model: nn.Module) -> nn.Module:
     Raises:
         WrapError: the model is not wrapped.
         NonFiniteError: a masked weight holds NaN or infinity; the model is left as it was.
+
+    Example:
+        >>> layer = PSTLinear(nn.Linear(8, 4), weight_rank=2, mask_rank=2)
+        >>> layer.sparsity = 0.5
+        >>> int((convert(layer).weight == 0).sum())
+        16
     """
     if isinstance(layer_or_model, PSTLinear):
         return layer_or_model.convert()
-    layers = require_layers(layer_or_model)
-    end(uncompiled(layer_or_model), _STATE, {id(layer): layer.convert() for layer in layers.values()})
+    _PST.take_out(layer_or_model, PSTLinear.convert)
     return layer_or_model
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
-    """Set the sparsity of every PST layer of a model."""
+    """Set the share of weights that the mask of every PST layer prunes.
+
+    Args:
+        model: wrapped.
+        sparsity: in [0, 1).
+
+    Raises:
+        WrapError: the model is not wrapped.
+        ConfigError: it is no such share, or above what a layer's pattern prunes.
+
+    Example:
+        >>> set_sparsity(model, 0.5)  # doctest: +SKIP
+    """
     for layer in require_layers(model).values():
         layer.sparsity = sparsity
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
-    """Return {path: layer} in module order."""
-    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, PSTLinear)}
+    """Return the PST layers of a model, {path: layer} in module order.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> pst_layers(nn.Linear(4, 4))
+        {}
+    """
+    return _PST.layers(model)
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether the model holds PST layers."""
-    return any(isinstance(module, PSTLinear) for module in model.modules())
+    """Whether a model holds PST layers.
 
+    Args:
+        model: any module.
 
-def require_layers(model: nn.Module) -> dict[str, PSTLinear]:
-    """Return `pst_layers(model)`; a WrapError where `wrap` did not make it."""
-    if not hasattr(uncompiled(model), _STATE):
-        raise WrapError("the model is not wrapped for PST; call spp.pst.wrap(model) first, and pass the same object")
-    return pst_layers(model)
+    Example:
+        >>> is_wrapped(nn.Linear(4, 4))
+        False
+    """
+    return _PST.is_in(model)
 
 
 def config_of(model: nn.Module) -> PSTConfig:
     """Return the config that the model was wrapped with."""
-    require_layers(model)
-    config: PSTConfig = getattr(uncompiled(model), _STATE).config
+    config: PSTConfig = _PST.state(model).config
     return config
 
 
@@ -181,16 +222,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {id(p) for layer in layers.values() for p in layer.factors()}
     found |= {id(p) for module in _trained_whole(model, config_of(model)).values() for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in found}
-
-
-def _make_config(first: int | PSTConfig, options: dict[str, Any]) -> PSTConfig:
-    if not isinstance(first, PSTConfig):
-        return PSTConfig(weight_rank=first, **options)
-    plain = PSTConfig()
-    given = sorted(name for name, value in options.items() if value != getattr(plain, name))
-    if given:
-        raise ConfigError(f"wrap was given a whole PSTConfig and also {', '.join(given)}; put them into the config")
-    return first
 
 
 def _targets(model: nn.Module, config: PSTConfig) -> str | tuple[str, ...] | None:

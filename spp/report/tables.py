@@ -1,4 +1,4 @@
-"""Tables of what was found: sparsity, merges and pruning, as plain text or markdown.
+"""Tables of results: sparsity, merges, pruning, exports and verdicts, as plain text or markdown.
 
 A model has hundreds of projections, so a table groups them by the last parts of their names (`self_attn.q_proj`, …)
 unless every one is asked for. Sparsity is a fraction, never a percentage.
@@ -24,6 +24,14 @@ Entry = TypeVar("Entry")
 @dataclass(frozen=True)
 class Table:
     """A title, column heads and rows of text.
+
+    Args:
+        title: the line above; may be empty.
+        columns: the heads.
+        rows: the cells of each row, one a column.
+
+    Raises:
+        ValueError: a row has more or fewer cells than there are columns.
 
     Example:
         >>> print(Table("sizes", ("name", "size"), (("a", "1"), ("bb", "20"))).text())
@@ -62,7 +70,10 @@ class Table:
 
 
 def kind_of(name: str) -> str:
-    """Return the part of a module path or key behind the last number, without `.weight`.
+    """Return the kind of a projection: its path behind the last number, without `.weight`.
+
+    Args:
+        name: a module path, or a key of a checkpoint.
 
     Example:
         >>> kind_of("model.layers.3.self_attn.q_proj.weight")
@@ -72,7 +83,15 @@ def kind_of(name: str) -> str:
 
 
 def sparsity_table(report: SparsityReport, *, every: bool = False) -> Table:
-    """Return the zeros of a model's projections, by kind or, with `every`, one row a tensor."""
+    """Return the zeros of a model's projections as a table.
+
+    Args:
+        report: of `spp.sparsity`, `spp.verify` or `spp.certify`.
+        every: one row a tensor instead of one a kind of projection.
+
+    Example:
+        >>> print(sparsity_table(spp.sparsity("pruned")).text())  # doctest: +SKIP
+    """
     if every:
         columns = ("tensor", "shape", "dtype", "zeros", "sparsity", "pattern")
         return Table("sparsity", columns, tuple(_tensor_row(name, t) for name, t in report.tensors.items()))
@@ -94,10 +113,17 @@ def sparsity_table(report: SparsityReport, *, every: bool = False) -> Table:
 
 
 def verdict_table(verification: Verification, *, every: bool = False) -> Table:
-    """Return what a verification found, by kind of projection or, with `every`, one row a tensor.
+    """Return the findings of a verification as a table.
 
-    verdict: "ok", or what is wrong; the zeros, patterns and dtypes are those that were found. Tensors of which only
-    the bytes were compared have a verdict alone.
+    The column verdict has "ok", or what is wrong; zeros, patterns and dtypes are those that were found. Tensors of
+    which only the bytes were compared have a verdict alone.
+
+    Args:
+        verification: of `spp.certifying.verify.examine`.
+        every: one row a tensor instead of one a kind of projection.
+
+    Example:
+        >>> print(verdict_table(examine("pruned", "merged")).text())  # doctest: +SKIP
     """
     name, against = verification.name, verification.against or "its certificate"
     general = [("", "", "", "", problem.what) for problem in verification.of("")]
@@ -135,11 +161,19 @@ def _verdict(verification: Verification, keys: Sequence[str], *, every: bool = F
 
 
 def merge_table(report: MergeReport, *, every: bool = False) -> Table:
-    """Return what a merge did to the weights, by kind of layer or, with `every`, one row a layer.
+    """Return the changes that a merge made to the weights as a table.
 
-    kept: non-zero weights; rescued: those that rounding would have turned to zero; survived: the share of the update
-    that is stored, "no update" where there is none; change: the largest relative change of a weight. Where weights were
-    quantized again, lost: those that this turned to zero; error: of what is stored, relative to the update.
+    Its columns are kept: non-zero weights; rescued: those that rounding would have turned to zero; survived: the share
+    of the update that is stored, "no update" where there is none; largest change: of a weight, relative to it. Where
+    weights were quantized again, lost: those that this turned to zero; error: of the stored values, relative to the
+    update.
+
+    Args:
+        report: of `spp.merge` or `spp.merge_checkpoint`.
+        every: one row a layer instead of one a kind of layer.
+
+    Example:
+        >>> print(merge_table(spp.merge(model)).text())  # doctest: +SKIP
     """
     columns: tuple[str, ...] = ("layer", "layers", "kept", "rescued", "survived", "largest change")
     groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
@@ -152,10 +186,17 @@ def merge_table(report: MergeReport, *, every: bool = False) -> Table:
 
 
 def prune_table(report: PruneReport, *, every: bool = False) -> Table:
-    """Return what pruning did, by kind of layer or, with `every`, one row a layer.
+    """Return the results of pruning as a table.
 
-    error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where there is any; seconds: without the forward passes;
-    notes: where something was out of the ordinary.
+    Its columns are error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where there is any; seconds: without the
+    forward passes; notes: where something was out of the ordinary.
+
+    Args:
+        report: of `spp.prune` or `spp.prune_checkpoint`.
+        every: one row a layer instead of one a kind of layer.
+
+    Example:
+        >>> print(prune_table(spp.prune(model, "magnitude", "2:4")).text())  # doctest: +SKIP
     """
     columns: tuple[str, ...] = ("layer", "layers", "sparsity", "pattern", "error", "seconds", "notes")
     groups = {name: [layer] for name, layer in report.layers.items()} if every else _grouped(report.layers)
@@ -181,7 +222,15 @@ def prune_table(report: PruneReport, *, every: bool = False) -> Table:
 
 
 def export_table(report: ExportReport, *, every: bool = False) -> Table:
-    """Return what packed tensors take in either form, by kind or, with `every`, one row a tensor."""
+    """Return the sizes of packed tensors, dense and packed, as a table.
+
+    Args:
+        report: of `spp.export_packed` or `spp.export_dense`.
+        every: one row a tensor instead of one a kind of projection.
+
+    Example:
+        >>> print(export_table(spp.export_packed("pruned", "packed")).text())  # doctest: +SKIP
+    """
     groups = {name: [t] for name, t in report.tensors.items()} if every else _grouped(report.tensors)
     rows = []
     for name, tensors in [*groups.items(), ("all", list(report.tensors.values()))]:
@@ -196,7 +245,14 @@ def export_table(report: ExportReport, *, every: bool = False) -> Table:
 
 
 def prune_lines(report: PruneReport) -> list[str]:
-    """Return what a table of pruning leaves out: the data, what became of zeros that were there, the whole time."""
+    """Return the lines below a table of pruning: the data, the fate of zeros that were there before, the whole time.
+
+    Args:
+        report: of `spp.prune` or `spp.prune_checkpoint`.
+
+    Example:
+        >>> print(*prune_lines(report), sep="\\n")  # doctest: +SKIP
+    """
     windows = count_text(report.windows, "window")
     drawn = f"{windows} of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
     fate = "kept, as this method does" if report.keeps_zeros else "weights like any other to this method"
@@ -213,22 +269,55 @@ def prune_lines(report: PruneReport) -> list[str]:
 
 
 def pattern_text(pattern: str | Mapping[str, str]) -> str:
-    """Return a pattern, or patterns by name, as they are given on the command line."""
+    """Return a pattern, or patterns by name, as they are typed on the command line.
+
+    Args:
+        pattern: one for all layers, or {name: pattern}.
+
+    Example:
+        >>> pattern_text({"q_proj": "2:4", ".*": "0.5"})
+        'q_proj=2:4, .*=0.5'
+    """
     return pattern if isinstance(pattern, str) else ", ".join(f"{name}={value}" for name, value in pattern.items())
 
 
 def count_text(count: int, noun: str) -> str:
-    """Return a count with its noun, in the plural but for one."""
+    """Return a count with its noun, in the plural except for one.
+
+    Args:
+        count: how many.
+        noun: in the singular.
+
+    Example:
+        >>> count_text(1, "window"), count_text(2, "window")
+        ('1 window', '2 windows')
+    """
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def byte_text(count: float) -> str:
-    """Return a number of bytes in MiB or GiB."""
+    """Return a size in MiB or GiB.
+
+    Args:
+        count: bytes.
+
+    Example:
+        >>> byte_text(3 * 2**20)
+        '3.0 MiB'
+    """
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def time_text(seconds: float) -> str:
-    """Return a duration as a person would say it: 0.42 s, 12.3 s, 4 min 05 s."""
+    """Return a duration as a person would say it.
+
+    Args:
+        seconds: of the duration.
+
+    Example:
+        >>> time_text(12.34), time_text(245)
+        ('12.3 s', '4 min 05 s')
+    """
     if seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 60:

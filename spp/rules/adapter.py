@@ -5,6 +5,7 @@ W_eff = rule(W, θ, s)        for SPP  W ⊙ (1 + s·β·A)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.rules.base import Rule
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.canonical import WHOLE, arithmetic_dtype, effective_block
 
 
 class Adapter(NamedTuple):
-    """What W is changed by.
+    """A rule with its parameters, scaling and dropout: the change of W.
 
     Attributes:
         rule: how.
@@ -27,7 +28,7 @@ class Adapter(NamedTuple):
     """
 
     rule: Rule
-    params: tuple[Tensor, ...]
+    params: Sequence[Tensor]
     scaling: float
     dropout: float = 0.0
     dropout_mode: str = "input"
@@ -59,3 +60,20 @@ class Adapter(NamedTuple):
     def factors(self, out_features: int, dtype: torch.dtype) -> Any:
         """Return what the rule shares between the blocks of a weight of `dtype` with `out_features` rows."""
         return self.rule.prepare(self.params, self.scaling, out_features, arithmetic_dtype(dtype))
+
+    def on(self, device: torch.device | None) -> Adapter:
+        """Return the adapter with its parameters detached, on a device; None leaves them where they are."""
+        return self._replace(params=tuple(p.detach().to(device or p.device) for p in self.params))
+
+
+@torch.no_grad()
+def effective_weight(weight: Tensor, adapter: Adapter) -> Tensor:
+    """Return W_eff (m, n) in the dtype of `weight`, as a new tensor: what the forward multiplies by and a merge stores.
+
+    Args:
+        weight: W (m, n).
+        adapter: of one matrix; its dropout drops nothing here.
+    """
+    factors = adapter.factors(weight.shape[0], weight.dtype)
+    scratch = torch.empty(weight.shape, dtype=arithmetic_dtype(weight.dtype), device=weight.device)
+    return effective_block(adapter.rule, weight, factors, WHOLE, WHOLE, scratch)

@@ -1,4 +1,4 @@
-"""What a rule is.
+"""Rule, the base class of all rules.
 
 A rule turns W (m, n), frozen, and its parameters θ into W_eff (m, n), zero wherever W is zero. The three-product
 function needs two things of it: `build`, a block of W_eff, and `reduce`, what the same block of G = dYᵀ X adds to the
@@ -8,14 +8,20 @@ held.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import AdapterError
+
+KAIMING_A = math.sqrt(5)  # U(−1/√n, 1/√n), as nn.Linear and the paper initialise
+Params = Sequence[Tensor]  # θ, in the rule's order
+Grads = Sequence[Tensor | None]  # dθ; None for a parameter whose gradient is not wanted
 
 
 class Rule(ABC):
@@ -34,19 +40,21 @@ class Rule(ABC):
         """Return the shape of each parameter, in the order of `parameter_names`."""
 
     @abstractmethod
-    def rank(self, params: Sequence[Tensor]) -> int:
+    def rank(self, params: Params) -> int:
         """Return r, read off the parameters' shapes."""
 
     @abstractmethod
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
         """Raise a ConfigError that names `where` unless r fits the layer."""
 
-    @abstractmethod
-    def init_(self, params: Sequence[Tensor], init: str, generator: torch.Generator | None) -> None:
-        """Fill the parameters in place; `generator` None means torch's global one."""
+    def init_(self, params: Params, init: str, generator: torch.Generator | None) -> None:
+        """Fill the parameters in place: the first is drawn, the other zeros; `generator` None is torch's global one."""
+        first, second = params
+        torch.nn.init.kaiming_uniform_(first, a=KAIMING_A, generator=generator)
+        torch.nn.init.zeros_(second)
 
     @abstractmethod
-    def prepare(self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype) -> Any:
+    def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> Any:
         """Return what `build`, `delta`, `reduce` share for one call: small tensors in `dtype`, none of size m × n."""
 
     @abstractmethod
@@ -56,7 +64,7 @@ class Rule(ABC):
         Args:
             weight: W[rows, cols] in any dtype.
             factors: from `prepare`.
-            rows, cols: where the block lies.
+            rows, cols: the block's place in the layer.
             out: (rows, cols) of the arithmetic's dtype, contiguous.
         """
 
@@ -76,7 +84,7 @@ class Rule(ABC):
         rows: slice,
         cols: slice,
         gradient: Tensor,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         *,
         accumulate: bool,
     ) -> None:
@@ -94,7 +102,7 @@ class Rule(ABC):
         """Return an upper bound of |W_eff / W − 1| over the layer: it tells cheaply that nothing can round to zero."""
 
     @abstractmethod
-    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+    def is_idle(self, params: Params, scaling: float) -> bool:
         """Return whether the parameters alone say that W_eff is W: each product of which the change is made is zero.
 
         Args:
@@ -110,22 +118,21 @@ class Rule(ABC):
         """Return the number of rows that a block's ends should be a multiple of, for `build` to be fastest."""
 
     @abstractmethod
+    def change(self, weight: Tensor, params: Params) -> Tensor:
+        """Return (W_eff − W) / s (m, n) as the paper writes it, differentiably, in the arguments' dtype."""
+
     def oracle(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        params: Sequence[Tensor],
-        scaling: float,
-        mask: Tensor | None,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, mask: Tensor | None
     ) -> Tensor:
         """Compute the layer as the paper writes it, with separate branches, differentiably, in the arguments' dtype.
 
         Args:
             x: (…, n); mask: None, or what input dropout multiplies x by, in the shape of x.
         """
+        branch = x if mask is None else x * mask
+        return F.linear(x, weight, bias) + scaling * F.linear(branch, self.change(weight, params))
 
-    def check_shapes(self, params: Sequence[Tensor], out_features: int, in_features: int, where: str) -> None:
+    def check_shapes(self, params: Params, out_features: int, in_features: int, where: str) -> None:
         """Raise an AdapterError unless the parameters fit a layer of out_features × in_features."""
         r = self.rank(params)
         expected = self.shapes(out_features, in_features, r)

@@ -9,7 +9,6 @@ zeros never grows. The gradient is as if it had not happened.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,12 +74,3 @@ def effective_block(
     if may_vanish:
         rescue_(result, weight)
     return result
-
-
-@torch.no_grad()
-def effective_weight(rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float) -> Tensor:
-    """Return the whole W_eff (m, n) in the dtype of `weight`, as a new tensor."""
-    dtype = arithmetic_dtype(weight.dtype)
-    factors = rule.prepare(params, scaling, weight.shape[0], dtype)
-    scratch = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    return effective_block(rule, weight, factors, WHOLE, WHOLE, scratch)

@@ -6,35 +6,33 @@ nothing is left      ΔW ≠ 0, but W_eff = W in the dtype of W: in bfloat16, ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spp.rules.base import Rule
+from spp.rules.adapter import Adapter
 from spp.rules.canonical import WHOLE, arithmetic_dtype, effective_block
 
 _SYMBOLS = {"alpha": "α", "beta": "β"}
 _BLOCK_ELEMENTS = 1 << 20  # a trained adapter is told by the first block
 
-Adapter = tuple[Rule, Sequence[Tensor], float]  # of a layer: rule, parameters, scaling
 
-
-def idle_reason(layers: Iterable[Adapter]) -> str | None:
-    """Return why the update of every layer is zero, by the adapter's parameters alone; None where one's is not.
+def idle_reason(adapters: Iterable[Adapter]) -> str | None:
+    """Return why the update of every layer is zero, by the parameters alone; None where one's is not.
 
     Args:
-        layers: of an adapter; parameters of experts have a leading dimension.
+        adapters: of the layers.
     """
     common: set[str] | None = None
     no_scaling = True
-    for rule, params, scaling in layers:
-        if any(parameter.is_meta for parameter in params) or not rule.is_idle(params, scaling):
+    for adapter in adapters:
+        if any(parameter.is_meta for parameter in adapter.params) or not adapter.is_idle():
             return None
-        names = [name.partition("[")[0] for name in rule.parameter_names]  # those of a sum of terms are numbered
-        zero = set(names) - {name for name, p in zip(names, params, strict=True) if bool(p.any())}
-        no_scaling = no_scaling and not scaling
+        names = [name.partition("[")[0] for name in adapter.rule.parameter_names]  # those of a sum are numbered
+        zero = set(names) - {name for name, p in zip(names, adapter.params, strict=True) if bool(p.any())}
+        no_scaling = no_scaling and not adapter.scaling
         common = zero if common is None else common & zero
     if common is None:
         return None
@@ -51,11 +49,10 @@ class Effect(NamedTuple):
     moved: bool
 
 
-def effect_of(rule: Rule, weight: Tensor, params: Sequence[Tensor], scaling: float) -> Effect:
+def effect_of(weight: Tensor, adapter: Adapter) -> Effect:
     """Return what an adapter does to W (m, n); blocks of rows are looked at until a weight differs."""
-    params = [parameter.detach().to(weight.device) for parameter in params]
-    arithmetic, (m, n) = arithmetic_dtype(weight.dtype), weight.shape
-    factors = rule.prepare(params, scaling, m, arithmetic)
+    rule, arithmetic, (m, n) = adapter.rule, arithmetic_dtype(weight.dtype), weight.shape
+    factors = adapter.on(weight.device).factors(m, weight.dtype)
     updated, step = False, max(1, _BLOCK_ELEMENTS // max(n, 1))
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))

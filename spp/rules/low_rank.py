@@ -1,4 +1,4 @@
-"""What rules with two low-rank factors share: U = s·B A, in one order of operations that no block changes.
+"""Shared by rules with two low-rank factors: U = s·B A, in one order of operations that no block changes.
 
     A (r, n) drawn, B (m, r) zeros, s the scaling
     U     = Σ_k t_k ⊗ A_k,  t = s·B                  k in order, each product and each sum rounded: no matrix product,
@@ -17,20 +17,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.masks.patterns import nonzero_mask
-from spp.rules.base import Rule
-from spp.rules.spp import KAIMING_A
+from spp.rules.base import Grads, Params, Rule
 
 _PASS_ELEMENTS = 1 << 18  # of U at a time: with the scratch of its size it stays in a cache; fewer cost more in calls
 
 
 @dataclass
 class LowRankFactors:
-    """What one call needs: A (r, n), t = s·B (m, r), B (m, r)."""
+    """The operands of one call: A (r, n), t = s·B (m, r), B (m, r)."""
 
     a: Tensor
     scaled_b: Tensor
@@ -50,7 +48,7 @@ class LowRankRule(Rule):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         return (r, in_features), (out_features, r)
 
-    def rank(self, params: Sequence[Tensor]) -> int:
+    def rank(self, params: Params) -> int:
         return params[0].shape[0]
 
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
@@ -60,14 +58,7 @@ class LowRankRule(Rule):
                 f"1 and {min(out_features, in_features)}; lower r, or give this module its own in rank_pattern"
             )
 
-    def init_(self, params: Sequence[Tensor], init: str, generator: torch.Generator | None) -> None:
-        a, b = params
-        torch.nn.init.kaiming_uniform_(a, a=KAIMING_A, generator=generator)
-        torch.nn.init.zeros_(b)
-
-    def prepare(
-        self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype
-    ) -> LowRankFactors:
+    def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> LowRankFactors:
         a, b = (p.detach().to(dtype) for p in params)
         return LowRankFactors(a=a, scaled_b=b * scaling, b=b, scaling=scaling)
 
@@ -93,7 +84,7 @@ class LowRankRule(Rule):
         rows: slice,
         cols: slice,
         gradient: Tensor,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         *,
         accumulate: bool,
     ) -> None:
@@ -111,7 +102,7 @@ class LowRankRule(Rule):
             return 0.0
         return float((factors.scaled_b.abs() @ factors.a.abs().amax(1)).amax())
 
-    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+    def is_idle(self, params: Params, scaling: float) -> bool:
         a, b = params
         if not scaling or not bool(b.any()):
             return True
@@ -152,18 +143,9 @@ class MaskedLoRARule(LowRankRule):
         largest = self.bound(factors)
         return math.inf if largest > 0 else largest  # relative to a W that can be as small as it likes
 
-    def oracle(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        params: Sequence[Tensor],
-        scaling: float,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def change(self, weight: Tensor, params: Params) -> Tensor:
         a, b = params
-        branch = x if mask is None else x * mask
-        return F.linear(x, weight, bias) + scaling * F.linear(branch, (b @ a) * nonzero_mask(weight))
+        return (b @ a) * nonzero_mask(weight)
 
 
 def _mask(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,15 +181,6 @@ class HiRARule(LowRankRule):
     def largest_factor(self, factors: LowRankFactors) -> float:
         return self.bound(factors)
 
-    def oracle(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        params: Sequence[Tensor],
-        scaling: float,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def change(self, weight: Tensor, params: Params) -> Tensor:
         a, b = params
-        branch = x if mask is None else x * mask
-        return F.linear(x, weight, bias) + scaling * F.linear(branch, weight * (b @ a))
+        return weight * (b @ a)

@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.rules.base import Rule
+from spp.rules.base import Grads, Params, Rule
 
 GROUP_ROWS = 16  # on average; blocks of fewer rows are not worth an operation each
-KAIMING_A = math.sqrt(5)  # U(−1/√n, 1/√n), as nn.Linear and the paper initialise
 
 
 def row_groups(out_features: int, r: int, device: torch.device | str | None = None) -> Tensor:
@@ -35,7 +33,7 @@ def row_groups(out_features: int, r: int, device: torch.device | str | None = No
 
 @dataclass
 class Factors:
-    """What one call needs: α (r, n), t = s·β (m, 1), β (m, 1), and m / r where r divides m, else 0."""
+    """The operands of one call: α (r, n), t = s·β (m, 1), β (m, 1), and m / r where r divides m, else 0."""
 
     alpha: Tensor
     scaled_beta: Tensor
@@ -53,7 +51,7 @@ class SPPRule(Rule):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         return (r, in_features), (out_features, 1)
 
-    def rank(self, params: Sequence[Tensor]) -> int:
+    def rank(self, params: Params) -> int:
         return params[0].shape[0]
 
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
@@ -63,12 +61,7 @@ class SPPRule(Rule):
                 f"1 and its {out_features} rows; lower r, or give this module its own in rank_pattern"
             )
 
-    def init_(self, params: Sequence[Tensor], init: str, generator: torch.Generator | None) -> None:
-        alpha, beta = params
-        torch.nn.init.kaiming_uniform_(alpha, a=KAIMING_A, generator=generator)
-        torch.nn.init.zeros_(beta)
-
-    def prepare(self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype) -> Factors:
+    def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> Factors:
         alpha, beta = (p.detach().to(dtype) for p in params)
         r = alpha.shape[0]
         return Factors(
@@ -99,7 +92,7 @@ class SPPRule(Rule):
         rows: slice,
         cols: slice,
         gradient: Tensor,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         *,
         accumulate: bool,
     ) -> None:
@@ -134,7 +127,7 @@ class SPPRule(Rule):
         largest = (float(torch.linalg.vector_norm(t, math.inf)) for t in (factors.scaled_beta, factors.alpha))
         return math.prod(largest)
 
-    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+    def is_idle(self, params: Params, scaling: float) -> bool:
         alpha, beta = params
         if not scaling or not bool(beta.any()):
             return True
@@ -144,20 +137,9 @@ class SPPRule(Rule):
     def row_alignment(self, factors: Factors) -> int:
         return max(1, factors.group_rows)
 
-    def oracle(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        params: Sequence[Tensor],
-        scaling: float,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def change(self, weight: Tensor, params: Params) -> Tensor:
         alpha, beta = params
-        m, r = weight.shape[0], alpha.shape[0]
-        spread = alpha[row_groups(m, r, alpha.device)]  # (m, n)
-        branch = x if mask is None else x * mask
-        return F.linear(x, weight, bias) + scaling * F.linear(branch, weight * spread * beta)
+        return weight * alpha[row_groups(len(weight), len(alpha), alpha.device)] * beta
 
 
 def _write_update(factors: Factors, rows: slice, cols: slice, out: Tensor) -> None:
@@ -178,7 +160,7 @@ class _Piece:
     """Rows of a block that one operation covers: those of the groups [start, stop), `size` rows each.
 
     Attributes:
-        local, rows: where they lie in the block, and in the layer.
+        local, rows: their places in the block, and in the layer.
         whole: whether they are all rows of their groups.
         groups: g(i) of each, where the groups are small and not of one size; then [start, stop) is [0, r).
     """

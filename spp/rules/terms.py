@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.rules.base import Rule
+from spp.rules.base import Grads, Params, Rule
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class TermsRule(Rule):
         """Names such as "alpha[0]", "beta[0]", "alpha[1]", …"""
         return tuple(f"{name}[{t}]" for t in range(len(self.ranks)) for name in self.rule.parameter_names)
 
-    def split(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    def split(self, params: Params) -> list[Params]:
         """Return the parameters of each term."""
         count = len(self.rule.parameter_names)
         return [params[t * count : (t + 1) * count] for t in range(len(self.ranks))]
@@ -59,18 +58,18 @@ class TermsRule(Rule):
             raise ConfigError(f"r = {r} for terms of ranks {self.ranks}: it must be their sum, {sum(self.ranks)}")
         return tuple(shape for rank in self.ranks for shape in self.rule.shapes(out_features, in_features, rank))
 
-    def rank(self, params: Sequence[Tensor]) -> int:
+    def rank(self, params: Params) -> int:
         return sum(self.rule.rank(part) for part in self.split(params))
 
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
         for rank in self.ranks:
             self.rule.check_rank(out_features, in_features, rank, where)
 
-    def init_(self, params: Sequence[Tensor], init: str, generator: torch.Generator | None) -> None:
+    def init_(self, params: Params, init: str, generator: torch.Generator | None) -> None:
         for part in self.split(params):
             self.rule.init_(part, init, generator)
 
-    def prepare(self, params: Sequence[Tensor], scaling: float, out_features: int, dtype: torch.dtype) -> TermFactors:
+    def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> TermFactors:
         terms = tuple(
             self.rule.prepare(part, scaling * s, out_features, dtype)
             for part, s in zip(self.split(params), self.scalings, strict=True)
@@ -108,7 +107,7 @@ class TermsRule(Rule):
         rows: slice,
         cols: slice,
         gradient: Tensor,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         *,
         accumulate: bool,
     ) -> None:
@@ -123,7 +122,7 @@ class TermsRule(Rule):
     def largest_factor(self, factors: TermFactors) -> float:
         return sum(self.rule.largest_factor(term) for term in factors.terms)
 
-    def is_idle(self, params: Sequence[Tensor], scaling: float) -> bool:
+    def is_idle(self, params: Params, scaling: float) -> bool:
         parts = zip(self.split(params), self.scalings, strict=True)
         return all(self.rule.is_idle(part, scaling * s) for part, s in parts)
 
@@ -133,21 +132,9 @@ class TermsRule(Rule):
     def row_alignment(self, factors: TermFactors) -> int:
         return max(self.rule.row_alignment(term) for term in factors.terms)
 
-    def oracle(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        params: Sequence[Tensor],
-        scaling: float,
-        mask: Tensor | None,
-    ) -> Tensor:
-        frozen = F.linear(x, weight)
-        branches = [
-            self.rule.oracle(x, weight, None, part, scaling * s, mask) - frozen
-            for part, s in zip(self.split(params), self.scalings, strict=True)
-        ]
-        return F.linear(x, weight, bias) + torch.stack(branches).sum(0)
+    def change(self, weight: Tensor, params: Params) -> Tensor:
+        parts = zip(self.split(params), self.scalings, strict=True)
+        return torch.stack([s * self.rule.change(weight, part) for part, s in parts]).sum(0)
 
     def _sum(self, weight: Tensor, factors: TermFactors, rows: slice, cols: slice, out: Tensor) -> None:
         """Write the sum of what each term adds to `weight` into `out`."""

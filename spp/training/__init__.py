@@ -10,13 +10,11 @@ from spp.supported import require_supported
 require_supported()  # first: what follows may fail with other versions
 
 from spp.configs.tuning import RECIPES, TuneConfig
-from spp.training.causal_loss import causal_lm_loss
-from spp.training.chunked_loss import chunked_cross_entropy
+from spp.training.callbacks import TrainingInterrupted
+from spp.training.causal_loss import causal_lm_loss, chunked_cross_entropy
 from spp.training.data import Collator, TrainingData, load_data
-from spp.training.interrupt import TrainingInterrupted
 from spp.training.mask_updates import MaskUpdates
-from spp.training.pst_trainer import PSTTrainer
-from spp.training.sparsity_schedule import SparsitySchedule
+from spp.training.pst_trainer import PSTTrainer, SparsitySchedule
 from spp.training.trainer import SPPTrainer
 from spp.training.tuning import TuneResult, tune
 from spp.wrapping.wrap import set_saved_activations

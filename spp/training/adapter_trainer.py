@@ -1,8 +1,8 @@
-"""What the trainers of every method share: checkpoints of what is trained alone, whole or not at all, exact resume.
+"""The trainer that every method has, with its own functions for what it trains and how that is written and read.
 
 transformers' Trainer with these differences: a checkpoint holds what the method trains, not the model, and counts only
-once it is whole; nothing else reaches the optimizer; the training log has the sparsity; the loss may be taken a chunk
-of tokens at a time. A method says in a few functions what it trains and how that is written and read.
+once it is whole; nothing else reaches the optimizer; what is frozen is compared with the start at every save; the
+training log has the sparsity; the loss may be taken a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.errors import CheckpointError, ConfigError, WrapError
+from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
 from spp.files import output_error
 from spp.training.causal_loss import captured_states, check_form, loss_of_states
 from spp.training.checkpoints import (
@@ -46,7 +46,12 @@ class AdapterTrainer(Trainer):
     Args:
         loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
             (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
+
+    Attributes:
+        compared: what `expected` has the hashes of, for messages.
     """
+
+    compared: str
 
     def __init__(
         self,
@@ -78,21 +83,45 @@ class AdapterTrainer(Trainer):
     def begin(self, model: nn.Module) -> None:
         """Remember what a save is compared with; called for every model that is trained, before its first step."""
 
+    @property
+    @abstractmethod
+    def expected(self) -> Mapping[str, Any]:
+        """{path: hash} of what must not change."""
+
     @abstractmethod
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
         """Return what the optimizer gets."""
 
     @abstractmethod
-    def check(self, model: nn.Module) -> None:
-        """Raise where what is frozen has changed: nothing is saved then."""
+    def frozen(self, model: nn.Module) -> dict[str, Any]:
+        """Return {path: hash} of what must not change, as `expected` has it."""
 
     @abstractmethod
-    def write(self, model: nn.Module, directory: Path) -> None:
-        """Write what is trained into a directory that exists: adapter_config.json, and the files that it describes."""
+    def write(self, model: nn.Module, directory: Path, frozen: dict[str, Any]) -> None:
+        """Write what is trained into a directory that exists: adapter_config.json, and the files that it describes.
+
+        Args:
+            frozen: what `check` has returned.
+        """
 
     @abstractmethod
     def read(self, model: nn.Module, directory: Path) -> None:
         """Load what `write` wrote."""
+
+    def check(self, model: nn.Module) -> dict[str, Any]:
+        """Compare what is frozen with what it is to be, and return it: one look at every weight.
+
+        Raises:
+            MaskError: they differ; the message names the layers, and nothing is saved.
+        """
+        expected, now = self.expected, self.frozen(model)
+        changed = sorted(path for path in expected.keys() | now.keys() if expected.get(path) != now.get(path))
+        if changed:
+            raise MaskError(
+                f"{self.compared} changed during training: {', '.join(changed)}. Nothing was saved; something wrote to "
+                "frozen weights: load the model anew and resume from the last checkpoint"
+            )
+        return now
 
     @property
     @abstractmethod
@@ -115,7 +144,7 @@ class AdapterTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with the order of the data fixed by `args.seed` where `data_seed` is not given.
 
-        Otherwise it hangs on whatever seeded torch last before `train`, and a resumed run would see other batches.
+        Otherwise the order depends on what seeded torch last before `train`, and a resumed run would see other batches.
         """
         if self.args.data_seed is None and self.args.accelerator_config.use_seedable_sampler:
             self.args.data_seed = self.args.seed
@@ -180,17 +209,14 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
-        model = self._bare_model()
-        self.check(model)
-        directory = output_dir if output_dir is not None else str(self.args.output_dir)
-        replace_files(lambda folder: self.write(model, folder), directory)
+        model, directory = self._bare_model(), output_dir if output_dir is not None else str(self.args.output_dir)
+        frozen = self.check(model)
+        unmark(directory)  # a checkpoint with another adapter is no whole one
+        replace_files(lambda folder: self.write(model, folder, frozen), directory)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
         directory = run / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and directory.exists():
-            self.check(self._bare_model())
-            unmark(directory)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # rotated below, when this one is whole
         try:
             super()._save_checkpoint(model, trial)

@@ -1,20 +1,26 @@
-"""What a tuning run shows and writes while it trains: log.jsonl and a progress bar."""
+"""The callbacks of a tuning run: log.jsonl, a progress bar, and a stop on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from spp.errors import DataError, NonFiniteError
+from spp.errors import DataError, Marked, NonFiniteError, arg
 from spp.files import atomic_file, output_error
 from spp.files.recognised import OWN
+
+logger = logging.getLogger(__name__)
 
 _FIELDS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "sparsity": "sparsity"}
 
@@ -119,3 +125,70 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Close the bar."""
         self._bar.close()
+
+
+# ---- Ctrl-C and SIGTERM: finish the step, save a checkpoint to resume from, stop.
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterrupted(Marked, KeyboardInterrupt):
+    """Training was stopped by a signal after a resumable checkpoint was saved.
+
+    A KeyboardInterrupt, so that nothing takes it for an error and goes on.
+
+    Args:
+        signal_number: SIGINT or SIGTERM.
+        checkpoint: the checkpoint that was saved.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path, step: int) -> None:
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+        self.step = step
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; saved {checkpoint}",
+            remedy=f"run the same again with {arg('resume', True)} to continue",
+        )
+
+
+class StopOnSignal(TrainerCallback):
+    """A Trainer callback and a context manager: inside it, the first signal asks for a stop after the current step.
+
+    The second one is handled as it was before, so that impatience still works. Outside the main thread nothing is
+    installed, because Python allows it there only.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the handlers that were there before."""
+        self._restore()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
+        """Ask the Trainer to save and stop."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        logger.warning(
+            "%s: finishing this step and saving a checkpoint; once more stops at once", signal.Signals(number).name
+        )
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

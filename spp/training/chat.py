@@ -66,31 +66,25 @@ def encode(
     Raises:
         DataError: the chat template refuses the conversation, or renders it so that answers cannot be found.
     """
-    templated = bool(getattr(tokenizer, "chat_template", None))
     if not completions_only:
-        text = _text(tokenizer, messages, where, templated, answer_next=False)
-        return [_row(tokenizer, text, None, templated, block_length)]
+        return [_row(tokenizer, _text(tokenizer, messages, where), None, block_length)]
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} cannot say which characters became which tokens, so the answers cannot be "
-            f"told "
-            f"from the prompts: use a fast tokenizer, or {arg('completions_only', False)}"
+            f"told from the prompts: use a fast tokenizer, or {arg('completions_only', False)}"
         )
-    text = _text(tokenizer, messages, where, templated, answer_next=False)
-    answers = [
-        _answer(tokenizer, messages[: i + 1], where, templated)
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
+    text = _text(tokenizer, messages, where)
+    ends = [i for i, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+    answers = [_answer(tokenizer, messages[:end], where) for end in ends]
     if all(text.startswith(until) for until, _ in answers):
-        return [_row(tokenizer, text, [span for _, span in answers], templated, block_length)]
-    return [_row(tokenizer, until, [span], templated, block_length) for until, span in answers]
+        return [_row(tokenizer, text, [span for _, span in answers], block_length)]
+    return [_row(tokenizer, until, [span], block_length) for until, span in answers]
 
 
-def _answer(tokenizer: Any, messages: list[Message], where: str, templated: bool) -> tuple[str, tuple[int, int]]:
+def _answer(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, tuple[int, int]]:
     """Return the text of a conversation that ends with an answer, and the answer's (start, end) characters."""
-    text = _text(tokenizer, messages, where, templated, answer_next=False)
-    prompt = _text(tokenizer, messages[:-1], where, templated, answer_next=True) if messages[:-1] else ""
+    text = _text(tokenizer, messages, where)
+    prompt = _text(tokenizer, messages[:-1], where, answer_next=True) if messages[:-1] else ""
     if not text.startswith(prompt):
         raise DataError(
             f"{where}: with this tokenizer's chat template an answer does not continue its prompt, so the two cannot "
@@ -99,12 +93,10 @@ def _answer(tokenizer: Any, messages: list[Message], where: str, templated: bool
     return text, (len(prompt), len(text))
 
 
-def _row(
-    tokenizer: Any, text: str, spans: list[tuple[int, int]] | None, templated: bool, block_length: int
-) -> EncodedRow:
+def _row(tokenizer: Any, text: str, spans: list[tuple[int, int]] | None, block_length: int) -> EncodedRow:
     encoded = tokenizer(
         text,
-        add_special_tokens=not templated,  # a template writes them itself
+        add_special_tokens=not _templated(tokenizer),  # a template writes them itself
         return_attention_mask=False,
         return_offsets_mapping=spans is not None,
         verbose=False,
@@ -122,8 +114,12 @@ def _overlaps(start: int, end: int, spans: list[tuple[int, int]]) -> bool:
     return any(start < last and end > first for first, last in spans)
 
 
-def _text(tokenizer: Any, messages: list[Message], where: str, templated: bool, *, answer_next: bool) -> str:
-    if not templated:
+def _templated(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _text(tokenizer: Any, messages: list[Message], where: str, *, answer_next: bool = False) -> str:
+    if not _templated(tokenizer):
         return _plain_text(messages, tokenizer.eos_token or "", where, answer_next)
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))

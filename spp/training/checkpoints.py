@@ -19,6 +19,7 @@ from pathlib import Path
 from spp.errors import CheckpointError, SPPWarning
 from spp.files import output_error, read_json, recover, write_json
 from spp.files.leftovers import make_temporary
+from spp.files.recognised import STEP, foreign, shown
 from spp.wrapping.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
 MARKER_NAME = "spp_complete.json"
@@ -149,7 +150,8 @@ def last_complete(run: str | Path, *, warn: bool = True) -> Path | None:
 def rotate(run: str | Path, limit: int | None, best: str | Path | None = None) -> list[Path]:
     """Delete the oldest whole checkpoints beyond `limit` and return them.
 
-    The last whole one and the best are never deleted, nor is any folder without a marker: who knows whose it is.
+    The last whole one and the best are never deleted, nor is any folder without a marker: who knows whose it is. One
+    that holds what no trainer writes (spp.files.recognised) stays too, with a warning, and counts no longer.
 
     Args:
         run: holds folders checkpoint-N.
@@ -163,14 +165,30 @@ def rotate(run: str | Path, limit: int | None, best: str | Path | None = None) -
     if best is not None:
         kept |= {directory for directory in whole if directory.resolve() == Path(best).resolve()}
     deleted: list[Path] = []
+    left = len(whole)
     for directory in whole:
-        if len(whole) - len(deleted) <= max(limit, len(kept)):
+        if left <= max(limit, len(kept)):
             break
-        if directory not in kept:
-            unmark(directory)  # first: a kill in the middle of rmtree must not leave a marked half
-            shutil.rmtree(directory)
-            deleted.append(directory)
+        if directory in kept:
+            continue
+        left -= 1
+        reason = _why_kept(directory)
+        if reason is not None:
+            warnings.warn(f"{directory} is not deleted, though it is old: {reason}", SPPWarning, stacklevel=2)
+            continue
+        unmark(directory)  # first: a kill in the middle of rmtree must not leave a marked half
+        shutil.rmtree(directory)
+        deleted.append(directory)
     return deleted
+
+
+def _why_kept(directory: Path) -> str | None:
+    """Return what would be lost with a checkpoint, or why nobody knows; None if it may go."""
+    try:
+        found = next(foreign(directory, STEP), None)
+    except OSError as error:
+        return str(error)
+    return None if found is None else f"{shown(found)} in it is nothing that a trainer writes; move that away"
 
 
 def _folders(run: str | Path) -> list[tuple[int, Path]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from spp.errors import DataError
@@ -40,11 +41,9 @@ class TokenBlocks(Dataset[Item]):
         self.blocks = blocks
 
     def __len__(self) -> int:
-        """Return the number of blocks."""
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> Item:
-        """Return one block."""
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
 
@@ -59,18 +58,16 @@ class TokenRows(Dataset[Item]):
         self.rows = list(rows)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        """Return one row."""
         input_ids, labels = self.rows[index]
         return {"input_ids": input_ids, "labels": labels}
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What became of the training data.
+    """Counts of the training data.
 
     Args:
         kind: "text" or "instruction".
@@ -80,7 +77,7 @@ class DataSummary:
         truncated: rows that were cut at the block length.
         unlearnable: rows left out because nothing to learn was left of them: an answer beyond the block length.
         empty: rows left out because they were empty.
-        held_out: rows, or tokens of text, held back for the perplexity.
+        held_out: rows, or tokens of text, held out for the perplexity.
         sha256: of the token ids and labels to train on.
     """
 
@@ -105,8 +102,8 @@ class TrainingData:
 
     Args:
         train: the rows.
-        held_out_tokens: (T,) tokens of text held back; None where there are none.
-        held_out_rows: instruction rows held back; None where there are none.
+        held_out_tokens: (T,) tokens of text held out; None where there are none.
+        held_out_rows: instruction rows held out; None where there are none.
         summary: counts.
         collate: makes a batch of items.
     """
@@ -123,6 +120,10 @@ class Collator:
 
     Args:
         pad_token_id: any valid id: padding is masked and not learned.
+
+    Example:
+        >>> Collator(0)([{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6])}])["input_ids"]
+        tensor([[5, 6]])
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -130,17 +131,11 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """Return one batch."""
-        longest = max(len(item["input_ids"]) for item in items)
-
-        def padded(name: str, fill: int) -> Tensor:
-            rows = [torch.nn.functional.pad(item[name], (0, longest - len(item[name])), value=fill) for item in items]
-            return torch.stack(rows)
-
-        mask = torch.tensor([[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items])
+        ids, labels = [item["input_ids"] for item in items], [item["labels"] for item in items]
         return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORED),
-            "attention_mask": mask,
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
 
 
@@ -173,12 +168,18 @@ def load_data(
         split: split of a hub data set.
         text_field: field of plain text in a row.
         completions_only: learn only the answers of instruction data.
-        held_out: part held back, in [0, 1): the last tokens of text, or rows drawn with `seed`.
-        least_held_out: for text, hold back at least this many tokens if anything is held back: one window.
-        seed: draws the rows held back.
+        held_out: part held out, in [0, 1): the last tokens of text, or rows drawn with `seed`.
+        least_held_out: for text, hold out at least this many tokens if anything is held out: one window.
+        seed: draws the rows that are held out.
+
+    Returns:
+        The rows to train on, what is held out, and counts.
 
     Raises:
-        DataError: the data is malformed, or too short for one block and what is held back.
+        DataError: the data is malformed, or too short for one block and what is held out.
+
+    Example:
+        >>> data = load_data(["train.txt"], tokenizer, block_length=512, held_out=0.05)  # doctest: +SKIP
     """
     source = read_source(paths, data_format=data_format, split=split, text_field=text_field)
     names = ", ".join(paths)
@@ -192,7 +193,7 @@ def load_data(
         logger.info("the tokenizer has no chat template: turns begin with %s", ", ".join(PLAIN_HEADINGS.values()))
     if s.truncated or s.unlearnable or s.empty:
         logger.warning(
-            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers lie beyond it, %d empty ones",
+            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers begin beyond it, %d empty ones",
             names,
             s.truncated,
             block_length,
@@ -211,13 +212,13 @@ def _text_data(
         if len(source.documents) > 1 and tokenizer.eos_token_id is not None:
             parts.append(torch.tensor([tokenizer.eos_token_id]))
     tokens = torch.cat(parts)  # (T,)
-    kept_back = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
-    if len(tokens) - kept_back < block_length:
+    held = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
+    if len(tokens) - held < block_length:
         raise DataError(
-            f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {kept_back} "
-            "held back for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
+            f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {held} "
+            "held out for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
         )
-    train, rest = tokens[: len(tokens) - kept_back], tokens[len(tokens) - kept_back :]
+    train, rest = tokens.split([len(tokens) - held, held])
     blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
     summary = DataSummary(
         kind="text",
@@ -227,10 +228,10 @@ def _text_data(
         truncated=0,
         unlearnable=0,
         empty=source.empty,
-        held_out=kept_back,
+        held_out=held,
         sha256=_sha256(blocks.flatten()),
     )
-    return TrainingData(TokenBlocks(blocks), rest if kept_back else None, None, summary, Collator(_pad_id(tokenizer)))
+    return TrainingData(TokenBlocks(blocks), rest if held else None, None, summary, Collator(_pad_id(tokenizer)))
 
 
 def _row_data(
@@ -252,16 +253,16 @@ def _row_data(
     usable = [row for row in encoded if row.has_labels]
     if not usable:
         raise DataError(
-            f"{names}: in all {len(encoded)} rows the answer lies beyond block_length {block_length}: raise it"
+            f"{names}: in all {len(encoded)} rows the answer begins beyond block_length {block_length}: raise it"
         )
-    kept_back = math.ceil(held_out * len(usable))
-    if kept_back >= len(usable):
+    held = math.ceil(held_out * len(usable))
+    if held >= len(usable):
         raise DataError(
-            f"{names}: {len(usable)} rows are too few to hold back {kept_back} for the perplexity and train on the "
+            f"{names}: {len(usable)} rows are too few to hold out {held} for the perplexity and train on the "
             "rest: use more rows, a text of its own (eval_text), or eval_fraction 0"
         )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = set(order[:kept_back])
+    aside = set(order[:held])
     train = [row for i, row in enumerate(usable) if i not in aside]
     summary = DataSummary(
         kind="instruction",
@@ -271,10 +272,10 @@ def _row_data(
         truncated=sum(row.is_cut for row in usable),
         unlearnable=len(encoded) - len(usable),
         empty=source.empty,
-        held_out=kept_back,
+        held_out=held,
         sha256=_sha256(*(t for row in train for t in (row.input_ids, row.labels))),
     )
-    rest = TokenRows([(usable[i].input_ids, usable[i].labels) for i in sorted(aside)]) if kept_back else None
+    rest = TokenRows([(usable[i].input_ids, usable[i].labels) for i in sorted(aside)]) if held else None
     return TrainingData(
         TokenRows([(row.input_ids, row.labels) for row in train]), None, rest, summary, Collator(_pad_id(tokenizer))
     )

@@ -6,18 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spp.errors import CheckpointError, some_of
 from spp.files import read_json
 from spp.files.hub import local_directory
 from spp.models.streamed import auto_class
 from spp.packing.load import load_packed
+from spp.weights import FLOATS
 from spp.weights.packed.disk import is_packed_directory
 from spp.wrapping.adapter_files import CONFIG_NAME
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
 def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
@@ -34,10 +32,10 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
 
     directory = local_directory(name, "model")
     if is_packed_directory(directory):
-        return load_packed(name, dtype=_DTYPES.get(dtype))
+        return load_packed(name, dtype=FLOATS.get(dtype))
     try:
         auto = auto_class(AutoConfig.from_pretrained(directory))
-        model, found = auto.from_pretrained(directory, dtype=_DTYPES.get(dtype, dtype), output_loading_info=True)
+        model, found = auto.from_pretrained(directory, dtype=FLOATS.get(dtype, dtype), output_loading_info=True)
     except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
     missing = found["missing_keys"]

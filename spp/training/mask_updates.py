@@ -28,15 +28,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spp.configs.mask_updates import DECAYS, MaskUpdateOptions
+from spp.configs.pruning import DECAYS, MaskUpdateOptions
 from spp.errors import SPPWarning, WrapError, arg
 from spp.kernels.blocks import row_step, slices
 from spp.masks.patterns import nonzero_mask, pack_bits
 from spp.masks.swap import swap
 from spp.rules import effective_weight
 from spp.rules.canonical import arithmetic_dtype
-from spp.training.dense_weights import DenseSource
-from spp.training.mask_state import LayerMask, MaskState
+from spp.training.mask_state import DenseSource, LayerMask, MaskState
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +71,8 @@ class MaskUpdates(TrainerCallback):
         drop: str = MaskUpdateOptions.drop,
         grow: str = MaskUpdateOptions.grow,
     ) -> None:
-        MaskUpdateOptions(every=every, fraction=fraction, until=until, decay=decay, drop=drop, grow=grow)  # checks
-        self.dense, self.every, self.fraction, self.until = dense, every, fraction, until
-        self.decay, self.drop, self.grow = decay, drop, grow
+        self.dense = dense
+        self.options = MaskUpdateOptions(every=every, fraction=fraction, until=until, decay=decay, drop=drop, grow=grow)
         self._state: MaskState | None = None
         self._chosen: dict[str, tuple[npt.NDArray[np.uint8], int]] = {}  # the new mask, and how many weights come back
 
@@ -93,25 +91,25 @@ class MaskUpdates(TrainerCallback):
     def restore(self) -> None:
         """Give the model the masks and weights that it had when it was taken, but for the signs of zeros."""
         if self._state is not None:
-            self._let_go()
+            self._forget()
             self._state.restore()
 
     def fraction_at(self, step: int, total_steps: int) -> float:
         """Return f at the end of a step, counted from 1; 0 where no update is due."""
-        last = self.until * total_steps
-        if step % self.every or step > last:
+        options, last = self.options, self.options.until * total_steps
+        if step % options.every or step > last:
             return 0.0
-        return self.fraction * DECAYS[self.decay](step / last)
+        return options.fraction * DECAYS[options.decay](step / last)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Forget what a step that failed has left, and warn where no update can come."""
-        self._let_go()
-        last = math.ceil(self.until * state.max_steps) - 1  # at the end itself the fraction is 0
-        if self.every > last:
+        self._forget()
+        last = math.ceil(self.options.until * state.max_steps) - 1  # at the end itself the fraction is 0
+        if self.options.every > last:
             warnings.warn(
                 SPPWarning(
-                    f"the masks stay as they are: the first update would be after step {self.every}, and the last may "
-                    f"be after step {last} of {state.max_steps}; train for more steps, or lower "
+                    f"the masks stay as they are: the first update would be after step {self.options.every}, and the "
+                    f"last may be after step {last} of {state.max_steps}; train for more steps, or lower "
                     f"{arg('mask_update_every', ...)}"
                 ),
                 stacklevel=2,
@@ -119,7 +117,7 @@ class MaskUpdates(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Have layers choose their new masks in the backward pass of a step that ends in an update."""
-        self._let_go()
+        self._forget()
         fraction = self.fraction_at(state.global_step + 1, state.max_steps)
         if fraction:
             for layer in self.state.layers.values():
@@ -129,13 +127,13 @@ class MaskUpdates(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Exchange what was chosen."""
         chosen = self._chosen
-        self._let_go()
+        self._forget()
         self.state.write({path: bits for path, (bits, _) in chosen.items()})
         if chosen:
             moved = sum(count for _, count in chosen.values())
             logger.info("step %d: exchanged %d weights in %d layers", state.global_step, moved, len(chosen))
 
-    def _let_go(self) -> None:
+    def _forget(self) -> None:
         self._chosen = {}
         for layer in self.state.layers.values():
             layer.layer.tap = None
@@ -151,15 +149,15 @@ class MaskUpdates(TrainerCallback):
             return
         dtype = arithmetic_dtype(weight.dtype)
         layer = mask.layer
-        drop = effective_weight(layer.spp_rule, weight, layer.adapter_parameters(), layer.scaling).to(dtype).abs_()
-        if self.drop == "activation":
+        drop = effective_weight(weight, layer.adapter()).to(dtype).abs_()
+        if self.options.drop == "activation":
             drop.mul_(torch.linalg.vector_norm(x, dim=0, dtype=dtype))
         grow = torch.empty_like(drop)
         x = x.to(dy.dtype)
         m, n = weight.shape
         for rows in slices(m, row_step(m, n, 1)):
             grow[rows] = dy[:, rows].T @ x
-        if self.grow == "gradient":
+        if self.options.grow == "gradient":
             grow.abs_()
         else:
             grow.mul_(values).neg_()
@@ -167,7 +165,7 @@ class MaskUpdates(TrainerCallback):
             logger.warning("%s keeps its mask: the gradient is not finite", mask.path)
             return
         never = ~nonzero_mask(values)
-        if self.grow == "saliency":
+        if self.options.grow == "saliency":
             never |= grow <= 0
         grow.masked_fill_(never, -math.inf)
         new = swap(kept, drop, grow, count, mask.group)

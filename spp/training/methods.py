@@ -1,4 +1,4 @@
-"""What `tune` does otherwise from one method to the next: what goes into the model, who trains it, what is written."""
+"""The methods of `tune`: which layers go into the model, which trainer trains it, what is written."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 from spp.certifying.save import save_model
 from spp.configs.tuning import TuneConfig
+from spp.files import atomic_directory
 from spp.packing.model import pack, packed_layers, unpack
-from spp.pst import save as save_pst
 from spp.pst import unwrap as unwrap_pst
 from spp.pst import wrap as wrap_pst
+from spp.pst.files import write as write_pst
 from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.mask_updates import MaskUpdates
 from spp.training.pst_trainer import PSTTrainer
 from spp.training.run_directory import RunDirectory
 from spp.training.trainer import SPPTrainer
 from spp.weights import Layout
-from spp.wrapping.adapters import load_adapter, store_adapter, warn_without_effect
+from spp.wrapping.adapters import load_adapter, warn_without_effect, write_adapter
 from spp.wrapping.wrap import is_wrapped, set_saved_activations, unwrap, wrap
 
 
@@ -33,19 +34,23 @@ class Method(ABC):
 
     @abstractmethod
     def prepare(self, model: Any) -> None:
-        """Put in what trains."""
+        """Wrap the model."""
 
     @abstractmethod
     def undo(self, model: Any) -> None:
-        """Give the model back as it was before `prepare`, wherever the run has failed."""
+        """Restore the model as it was before `prepare`, wherever the run has failed."""
 
     @abstractmethod
     def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
-        """Return who trains it."""
+        """Return the trainer."""
 
     @abstractmethod
-    def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
-        """Write the final adapter, and the model that it belongs to where it is a new one; return that one's path."""
+    def finish(self, model: Any, tokenizer: Any, run: RunDirectory, frozen: dict[str, Any]) -> Path | None:
+        """Write the final adapter, and the model that it belongs to where it is a new one; return that one's path.
+
+        Args:
+            frozen: what the trainer's `check` has returned.
+        """
 
     def without_effect(self, model: Any) -> str | None:
         """Return, and warn, why the weights are what they were before; None where they are not."""
@@ -57,10 +62,8 @@ class SPPMethod(Method):
 
     def prepare(self, model: Any) -> None:
         """Wrap, and find the dense model for mask updates."""
-        layers = packed_layers(model).values()
-        packed = any(
-            isinstance(layer.packed_layout, Layout) for layer in layers
-        )  # or quantized, which is small as it is
+        # A quantized weight is small as it is.
+        packed = any(isinstance(layer.packed_layout, Layout) for layer in packed_layers(model).values())
         config = replace(self.config.adapter_config(), packed=packed)
         self._wrap_options(wrap(model, config))
         try:
@@ -70,7 +73,7 @@ class SPPMethod(Method):
             raise
 
     def undo(self, model: Any) -> None:
-        """Take the masks back, and the adapter out."""
+        """Restore the masks, and take the adapter out."""
         if self._updates is not None:
             self._updates.restore()
         if is_wrapped(model):
@@ -81,12 +84,13 @@ class SPPMethod(Method):
         strict = self.config.strict_values
         return SPPTrainer(model, arguments, mask_updates=self._updates, strict_values=strict, **options)
 
-    def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
+    def finish(self, model: Any, tokenizer: Any, run: RunDirectory, frozen: dict[str, Any]) -> Path | None:
         """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names.
 
-        Of a packed model too that is a plain checkpoint, for which it is dense for a while.
+        A packed model is unpacked for that: the checkpoint is a plain one.
         """
-        store_adapter(model, run.adapter, overwrite=True)
+        with atomic_directory(run.adapter, overwrite=True) as directory:
+            write_adapter(model, directory, frozen)
         if self._updates is None:
             return None
         unwrap(model)
@@ -96,7 +100,8 @@ class SPPMethod(Method):
         finally:
             self._wrap_options(load_adapter(model, run.adapter))
             self._updates.state.follow(model)
-        store_adapter(model, run.adapter, overwrite=True)
+        with atomic_directory(run.adapter, overwrite=True) as directory:
+            write_adapter(model, directory, frozen)  # whose base has a name now
         return run.base
 
     def without_effect(self, model: Any) -> str | None:
@@ -139,15 +144,16 @@ class PSTMethod(Method):
             **options,
         )
 
-    def finish(self, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
+    def finish(self, model: Any, tokenizer: Any, run: RunDirectory, frozen: dict[str, Any]) -> Path | None:
         """Write what PST trained."""
-        save_pst(model, run.adapter, overwrite=True)
+        with atomic_directory(run.adapter, overwrite=True) as directory:
+            write_pst(model, directory, frozen)
         return None
 
 
 @contextlib.contextmanager
 def _unpacked(model: Any) -> Iterator[None]:
-    """Make what is packed dense for a while."""
+    """Unpack the packed weights, and pack them again: a context manager."""
     paths = list(packed_layers(model))
     if paths:
         unpack(model)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.configs.calibration import JSON_SUFFIXES
+from spp.configs.pruning import JSON_SUFFIXES
 from spp.errors import DataError
 from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown
 
@@ -111,8 +111,7 @@ def _parse(row: Mapping[str, Any], where: str, data_format: str, text_field: str
         else:
             raise DataError(
                 f"{where}: the row has the fields {', '.join(sorted(row)) or '(none)'}; expected messages, "
-                "conversations, "
-                f"instruction and output, or {text_field}"
+                f"conversations, instruction and output, or {text_field}"
             )
     if kind == "chat":
         return _chat(row, where), ""

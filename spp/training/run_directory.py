@@ -19,6 +19,7 @@ from spp._version import __version__
 from spp.configs.tuning import TuneConfig
 from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, output_error, read_json, require_directory, require_replaceable, write_json
+from spp.files.provenance import Provenance
 from spp.files.recognised import ADAPTER, MODEL, OWN, TRAININGS
 
 FORMAT = "spp-tune-1"
@@ -73,7 +74,8 @@ class RunDirectory:
         except OSError as error:
             raise output_error(error, self.path) from error
         options = self.config.to_dict()
-        self._write(self.config_file, {"format": FORMAT, "spp_version": __version__, "tune": options, "data": data})
+        made = {"format": FORMAT, "spp_version": __version__, **Provenance.here().to_dict()}
+        self._write(self.config_file, {**made, "tune": options, "data": data})
 
     def write_eval(self, values: dict[str, Any]) -> None:
         """Write eval.json."""
@@ -114,8 +116,10 @@ class RunDirectory:
         return earlier
 
     def _require_replaceable(self) -> None:
+        model = self.config.model
+        copies = [] if model is None else [model]
         for path, kind in ((self.checkpoints, TRAININGS), (self.adapter, ADAPTER), (self.base, MODEL)):
-            require_replaceable(path, kind=kind)
+            require_replaceable(path, copies, kind=kind)
 
     def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
         defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run

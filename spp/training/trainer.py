@@ -1,9 +1,4 @@
-"""SPPTrainer: transformers' Trainer for a model wrapped by spp.
-
-What differs: checkpoints hold the adapter alone and count only once they are whole; the zero pattern of the base is
-compared with the one at the start, or that of the last mask update, whenever something is saved; only α and β reach the
-optimizer; the training log has the sparsity.
-"""
+"""SPPTrainer: transformers' Trainer for a model wrapped by spp."""
 
 from __future__ import annotations
 
@@ -14,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from spp.errors import CheckpointError, ConfigError, MaskError, WrapError, arg
+from spp.errors import CheckpointError, ConfigError, WrapError, arg
 from spp.masks.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.mask_state import STATE_NAME
 from spp.training.mask_updates import MaskUpdates
-from spp.weights import PackedStack, PackedWeight
 from spp.wrapping.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import adapter_layers, adapter_parameters, is_wrapped
@@ -28,24 +22,22 @@ _PEFT_MARK = "_hf_peft_config_loaded"
 
 
 class SPPTrainer(AdapterTrainer):
-    """Trains the adapter of a wrapped model; takes the arguments of `transformers.Trainer`.
+    """Trains the adapter of a wrapped model, as AdapterTrainer does: resuming is exact, only α and β train.
 
-    `train(resume_from_checkpoint=True)` continues from the last whole checkpoint in `args.output_dir`, a path from
-    that one; on the same machine the losses and the final adapter are bit for bit those of an uninterrupted run.
-    `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads; with
-    `load_best_model_at_end` the best checkpoint's adapter is loaded. `save_total_limit` counts whole checkpoints
-    and always keeps the last and the best one.
+    `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads, after a look at the base's
+    zeros; with `load_best_model_at_end` the best checkpoint's adapter is loaded.
 
     Args:
-        loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
-            (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
+        model: wrapped by `spp.wrap`.
+        args: TrainingArguments; rest, options: as in transformers.Trainer.
+        loss_chunk: as in AdapterTrainer.
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
         strict_values: as in `spp.load_adapter`, for a checkpoint that is resumed.
 
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
-        MaskError: at a save, the base's zero pattern is not the one at the start.
+        MaskError: at a save, the base's zero pattern is not the one at the start, or of the last mask update.
         AdapterError: a checkpoint does not fit the model.
         CheckpointError: a checkpoint to resume from is not whole.
 
@@ -54,6 +46,8 @@ class SPPTrainer(AdapterTrainer):
         >>> arguments = TrainingArguments("run", learning_rate=4e-3)  # doctest: +SKIP
         >>> SPPTrainer(model, arguments, train_dataset=rows).train()  # doctest: +SKIP
     """
+
+    compared = "the zero pattern of the base"
 
     def __init__(
         self,
@@ -83,18 +77,28 @@ class SPPTrainer(AdapterTrainer):
 
     def begin(self, model: nn.Module) -> None:
         """Remember the zero pattern."""
-        self._masks = base_masks(model)
         self._zeros = _ZeroCount()
-        if self.mask_updates is not None:
+        if self.mask_updates is None:
+            self._masks = base_masks(model)
+        else:
             self.mask_updates.attach(model)
+
+    @property
+    def expected(self) -> dict[str, str]:
+        """The hash of every zero pattern, at the start or after the last mask update."""
+        return self._masks if self.mask_updates is None else self.mask_updates.state.hashes()
 
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
         """Return α and β of every layer."""
         return adapter_parameters(model)
 
-    def write(self, model: nn.Module, directory: Path) -> None:
+    def frozen(self, model: nn.Module) -> dict[str, Any]:
+        """Return the hash of every layer's zero pattern."""
+        return base_masks(model)
+
+    def write(self, model: nn.Module, directory: Path, frozen: dict[str, Any]) -> None:
         """Write the adapter, and the masks where they are updated."""
-        write_adapter(model, directory)
+        write_adapter(model, directory, frozen)
         if self.mask_updates is not None:
             self.mask_updates.state.save(directory)
 
@@ -121,22 +125,6 @@ class SPPTrainer(AdapterTrainer):
         """The fraction of zeros in the weights that the adapter scales, in [0, 1]."""
         return self._zeros.sparsity(self._bare_model())
 
-    def check(self, model: nn.Module) -> None:
-        """Compare the zero pattern of the base with the one at the start, or that of the last mask update.
-
-        Raises:
-            MaskError: they differ; the message names the layers.
-        """
-        expected = self._masks if self.mask_updates is None else self.mask_updates.state.hashes()
-        now = base_masks(model)
-        changed = sorted(path for path, mask in expected.items() if now.get(path) != mask)
-        if changed or len(now) != len(expected):
-            listing = ", ".join(changed) or "the wrapped layers are others"
-            raise MaskError(
-                f"the zero pattern of the base changed during training: {listing}. Nothing was saved; something wrote "
-                "to frozen weights: load the base anew and resume from the last checkpoint"
-            )
-
 
 class _ZeroCount:
     """Counts zeros, and counts a weight again only after a write to it, so that a log line costs nothing."""
@@ -147,14 +135,13 @@ class _ZeroCount:
     def sparsity(self, model: nn.Module) -> float:
         zeros, total = 0, 0
         for path, layer in adapter_layers(model).items():
-            packed = None if layer.packed_layout is None else layer.packed_weight()
-            held = layer.weight if packed is None else packed.tensors()[0]
-            state = (held.data_ptr(), held._version)  # (0, 0) of one that accelerate has offloaded
+            stored = layer.stored_weight
+            state = (stored.data_ptr(), stored._version)  # (0, 0) of one that accelerate has offloaded
             known = self._known.get(path)
             if known is None or known[0] != state:
-                weight = packed.values if isinstance(packed, PackedWeight | PackedStack) else layer.dense_weight()
-                numel = weight.numel() if packed is None else packed.numel
-                known = self._known[path] = state, numel - int(nonzero_mask(weight.detach()).sum()), numel
+                weight = layer.held()
+                kept = int(nonzero_mask(weight.entries()).sum())
+                known = self._known[path] = state, weight.numel - kept, weight.numel
             zeros, total = zeros + known[1], total + known[2]
         return zeros / total
 

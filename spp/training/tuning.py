@@ -10,18 +10,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, WrapError, arg
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
 from spp.files.rows import read_text
-from spp.training.arguments import training_arguments
-from spp.training.callbacks import LogFile, ProgressBar
+from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
 from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data
-from spp.training.interrupt import StopOnSignal, TrainingInterrupted
 from spp.training.loading import load_model, load_tokenizer
 from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
@@ -34,7 +33,7 @@ _EVAL_TOKENS = 2048  # tokens of one forward pass of the perplexity: bounds its 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a tuning run made.
+    """The result of a tuning run.
 
     Args:
         model: the tuned model, still wrapped: `spp.merge(result.model)` merges it; one that PST trained,
@@ -86,7 +85,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         tokenizer: its tokenizer.
 
     Returns:
-        The tuned model, still wrapped, and the numbers of the run; a warning if the adapter changes no weight.
+        The tuned model, still wrapped, and the results of the run; a warning if the adapter changes no weight.
 
     Raises:
         ConfigError: options contradict each other, or those of the run that is resumed.
@@ -152,8 +151,7 @@ def _run(
         saved = last_complete(run.checkpoints)
         assert saved is not None, "the callback asked for a checkpoint"
         raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
-    trainer.check(model)
-    base = method.finish(model, tokenizer, run)
+    base = method.finish(model, tokenizer, run, trainer.check(model))
     perplexities["after"] = measure(model)
     run.write_eval(perplexities)
     before, after = perplexities["before"], perplexities["after"]
@@ -249,6 +247,47 @@ def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
         held_out=0.0 if config.eval_text is not None else config.eval_fraction,
         least_held_out=config.eval_window,
         seed=config.seed,
+    )
+
+
+def training_arguments(config: TuneConfig, output_dir: Path, rows: int, *, save: bool = True) -> Any:
+    """Return the TrainingArguments of a run.
+
+    Args:
+        config: the options.
+        output_dir: where checkpoints go.
+        rows: of the training data.
+        save: False writes no checkpoint at all.
+    """
+    passes = math.ceil(rows / config.batch_size)  # forward passes of an epoch
+    steps = config.steps or math.ceil(config.epochs * math.ceil(passes / config.gradient_accumulation))
+    known = {f.name for f in fields(TrainingArguments)}
+    # The option was renamed within transformers 5.
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=config.bf16,
+        use_cpu=config.device == "cpu",
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # LogFile stops a run whose loss is not finite
+        save_strategy="steps" if save else "no",  # "steps" also saves at the end
+        save_steps=config.save_every or steps,
+        save_total_limit=config.save_limit,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+        **{checkpointing: config.gradient_checkpointing},
     )
 
 

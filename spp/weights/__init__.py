@@ -1,11 +1,8 @@
-"""PackedWeight: a pruned matrix stored at the size of what was kept, PackedStack: those of several experts.
-
-How they lie in memory: `spp.weights.packed.layout`.
-"""
+"""The forms of a frozen weight W, and the modules that hold one."""
 
 from __future__ import annotations
 
-from spp.weights.held import FLOATS, HeldWeight
+from spp.weights.base import FLOATS, DenseWeight, Weight, as_weight
 from spp.weights.holder import NAMES, HoldsWeight, converting
 from spp.weights.packed.layout import Layout
 from spp.weights.packed.matrix import DTYPES, PackedWeight
@@ -23,7 +20,7 @@ __all__ = [
     "DTYPES",
     "FLOATS",
     "NAMES",
-    "HeldWeight",
+    "DenseWeight",
     "HoldsWeight",
     "Layout",
     "PackedStack",
@@ -31,6 +28,8 @@ __all__ = [
     "QuantizedLayout",
     "QuantizedWeight",
     "StackLayout",
+    "Weight",
+    "as_weight",
     "converting",
     "quantize_like",
     "quantized_kind",

@@ -1,6 +1,6 @@
 """Whether a base has the values that an adapter was trained on, and how that is said.
 
-An adapter records of each weight the hash of its values, and the form that they were held in (spp.weights.held). Like
+An adapter records of each weight the hash of its values, and the form that they were held in (spp.weights.base). Like
 is compared with like:
 
     same            the values at hand, rounded to the recorded dtype where they have another, have the recorded hash
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spp.weights.held import FLOATS, HeldWeight
+from spp.weights.base import FLOATS, Weight
 
 SAME, OTHER, NOT_COMPARABLE, UNKNOWN = "same", "other", "not comparable", "unknown"
 _GRAVEST_FIRST = (OTHER, NOT_COMPARABLE, UNKNOWN, SAME)
@@ -100,14 +100,14 @@ class BaseComparison:
             self._unlike[f"trained on {recorded}, this one is {form}"] = None
         self._states[path] = state
 
-    def add_held(self, path: str, held: HeldWeight) -> None:
+    def add_held(self, path: str, weight: Weight) -> None:
         """Take a weight of a model; one without values is unknown."""
         recorded = self.form(path)
-        digest = None if recorded is None else held.sha256(recorded)
-        if recorded is not None and digest is None and held.quantized is None and held.dense().is_meta:
+        digest = None if recorded is None else weight.values_sha256(recorded)
+        if recorded is not None and digest is None and weight.is_meta:
             self._states[path] = UNKNOWN
         else:
-            self.add(path, held.form, digest)
+            self.add(path, weight.form, digest)
 
     def verdict(self) -> BaseVerdict:
         """Return what all weights together say: the gravest."""

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError
-from spp.files import dtype_name
-from spp.weights.held import HeldWeight
+from spp.weights.base import Weight
 from spp.weights.hooks import HookedAdapter
-from spp.weights.offload import values
+from spp.weights.offload import parameter_weight, values
 from spp.weights.packed.layout import Layout
 from spp.weights.packed.matrix import PackedWeight
 from spp.weights.packed.stack import PackedStack, StackLayout
 from spp.weights.quantized.matrix import QuantizedLayout, QuantizedWeight
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")
+_KINDS: dict[type, Any] = {Layout: PackedWeight, QuantizedLayout: QuantizedWeight, StackLayout: PackedStack}
 
 WRAPPED = (
     "the model is still wrapped, and save_pretrained would write a checkpoint that transformers cannot load. "
@@ -60,56 +60,38 @@ class HoldsWeight(HookedAdapter):
     def weight(self) -> Tensor:
         """The frozen weight as it is stored; of a packed one a copy, decoded at each access; meta while offloaded."""
         if self.packed_layout is not None:
-            dense = self.packed_weight().dense()
-            return dense.T.contiguous() if self.input_axis == -2 and dense.dim() == 2 else dense
+            return self.held().dense()
         weight = self._parameters.get("weight")
         if weight is None:
             raise AttributeError(f"{type(self).__name__} holds no weight")
         return weight
 
-    def dense_weight(self) -> Tensor:
-        """Return the frozen weight with its numbers: the Parameter; packed, a dense copy; offloaded, what is loaded."""
-        return values(self) if self.packed_layout is None else self.weight
-
-    def held(self) -> HeldWeight:
-        """Return the frozen weight as it is held, whose values can be hashed."""
-        if self.packed_layout is None:
-            return HeldWeight.of_parameter(self)
-        packed = self.packed_weight()
-        if isinstance(packed, QuantizedWeight):
-            return HeldWeight.of_quantized(packed)
-        return HeldWeight(dtype_name(packed.dtype), packed.tensors(), lambda: self.weight)
-
     @property
     def stored_weight(self) -> Tensor:
-        """What holds the weight's numbers, in its dtype and on its device: the Parameter, or the packed values."""
-        return self.weight if self.packed_layout is None else self.packed_weight().values
+        """The tensor that holds W's values, whose address and version tell a write: the Parameter, values or codes."""
+        if self.packed_layout is None:
+            return self._parameters["weight"]  # type: ignore[return-value]
+        return values(self, NAMES[0])
 
-    def packed_matrix(self) -> PackedWeight | QuantizedWeight:
-        """Return the packed weight of a linear."""
-        packed = self.packed_weight()
-        assert not isinstance(packed, PackedStack)  # that of experts
-        return packed
+    def held(self) -> Weight:
+        """Return the frozen weight; its tensors are the module's."""
+        if self.packed_layout is None:
+            return parameter_weight(self, input_axis=self.input_axis)
+        weight = _KINDS[type(self.packed_layout)](
+            self.packed_layout, *(values(self, name) for name in NAMES if name in self._buffers)
+        )
+        weight.input_axis = self.input_axis
+        return weight
 
-    def packed_weight(self) -> PackedWeight | QuantizedWeight | PackedStack:
-        """Return the packed weight; the tensors are the module's."""
-        layout, tensors = self.packed_layout, [values(self, name) for name in NAMES if name in self._buffers]
-        if isinstance(layout, QuantizedLayout):
-            return QuantizedWeight(layout, *tensors)
-        if isinstance(layout, StackLayout):
-            return PackedStack(layout, *tensors)
-        assert layout is not None
-        return PackedWeight(layout, *tensors)
-
-    def hold_packed(self, packed: PackedWeight | QuantizedWeight | PackedStack) -> None:
-        """Take a packed weight in place of what is held."""
+    def hold_packed(self, packed: Weight) -> None:
+        """Take a packed or quantized weight in place of what is held."""
         self.drop_weight()
         self.packed_layout = packed.layout
         for name, tensor in zip(NAMES, packed.tensors(), strict=False):
             self.register_buffer(name, tensor)
 
     def drop_weight(self) -> None:
-        """Let go of the weight, in either form."""
+        """Free the weight, in any form."""
         self._parameters.pop("weight", None)
         for name in NAMES:
             self._buffers.pop(name, None)
@@ -131,7 +113,7 @@ class HoldsWeight(HookedAdapter):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.packed_layout is not None and any(prefix + name in state_dict for name in NAMES):
             try:
-                self.packed_weight().check(f"{prefix}weight")
+                self.held().check(f"{prefix}weight")
             except (ConfigError, NonFiniteError) as error:
                 args[-1].append(str(error))  # error_msgs: load_state_dict raises with all of them
 

@@ -44,7 +44,7 @@ class HookedAdapter(nn.Module):
             self.hook_changed()
 
     def _put_back(self, hook: Any) -> None:
-        """Have the parameters that were here before the hook came, on the device of its calls."""
+        """Restore the parameters that were here before the hook came, on the device of its calls."""
         before, device = self.__dict__.pop("_before_hook", None), execution_device(hook)
         for name in self.resident_names():
             parameter = self._parameters[name]
@@ -62,7 +62,7 @@ class HookedAdapter(nn.Module):
 
 
 class _Blind:
-    """What is put before the class of a hook that offloads, to keep parameters from it."""
+    """A mixin before the class of an offloading hook: the hook ignores some parameters."""
 
     _kept: tuple[str, ...]
 
@@ -98,7 +98,7 @@ def _blind_class(kind: Any) -> Any:
 
 
 def _blind(hook: Any, names: tuple[str, ...]) -> Any:
-    """Return a hook that does not see parameters of these names, of the same class for whoever asks."""
+    """Return a copy of the hook that ignores these parameters; `isinstance` still sees the original class."""
     if hasattr(hook, "hooks"):
         blind = copy.copy(hook)
         blind.hooks = tuple(_blind(one, names) for one in hook.hooks)
@@ -113,7 +113,7 @@ def _blind(hook: Any, names: tuple[str, ...]) -> Any:
 
 
 def _seeing(hook: Any) -> Any:
-    """Return the hook that `_blind` made a blind one of."""
+    """Return the hook that `_blind` copied."""
     if hasattr(hook, "hooks"):
         seeing = copy.copy(hook)
         seeing.hooks = tuple(_seeing(one) for one in hook.hooks)
@@ -154,7 +154,7 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
 
 @contextlib.contextmanager
 def let_go_on_error(module: nn.Module) -> Iterator[None]:
-    """Have a module let go of what its hook loaded where its call ends early, as activation checkpointing has it."""
+    """Context manager: free what the hook loaded where a call ends early, as activation checkpointing ends it."""
     try:
         yield
     except BaseException:

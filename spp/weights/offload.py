@@ -1,13 +1,12 @@
 """Weights that accelerate has offloaded: where they are, how they are read and written.
 
 accelerate puts a hook around a module's forward (`module._hf_hook`). One that offloads keeps the module's parameters
-on the meta device, loads them before each call from a map, which lies in memory or reads files, and lets go of them
-after it.
+on the meta device, loads them before each call from a map, which is in memory or reads files, and frees them after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.errors import ConfigError
-from spp.weights.base import DenseWeight, WeightSource
+from spp.weights.base import DenseWeight, Weight
 
 
 def offloader(module: nn.Module) -> Any | None:
@@ -47,18 +46,8 @@ def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
     return held is not None and held.is_meta and offloader(module) is not None
 
 
-def home(module: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device that an adapter of a module belongs on: its weight's, or of an offloaded one that of the calls.
-
-    Args:
-        weight: what holds the module's numbers, on the meta device where it is offloaded.
-    """
-    away = weight.is_meta and offloader(module) is not None
-    return (execution_device(module.__dict__["_hf_hook"]) or torch.device("cpu")) if away else weight.device
-
-
 def values(module: nn.Module, name: str = "weight") -> Tensor:
-    """Return a parameter or buffer of a module with its numbers.
+    """Return a parameter or buffer of a module with its values.
 
     Args:
         name: in the module itself.
@@ -122,72 +111,81 @@ def check_offloading(model: nn.Module) -> None:
                 )
 
 
-# ---- A weight that is in memory for the length of a call only: backward has it loaded again.
+# ---- A weight that is in memory for the length of a call only: backward loads it again.
 
 
 class OffloadedWeight(DenseWeight):
-    """W as it is loaded for this call; nothing of it is kept for backward.
+    """W as accelerate loads it: for a call, or when it is first asked for; backward saves nothing of it.
 
     Args:
-        weight: (m, n).
-        load: returns the same again, in backward.
+        stored: W as it is stored: its values during a call, else the meta tensor.
+        input_axis: of `stored`.
+        load: returns the values.
+        device: of the calls.
+        memory: the tensor in memory that is loaded from; None where that is a file.
     """
 
-    def __init__(self, weight: Tensor, load: Callable[[], Tensor]) -> None:
-        super().__init__(weight)
-        self.load = load
+    def __init__(
+        self,
+        stored: Tensor,
+        input_axis: int,
+        load: Callable[[], Tensor],
+        device: torch.device | None = None,
+        memory: Tensor | None = None,
+    ) -> None:
+        super().__init__(stored, input_axis)
+        self.device = device if device is not None and stored.is_meta else stored.device
+        self._load, self._memory = load, memory
+
+    def dense(self) -> Tensor:
+        """Return W as it is stored, loaded now unless it has been."""
+        if self.stored.is_meta:
+            self.stored = self._load()
+        return self.stored
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return nothing."""
         return ()
 
-    def maker(self) -> Callable[..., OffloadedWeight]:
+    def storage(self) -> tuple[Tensor, ...]:
+        """Return what W is loaded from."""
+        return () if self._memory is None else (self._memory,)
+
+    def maker(self) -> Callable[..., Weight]:
         """Return what loads W."""
-        return partial(_make, self.load)
+        return partial(_loaded, self._load, self.input_axis)
+
+    def experts(self) -> list[Weight]:
+        """Return a view of each expert; backward loads all of them once, and frees them with the last one's."""
+        if len(self.shape) == 2:
+            return [self]
+        stack = _Stack(self._load)
+        return [_Expert(stored, self.input_axis, stack, e) for e, stored in enumerate(self.entries().unbind(0))]
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether W has no values, in memory or on a disk."""
+        return self.entries().is_meta
 
 
-def _make(load: Callable[[], Tensor]) -> OffloadedWeight:
-    return OffloadedWeight(load(), load)
+def _loaded(load: Callable[[], Tensor], input_axis: int) -> OffloadedWeight:
+    return OffloadedWeight(load(), input_axis, load)
 
 
-def offloaded_weight(module: nn.Module, input_axis: int) -> OffloadedWeight | None:
-    """Return W (m, n) of a linear that accelerate offloads, None for any other.
-
-    Args:
-        module: whose `weight` it is, loaded for a call or not.
-        input_axis: −1 for a weight that is stored (m, n), −2 for (n, m).
-    """
-    hook = offloader(module)
-    if hook is None:
-        return None
-    weight, transposed = values(module), input_axis == -2
-    return OffloadedWeight(weight.T if transposed else weight, partial(_load, hook, weight.dtype, transposed))
-
-
-def _load(hook: object, dtype: torch.dtype, transposed: bool) -> Tensor:
-    weight = fetch(hook, "weight", dtype)
-    return weight.T if transposed else weight
-
-
-class OffloadedExperts:
-    """The matrices of a fused weight that is in memory for the length of a call only.
-
-    Backward loads the weight once for all experts that had tokens, and lets go of it with the last of them.
+class _Stack:
+    """The fused weight that backward loads for all experts that had tokens.
 
     Args:
-        load: returns the matrices (m, n) of all experts, in backward.
+        load: returns it.
     """
 
-    def __init__(self, load: Callable[[], Sequence[Tensor]]) -> None:
+    def __init__(self, load: Callable[[], Tensor]) -> None:
         self.expected = 0
         self._load = load
-        self._held: Sequence[Tensor] | None = None
+        self._held: Tensor | None = None
 
-    def sources(self, matrices: Sequence[Tensor]) -> list[WeightSource]:
-        """Return the matrices, as they are loaded for this call, as sources."""
-        return [_Expert(matrix, partial(self._take, e), self) for e, matrix in enumerate(matrices)]
-
-    def _take(self, expert: int) -> Tensor:
+    def take(self, expert: int) -> Tensor:
+        """Return an expert's weight as it is stored."""
         held = self._load() if self._held is None else self._held
         self.expected -= 1
         self._held = held if self.expected > 0 else None
@@ -195,11 +193,37 @@ class OffloadedExperts:
 
 
 class _Expert(OffloadedWeight):
-    def __init__(self, weight: Tensor, load: Callable[[], Tensor], experts: OffloadedExperts) -> None:
-        super().__init__(weight, load)
-        self.experts = experts
+    """One expert of a fused weight, which expects to be loaded once for each backward."""
 
-    def maker(self) -> Callable[..., OffloadedWeight]:
+    def __init__(self, stored: Tensor, input_axis: int, stack: _Stack, expert: int) -> None:
+        super().__init__(stored, input_axis, partial(stack.take, expert))
+        self._stack = stack
+
+    def maker(self) -> Callable[..., Weight]:
         """Return what loads W, and expect that it will be asked to."""
-        self.experts.expected += 1
+        self._stack.expected += 1
         return super().maker()
+
+
+def parameter_weight(module: nn.Module, name: str = "weight", input_axis: int = -1) -> DenseWeight:
+    """Return what a module holds as a Parameter, which accelerate may have offloaded.
+
+    Args:
+        name: of the Parameter in the module itself.
+        input_axis: −1 where inputs come last, −2 where they come first.
+    """
+    parameter = module._parameters.get(name)
+    stored: Tensor = getattr(module, name) if parameter is None else parameter
+    hook = None if parameter is None else offloader(module)
+    if hook is None:
+        return DenseWeight(stored, input_axis)
+    load = partial(_fetch_or_meta, hook, name, tuple(stored.shape), stored.dtype)
+    device, memory = execution_device(hook) or torch.device("cpu"), in_memory(module, name)
+    return OffloadedWeight(stored, input_axis, load, device, memory)
+
+
+def _fetch_or_meta(hook: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        return fetch(hook, name, dtype)
+    except KeyError:  # a module on the meta device for good
+        return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,4 +1,6 @@
-"""Adapter directories on disk, read without a model: our own format, and that of the SPP authors' code.
+"""Adapter directories on disk, read and written without a model: our own format, and that of the SPP authors' code.
+
+A directory holds a config, which names its method, and the tensors; PST's state (spp.pst.files) is one too.
 
 Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks,
           base_values and base_forms (spp.weights.base_values; older adapters lack them), task_type, and with PEFT as
@@ -16,10 +18,10 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,12 +29,13 @@ from torch.nn import Parameter
 
 from spp.configs.adapter import SPPConfig
 from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
-from spp.files import CheckpointReader, read_json
+from spp.files import CheckpointReader, read_json, save_tensors, write_json
 from spp.files.hub import local_directory
 from spp.files.reader import require_inside
 from spp.masks.patterns import all_finite
-from spp.rules import get_rule
+from spp.rules import Adapter, get_rule
 from spp.rules.idle import idle_reason, no_update_text
+from spp.weights import FLOATS
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +44,14 @@ PST_TYPE = "PST"  # what spp.pst.save writes
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
+_LOADERS = {PEFT_TYPE: "spp.load_adapter", PST_TYPE: "spp.pst.load, on the dense model"}
 PREFIX = "base_model.model."
 _AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)(?:\.default)?$")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter directory holds.
+    """The contents of an adapter directory.
 
     Attributes:
         source: the directory.
@@ -105,25 +108,91 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         ConfigError: its config makes no sense or is of a newer version.
         NonFiniteError: NaN or infinity, with the keys.
     """
-    directory = local_directory(path, "adapter")
-    values = _read_config(directory)
-    tensors = _read_tensors(directory)
+    directory, values, tensors = read_files(path)
+    tensors = {key: t if t.dtype == torch.float64 else t.float() for key, t in tensors.items()}
     if values.get("peft_type") == PEFT_TYPE:
         files = _ours(directory, values, tensors)
     elif any(_AUTHORS_KEY.match(k) and "weight_col" in k for k in tensors):
         files = _authors(directory, values, tensors)
     else:
-        kind = values.get("peft_type", "unknown")
-        remedy = "spp.pst.load, on the dense model" if kind == PST_TYPE else "the library that made it"
-        raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not SPP; load it with {remedy}")
+        refuse_type(directory, values, PEFT_TYPE)
     if not files.tensors:
         raise AdapterError(f"{directory}: the adapter holds no tensor; save or fetch it again")
-    bad = sorted(key for key, tensor in files.tensors.items() if not all_finite(tensor))
-    if bad:
-        raise NonFiniteError(
-            f"{directory}: NaN or infinity in {', '.join(bad)}; take an earlier checkpoint of the training"
-        )
     return files
+
+
+def read_files(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter directory, of a hub id its copy here, with its config and its tensors as they are stored.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt, truncated or holds code.
+        AdapterError: a tensor is not floating-point.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    directory = local_directory(path, "adapter")
+    values = _read_config(directory)
+    weights, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
+    if weights.exists() or not old.exists():
+        with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
+            tensors = {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
+    else:
+        tensors = _read_old(old)
+    wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in FLOATS.values())
+    if wrong:
+        raise AdapterError(f"{directory}: not floating-point: {', '.join(wrong)}")
+    if bad := _not_finite(tensors):
+        raise NonFiniteError(f"{directory}: NaN or infinity in {bad}; take an earlier checkpoint of the training")
+    return directory, values, tensors
+
+
+def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a config and tensors into a directory that exists.
+
+    Raises:
+        NonFiniteError: a tensor holds NaN or infinity; the keys are named, and nothing is written.
+    """
+    if bad := _not_finite(tensors):
+        raise NonFiniteError(f"NaN or infinity in {bad}: the training diverged; lower the learning rate")
+    save_tensors(directory / WEIGHTS_NAME, tensors)
+    write_json(directory / CONFIG_NAME, config)
+
+
+def base_name_of(values: Mapping[str, Any]) -> str | None:
+    """Return where the base of an adapter came from, by its config; None where it does not say."""
+    name = values.get("base_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def refuse_type(directory: Path, values: Mapping[str, Any], expected: str) -> NoReturn:
+    """Raise an AdapterError for a directory of another method than expected."""
+    kind = values.get("peft_type", "unknown")
+    remedy = _LOADERS.get(kind, "the library that made it") if isinstance(kind, str) else "the library that made it"
+    raise AdapterError(f"{directory} holds an adapter of type {kind!r}, not {expected}; load it with {remedy}")
+
+
+Shapes = Mapping[str, Collection[int]]
+
+
+def misfits(expected: Shapes, found: Shapes) -> tuple[list[str], list[str]]:
+    """Return which keys are missing or unexpected, and which have another shape than the model needs."""
+    keys = [f"missing {key} {tuple(expected[key])}" for key in expected.keys() - found.keys()]
+    keys += [f"unexpected {key} {tuple(found[key])}" for key in found.keys() - expected.keys()]
+    misshapen = [
+        f"misshapen {key}: adapter {tuple(found[key])}, model needs {tuple(expected[key])}"
+        for key in expected.keys() & found.keys()
+        if tuple(found[key]) != tuple(expected[key])
+    ]
+    return keys, misshapen
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def does_not_fit(what: str, problems: Collection[str], verdict: str = "does not fit this model") -> str:
+    """Return the message that lists all that is wrong with an adapter."""
+    return f"{what} {verdict}:\n  " + "\n  ".join(sorted(problems))
 
 
 def why_malformed(hashes: Any, forms: Any) -> str | None:
@@ -144,7 +213,7 @@ def why_malformed(hashes: Any, forms: Any) -> str | None:
 def adapter_without_update(files: AdapterFiles) -> str | None:
     """Return a sentence that says why an adapter on disk changes no weight; None where its parameters are not idle."""
     rule, scaling = get_rule(files.config.rule), files.config.scaling
-    reason = idle_reason((rule, params, scaling) for params in files.layers().values())
+    reason = idle_reason(Adapter(rule, params, scaling) for params in files.layers().values())
     return None if reason is None else no_update_text(reason)
 
 
@@ -155,17 +224,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_json(path, "adapter config")
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    weights, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
-    if weights.exists() or not old.exists():
-        with CheckpointReader(directory, file=WEIGHTS_NAME) as reader:
-            tensors = {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
-    else:
-        tensors = _read_old(old)
-    wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in _FLOATS)
-    if wrong:
-        raise AdapterError(f"{directory}: not floating-point: {', '.join(wrong)}")
-    return {key: t if t.dtype == torch.float64 else t.float() for key, t in tensors.items()}
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the keys of the tensors that hold NaN or infinity, as the model names them; "" where there are none."""
+    return ", ".join(sorted(k.removeprefix(PREFIX) for k, t in tensors.items() if not t.is_meta and not all_finite(t)))
 
 
 def _read_old(path: Path) -> dict[str, Tensor]:
@@ -203,7 +264,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a tensor whose numbers are all there: no sparse, quantized or meta one, no subclass."""
+    """Whether a value is a dense tensor on the CPU, not quantized, and of no subclass."""
     if not isinstance(value, Tensor) or type(value) not in (Tensor, Parameter):
         return False
     return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
@@ -223,21 +284,14 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
     strange = sorted(k for k in tensors if not k.startswith(PREFIX) or k.rsplit(".", 1)[-1] not in names)
     if strange:
         raise AdapterError(f"{directory}: unexpected keys {', '.join(strange)}; SPP's end in {' or '.join(names)}")
-    masks, base = values.get("base_masks"), values.get("base_model_name_or_path")
+    masks = values.get("base_masks")
     if masks is not None and not (isinstance(masks, dict) and all(isinstance(m, str) for m in masks.values())):
         raise CheckpointError(f"{directory / CONFIG_NAME}: base_masks must map module paths to hashes")
     hashes, forms = values.get("base_values"), values.get("base_forms")
     if (problem := why_malformed(hashes, forms)) is not None:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {problem}")
-    return AdapterFiles(
-        directory,
-        config,
-        {k.removeprefix(PREFIX): t for k, t in tensors.items()},
-        masks,
-        base if isinstance(base, str) else None,
-        hashes,
-        forms,
-    )
+    named = {k.removeprefix(PREFIX): t for k, t in tensors.items()}
+    return AdapterFiles(directory, config, named, masks, base_name_of(values), hashes, forms)
 
 
 def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
@@ -272,5 +326,4 @@ def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]
     config = SPPConfig(
         r=r, scaling=scaling, dropout=dropout, target_modules=tuple(sorted(ranks)), rank_pattern=others or None
     )
-    base = values.get("base_model_name_or_path")
-    return AdapterFiles(directory, config, found, None, base if isinstance(base, str) else None)
+    return AdapterFiles(directory, config, found, None, base_name_of(values))

@@ -13,24 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
-from spp.errors import AdapterError, MaskError, NonFiniteError, SPPWarning, TargetError, arg, some_of
-from spp.files import atomic_directory, mask_sha256, save_tensors, write_json
+from spp.errors import AdapterError, MaskError, SPPWarning, TargetError, arg, some_of
+from spp.files import atomic_directory, mask_sha256
 from spp.layers.experts import SPPExperts
 from spp.models.projection import Projection
 from spp.models.targets import resolve_projections
 from spp.rules import get_rule
-from spp.weights import HeldWeight
+from spp.rules.idle import effect_of, idle_reason, no_update_text, rounded_away_text
+from spp.weights import Weight
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
-from spp.wrapping.adapter_files import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME, AdapterFiles, read_adapter
-from spp.wrapping.effect import without_effect
+from spp.wrapping.adapter_files import (
+    PEFT_TYPE,
+    PREFIX,
+    AdapterFiles,
+    does_not_fit,
+    misfits,
+    read_adapter,
+    shapes_of,
+    write_files,
+)
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import (
     AdapterLayer,
     adapter_config,
     adapter_layers,
     is_wrapped,
+    origin_of_loaded,
     require_layers,
-    set_base_verdict,
+    set_loaded,
     wrap,
 )
 
@@ -40,12 +50,21 @@ Targets = Mapping[str, Projection | AdapterLayer]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order, not copied.
+    """Return the tensors of the adapter, not copied.
 
-    Those of fused experts, under the path of their parameter, are (E, r, n) and (E, m, 1).
+    Args:
+        model: wrapped.
+
+    Returns:
+        {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order; those of fused experts,
+        under the path of their parameter, are (E, r, n) and (E, m, 1).
 
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> sorted(adapter_state_dict(model))[0]  # doctest: +SKIP
+        'model.layers.0.mlp.down_proj.spp_alpha'
     """
     return {
         f"{path}.{name}": parameter.detach()
@@ -56,17 +75,17 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
-    weights = ((path, layer.dense_weight()) for path, layer in require_layers(model).items())
-    return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
+    masks = {path: _mask_of(layer) for path, layer in require_layers(model).items()}
+    return {path: mask for path, mask in masks.items() if mask is not None}
 
 
-def base_values(weights: Iterable[tuple[str, HeldWeight]]) -> dict[str, dict[str, str]]:
+def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, str]]:
     """Return what an adapter's config says of the values of its base: the fields "base_values" and "base_forms".
 
     Args:
         weights: module paths and the frozen weights there; one on the meta device is left out.
     """
-    found = [(path, held.form, held.sha256()) for path, held in weights]
+    found = [(path, held.form, held.values_sha256()) for path, held in weights]
     known = [(path, form, digest) for path, form, digest in found if digest is not None]
     return {
         "base_values": {path: digest for path, _, digest in known},
@@ -89,17 +108,41 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         WrapError: the model is not wrapped.
         NonFiniteError: the adapter holds NaN or infinity; the keys are named.
         OutputError: the directory exists, or cannot be written.
+
+    Example:
+        >>> save_adapter(model, "adapter")  # doctest: +SKIP
     """
-    store_adapter(model, path, overwrite=overwrite)
+    with atomic_directory(path, overwrite=overwrite) as directory:
+        write_adapter(model, directory)
     warn_without_effect(model)
     return Path(path)
 
 
-def store_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None:
-    """Do as `save_adapter` without a word on what the adapter does: a trainer says that once, at the end."""
-    check_finite(model)
-    with atomic_directory(path, overwrite=overwrite) as directory:
-        write_adapter(model, directory)
+def write_adapter(model: nn.Module, directory: Path, masks: Mapping[str, str] | None = None) -> None:
+    """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole).
+
+    One that was loaded, and not trained since, belongs to the values that its files name, whatever it was loaded onto.
+
+    Args:
+        masks: of `base_masks`, where they are known.
+    """
+    origin = origin_of_loaded(model)
+    if origin is None:
+        origin = base_values((path, layer.held()) for path, layer in require_layers(model).items())
+    config = {
+        **adapter_config(model).to_dict(),
+        "peft_type": PEFT_TYPE,
+        "base_model_name_or_path": name_of_base(model),
+        "base_masks": base_masks(model) if masks is None else dict(masks),
+        **origin,
+        "task_type": "CAUSAL_LM" if _generates(uncompiled(model)) else None,  # what PEFT's Auto classes go by
+    }
+    write_files(directory, config, {PREFIX + key: tensor for key, tensor in adapter_state_dict(model).items()})
+
+
+def name_of_base(model: nn.Module) -> str | None:
+    """Return the directory or hub id that a model says it came from."""
+    return getattr(getattr(uncompiled(model), "config", None), "_name_or_path", None) or None
 
 
 def warn_without_effect(model: nn.Module) -> str | None:
@@ -110,20 +153,32 @@ def warn_without_effect(model: nn.Module) -> str | None:
     return text
 
 
-def write_adapter(model: nn.Module, directory: Path) -> None:
-    """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole)."""
-    check_finite(model)
-    name = getattr(getattr(uncompiled(model), "config", None), "_name_or_path", None) or None
-    config = {
-        **adapter_config(model).to_dict(),
-        "peft_type": PEFT_TYPE,
-        "base_model_name_or_path": name,
-        "base_masks": base_masks(model),
-        **base_values((path, layer.held()) for path, layer in require_layers(model).items()),
-        "task_type": "CAUSAL_LM" if _generates(uncompiled(model)) else None,  # what PEFT's Auto classes go by
-    }
-    save_tensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor for key, tensor in adapter_state_dict(model).items()})
-    write_json(directory / CONFIG_NAME, config)
+@torch.no_grad()
+def without_effect(model: nn.Module) -> str | None:
+    """Return a sentence that says why the adapter changes no weight; None where it changes one.
+
+    That is known from the adapter's parameters where they are as they were at the start, and from the first block of
+    weights where they have been trained. Of a weight on the meta device nothing is said.
+
+    Args:
+        model: wrapped.
+    """
+    layers = require_layers(model).values()
+    reason = idle_reason(layer.adapter() for layer in layers)
+    if reason is not None:
+        return no_update_text(reason)
+    updated = False
+    for layer in layers:
+        for weight, adapter in layer.parts():
+            if weight.is_meta or any(parameter.is_meta for parameter in adapter.params):
+                return None
+            found = effect_of(weight, adapter)
+            if found.moved:
+                return None
+            updated = updated or found.updated
+    if not updated:
+        return no_update_text()
+    return f"{rounded_away_text()}. Train it longer or at a higher rate, or on weights in torch.float32"
 
 
 def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_values: bool = False) -> Model:
@@ -154,6 +209,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         MaskError: the base's zeros are not those that the adapter was trained on; the layers are named.
         CheckpointError, ConfigError, NonFiniteError: the files are bad.
         In each case the model is left as it was.
+
+    Example:
+        >>> model = load_adapter(pruned, "adapter")  # doctest: +SKIP
     """
     given, model = model, uncompiled(model)
     files = read_adapter(path)
@@ -166,35 +224,27 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     verdict = _check_values(targets, files, strict=strict_values, quiet=not same_zeros)
     if not wrapped:
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
-            wrap(model, _as_the_model_is(files.config, targets))
-    with torch.no_grad():
-        for path_, layer in adapter_layers(model).items():
-            for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True):
-                tensor = files.tensors.get(f"{path_}.{name}")
-                if tensor is None:
-                    continue
-                if parameter.is_meta:
-                    device = layer.home() if layer.home().type != "meta" else tensor.device
-                    value = tensor.to(device, copy=True)
-                    setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-                else:
-                    parameter.copy_(tensor)
-    set_base_verdict(model, verdict)
+            held_packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
+            wrap(model, replace(files.config, packed=True) if held_packed else files.config)
+    for layer_path, layer in adapter_layers(model).items():
+        _fill(layer, layer_path, files.tensors)
+    fields = {"base_values": files.base_values, "base_forms": files.base_forms}
+    set_loaded(model, verdict, {name: value for name, value in fields.items() if value is not None})
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
     return given
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise a NonFiniteError that names every adapter tensor with NaN or infinity."""
-    bad = sorted(k for k, t in adapter_state_dict(model).items() if not t.is_meta and not bool(torch.isfinite(t).all()))
-    if bad:
-        raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}: the training diverged; lower the learning rate")
-
-
-def _as_the_model_is(config: SPPConfig, targets: Targets) -> SPPConfig:
-    """Return the config for a model that may be packed already, whatever the adapter was trained on."""
-    packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
-    return replace(config, packed=True) if packed else config
+@torch.no_grad()
+def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer the values that there are for its parameters; those on the meta device become materialised."""
+    for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True):
+        tensor = tensors.get(f"{path}.{name}")
+        if tensor is not None and parameter.is_meta:
+            device = layer.home() if layer.home().type != "meta" else tensor.device
+            value = tensor.to(device, copy=True)
+            setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        elif tensor is not None:
+            parameter.copy_(tensor)
 
 
 def _generates(model: nn.Module) -> bool:
@@ -231,25 +281,14 @@ def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
         shapes = rule.shapes(target.out_features, target.in_features, files.config.rank_for(path))
         for name, shape in zip(rule.attribute_names(), shapes, strict=True):
             expected[f"{path}.{name}"] = (*_experts_of(target), *shape)
-    missing = [f"missing {key} {expected[key]}" for key in expected.keys() - files.tensors.keys()]
-    unexpected = [
-        f"unexpected {key} {tuple(files.tensors[key].shape)}" for key in files.tensors.keys() - expected.keys()
-    ]
+    keys, misshapen = misfits(expected, shapes_of(files.tensors))
     strange = sorted((files.base_masks or {}).keys() - targets.keys())
-    unexpected += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
-    misshapen = [
-        f"misshapen {key}: adapter {tuple(files.tensors[key].shape)}, model needs {expected[key]}"
-        for key in expected.keys() & files.tensors.keys()
-        if tuple(files.tensors[key].shape) != expected[key]
-    ]
-    if not strict and (missing or unexpected) and not misshapen:
-        warnings.warn(_listing(files, missing + unexpected, "was loaded in part"), SPPWarning, stacklevel=3)
-    elif missing or unexpected or misshapen:
-        raise AdapterError(_listing(files, missing + unexpected + misshapen, "does not fit this model"))
-
-
-def _listing(files: AdapterFiles, problems: list[str], verdict: str) -> str:
-    return f"the adapter in {files.source} {verdict}:\n  " + "\n  ".join(sorted(problems))
+    keys += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
+    what = f"the adapter in {files.source}"
+    if misshapen or (strict and keys):
+        raise AdapterError(does_not_fit(what, keys + misshapen))
+    if keys:
+        warnings.warn(does_not_fit(what, keys, "was loaded in part"), SPPWarning, stacklevel=3)
 
 
 def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool:
@@ -263,9 +302,7 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool
         return True
     message = (
         f"the zeros of the base differ from those that the adapter in {files.source} was trained on, in "
-        f"{len(differing)} "
-        f"layers: {some_of(differing)}. It belongs to "
-        f"{files.base_name or 'another base'}"
+        f"{len(differing)} layers: {some_of(differing)}. It belongs to {files.base_name or 'another base'}"
     )
     if strict:
         remedy = f"load it there, or pass {arg('strict', False)} to load it all the same"
@@ -298,8 +335,5 @@ def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
 
 def _mask_of(target: Projection | AdapterLayer) -> str | None:
     """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = target.dense_weight()
+    weight = target.held().dense()
     return None if weight.is_meta else mask_sha256(weight)
-
-
-__all__ = ["adapter_state_dict", "base_masks", "base_values", "load_adapter", "save_adapter", "write_adapter"]

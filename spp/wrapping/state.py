@@ -1,48 +1,60 @@
-"""What a wrapped model refuses, warns of and restores."""
+"""How every method puts layers of its own into a model: SPP in spp.wrapping.wrap, PST in spp.pst.
+
+    Wrapping.put_in     the layers go in, everything that they do not train is frozen
+    Wrapping.take_out   other modules go in their place, requires_grad flags are what they were
+
+A layer that no checkpoint can hold says so in `save_refusal`: save_pretrained is an error while one is in the model.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from spp.errors import ConfigError, WrapError
-from spp.models.targets import require_model
+from spp.errors import ConfigError, TargetError, WrapError
+from spp.models.projection import Projection
+from spp.models.targets import require_model, resolve_projections
 from spp.weights import quantized_kind
 from spp.weights.base_values import BaseVerdict
 
-# ---- What a model remembers while some of its modules are replaced, whoever replaces them: flags, hooks, what it
-# refuses.
-#
-#     begin    the layers go in, everything that they do not train is frozen
-#     end      other modules go in their place, flags are what they were
-#
-# A layer that no checkpoint can hold says so in `save_refusal`: save_pretrained is an error while one is in the model.
+Layer = TypeVar("Layer", bound=nn.Module)
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded adapter: as long as its parameters are these, it was trained where its files say, and nowhere else.
+
+    Attributes:
+        parameters: hash of them.
+        origin: the fields of its config that say on which values.
+    """
+
+    parameters: str
+    origin: Mapping[str, Any]
 
 
 @dataclass
 class WrapState:
-    """What a wrapped model remembers.
+    """The state of a wrapped model.
 
     Attributes:
         config: how it was wrapped.
         requires_grad: the flags of its parameters before, by name.
         base: what a loaded adapter says of the base.
+        loaded: what an adapter was when it was loaded.
     """
 
     config: Any
     requires_grad: dict[str, bool]
     base: BaseVerdict = field(default_factory=BaseVerdict)
-
-    @classmethod
-    def of(cls, model: nn.Module, config: Any) -> WrapState:
-        """Return the state of a model that is about to be wrapped."""
-        return cls(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    loaded: Loaded | None = None
 
     def restore_flags(self, model: nn.Module) -> None:
         """Give the parameters the flags that they had."""
@@ -51,35 +63,137 @@ class WrapState:
                 parameter.requires_grad_(self.requires_grad[name])
 
 
-def begin(
-    model: nn.Module, name: str, state: WrapState, layers: Mapping[int, Any], trained: Iterable[nn.Module] = ()
-) -> None:
-    """Freeze a model and put layers into it.
+@dataclass(frozen=True)
+class Wrapping(Generic[Config, Layer]):
+    """A method: the layers that it puts into a model, and what it is called in messages.
 
     Args:
-        name: of the attribute that keeps the state.
-        layers: {id of a module: what takes its place}.
-        trained: modules that are to train as a whole.
+        attribute: of the model, where its WrapState is kept.
+        config: class of its options, the first of which is a rank.
+        kinds: classes of its layers.
+        linear, wrap, load: public names of its layer, of what wraps a model and of what loads onto one.
+        ways_out: what to do with a model that is wrapped already.
     """
-    model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
-    replace_modules(model, layers)
-    setattr(model, name, state)
-    guard_saving(model)
-    _install_input_gradients(model)
 
+    attribute: str
+    config: type[Config]
+    kinds: tuple[type[Layer], ...]
+    linear: str
+    wrap: str
+    load: str
+    ways_out: str
 
-def end(model: nn.Module, name: str, replacements: Mapping[int, Any]) -> None:
-    """Put other modules in the place of the layers, and forget that there were any; arguments as for `begin`."""
-    replace_modules(model, replacements)
-    state: WrapState = getattr(model, name)
-    state.restore_flags(model)
-    delattr(model, name)
-    guard_saving(model)
-    for module in model.modules():
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
-            del module._forward_hooks[key]
+    def layers(self, model: nn.Module) -> dict[str, Layer]:
+        """Return {path: layer} in module order."""
+        return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, self.kinds)}
+
+    def is_in(self, model: nn.Module) -> bool:
+        """Whether a model holds any of the layers."""
+        return any(isinstance(module, self.kinds) for module in uncompiled(model).modules())
+
+    def require(self, model: nn.Module) -> dict[str, Layer]:
+        """Return `layers(model)`; a WrapError for any object but the one that was wrapped."""
+        if not hasattr(uncompiled(model), self.attribute):
+            if self.is_in(model):
+                raise WrapError(
+                    f"this is a part or a container of a wrapped model; pass the object that {self.wrap} was given"
+                )
+            raise WrapError(f"the model is not wrapped; call {self.wrap}(model) or {self.load}(model, path) first")
+        return self.layers(model)
+
+    def refuse(self, model: nn.Module) -> None:
+        """Raise a WrapError for a model that is wrapped already."""
+        if self.is_in(model):
+            raise WrapError(f"the model is wrapped already; {self.ways_out}")
+
+    def state(self, model: nn.Module) -> WrapState:
+        """Return the state of a wrapped model."""
+        self.require(model)
+        state: WrapState = getattr(uncompiled(model), self.attribute)
+        return state
+
+    def options(self, first: int | Config, others: Mapping[str, Any]) -> Config:
+        """Return the config of a rank and other options, or the whole config that is given in the rank's place.
+
+        Raises:
+            ConfigError: an option makes no sense, or is given beside a whole config.
+        """
+        known = fields(self.config)  # type: ignore[arg-type]  # a dataclass
+        if not isinstance(first, self.config):
+            return self.config(**{known[0].name: first, **others})
+        defaults = {f.name: f.default for f in known}
+        given = sorted(name for name, value in others.items() if value != defaults[name])
+        if given:
+            raise ConfigError(
+                f"{self.wrap} was given a whole {self.config.__name__} and also {', '.join(given)}; put them into the "
+                "config"
+            )
+        return first
+
+    def targets(self, model: nn.Module, names: Any, excluded: Any) -> dict[str, Projection]:
+        """Return {path: projection} of what the layers are to replace.
+
+        Raises:
+            TargetError: nothing matches, or the model itself does.
+        """
+        found = resolve_projections(model, names, excluded)
+        if "" in found:
+            raise TargetError(
+                f"the model itself is a linear, which cannot be replaced in place; use {self.linear}(linear)"
+            )
+        return found
+
+    def put_in(
+        self,
+        model: nn.Module,
+        config: Config,
+        targets: Mapping[str, Projection],
+        make: Callable[[Projection], Layer],
+        trained: Iterable[nn.Module] = (),
+    ) -> dict[str, Layer]:
+        """Make a layer for every target, freeze the model and put in those that take the place of a module.
+
+        Args:
+            make: makes one; if it fails, the model is left as it was.
+            trained: modules that are to train as a whole.
+
+        Returns:
+            {path: layer}; those of fused experts are not in the model yet.
+        """
+        state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
+        made: dict[str, Any] = {}
+        try:
+            for path, target in targets.items():
+                made[path] = make(target)
+        except BaseException:
+            for layer in made.values():
+                layer.restore()
+            state.restore_flags(model)
+            raise
+        model.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_(True)
+        replace_modules(model, {id(targets[path].module): made[path] for path in made if not targets[path].fused})
+        setattr(model, self.attribute, state)
+        guard_saving(model)
+        if (embedding := input_embedding(model)) is not None:
+            embedding.register_forward_hook(InputGradients(model))
+        return made
+
+    def take_out(self, model: nn.Module, plain: Callable[[Any], nn.Module]) -> None:
+        """Put what `plain` returns of a layer in its place, and forget that the model was wrapped.
+
+        Args:
+            plain: called for every layer, before the first is replaced.
+        """
+        state, model = self.state(model), uncompiled(model)
+        replace_modules(model, {id(layer): plain(layer) for layer in self.layers(model).values()})
+        state.restore_flags(model)
+        delattr(model, self.attribute)
+        guard_saving(model)
+        for module in model.modules():
+            for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, InputGradients)]:
+                del module._forward_hooks[key]
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, Any]) -> None:
@@ -137,13 +251,13 @@ class InputGradients:
             output.requires_grad_(True)
 
 
-def _install_input_gradients(model: nn.Module) -> None:
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return the module that makes hidden states of token ids; None where the model does not say."""
     try:
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+        embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
-        embedding = None
-    if isinstance(embedding, nn.Module):
-        embedding.register_forward_hook(InputGradients(model))
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 # ---- Models that transformers quantized: which are adapted, and what becomes of their marks when they no longer are.
@@ -170,7 +284,7 @@ def quantization_method(model: nn.Module) -> str:
 
 
 def dtype_of_model(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype that most numbers of a model's floating-point parameters have; None without any."""
+    """Return the dtype of most values of a model's floating-point parameters; None without any."""
     counts: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():

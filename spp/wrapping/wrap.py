@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import name_matches
-from spp.errors import ConfigError, TargetError, WrapError, arg
+from spp.errors import ConfigError, arg
+from spp.files.hashes import content_sha256
 from spp.kernels import check_saved_activations
-from spp.layers.checks import Survey, check_linear, check_values, warn_dense
+from spp.layers.checks import check_linear, check_values, warn_dense
 from spp.layers.experts import SPPExperts, check_experts
 from spp.layers.experts_forward import adapt_experts, release_experts
 from spp.layers.linear import SPPLinear
@@ -25,11 +27,10 @@ from spp.weights import HoldsWeight
 from spp.weights.base_values import BaseVerdict
 from spp.weights.offload import check_offloading
 from spp.wrapping.state import (
-    WrapState,
-    begin,
+    Loaded,
+    Wrapping,
     check_quantizer,
     dtype_of_model,
-    end,
     guard_saving,
     layer_generator,
     uncompiled,
@@ -38,7 +39,21 @@ from spp.wrapping.state import (
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 AdapterLayer = SPPLinear | SPPExperts
-_STATE = "_spp_state"
+_SPP: Wrapping[SPPConfig, AdapterLayer] = Wrapping(
+    "_spp_state",
+    SPPConfig,
+    (SPPLinear, SPPExperts),
+    linear="spp.SPPLinear",
+    wrap="spp.wrap",
+    load="spp.load_adapter",
+    ways_out="spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, spp.load_adapter(model, path) "
+    "replaces its values",
+)
+adapter_layers = _SPP.layers  # {path: layer} in module order, fused experts under the path of their parameter
+is_wrapped = _SPP.is_in
+require_layers = _SPP.require
+refuse_wrapped = _SPP.refuse
+_LAYER_OPTIONS = ("scaling", "dropout", "dropout_mode", "init", "rule", "packed")  # of SPPConfig, the same for all
 
 
 def wrap(
@@ -93,61 +108,61 @@ def wrap(
         "packed": packed,
         "seed": seed,
     }
-    config = _make_config(model, r, options)
-    given, model = model, uncompiled(model)
+    if type(r) is int and r < 1:  # the error names the first layer that was to have it
+        given = SPPConfig(**options)
+        path = next(iter(resolve_projections(uncompiled(model), given.target_modules, given.exclude_modules)))
+        raise ConfigError(f"{path}: r is {r}; it must be an int of at least 1")
+    config = _SPP.options(r, options)
+    given_model, model = model, uncompiled(model)
     check_quantizer(model)
     check_offloading(model)
-    if is_wrapped(model):
-        raise WrapError(
-            "the model is wrapped already; spp.unwrap(model) takes the adapter out, spp.merge(model) merges it in, "
-            "spp.load_adapter(model, path) replaces its values"
-        )
-    targets = resolve_projections(model, config.target_modules, config.exclude_modules)
-    warn_dense(_check_targets(config, targets), "train" if not config.packed else "pack")
-    state = WrapState.of(model, config)
-    layers: dict[int, SPPLinear] = {}
-    experts: dict[nn.Module, dict[str, SPPExperts]] = {}
+    refuse_wrapped(model)
+    targets = _SPP.targets(model, config.target_modules, config.exclude_modules)
+    _check_targets(config, targets)
     dtype = dtype_of_model(model)
-    try:
-        for target in targets.values():
-            if target.fused:
-                experts.setdefault(target.module, {})[target.name] = SPPExperts(target, **_options(config, target.path))
-            else:
-                layers[id(target.module)] = _make_layer(target, config, dtype)
-    except BaseException:
-        made: list[Any] = [*layers.values(), *(adapter for of in experts.values() for adapter in of.values())]
-        for layer in made:
-            layer.restore()
-        state.restore_flags(model)
-        raise
-    begin(model, _STATE, state, layers)
-    for adapters in experts.values():
-        adapt_experts(adapters)
+    layers = _SPP.put_in(model, config, targets, lambda target: _make_layer(target, config, dtype))
+    _adapt_fused(layers)
     guard_saving(model)
     logger.info(
         "wrapped %d layers, %d trainable parameters", len(targets), sum(p.numel() for p in adapter_parameters(model))
     )
-    return given
+    return given_model
 
 
 def unwrap(model: Model) -> Model:
     """Take the adapter out: the pruned model again, bit for bit, with the requires_grad flags that it had before wrap.
 
+    Args:
+        model: wrapped; it is changed in place.
+
+    Returns:
+        The same object.
+
     Raises:
         WrapError: the model is not wrapped.
+
+    Example:
+        >>> pruned = unwrap(model)  # doctest: +SKIP
     """
-    given, model = model, uncompiled(model)
-    layers = require_layers(model)
-    for layer in layers.values():
+    for layer in require_layers(model).values():
         if isinstance(layer, SPPExperts):
             release_experts(layer.projection.module, SPPExperts)
-    end(model, _STATE, {id(layer): layer.restore() for layer in layers.values() if isinstance(layer, SPPLinear)})
-    return given
+    _SPP.take_out(model, SPPLinear.restore)
+    return model
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Compute as the pruned model does, without the adapter, inside a `with` block.
+    """Compute as the pruned model does, without the adapter: a context manager.
+
+    Args:
+        model: wrapped.
+
+    Args:
+        model: wrapped.
+
+    Yields:
+        Nothing; the adapter is active again afterwards.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -167,81 +182,78 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.disabled = flag
 
 
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return {path: layer} of the adapted layers in module order, fused experts under the path of their parameter."""
-    return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, AdapterLayer)}
-
-
 def base_verdict(model: nn.Module) -> BaseVerdict:
     """Return whether a wrapped model has the values that its adapter was trained on: "same" unless it was loaded."""
-    require_layers(model)
-    state: WrapState = getattr(uncompiled(model), _STATE)
-    return state.base
+    return _SPP.state(model).base
 
 
-def set_base_verdict(model: nn.Module, verdict: BaseVerdict) -> None:
-    """Remember what a loaded adapter says of the base."""
-    require_layers(model)
-    getattr(uncompiled(model), _STATE).base = verdict
+def set_loaded(model: nn.Module, verdict: BaseVerdict, origin: Mapping[str, Any]) -> None:
+    """Remember what a loaded adapter says of the base, and the fields of its config that it says that with."""
+    state = _SPP.state(model)
+    state.base, state.loaded = verdict, Loaded(_parameters_hash(model), origin)
 
 
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether the model holds SPP layers."""
-    return any(isinstance(module, AdapterLayer) for module in uncompiled(model).modules())
+def origin_of_loaded(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return on which values an adapter says that it was trained; None unless it was loaded and not changed since."""
+    loaded = _SPP.state(model).loaded
+    return loaded.origin if loaded is not None and loaded.parameters == _parameters_hash(model) else None
 
 
-def require_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return `adapter_layers(model)`; a WrapError where `wrap` did not make it."""
-    model = uncompiled(model)
-    if not hasattr(model, _STATE):
-        if is_wrapped(model):
-            raise WrapError("this is a part or a container of a wrapped model; pass the object that spp.wrap was given")
-        raise WrapError("the model is not wrapped; call spp.wrap(model) or spp.load_adapter(model, path) first")
-    return adapter_layers(model)
+def _parameters_hash(model: nn.Module) -> str:
+    """Return one hash of the parameters of all adapters, as they are now."""
+    digest = hashlib.sha256()
+    for path, layer in require_layers(model).items():
+        digest.update(path.encode() + b"\0")
+        for parameter in layer.adapter_parameters():
+            digest.update(b"meta" if parameter.is_meta else content_sha256(parameter).encode())
+    return digest.hexdigest()
 
 
 def adapter_config(model: nn.Module) -> SPPConfig:
     """Return the config that the model was wrapped with, its target_modules resolved to names (`name_targets`)."""
-    model = uncompiled(model)
-    layers = require_layers(model)
-    config: SPPConfig = getattr(model, _STATE).config
-    return replace(config, target_modules=name_targets(model, list(layers)), exclude_modules=None)
+    names = name_targets(uncompiled(model), list(require_layers(model)))
+    config: SPPConfig = _SPP.state(model).config
+    return replace(config, target_modules=names, exclude_modules=None)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters in module order, of each layer W_α then W_β: what an optimizer is given.
+    """Return what an optimizer is given.
+
+    Args:
+        model: wrapped.
+
+    Returns:
+        The trained parameters in module order, of each layer W_α (r, n), then W_β (m, 1).
 
     Raises:
-        WrapError, ConfigError: the model is not wrapped, or accelerate offloads the adapter too.
+        WrapError: the model is not wrapped.
+        ConfigError: accelerate offloads the adapter too.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=4e-3)  # doctest: +SKIP
     """
     check_offloading(uncompiled(model))
     return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters train, of how many."""
+    """Print how many parameters train, of how many; packed weights count as what they are dense.
+
+    Args:
+        model: wrapped or not.
+
+    Example:
+        >>> print_trainable_parameters(nn.Linear(2, 2))
+        trainable params: 6 || all params: 6 || trainable%: 100.0000
+    """
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     packed = {module for module in model.modules() if isinstance(module, HoldsWeight) and module.packed_layout}
-    total = sum(p.numel() for p in parameters) + sum(layer.packed_weight().numel for layer in packed)
+    total = sum(p.numel() for p in parameters) + sum(layer.held().numel for layer in packed)
     share = 100 * trainable / max(total, 1)
     print(  # noqa: T201  the one function that prints, as PEFT's does
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
     )
-
-
-def _make_config(model: nn.Module, r: int | SPPConfig, options: dict[str, Any]) -> SPPConfig:
-    if not isinstance(r, SPPConfig):
-        if type(r) is int and r < 1:  # the error names the first layer that was to have it
-            config = SPPConfig(r=1, **options)
-            path = next(iter(resolve_projections(uncompiled(model), config.target_modules, config.exclude_modules)))
-            raise ConfigError(f"{path}: r is {r}; it must be an int of at least 1")
-        return SPPConfig(r=r, **options)
-    defaults = {f.name: f.default for f in fields(SPPConfig) if f.default is not MISSING}
-    given = sorted(name for name, value in options.items() if value != defaults[name])
-    if given:
-        raise ConfigError(f"wrap was given a whole SPPConfig and also {', '.join(given)}; put them into the config")
-    return r
 
 
 def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
@@ -253,48 +265,47 @@ def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
         )
 
 
-def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> dict[str, Survey | None]:
-    """Raise what speaks against adapting any of the targets, before the first is touched; return what they hold."""
+def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> AdapterLayer:
+    options: dict[str, Any] = {
+        **{name: getattr(config, name) for name in _LAYER_OPTIONS},
+        "r": config.rank_for(target.path),
+        "generator": None if config.seed is None else layer_generator(config.seed, target.path),
+        "checked": True,
+    }
+    if target.fused:
+        return SPPExperts(target, **options)
+    return SPPLinear(target.module, dtype=dtype, where=target.path, **options)  # type: ignore[arg-type]
+
+
+def _adapt_fused(layers: dict[str, AdapterLayer]) -> None:
+    """Put the adapters of fused experts in place, all of one module together."""
+    of_module: dict[nn.Module, dict[str, SPPExperts]] = {}
+    for layer in layers.values():
+        if isinstance(layer, SPPExperts):
+            of_module.setdefault(layer.projection.module, {})[layer.projection.name] = layer
+    for adapters in of_module.values():
+        adapt_experts(adapters)
+
+
+def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
+    """Raise what speaks against adapting any of the targets, before the first is touched; warn of dense ones."""
     check_rank_pattern(config, list(targets))
-    if "" in targets:
-        raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
     for path, target in targets.items():
         if target.fused:
             check_experts(target, config, config.rank_for(path))
         else:
             check_linear(target.module, config, path, config.rank_for(path))
-    return {path: check_values(target) for path, target in targets.items()}
-
-
-def _options(config: SPPConfig, path: str) -> dict[str, Any]:
-    """Return the arguments of one layer."""
-    return {
-        "r": config.rank_for(path),
-        "scaling": config.scaling,
-        "dropout": config.dropout,
-        "dropout_mode": config.dropout_mode,
-        "init": config.init,
-        "rule": config.rule,
-        "packed": config.packed,
-        "checked": True,
-        "generator": None if config.seed is None else layer_generator(config.seed, path),
-    }
-
-
-def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> SPPLinear:
-    return SPPLinear(target.module, dtype=dtype, where=target.path, **_options(config, target.path))  # type: ignore[arg-type]
-
-
-# ---- What of the activations a wrapped model keeps for backward: a choice of the run, not of the adapter.
+    surveys = {path: check_values(target) for path, target in targets.items()}
+    warn_dense(surveys, "pack" if config.packed else "train")
 
 
 def set_saved_activations(model: nn.Module, choice: str) -> None:
     """Choose in what form all layers of a wrapped model keep their input for backward.
 
-    It is no part of SPPConfig and is not saved with the adapter: it does not change what the adapter is, and an adapter
-    directory stays readable by every version that knows format_version 1.
+    A choice of the run: it is no part of SPPConfig and is not saved with the adapter.
 
     Args:
+        model: wrapped.
         choice: "full", or "bfloat16": float32 inputs are kept rounded to bfloat16, at half the memory. Outputs and the
             gradients of activations do not change; those of W_α and W_β see inputs that are off by at most 2⁻⁸ of each
             entry. 16-bit inputs stay as they are.

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_layers
+from benchmarks import gpu, gpu_checks, harness
 from benchmarks.gpu_checks import Check, differing, error
-from spp.comparing import measure
 from spp.errors import ConfigError, OutputExistsError, SPPError
 from spp.kernels import use_kernels
 
@@ -99,10 +98,10 @@ def test_the_tables_are_made_of_what_is_measured(
 ) -> None:
     pytest.importorskip("peft")
     small = ["--layers", "32x64", "--tokens", "8", "--rank", "2", "--peft-rank", "2", "--rounds", "2", "--steps", "1"]
-    options = gpu.parse(["--interpret", *small], "gpu")
-    options.contenders = list(gpu_layers.CONTENDERS)
+    options = gpu.parse(["--interpret", *small])
+    options.contenders = list(gpu.CONTENDERS)
     monkeypatch.setattr(gpu, "_peak", lambda options, row: 12345)
-    monkeypatch.setattr(gpu.gpu_kernels, "CALLS", 1)
+    monkeypatch.setattr(gpu, "CALLS", 1)
     with use_kernels("torch"):
         rows = gpu.measure(options)
     out = capsys.readouterr().out
@@ -126,11 +125,11 @@ def test_the_tables_are_made_of_what_is_measured(
 
 
 def test_every_contender_computes_the_same_layer() -> None:
-    spec = gpu_layers.SharedSpec(24, 32, torch.float64, "cpu", "2:4", 5, 2)
-    exact = gpu_layers._make_layer("spp", spec)
+    spec = gpu.SharedSpec(24, 32, torch.float64, "cpu", "2:4", 5, 2)
+    exact = gpu.make_shared("spp", spec)
     x = torch.randn(3, 32, dtype=torch.float64)
     for name in ("spp-torch", "spp-packed", "spp-packed-any"):
-        layer = gpu_layers._make_layer(name, spec)
+        layer = gpu.make_shared(name, spec)
         assert layer.training
         assert (layer.packed_layout is not None) == name.startswith("spp-packed")
         if name != "spp-packed-any":
@@ -141,6 +140,6 @@ def test_every_contender_computes_the_same_layer() -> None:
 
 
 def test_the_child_measures_one_contender(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "measure_memory", lambda call, calls, device: (call(), measure.Memory(1, 2))[1])
+    monkeypatch.setattr(harness, "measure_memory", lambda call, calls, device: (call(), harness.Memory(1, 2))[1])
     gpu.main(["--interpret", "--child", "spp", "--layers", "8x16", "--tokens", "2", "--rank", "2"])
     assert json.loads(capsys.readouterr().out) == {"rest": 1, "peak": 2}

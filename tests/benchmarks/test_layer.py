@@ -160,7 +160,7 @@ def test_memory_is_measured_in_a_child(capsys: pytest.CaptureFixture[str], tmp_p
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[str], complaint: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=complaint):
-        layer.parse([*arguments, *THREADS], "layer")
+        layer.parse([*arguments, *THREADS])
 
 
 @pytest.mark.parametrize("option", ["--out", "--plot"])
@@ -171,6 +171,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(op
     (tmp_path / "file").touch()
     for path in (folder, tmp_path / "file" / "chart.png"):
         with pytest.raises(OutputError, match="cannot write"):
-            layer.parse([option, str(path), "--overwrite", *THREADS], "layer")
-    layer.parse([option, str(tmp_path / "new" / "chart.png"), *THREADS], "layer")
+            layer.parse([option, str(path), "--overwrite", *THREADS])
+    layer.parse([option, str(tmp_path / "new" / "chart.png"), *THREADS])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, trained
-from benchmarks.saved import saved_bytes
-from spp.comparing import measure
+from benchmarks import harness, memory, trained
+from benchmarks.harness import saved_bytes
 from spp.wrapping.wrap import adapter_layers
 from tests.benchmarks.children import run_here
 
@@ -27,7 +26,7 @@ def test_saved_bytes_count_memory_once_and_no_parameters() -> None:
 @pytest.mark.slow
 def test_rows_of_children(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(measure, "in_child", run_here)
+    monkeypatch.setattr(harness, "in_child", run_here)
     out, chart = tmp_path / "rows.json", tmp_path / "chart.png"
     threads = str(torch.get_num_threads())
     run = ["--shape", "tiny", "--batch", "2", "--tokens", "64", "--rank", "4", "--threads", threads]
@@ -47,8 +46,8 @@ def test_a_step_that_needs_no_more_memory_has_a_ratio_too(monkeypatch: pytest.Mo
     found = iter(
         [{"rest_bytes": 5, "peak_bytes": 5, "saved_bytes": 0}, {"rest_bytes": 5, "peak_bytes": 8, "saved_bytes": 2}]
     )
-    monkeypatch.setattr(measure, "in_child", lambda module, arguments: next(found))
-    none, three = memory.measure(memory.parse(["--shape", "tiny", "--contenders", "spp", "spp-packed"], "memory"))
+    monkeypatch.setattr(harness, "in_child", lambda module, arguments: next(found))
+    none, three = memory.measure(memory.parse(["--shape", "tiny", "--contenders", "spp", "spp-packed"]))
     assert (none["step_bytes"], none["reference_to_this_step"]) == (0, 0.0)
     assert (three["this_to_reference_step"], three["this_to_reference_peak"]) == (3.0, 1.6)
 
@@ -56,7 +55,7 @@ def test_a_step_that_needs_no_more_memory_has_a_ratio_too(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_contenders_on_quantized_weights(form: str) -> None:
     pytest.importorskip("bitsandbytes")
-    options = memory.parse(["--shape", "tiny", "--batch", "1", "--tokens", "8", "--rank", "4"], "memory")
+    options = memory.parse(["--shape", "tiny", "--batch", "1", "--tokens", "8", "--rank", "4"])
     training = trained.Training(options, f"spp-{form}")
     layers = adapter_layers(training.model)
     assert len(layers) == 14 and {str(layer.packed_layout) for layer in layers.values()} == {form}

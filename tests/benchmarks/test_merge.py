@@ -35,7 +35,7 @@ def test_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_is_pruned_and_merges_with_every_mask(tmp_path: Path) -> None:
-    options = merge.parse(["--shape", "tiny", "--rank", "4", "--blocks", "1", "--pattern", "1:4"], "bench")
+    options = merge.parse(["--shape", "tiny", "--rank", "4", "--blocks", "1", "--pattern", "1:4"])
     size = merge.make_checkpoint(options, tmp_path)
     report = spp.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert len(report.layers) == 7
@@ -70,6 +70,6 @@ def test_every_byte_is_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="--shards is 0"):
-        merge.parse(["--shards", "0"], "bench")
+        merge.parse(["--shards", "0"])
     with pytest.raises(ConfigError, match="--directory is nowhere, which is no folder"):
-        merge.parse(["--directory", "nowhere"], "bench")
+        merge.parse(["--directory", "nowhere"])

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import prune
-from benchmarks.floor import forward_passes
-from spp.comparing import measure
+from benchmarks import harness, prune
+from benchmarks.prune import forward_passes
 from spp.errors import ConfigError
 from spp.masks.patterns import nonzero_mask
 from tests.benchmarks.children import run_here
@@ -21,7 +20,7 @@ TINY = ["--shape", "tiny", "--windows", "3", "--seqlen", "8", "--threads", str(t
 
 
 def options(*arguments: str):
-    return prune.parse([*TINY, *arguments], "prune")
+    return prune.parse([*TINY, *arguments])
 
 
 def test_the_floor_runs_each_block_twice_and_the_last_one_once() -> None:
@@ -68,7 +67,7 @@ def test_rows_and_memory_of_children(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(measure, "in_child", run_here)
+    monkeypatch.setattr(harness, "in_child", run_here)
     path, chart = tmp_path / "rows.json", tmp_path / "chart.png"
     files = ["--out", str(path), "--plot", str(chart)]
     prune.main([*TINY, "--rounds", "2", "--warmup", "0", "--methods", "wanda", "sparsegpt", *files])

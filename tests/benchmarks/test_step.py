@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import harness, step
 from benchmarks.trained import Training, contenders, load_model
-from spp.comparing import measure
 from spp.errors import CheckpointError
 from spp.masks.patterns import is_nm, nonzero_mask
 from tests.benchmarks.children import run_here
@@ -29,7 +28,7 @@ SHAPES = {
 
 
 def options(*arguments: str):
-    return step.parse([*TINY, str(torch.get_num_threads()), *arguments], "step")
+    return step.parse([*TINY, str(torch.get_num_threads()), *arguments])
 
 
 def test_every_contender_trains_what_it_says_on_the_same_targets() -> None:
@@ -53,12 +52,12 @@ def test_the_model_is_pruned_to_the_pattern() -> None:
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"cannot load the model from {tmp_path}"):
-        load_model(step.parse(["--model", str(tmp_path)], "step"))
+        load_model(step.parse(["--model", str(tmp_path)]))
 
 
 def test_a_model_from_a_directory_has_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
-    model = load_model(step.parse(["--model", str(tmp_path), "--dtype", "float64"], "step"))
+    model = load_model(step.parse(["--model", str(tmp_path), "--dtype", "float64"]))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
@@ -97,7 +96,7 @@ def test_rows_and_memory_of_children(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(measure, "in_child", run_here)
+    monkeypatch.setattr(harness, "in_child", run_here)
     path, chart = tmp_path / "rows.json", tmp_path / "chart.png"
     files = ["--out", str(path), "--plot", str(chart)]
     step.main([*TINY, "1", "--rounds", "2", "--warmup", "0", "--contenders", "spp", "spp-alpha-dropout", *files])

@@ -21,8 +21,8 @@ from spp.certifying.certificate import (
     TensorLayout,
     TensorRecord,
     fingerprint,
-    report_from_tensors,
 )
+from spp.certifying.scan import report_from_tensors
 from spp.errors import CheckpointError
 from spp.files import content_crc32, mask_sha256
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,9 @@ def test_merge_verify_eval(spp: Call, pruned: Path, adapter: Path, text: Path, t
     assert merged["perplexity"] == pytest.approx(unmerged["perplexity"], rel=1e-5)
     assert abs(merged["perplexity"] / base["perplexity"] - 1) > 1e-3
     assert merged["window"] == 128
+    assert merged["text_sha256"] == base["text_sha256"] == sha256(text.read_bytes()).hexdigest()
+    assert len({found["model_fingerprint"] for found in (unmerged, merged, base)}) == 3
+    assert {"versions", "device", "dtype", "threads", "seconds"} <= merged.keys()
 
 
 def test_merge_several_adapters_by_weight(spp: Call, pruned: Path, adapter: Path, tmp_path: Path) -> None:

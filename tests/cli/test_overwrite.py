@@ -14,7 +14,7 @@ from tests.helpers.checkpoints import contents
 
 Call = Callable[..., Outcome]
 UNUSUAL = {"notes.txt": "of the base", "figures/zeros.svg": "<svg/>", "weird.dat": "\x00", "LICENSE": "free"}
-TUNED = ("--steps", 1, "--block-length", 16, "--window", 16, "--eval-windows", 1, "--batch-size", 1)
+TUNED = ("--steps", 2, "--block-length", 16, "--window", 16, "--eval-windows", 1, "--batch-size", 1)
 COMPARED = ("--steps", 1, "--block-length", 16, "--window", 16, "--test-windows", 1, "--validation-windows", 1)
 CHEAP = ("--cost-rounds", 0, "--lr", "2e-2", "--device", "cpu", "--contenders", "norms")
 
@@ -91,6 +91,45 @@ def test_a_folder(spp: Call, command: tuple[object, ...], tmp_path: Path) -> Non
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+# public report: --overwrite deletes files of a recognised name that a user wrote
+@pytest.mark.parametrize(
+    "name", ["README.md", "NOTICE.txt", "LICENSE", "dict.txt", "vocab.txt", "original/README.md", "modeling_x.py"]
+)
+def test_pages_texts_and_code_that_somebody_wrote_stay(
+    spp: Call, base: Path, adapter: Path, tmp_path: Path, name: str
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    put(base, {"config.json": json.dumps({**config, "auto_map": {"AutoModel": "modeling_x.M"}})})
+    out = tmp_path / "out"
+    command = ("merge", base, adapter, out, "--overwrite")
+    assert spp(*command).code == 0
+    put(out, {name: "mine"})
+    before = contents(out)
+    refused(spp(*command), f"also holds {name}, which would be lost")
+    refused(spp("export", base, out, "--packed", "--overwrite"), name)
+    assert contents(out) == before
+    put(base, {name: "mine"})  # the same bytes are where the operation copies from
+    assert spp(*command).code == 0
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_an_output_in_its_source_is_no_matter_of_overwriting(
+    spp: Call, base: Path, adapter: Path, overwrite: tuple[str, ...]
+) -> None:
+    before = contents(base)
+    for arguments, what in (  # public report: an output that is the base proposes --overwrite
+        (("merge", base, adapter, base), f"is the base {base}"),
+        (("merge", base, adapter, adapter), f"is the adapter {adapter}"),
+        (("merge", base, adapter, base / "figures"), f"lies inside the base {base}"),
+        (("prune", base, base, "--method", "magnitude"), f"is the model {base}"),
+        (("export", base, base.parent, "--packed"), f"contains the checkpoint {base}"),
+    ):
+        outcome = spp(*arguments, *overwrite)
+        refused(outcome, what, "choose a path outside it")
+        assert "--overwrite" not in outcome.err
+    assert contents(base) == before
+
+
 def test_a_dry_run_says_so_too(spp: Call, base: Path, adapter: Path, tmp_path: Path) -> None:
     put(tmp_path / "out", {"train.jsonl": "mine"})
     refused(spp("merge", base, adapter, tmp_path / "out", "--overwrite", "--dry-run"), "out holds train.jsonl and")
@@ -108,6 +147,7 @@ def test_one_kind_of_output_takes_the_place_of_another(spp: Call, base: Path, ad
 
 @pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # the first step of a warm-up learns nothing
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # the rate of a first step is zero
 def test_a_run(spp: Call, pruned: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ("tune", pruned, run, "--data", text, *TUNED)
@@ -173,6 +213,11 @@ def test_a_chart(spp: Call, pruned: Path, tmp_path: Path, name: str) -> None:
     put(tmp_path, {name: "\\documentclass{mine}"})
     refused(spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite"), f"{name} is no chart")
     assert (tmp_path / name).read_text() == "\\documentclass{mine}"
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure.savefig(tmp_path / name)  # public report: --plot --overwrite replaces any picture
+    before = (tmp_path / name).read_bytes()
+    refused(spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite"), f"{name} is no chart that spp drew")
+    assert (tmp_path / name).read_bytes() == before
     refused(spp("inspect", pruned, "--plot", tmp_path / "thesis.tex", "--overwrite"), "must end in")
 
 

@@ -175,7 +175,7 @@ def test_an_interrupted_run_goes_on(spp: Call, dense: Path, tmp_path: Path, monk
         found = spp("prune", dense, tmp_path / "out", "--method", "magnitude")
     assert found.code == 130
     assert f"is kept in {tmp_path / '.out.pruning'}: the same command goes on behind it" in found.err
-    assert "going on behind 1 finished block" in ok(spp("prune", dense, tmp_path / "out", "--method", "magnitude")).err
+    assert "continuing after 1 finished block" in ok(spp("prune", dense, tmp_path / "out", "--method", "magnitude")).err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spp.comparing.methods import _METHODS, PST_KINDS
-from spp.configs.comparing import CompareConfig
-from spp.configs.contenders import GROUPS, KINDS, parse_contender, parse_contenders
+from spp.configs.comparing import GROUPS, KINDS, CompareConfig, parse_contender, parse_contenders
 from spp.errors import ConfigError
 
 

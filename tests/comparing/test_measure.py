@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from spp.comparing import measure
 from spp.comparing.measure import Sample, Spread
-from spp.errors import OutputExistsError, SPPError
+from spp.errors import SPPError
 
 
 def test_contenders_take_turns_in_a_rotating_order() -> None:
@@ -57,24 +54,8 @@ def test_a_child_that_fails_is_an_error_with_its_last_words() -> None:
         measure.in_child("benchmarks.layer", ["--tokens", "0"])
 
 
-def test_rows_are_overwritten_by_rows_alone_and_when_asked(tmp_path: Path) -> None:
-    path, one, other = tmp_path / "rows.json", *({"a": a, "device": "cpu", "versions": {}} for a in (1, 2))
-    measure.write_rows([one], path, overwrite=False)
-    with pytest.raises(OutputExistsError):
-        measure.write_rows([other], path, overwrite=False)
-    assert json.loads(path.read_text()) == {"rows": [one]}
-    measure.write_rows([other], path, overwrite=True)
-    assert json.loads(path.read_text()) == {"rows": [other]}
-    path.write_text('{"rows": [{"text": "mine"}]}')
-    with pytest.raises(OutputExistsError, match="no file of measurements"):
-        measure.write_rows([one], path, overwrite=True)
-    assert "mine" in path.read_text()
-
-
 def test_the_environment_names_machine_threads_dtype_and_versions() -> None:
     found = measure.environment("cpu", torch.bfloat16)
-    assert found["dtype"] == "bfloat16" and found["threads"] == torch.get_num_threads()
-    assert found["versions"]["torch"] == torch.__version__
-    assert f"torch {torch.__version__}" in measure.environment_line(found)
-    assert not measure.environment("cpu", torch.float64)["compiled_products"]  # which know no float64
-    assert "1 thread on 2 cores" in measure.environment_line({**found, "threads": 1, "cores": 2})
+    assert (found.dtype, found.threads) == ("bfloat16", torch.get_num_threads())
+    assert found.versions is not None and found.versions["torch"] == torch.__version__
+    assert not measure.environment("cpu", torch.float64).compiled_products  # which know no float64

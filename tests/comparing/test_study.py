@@ -12,10 +12,9 @@ import pytest
 from spp.comparing.chart import make_figure
 from spp.comparing.results import Results
 from spp.comparing.study import Plan, _worth_testing
-from spp.comparing.summary import summaries
-from spp.comparing.tables import main_table, markdown, notes, search_table, verdict
+from spp.comparing.tables import main_table, markdown, notes, search_table, summaries, verdict
 from spp.comparing.trial import Trial
-from spp.configs.contenders import parse_contenders
+from spp.configs.comparing import parse_contenders
 from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsError
 
 CONDITIONS = {

@@ -59,7 +59,7 @@ def test_what_fields_say() -> None:
     assert [field.off for field in found.values() if field.off] == ["--no-both"]
     assert [field.required for field in found.values()] == [True] + [False] * 6
     assert [field.help for field in found.values()] == [
-        *("Where.", "A word.", "Size (default: 3).", "Both (default: True).", "On.", "Inner.", "Told (default: all)."),
+        *("Where.", "A word.", "Size (default: 3).", "Both (default: on).", "On.", "Inner.", "Told (default: all)."),
     ]
     assert [(part.name, part.spelling) for part in found["inner"].nested] == [("inner_depth", "--inner-depth")]
 

@@ -51,10 +51,9 @@ OUTPUTS: dict[str, Mapping[str, str]] = {
 BESIDE_A_MODEL = """
 generation_config.json chat_template.jinja additional_chat_templates/rag.jinja chat_template.json tokenizer.json
 tokenizer_config.json tokenizer.model tokenizer.model.v3 spiece.model sentencepiece.bpe.model
-special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt qwen.tiktoken tekken.json
-preprocessor_config.json processor_config.json video_preprocessor_config.json README.md LICENSE LICENSE.txt
-NOTICE USE_POLICY.md .gitattributes .cache/huggingface/download/x.metadata original/consolidated.00.pth
-original/params.json original/tokenizer.model checkpoint-20/optimizer.pt checkpoint-20/scheduler.pt
+special_tokens_map.json added_tokens.json vocab.json qwen.tiktoken tekken.json
+preprocessor_config.json processor_config.json video_preprocessor_config.json
+.cache/huggingface/download/x.metadata checkpoint-20/optimizer.pt checkpoint-20/scheduler.pt
 checkpoint-20/rng_state.pth checkpoint-20/rng_state_0.pth checkpoint-20/training_args.bin
 checkpoint-20/spp_complete.json checkpoint-20/masks.json optimizer.pt trainer_state.json
 runs/Jan01/events.out.tfevents.1 pytorch_model.bin.index.json model.fp16.safetensors
@@ -64,7 +63,10 @@ __pycache__/modeling_x.cpython-311.pyc .DS_Store .config.json.spp-tmp-0123ab
 """
 FOREIGN = """
 notes.txt train.jsonl data/train.jsonl main.py modeling_x.py model.gguf my-model.safetensors results.csv .env
-.gitignore original/thesis.txt checkpoint-20/notes.txt checkpoint-20/data/train.jsonl
+.gitignore original/thesis.txt original/params.json original/README.md README.md LICENSE LICENSE.txt NOTICE
+NOTICE.txt USE_POLICY.md .gitattributes vocab.txt dict.txt merges.txt bpe.codes latest zero_to_fp32.py
+checkpoint-20/README.md checkpoint-20/plots/README.md checkpoint-20/plots/a.svg checkpoint-20/LICENSE
+checkpoint-20/notes.txt checkpoint-20/data/train.jsonl
 additional_chat_templates/notes.txt .cache/mine model.bin.bak merged/config.json word2vec.model results.json
 log.jsonl __pycache__/notes.txt Makefile LICENSED-DATA.jsonl runs/notes.txt best-model.safetensors
 """
@@ -164,24 +166,125 @@ def test_an_empty_folder_that_is_foreign_is_named_too(tmp_path: Path) -> None:
     refuses(tmp_path / "home", "project/")
 
 
-def test_a_model_names_further_files_of_its_own(tmp_path: Path) -> None:
-    auto_map = {"AutoConfig": "config_x.C", "AutoModelForCausalLM": "owner/name--modeling_x.M"}
-    out = make(
-        tmp_path / "out",
-        {
-            "config.json": json.dumps({"model_type": "x", "auto_map": auto_map}),
-            "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["slow_x.S", null]}}',
-            "config_x.py": "",
-            "modeling_x.py": "from .layers_x import (\n    a)\nimport os\nfrom . import ops_x, more_x\n",
-            "layers_x.py": "from .modeling_x import M",
-            "ops_x.py": "",
-            "more_x.py": "",
-            "slow_x.py": "",
-        },
+def test_code_is_known_by_nobody_s_naming_it(tmp_path: Path) -> None:
+    config = json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "config_x.C"}})
+    files = {"config.json": config, "config_x.py": "class C: ..."}
+    out, base = make(tmp_path / "out", files), make(tmp_path / "base", files)
+    refuses(out, "config_x.py")  # public report: --overwrite deletes files of a recognised name that a user wrote
+    require_replaceable(out, [base])
+    make(base, {"config_x.py": "class C: pass"})
+    with pytest.raises(OutputExistsError, match=r"config_x\.py"):
+        require_replaceable(out, [base])
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "other"),
+    [
+        ("merges.txt", {"vocab.json": "{}"}, {"tokenizer.json": "{}"}),
+        ("vocab.bpe", {"encoder.json": "{}"}, {"tokenizer.json": "{}"}),
+        ("vocab.txt", {"tokenizer_config.json": '{"tokenizer_class": "BertTokenizerFast"}'}, {"vocab.json": "{}"}),
+        ("dict.txt", {"tokenizer_config.json": '{"tokenizer_class": "BartphoTokenizer"}'}, {"vocab.json": "{}"}),
+        (
+            "vocab.txt",
+            {"tokenizer_config.json": '{"tokenizer_class": "EsmTokenizer"}'},
+            {"tokenizer_config.json": "{}"},
+        ),
+        (
+            "bpe.codes",
+            {"tokenizer_config.json": '{"tokenizer_class": "PhobertTokenizer"}'},
+            {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizerFast"}'},
+        ),
+        ("latest", {"global_step20/mp_rank_00_model_states.pt": ""}, {"trainer_state.json": "{}"}),
+        ("zero_to_fp32.py", {"global_step20/mp_rank_00_model_states.pt": ""}, {"trainer_state.json": "{}"}),
+    ],
+)
+def test_a_text_is_known_by_what_stands_beside_it(
+    tmp_path: Path, name: str, beside: dict[str, str], other: dict[str, str]
+) -> None:
+    step = "checkpoint-20/" if "global_step20/mp_rank_00_model_states.pt" in beside else ""
+    text = {f"{step}{name}": "text"}
+    replace(make(tmp_path / "out", {**CHECKPOINT, **text, **{f"{step}{n}": t for n, t in beside.items()}}))
+    refuses(make(tmp_path / "other", {**CHECKPOINT, **text, **{f"{step}{n}": t for n, t in other.items()}}), name)
+
+
+BY_PEFT = (
+    "---\nbase_model: base\nlibrary_name: peft\ntags:\n- lora\n---\n\n# Model Card for Model ID\n\n"
+    + "\n\n".join(
+        [
+            "<!-- Provide a quick summary of what the model is/does. -->",
+            *[f"## Part {i} [optional]\n\n- **About it:** [More Information Needed]" for i in range(40)],
+            "### Framework versions\n\n- PEFT 0.21.2",
+        ]
     )
-    require_replaceable(out)
-    (out / "other_x.py").write_text("mine")
-    refuses(out, "other_x.py")
+)
+BY_TRAINER = """---
+library_name: transformers
+---
+
+<!-- This model card has been generated automatically according to the information the Trainer had access to. You
+should probably proofread and complete it, then remove this comment. -->
+
+# out
+
+## Model description
+
+More information needed
+
+## Intended uses & limitations
+
+More information needed
+
+## Training and evaluation data
+
+More information needed
+"""
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoint-20/", "checkpoint-20/named/"])
+def test_a_generated_card_is_known_until_somebody_writes_into_it(tmp_path: Path, folder: str) -> None:
+    files = {**CHECKPOINT, "checkpoint-20/named/adapter_config.json": ""}
+    out = make(tmp_path / "out", files)
+    for card in (BY_PEFT, BY_TRAINER):
+        make(out, {f"{folder}README.md": card})
+        require_replaceable(out)
+    for edited in (
+        "",
+        "mine",
+        BY_PEFT + "\n\nIt scores 61.2 on our own test.",
+        BY_PEFT.replace("[More Information Needed]", "me", 1),
+        BY_PEFT.replace("Model ID", "our best model"),
+        BY_PEFT.replace("tags:", "license: mit\ntags:"),
+        "\n".join(["# Model Card for Model ID", "[More Information Needed]"]),
+        BY_TRAINER.replace("More information needed", "It is ours.", 1),
+        BY_TRAINER[BY_TRAINER.index("# out") :],
+    ):
+        make(out, {f"{folder}README.md": edited})
+        refuses(out, f"{folder}README.md")
+    (out / f"{folder}README.md").write_bytes(b"\xff\xfe not UTF-8")
+    refuses_named(out, "README.md")
+
+
+def test_the_card_that_peft_writes(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(**sizes, vocab_size=16, _name_or_path="base")
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM(config), peft.LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path / "out")
+    card = tmp_path / "out/README.md"
+    require_replaceable(tmp_path / "out")
+    card.write_text(card.read_text() + "\nA sentence of mine.\n")
+    refuses_named(tmp_path / "out", "README.md")
+
+
+# public report: any subfolder of checkpoint-N that holds only a README.md goes
+@pytest.mark.parametrize("files", [{"README.md": BY_PEFT}, {"README.md": "mine"}, {"notes.txt": "mine"}, {}])
+def test_an_adapter_s_subfolder_holds_an_adapter(tmp_path: Path, files: dict[str, str]) -> None:
+    out = make(tmp_path / "out", {**CHECKPOINT, "checkpoint-20/optimizer.pt": ""})
+    (out / "checkpoint-20/named").mkdir()
+    make(out / "checkpoint-20/named", files)
+    refuses(out, *(f"checkpoint-20/named/{name}" for name in files or [""]))
 
 
 def test_a_download_of_the_hub_is_known_until_it_is_changed(tmp_path: Path) -> None:
@@ -312,18 +415,18 @@ def refuses_named(folder: Path, name: str) -> None:
 
 
 def test_what_cannot_be_read_or_emptied_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = make(tmp_path / "out", {**CHECKPOINT, "original/params.json": "theirs"})
+    out = make(tmp_path / "out", {**CHECKPOINT, "checkpoint-1/optimizer.pt": "theirs"})
     real_scan, real_access = os.scandir, os.access
 
     def scan(path: str | Path) -> object:
-        if str(path).rstrip("/").endswith("original"):
+        if str(path).rstrip("/").endswith("checkpoint-1"):
             raise PermissionError(13, "Permission denied", str(path))
         return real_scan(path)
 
     monkeypatch.setattr("spp.files.recognised.os.scandir", scan)
-    refuses_locked(out, "original/ cannot be read")
+    refuses_locked(out, "checkpoint-1/ cannot be read")
     monkeypatch.setattr("spp.files.recognised.os.scandir", real_scan)
-    monkeypatch.setattr("os.access", lambda path, mode: "original" not in str(path) and real_access(path, mode))
+    monkeypatch.setattr("os.access", lambda path, mode: "checkpoint-1" not in str(path) and real_access(path, mode))
     refuses_locked(out, "permission is denied")
     monkeypatch.setattr("os.access", real_access)
     replace(out)
@@ -332,7 +435,7 @@ def test_what_cannot_be_read_or_emptied_is_not_replaced(tmp_path: Path, monkeypa
 def refuses_locked(folder: Path, words: str) -> None:
     with pytest.raises(OutputError, match=words), atomic_directory(folder, overwrite=True):
         pytest.fail("the block must not run")
-    assert (folder / "original/params.json").exists()
+    assert (folder / "checkpoint-1/optimizer.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -444,13 +547,14 @@ def test_a_current_directory_that_is_gone_is_in_nobodys_way(tmp_path: Path, monk
     replace(make(tmp_path / "out", CHECKPOINT))
 
 
-PNG, PDF = b"\x89PNG\r\n\x1a\n rest", b"%PDF-1.4 rest"
-SVG = b'<?xml version="1.0"?>\n<!-- made -->\n<!DOCTYPE svg PUBLIC "x">\n<svg xmlns="x"/>'
+PNG = b"\x89PNG\r\n\x1a\n chunk tEXtSoftware\0spp chart rest"
+PDF = b"%PDF-1.4 pages " + b"\0" * 100_000 + b"<< /Creator (spp chart) >> xref"
+SVG = b'<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "x">\n<svg xmlns="x"><dc:title>spp chart</dc:title></svg>'
 REPORT = json.dumps({"layers": {}, "method": "wanda", "pattern": "2:4", "sparsity": 0.5, "windows": 1}).encode()
 ROWS = b'{"rows": [{"device": "cpu", "versions": {}}]}'
 TEXT = b"# Comparison\n\n## Learning rates\n"
 FILES: dict[str, tuple[recognised.FileKind, tuple[bytes, ...]]] = {
-    "picture": (recognised.PICTURE, (PNG, PDF, SVG, b"<svg></svg>")),
+    "picture": (recognised.PICTURE, (PNG, PDF, SVG)),
     "report": (recognised.PRUNE_REPORT, (REPORT,)),
     "rows": (recognised.MEASUREMENTS, (ROWS, b'{"rows": []}')),
     "certificate": (recognised.CERTIFICATE, (CERTIFICATE.encode(),)),
@@ -463,9 +567,10 @@ NO_OUTPUT = (
     b'{"text": "a"}',
     b'{"rows": [{"text": "mine"}]}',
     b'{"rows": [], "mine": 1}',
-    b"<html><svg></svg></html>",
-    b"<?xml version='1.0'?><html/>",
-    b"<!---->" * 2000,  # which a careless pattern would try in 2 to the power of 2000 ways
+    *(picture.replace(b"spp chart", b"Matplotlib") for picture in (PNG, PDF, SVG)),  # anybody's
+    b"<svg></svg>",
+    b"<html><dc:title>spp chart</dc:title></html>",
+    b"tEXtSoftware\0spp chart /Creator (spp chart)",
     b"# Notes\n",
     b"\xff\xd8\xff\xe0 a photograph",
     b"[]",

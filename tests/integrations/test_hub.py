@@ -53,7 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config._name_or_path = str(folder / "base")
     spp.save_adapter(model, folder / "run" / "adapter")
     options = {"data": ["/home/me/train.jsonl", "me/chats"], "lr": 0.02, "steps": 80, "target_modules": None, "r": 4}
-    config = {"format": "spp-tune-1", "tune": {**options, "overwrite": True, "model": "/home/me/base"}}
+    versions = {"python": "3.11", "versions": {"spp": "0.1", "torch": "2.13"}}
+    config = {"format": "spp-tune-1", **versions, "tune": {**options, "overwrite": True, "model": "/home/me/base"}}
     write_json(folder / "run" / "config.json", config)
     measured = {"window": 512, "windows": 4, "tokens": 2044}
     before, after = ({"perplexity": value, **measured} for value in (71.0449, 17.7912))
@@ -104,6 +105,7 @@ def test_the_card_of_a_merged_model(made: Path) -> None:
         "| all | 14 |  |  | 0.5000 | 2:4 |",
         "| data | train.jsonl, me/chats |",
         "| lr | 0.02 |",
+        "| versions | Python 3.11, spp 0.1, torch 2.13 |",
         "Perplexity on `held-out.txt`, measured before and after tuning:",
         "| before | 71.0449 | 512 | 4 |",
         "| after | 17.7912 | 512 | 4 |",

@@ -187,7 +187,7 @@ def test_packed_experts_are_the_dense_ones(architecture: str, tmp_path: Path) ->
     packed.merge_adapter()
     packed.to(torch.bfloat16)
     packed.unmerge_adapter()
-    assert all(layer.packed_experts().dtype == torch.bfloat16 for layer in experts(packed).values())
+    assert all(layer.held().dtype == torch.bfloat16 for layer in experts(packed).values())
     assert_same_bits(logits(packed), half)
 
     again = PeftModel.from_pretrained(sparse(architecture), tmp_path)

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from spp.errors import ConfigError, DependencyError
-from spp.integrations.peft import SPPPeftConfig, SPPPeftModel, versions
+from spp.integrations.peft import SPPPeftConfig, SPPPeftModel, method
 from spp.integrations.peft.method import add_member, register
 
 
@@ -52,11 +52,11 @@ def test_peft_knows_the_method() -> None:
 def test_other_versions_are_refused(version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     if works:
-        assert versions.require_peft() == version
+        assert method.require_peft() == version
         return
     message = rf"does not work with peft {re.escape(version)}.*0\.20\.0 to 0\.21.*'peft>=0\.20\.0,<0\.22'"
     with pytest.raises(DependencyError, match=message):
-        versions.require_peft()
+        method.require_peft()
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,12 +65,12 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(DependencyError, match=r"pip install 'spp\[peft\]'"):
-        versions.require_peft()
+        method.require_peft()
 
 
 def test_a_version_that_is_built_otherwise_gives_one_message() -> None:
     message = r"it was tested with .*AttributeError: no register"
-    with pytest.raises(DependencyError, match=message), versions.explained():
+    with pytest.raises(DependencyError, match=message), method.explained():
         raise AttributeError("no register")
 
 
@@ -78,7 +78,7 @@ def test_the_range_is_that_of_pyproject() -> None:
     from pathlib import Path
 
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    wanted = f'"peft>={versions.OLDEST.removesuffix(".0")},<{versions.BEYOND}"'
+    wanted = f'"peft>={method.OLDEST.removesuffix(".0")},<{method.BEYOND}"'
     assert text.count(wanted) == text.count('"peft>=') == 2  # the extras peft and test
 
 

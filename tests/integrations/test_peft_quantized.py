@@ -54,7 +54,7 @@ def test_training_is_that_of_wrap_bit_for_bit(form: dict[str, Any], options: dic
     config = SPPPeftConfig(r=4, seed=0, task_type="CAUSAL_LM", **options)
     model, wrapped = get_peft_model(base, config), spp.wrap(quantized_llama(**form), 4, seed=0, **options)
     layers = tuner_layers(model.get_base_model())
-    assert {path: layer.base_layer.packed_weight().codes.data_ptr() for path, layer in layers.items()} == storages
+    assert {path: layer.base_layer.held().codes.data_ptr() for path, layer in layers.items()} == storages
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 28 and all(".spp_" in name for name in trainable)
     train(model)

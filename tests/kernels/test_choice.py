@@ -77,7 +77,7 @@ def test_interpreted_kernels_run_when_asked_for(triton_device: torch.device) -> 
 def test_the_probe_passes_and_finds_what_is_wrong(
     dtype: torch.dtype, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spp.kernels.triton import probe as module
+    import spp.kernels.triton as module
 
     module.probe(triton_device, dtype)
     build, reduce = module.build, module.reduce
@@ -103,7 +103,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_the_kernels_fail_on_is_left_to_torch_with_one_warning(
     pretended_gpu: None, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
 ) -> None:
-    from spp.kernels.triton import probe as module
+    import spp.kernels.triton as module
 
     def fail(device: torch.device) -> None:
         raise ArithmeticError("W_eff differs from plain torch's")
@@ -117,7 +117,7 @@ def test_a_gpu_that_the_kernels_fail_on_is_left_to_torch_with_one_warning(
 def test_a_gpu_that_the_kernels_work_on_is_theirs(
     pretended_gpu: None, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
 ) -> None:
-    from spp.kernels.triton import probe as module
+    import spp.kernels.triton as module
 
     monkeypatch.setattr(module, "probe", lambda device: None)
     assert by_triton(GPU, torch.bfloat16, "spp")

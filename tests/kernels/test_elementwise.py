@@ -21,7 +21,7 @@ from spp.kernels.native.elementwise import PIECE, Found, Matrix, library, merge_
 from spp.masks.patterns import all_finite, nonzero_mask, pack_bits
 from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_tensor
-from spp.rules import Rule, get_rule
+from spp.rules import Adapter, Rule, get_rule
 from spp.rules.terms import TermsRule
 from tests.helpers.tolerances import assert_same_bits
 
@@ -61,9 +61,9 @@ def params_of(rule: Rule, m: int, n: int, r: int, scale: float = 0.3, seed: int 
 
 def both(rule: Rule, weight: Tensor, params: list[Tensor], scaling: float, **options: Any) -> tuple[Any, Any]:
     """(merged, report) by the compiled pass and by torch."""
-    compiled = merge_tensor(rule, weight, params, scaling, **options)
+    compiled = merge_tensor(weight, Adapter(rule, params, scaling), **options)
     with use_kernels("torch"):
-        return compiled, merge_tensor(rule, weight, params, scaling, **options)
+        return compiled, merge_tensor(weight, Adapter(rule, params, scaling), **options)
 
 
 def assert_same_merge(one: tuple[Tensor, LayerMerge], other: tuple[Tensor, LayerMerge]) -> None:
@@ -167,7 +167,7 @@ def test_what_is_not_finite_is_found_and_torch_says_where(bad: float) -> None:
     assert found is not None and found[1].changed and found[1].finite_before and not found[1].finite_after
     weight[0, 0] = bad
     with pytest.raises(NonFiniteError, match=r"at \[0, 0\]"):
-        merge_tensor(rule, weight, params_of(rule, m, n, 3), 2.0)
+        merge_tensor(weight, Adapter(rule, params_of(rule, m, n, 3), 2.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,6 @@ from spp.kernels import gpu, release_workspace, use_kernels
 from spp.kernels.linear import linear
 from spp.rules import Adapter, get_rule
 from spp.weights import PackedWeight
-from spp.weights.packed.matrix import PackedSource
 from tests.helpers.layers import SHAPES, Case, make_case
 from tests.helpers.tolerances import assert_matches, assert_same_bits
 from tests.kernels.test_linear import check, run, run_reference
@@ -111,7 +110,7 @@ def test_packed_weights_give_the_bits_of_dense_ones(
         packed = PackedWeight.pack(case.weight)
         assert packed.layout.group == (pattern[1] if pattern else 0)
         results = []
-        for weight in (case.weight + 0.0, PackedSource(packed)):  # a packed −0.0 comes back as 0.0
+        for weight in (case.weight + 0.0, packed):  # a packed −0.0 comes back as 0.0
             torch.manual_seed(5)
             params = (case.alpha, case.beta)
             y = linear(case.x, weight, case.bias, Adapter(get_rule("spp"), params, 2.0, dropout))

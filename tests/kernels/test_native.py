@@ -23,7 +23,6 @@ from spp.masks.patterns import Pattern
 from spp.pruning import magnitude_mask
 from spp.rules import Adapter, get_rule
 from spp.weights import PackedWeight
-from spp.weights.packed.matrix import PackedSource
 from tests.helpers.layers import SHAPES, Case, make_case
 from tests.helpers.tolerances import assert_matches, assert_same_bits
 from tests.kernels.test_linear import (  # noqa: F401  # what must hold whoever computes runs here again
@@ -195,13 +194,13 @@ def test_packed_weights_give_the_bits_of_dense_ones(pattern: str | float, dtype:
         dense[0, : n // 2] = 0  # fewer than the pattern keeps
         case.weight = dense.to(dtype)
         results = []
-        packed = PackedSource(PackedWeight.pack(case.weight))
+        packed = PackedWeight.pack(case.weight)
         for weight in (case.weight, packed):
             torch.manual_seed(3)
             y = linear(case.x, weight, case.bias, Adapter(get_rule("spp"), (case.alpha, case.beta), 2.0, dropout))
             results.append([y, *torch.autograd.grad(y, case.inputs(), case.dy)])
         for found, expected in zip(results[1], results[0], strict=True):
-            assert_same_bits(found, expected, f"{m} × {n}, {packed.packed.layout}")
+            assert_same_bits(found, expected, f"{m} × {n}, {packed.layout}")
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -402,12 +401,13 @@ def test_a_quantized_weight_is_counted_by_its_values() -> None:
     pytest.importorskip("bitsandbytes")
     from spp.kernels.blocks import density
     from spp.layers.linear import SPPLinear
+    from spp.weights import QuantizedWeight
     from tests.helpers.quantized import quantized_llama
 
     model = quantized_llama("nf4")
     linear = model.model.layers[0].self_attn.q_proj
     source = SPPLinear(linear, r=2).frozen()
-    assert isinstance(source, PackedSource)
+    assert isinstance(source, QuantizedWeight)
     dense = source.block(slice(None), slice(None))
     assert density(source) == int(torch.count_nonzero(dense)) / dense.numel()
     assert 0.2 < density(source) < 0.8

@@ -14,7 +14,6 @@ from spp.kernels.linear import linear
 from spp.kernels.native.products import EFFECTIVE, FROZEN, Products, Update, block_of, empty_sums, library
 from spp.rules import Adapter, effective_weight, get_rule
 from spp.weights import PackedWeight
-from spp.weights.packed.matrix import PackedSource
 from tests.helpers.layers import Case, make_case
 from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 from tests.kernels.test_native import DTYPES, calls  # noqa: F401  # a fixture
@@ -85,7 +84,7 @@ def test_the_multiplied_weight_is_the_effective_weight_bit_for_bit(name: str, dt
     a[0], b[0, 0] = 1.0, -1.0 / SCALING  # HiRA: 1 + U = 0, and every kept weight of row 0 is rescued
     weight[1, :2], b[1, 0] = 1.0, -1.0 / SCALING  # masked LoRA: W + U = 0
     weight[2, :4] = torch.tensor([torch.finfo(dtype).smallest_normal, -1.0, -0.0, 0.0], dtype=dtype)
-    expected = effective_weight(rule, weight, (a, b), SCALING).float()
+    expected = effective_weight(weight, Adapter(rule, (a, b), SCALING)).float()
     products, found = Products(library()), torch.empty(n, m)
     update = Update(b * SCALING, a, name == "masked_lora")
     block = block_of(weight, 0, m, update, EFFECTIVE, dtype)
@@ -107,7 +106,7 @@ def test_no_block_layout_or_thread_changes_a_bit(
     case, params = make_case(70, 264, 1, (50,), dtype), make_params(70, 264, 5, dtype)
     expected = compute(name, case, case.weight, params, dropout)
     log: list[tuple[int, ...]] = []
-    packed = PackedSource(PackedWeight.pack(case.weight))
+    packed = PackedWeight.pack(case.weight)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocks, "_THIN", 256)
     before = torch.get_num_threads()

@@ -13,37 +13,30 @@ from spp.kernels import blocks
 from spp.kernels.frozen import frozen_linear
 from spp.kernels.linear import linear
 from spp.rules import Adapter, get_rule
-from spp.weights.base import DenseWeight, WeightSource
+from spp.weights.base import DenseWeight, Weight
 from tests.helpers.layers import SHAPES, make_case
 from tests.helpers.tolerances import assert_same_bits
 
 
-class Forgetful(WeightSource):
+class Forgetful(DenseWeight):
     """Gives copies of blocks, and destroys each when the next is asked for."""
 
     is_tensor = False
 
     def __init__(self, log: list[tuple[int, ...]], weight: Tensor) -> None:
+        super().__init__(weight)
         self.log = log
-        self.dense = DenseWeight(weight)
-        self.shape, self.dtype, self.device = self.dense.shape, self.dense.dtype, self.dense.device
         self.last: Tensor | None = None
 
     def block(self, rows: slice, cols: slice) -> Tensor:
         if self.last is not None:
             self.last.fill_(float("nan"))
-        self.last = self.dense.block(rows, cols).clone()
+        self.last = super().block(rows, cols).clone()
         self.log.append(tuple(self.last.shape))
         return self.last
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.dense.tensors()
-
-    def maker(self) -> Callable[..., WeightSource]:
+    def maker(self) -> Callable[..., Weight]:
         return partial(Forgetful, self.log)
-
-    def kept(self) -> Tensor:
-        return self.dense.kept()
 
 
 class Blocked(DenseWeight):
@@ -51,7 +44,7 @@ class Blocked(DenseWeight):
 
     is_tensor = False
 
-    def maker(self) -> Callable[..., WeightSource]:
+    def maker(self) -> Callable[..., Weight]:
         return Blocked
 
 

@@ -115,7 +115,12 @@ LIES = [
         f"{Q0}: a projection, of whose zeros the certificate says nothing",
     ),
     Lie("a projection left out", edit(left_out), CheckpointError, f"{Q0}: not in the certificate"),
-    Lie("no projection at all", edit(empty), CheckpointError, "lists no projection, so it certifies nothing"),
+    Lie(
+        "no projection at all",
+        edit(empty),
+        CheckpointError,
+        "no projection with any weights, so it certifies nothing",
+    ),
     Lie(
         "a tensor listed in two places",
         edit(lambda values: values["other"].update({Q0: 1})),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spp.errors import ConfigError, PatternError
-from spp.masks.owl import outlier_share, owl_fractions
+from spp.masks.wanda import outlier_share, owl_fractions
 from spp.pruning import OWL
 
 

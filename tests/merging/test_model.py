@@ -12,7 +12,7 @@ import spp
 from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.kernels import use_kernels
 from spp.merging.weight import merge_tensor, round_stochastically
-from spp.rules import get_rule
+from spp.rules import Adapter, get_rule
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.layers import make_case
 from tests.helpers.models import projections
@@ -69,7 +69,7 @@ def test_merged_model_saves_and_reloads_bit_for_bit(tmp_path: object) -> None:
 
 def test_report_numbers_against_the_formula() -> None:
     case = make_case(13, 16, 5, (2,), torch.bfloat16)
-    merged, layer = merge_tensor(RULE, case.weight, (case.alpha, case.beta), 2.0)
+    merged, layer = merge_tensor(case.weight, Adapter(RULE, (case.alpha, case.beta), 2.0))
     weight = case.weight.double()
     from spp.rules.spp import row_groups
 
@@ -162,7 +162,7 @@ def test_a_changed_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(6, 8, 2, (1,))
     monkeypatch.setattr("spp.rules.spp.SPPRule.build", lambda self, w, f, r, c, out: out.fill_(1.0))
     with use_kernels("torch"), pytest.raises(MaskError, match="would change the zero pattern"):
-        merge_tensor(RULE, case.weight, (case.alpha, case.beta), 2.0, where="layer")
+        merge_tensor(case.weight, Adapter(RULE, (case.alpha, case.beta), 2.0), where="layer")
 
 
 def test_bad_options() -> None:

@@ -24,7 +24,7 @@ from spp.files.writer import TensorFile
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
 from spp.merging.disk import merge_checkpoint
-from spp.merging.rewrite import CompiledJob, ConvertJob, CopyJob, TorchJob, WeightJob
+from spp.merging.rewrite import TensorJob
 from spp.pruning import magnitude_mask
 from tests.helpers.checkpoints import (
     Q0,
@@ -148,18 +148,20 @@ def tensors_of_adapter(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_compiled_pass_does_what_it_can(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[type] = []
-    for kind in (CopyJob, ConvertJob, TorchJob, WeightJob):
+    done: list[str] = []
+    for original in (TensorJob._convert, TensorJob._merge, TensorJob._made):
+        name = original.__name__
 
-        def logged(self: Any, *arguments: Any, original: Any = kind.do) -> None:
-            done.append(type(self))
-            original(self, *arguments)
+        def logged(self: TensorJob, *arguments: Any, original: Any = original, name: str = name) -> Any:
+            done.append(name if self.is_weight else f"{name} another")
+            return original(self, *arguments)
 
-        monkeypatch.setattr(kind, "do", logged)
+        monkeypatch.setattr(TensorJob, name, logged)
     merge_checkpoint(base, adapter, tmp_path / "one")
-    assert set(done) == {CopyJob, CompiledJob}
+    assert set(done) == {"_merge", "_convert another"}
+    done.clear()
     merge_checkpoint(base, adapter, tmp_path / "two", dtype=torch.float64)
-    assert set(done) == {CopyJob, CompiledJob, ConvertJob, TorchJob}  # no compiled pass makes float64
+    assert set(done) == {"_made", "_convert another"}  # no compiled pass makes float64
 
 
 @pytest.mark.slow

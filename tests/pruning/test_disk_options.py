@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spp.pruning.disk as streaming
+import spp.pruning.loop as loop
 import spp.pruning.work as work
 from spp.certifying.save import save_model
 from spp.certifying.verify import verify
@@ -143,10 +144,10 @@ def _killed(*args: Any) -> None:
 def test_owl(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, owl = _source(tmp_path), OWL(threshold=3.0, spread=0.1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(streaming, "prune_blocks", _killed)  # behind the pass that counts outliers
+        patch.setattr(loop, "prune_layer", _killed)  # behind the pass that counts outliers
         prune_checkpoint(source, tmp_path / "out", method, 0.6, _ids(), owl=owl)
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "owl_patterns", _killed)  # which is not repeated
+        patch.setattr(loop, "owl_patterns", _killed)  # which is not repeated
         report = prune_checkpoint(source, tmp_path / "out", method, 0.6, _ids(), owl=owl)
     expected = _in_memory(source, tmp_path / "expected", method, 0.6, _ids(), owl=owl)
     _assert_same(tmp_path / "out", tmp_path / "expected")
@@ -159,7 +160,7 @@ def test_owl(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_owl_starts_anew_with_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _source(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(streaming, "prune_blocks", _killed)
+        patch.setattr(loop, "prune_layer", _killed)
         prune_checkpoint(source, tmp_path / "out", "wanda", 0.6, _ids(), owl=OWL(spread=0.1))
     prune_checkpoint(source, tmp_path / "out", "wanda", 0.6, _ids())
     _in_memory(source, tmp_path / "expected", "wanda", 0.6, _ids())

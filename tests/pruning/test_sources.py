@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spp.configs.calibration import DataSet, check_source
+from spp.configs.pruning import DataSet, check_source
 from spp.errors import DataError, DependencyError, SPPWarning
 from spp.pruning import prune
-from spp.pruning.sources import documents
-from spp.pruning.windows import calibration_windows, check_calibration, needs_tokenizer
+from spp.pruning.windows import calibration_windows, check_calibration, documents, needs_tokenizer
 from tests.helpers.models import tiny_llama, tiny_tokenizer
 
 TEXTS = [f"document {i} says that {i} times {i} is {i * i}." for i in range(60)]

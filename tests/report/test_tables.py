@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from spp.certifying.certificate import report_from_tensors
+from spp.certifying.scan import report_from_tensors
 from spp.errors import SPPWarning
 from spp.merging.model import merge
 from spp.merging.report import LayerMerge, MergeReport
@@ -199,3 +201,18 @@ def test_many_fractions_are_their_range() -> None:
 )
 def test_what_the_table_leaves_out(values: dict[str, object], lines: list[str]) -> None:
     assert prune_lines(_pruned({"up": _layer()}, **values)) == lines
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def drawn_by_hand(source: str) -> bool:
+    """Whether a file aligns columns, or draws the bars of a markdown table."""
+    return re.search(r"[lr]just\b|['\"]\| ['\"]|--: \|", source) is not None
+
+
+def test_every_table_is_a_table() -> None:
+    assert drawn_by_hand("print(name.ljust(9))") and drawn_by_hand('"| " + " | ".join(row)')
+    files = [path for folder in ("spp", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    found = [path.relative_to(ROOT).as_posix() for path in files if drawn_by_hand(path.read_text(encoding="utf-8"))]
+    assert found == ["spp/report/tables.py"]

@@ -61,7 +61,7 @@ def test_products_are_added_in_order_and_rounded_once(name: str, dtype: torch.dt
             update = update + (b[:, k : k + 1] * SCALING) * a[k]
         wide = weight.to(a.dtype)
         expected = wide * (1 + update) if name == "hira" else wide + update * (wide != 0)
-        actual = effective_weight(rule, weight, params, SCALING)
+        actual = effective_weight(weight, Adapter(rule, params, SCALING))
         assert_same_bits(actual + 0.0, expected.to(dtype) + 0.0)  # + 0: the sign of a zero is free
         assert_same_zeros(actual, weight)
         exact = formula(name, weight.double(), a.double(), b.double())
@@ -106,7 +106,7 @@ def test_the_oracle_is_the_formula(name: str) -> None:
 def test_no_block_changes_a_bit(name: str) -> None:
     rule, weight, params = get_rule(name), make_case(40, 33, 1, (2,)).weight, make_params(40, 33, 5, torch.float32)
     factors = rule.prepare(params, SCALING, 40, torch.float32)
-    whole = effective_weight(rule, weight, params, SCALING)
+    whole = effective_weight(weight, Adapter(rule, params, SCALING))
     for rows, cols in [(slice(3, 17), slice(None)), (slice(None), slice(5, 6)), (slice(39, 40), slice(1, 32))]:
         block = weight[rows, cols]
         out = torch.empty(block.shape)
@@ -118,7 +118,7 @@ def test_no_block_changes_a_bit(name: str) -> None:
 def test_a_sum_that_cancels_is_rescued(dtype: torch.dtype) -> None:
     weight = torch.tensor([[1.0, -2.0, 0.0, 4.0]], dtype=dtype)
     params = [torch.tensor([[-0.5, 1.0, 9.0, 1.0]]), torch.ones(1, 1)]
-    merged = effective_weight(get_rule("masked_lora"), weight, params, 2.0)[0]
+    merged = effective_weight(weight, Adapter(get_rule("masked_lora"), params, 2.0))[0]
     assert bool(merged[0] > 0) and bool(merged[1] < 0) and merged[2:].tolist() == [0.0, 6.0]
     assert float(merged[:2].abs().max()) < 1e-6
 

@@ -51,7 +51,7 @@ def test_the_terms_are_added_in_order_and_rounded_once(dtype: torch.dtype) -> No
             alpha, beta = (p.detach() for p in params[2 * t : 2 * t + 2])
             update = update + (beta * rule.scalings[t]) * alpha[row_groups(m, r)]
         expected = (weight.to(update.dtype) * (1 + update)).to(dtype)
-        actual = effective_weight(rule, weight, params, 1.0)
+        actual = effective_weight(weight, Adapter(rule, params, 1.0))
         assert_same_bits(actual, expected)
         assert_same_zeros(actual, weight)
 
@@ -59,9 +59,9 @@ def test_the_terms_are_added_in_order_and_rounded_once(dtype: torch.dtype) -> No
 def test_one_term_has_the_bits_of_its_rule() -> None:
     case = make_case(13, 8, 5, (2,), torch.bfloat16)
     params = [case.alpha, case.beta]
-    one = effective_weight(TermsRule(SPP, (5,), (2.0,)), case.weight, params, 1.0)
-    assert_same_bits(one, effective_weight(SPP, case.weight, params, 2.0))
-    other = effective_weight(TermsRule(SPP, (5,), (1.0,)), case.weight, params, 1.0)
+    one = effective_weight(case.weight, Adapter(TermsRule(SPP, (5,), (2.0,)), params, 1.0))
+    assert_same_bits(one, effective_weight(case.weight, Adapter(SPP, params, 2.0)))
+    other = effective_weight(case.weight, Adapter(TermsRule(SPP, (5,), (1.0,)), params, 1.0))
     assert not torch.equal(one, other)
 
 
@@ -101,8 +101,8 @@ def test_terms_of_other_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for t in range(2):
         change = change + SCALINGS[t] * params[2 * t + 1] @ params[2 * t]
     expected = case.weight * (1 + change) if name == "hira" else case.weight + change * mask
-    assert_matches(effective_weight(rule, case.weight, params, 1.0), expected, torch.float64)
-    assert_same_zeros(effective_weight(rule, case.weight, params, 1.0), case.weight)
+    assert_matches(effective_weight(case.weight, Adapter(rule, params, 1.0)), expected, torch.float64)
+    assert_same_zeros(effective_weight(case.weight, Adapter(rule, params, 1.0)), case.weight)
     y = linear(case.x, case.weight, case.bias, Adapter(rule, params, 1.0))
     grads = torch.autograd.grad(y, [case.x, *params], case.dy)
     exact = torch.nn.functional.linear(case.x, expected, case.bias)
@@ -110,8 +110,8 @@ def test_terms_of_other_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     by_oracle = rule.oracle(case.x, case.weight, case.bias, params, 1.0, None)
     for actual, right in zip([y, by_oracle, *grads], [exact, exact, *wanted], strict=True):
         assert_matches(actual, right, torch.float64)
-    alone = effective_weight(TermsRule(one, (4,), (2.0,)), case.weight, params[:2], 1.0)
-    assert_same_bits(alone, effective_weight(one, case.weight, params[:2], 2.0))
+    alone = effective_weight(case.weight, Adapter(TermsRule(one, (4,), (2.0,)), params[:2], 1.0))
+    assert_same_bits(alone, effective_weight(case.weight, Adapter(one, params[:2], 2.0)))
 
 
 def test_only_the_gradients_that_are_wanted() -> None:

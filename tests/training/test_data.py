@@ -338,21 +338,21 @@ class TestBadInput:
 
     def test_text_shorter_than_a_block(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.txt", "abc")
-        with pytest.raises(DataError, match=r"has 3 tokens; one block of 64 \(block_length\) and 0 held back"):
+        with pytest.raises(DataError, match=r"has 3 tokens; one block of 64 \(block_length\) and 0 held out"):
             load(path)
 
     def test_text_shorter_than_a_block_and_a_window(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.txt", "a" * 100)
-        with pytest.raises(DataError, match=r"has 100 tokens; one block of 64 .* and 50 held back"):
+        with pytest.raises(DataError, match=r"has 100 tokens; one block of 64 .* and 50 held out"):
             load(path, held_out=0.1, least_held_out=50)
 
     def test_answers_beyond_the_block(self, tmp_path: Path) -> None:
         path = jsonl(tmp_path / "a.jsonl", [{"instruction": "a" * 99, "output": "b"}])
-        with pytest.raises(DataError, match="in all 1 rows the answer lies beyond block_length 64"):
+        with pytest.raises(DataError, match="in all 1 rows the answer begins beyond block_length 64"):
             load(path)
 
     def test_too_few_rows_to_hold_back(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="1 rows are too few to hold back 1"):
+        with pytest.raises(DataError, match="1 rows are too few to hold out 1"):
             load(jsonl(tmp_path / "a.jsonl", ALPACA[:1]), held_out=0.5)
 
     def test_a_file_that_is_not_there(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +349,7 @@ class TestRotate:
     def make(self, run: Path, step: int, whole: bool = True) -> Path:
         directory = run / f"checkpoint-{step}"
         directory.mkdir(parents=True)
-        (directory / "file").write_text("x")
+        (directory / "optimizer.pt").write_text("x")
         if whole:
             mark_complete(directory, step)
         return directory
@@ -367,6 +368,32 @@ class TestRotate:
     def test_the_best_stays(self, tmp_path: Path) -> None:
         made = [self.make(tmp_path, step) for step in (1, 2, 3, 4)]
         assert rotate(tmp_path, 2, best=made[0]) == [made[1], made[2]]
+
+    # public report: rotating checkpoints deletes what a user put into one
+    @pytest.mark.parametrize("name", ["notes.txt", "README.md", "results/table.csv", "figures/README.md"])
+    def test_what_no_trainer_writes_stays_and_counts_no_longer(self, tmp_path: Path, name: str) -> None:
+        made = [self.make(tmp_path, step) for step in (1, 2, 3, 4)]
+        path = made[0] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.warns(SPPWarning, match=f"checkpoint-1 is not deleted, .*: {name} in it") as said:
+            assert rotate(tmp_path, 2) == [made[1]]
+        assert len(said) == 1 and path.read_text() == "mine" and why_incomplete(made[0]) is None
+        path.unlink()
+        if path.parent != made[0]:
+            path.parent.rmdir()
+        assert rotate(tmp_path, 2) == [made[0]]
+
+    def test_what_cannot_be_looked_into_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = [self.make(tmp_path, step) for step in (1, 2)]
+
+        def denied(*arguments: object) -> Iterator[str]:
+            raise PermissionError(13, "Permission denied", str(made[0]))
+
+        monkeypatch.setattr("spp.training.checkpoints.foreign", denied)
+        with pytest.warns(SPPWarning, match="Permission denied"):
+            assert rotate(tmp_path, 1) == []
+        assert why_incomplete(made[0]) is None
 
     def test_no_limit(self, tmp_path: Path) -> None:
         self.make(tmp_path, 1)
@@ -465,7 +492,7 @@ def test_saves_after_the_first_hash_no_value_again(tmp_path: Path, monkeypatch: 
         hashed.append(weight.shape)
         return values_sha256(weight, *rest)
 
-    monkeypatch.setattr("spp.weights.held.values_sha256", counted)
+    monkeypatch.setattr("spp.weights.base.values_sha256", counted)
     trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=3).train()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3 and len(hashed) == 14
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_every_option_reaches_what_trains(text: Path, dense: Path, tmp_path: Pat
     method.prepare(model)
     made = method.trainer(model, arguments(tmp_path / "trainer"))
     assert isinstance(made, SPPTrainer)
-    assert {name: getattr(made.mask_updates, name) for name in given} == given
+    assert asdict(made.mask_updates.options) == given
     assert made.mask_updates is not None
     assert made.mask_updates.fraction_at(3, 10) == pytest.approx(0.2 * 0.5**3)  # half of until · steps
     method.undo(model)

@@ -33,9 +33,8 @@ from spp.errors import (
 from spp.evaluation import perplexity
 from spp.merging.model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
-from spp.training.callbacks import read_log
+from spp.training.callbacks import StopOnSignal, read_log
 from spp.training.checkpoints import MARKER_NAME
-from spp.training.interrupt import StopOnSignal
 from spp.training.run_directory import RunDirectory
 from spp.wrapping.adapters import adapter_state_dict, load_adapter
 from spp.wrapping.wrap import is_wrapped
@@ -70,6 +69,7 @@ def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     saved = json.loads((run / "config.json").read_text())
     assert TuneConfig.from_dict(saved["tune"]) == c
     assert saved["data"] == result.data.to_dict()
+    assert saved["versions"]["torch"] == torch.__version__ and saved["threads"] == torch.get_num_threads()
     log = read_log(run / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, 41))
     assert all(set(entry) == {"step", "loss", "lr", "grad_norm", "sparsity", "seconds"} for entry in log)
@@ -347,6 +347,18 @@ class TestRefused:
         with pytest.raises(OutputExistsError, match=r"base is a checkpoint, but also holds thesis\.txt"):
             run_tune(config(text, run, overwrite=True))
 
+    def test_overwriting_loses_no_page_that_the_model_has_too(self, text: Path, tmp_path: Path) -> None:
+        run, model = tmp_path / "run", tmp_path / "model"
+        for folder in (run / "base", model):
+            folder.mkdir(parents=True)
+            (folder / "LICENSE").write_text("free")
+        (run / "config.json").write_text('{"format": "spp-tune-1"}')
+        again = config(text, run, model=str(model), overwrite=True)
+        RunDirectory(again)
+        (run / "base/LICENSE").write_text("mine")
+        with pytest.raises(OutputExistsError, match="holds LICENSE, which would be lost"):
+            RunDirectory(again)
+
     def test_overwriting_looks_again_after_the_model_is_loaded(
         self, text: Path, run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -479,7 +491,7 @@ class TestRefused:
         [
             ({"data": "nowhere.txt"}, DataError, "there is no file nowhere.txt"),
             ({"block_length": 5000}, DataError, "one block of 5000"),
-            ({"eval_window": 5000}, DataError, "5000 held back"),
+            ({"eval_window": 5000}, DataError, "5000 held out"),
             ({"eval_text": "nowhere.txt"}, DataError, "nowhere.txt cannot be read"),
             ({"target_modules": ("nothing",)}, TargetError, "nothing"),
             ({"r": 4096}, ConfigError, "4096"),

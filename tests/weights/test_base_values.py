@@ -20,7 +20,7 @@ import spp
 from spp.errors import AdapterError, CheckpointError, SPPWarning
 from spp.files import values_sha256
 from spp.models.targets import resolve_projections
-from spp.weights import held, quantized_kind, read_quantized
+from spp.weights import base, quantized_kind, read_quantized
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, SAME, UNKNOWN, BaseComparison
 from spp.wrapping.wrap import adapter_layers, base_verdict
 from tests.helpers.models import moe_model, tiny_llama
@@ -337,7 +337,7 @@ def test_bases_that_torchao_quantized(form: str, tmp_path: Path) -> None:
     assert config_of(path)["base_forms"][UP].startswith("codes from -")
     assert base_verdict(spp.load_adapter(torchao_llama(form), path, strict_values=True)).state == SAME
     other = spp.wrap(torchao_llama(form), r=4)
-    adapter_layers(other)[UP].held_packed().scale_bits.add_(1 << 20)  # of the mantissa
+    adapter_layers(other)[UP].held().scale_bits.add_(1 << 20)  # of the mantissa
     with pytest.raises(AdapterError, match=f"1 of 14 layers, first in {UP}"):
         spp.load_adapter(other, path, strict_values=True)
 
@@ -376,7 +376,7 @@ def test_a_form_that_is_not_known_here(saved: Path) -> None:
 class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
-        monkeypatch.setattr(held, "values_sha256", self)
+        monkeypatch.setattr(base, "values_sha256", self)
 
     def __call__(self, *arguments: Any) -> str | None:
         self.calls += 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spp
-from benchmarks.saved import saved_bytes
+from benchmarks.harness import saved_bytes
 from spp.errors import ConfigError, NonFiniteError, SPPWarning
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.models import moe_model, projections, tiny_llama
@@ -349,7 +349,7 @@ def test_a_hook_that_takes_the_place_of_another(tmp_path: Path) -> None:
     model = prepared(to_memory, "wrapped", tmp_path)
     train(model)
     trained, layer = logits(model), adapter_layers(model)[U1]
-    held = {"weight": layer.dense_weight(), "spp_alpha": layer.spp_alpha.data, "spp_beta": layer.spp_beta.data}
+    held = {"weight": layer.held().dense(), "spp_alpha": layer.spp_alpha.data, "spp_beta": layer.spp_beta.data}
     add_hook_to_module(layer, AlignDevicesHook("cpu", offload=True, weights_map=held))
     assert not layer.spp_alpha.is_meta and layer.spp_alpha.requires_grad
     assert_same_bits(logits(model), trained)

@@ -39,7 +39,7 @@ def test_it_comes_back_bit_for_bit_stored_either_way(kind: str, dtype: torch.dty
         packed.check()
         inputs_first = torch.empty(3, n, m, dtype=dtype).copy_(weight.transpose(1, 2))
         other = packed_of(inputs_first, transposed=True)
-        assert other.shape == (3, n, m)
+        assert other.shape == (3, m, n) and other.input_axis == -2
         assert_same_bits(other.dense(), inputs_first)
         for mine, expected in zip(other.tensors(), packed.tensors(), strict=True):
             assert_same_bits(mine, expected)

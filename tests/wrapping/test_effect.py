@@ -12,7 +12,7 @@ import torch
 
 import spp
 from spp.errors import SPPWarning
-from spp.wrapping.effect import without_effect
+from spp.wrapping.adapters import without_effect
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.checkpoints import pruned_model, wrapped_model
 from tests.training.helpers import trainer

@@ -197,7 +197,7 @@ def test_the_quantized_weights_are_not_copied() -> None:
     model = quantized_llama("nf4")
     storages = {path: m.weight.data_ptr() for path, m in projections(model).items()}
     spp.wrap(model, r=4)
-    assert {path: m.packed_weight().codes.data_ptr() for path, m in projections(model).items()} == storages
+    assert {path: m.held().codes.data_ptr() for path, m in projections(model).items()} == storages
 
 
 def test_bad_scales_leave_the_model_as_it_was() -> None:

@@ -11,12 +11,10 @@ with spp's kernels, and a merge stores, bit for bit, what `spp.merge` stores.
 
 from __future__ import annotations
 
-from spp.integrations.peft.versions import explained, require_peft
+from spp.integrations.peft.method import explained, register, require_peft
 
 require_peft()
 with explained():
-    from spp.integrations.peft.method import register
-
     register()
     from spp.integrations.peft.config import SPPPeftConfig
     from spp.integrations.peft.experts import SPPPeftExperts

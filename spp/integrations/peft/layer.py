@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
-from spp.kernels import PackedSource, WeightSource, offloaded_weight
 from spp.layers.adapted import AdaptedLinear
 from spp.layers.host import release_parameter, share_hooks
 from spp.layers.packed import PackedLinear
@@ -18,9 +16,9 @@ from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_tensor
 from spp.models.projection import features, input_axis_of
 from spp.rules import get_rule
-from spp.weights import HeldWeight, quantized_kind, read_quantized
+from spp.weights import Weight, quantized_kind, read_quantized
 from spp.weights.hooks import move_hook
-from spp.weights.offload import execution_device, home, offloader, values
+from spp.weights.offload import execution_device, offloader, parameter_weight, values
 
 _SPP = get_rule("spp")
 Place = tuple[nn.Module, str]  # the parent of a module, and its name there
@@ -48,7 +46,6 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         AdaptedLinear.__init__(self)
         quantized = read_quantized(base_layer, f"{where}.weight", dtype) if quantized_kind(base_layer) else None
         self._packed_here = (packed or quantized is not None) and not isinstance(base_layer, PackedLinear)
-        self._packed_before_merge: tuple[PackedLinear, ...] = ()  # in a tuple: not a submodule
         if self._packed_here:
             assert isinstance(base_layer, nn.Linear)
             base_layer = PackedLinear(base_layer, quantized, where=where)
@@ -64,49 +61,26 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         """Forget W_eff."""
         self._cached = None
 
-    def frozen(self) -> Tensor | WeightSource:
-        """Return the base weight."""
+    def frozen(self) -> Weight:
+        """Return the base weight, merged or not."""
         base = self.base_layer
-        if isinstance(base, PackedLinear):
-            return PackedSource(base.packed_matrix())
-        if (offloaded := offloaded_weight(base, self.input_axis)) is not None:
-            return offloaded
-        weight = base.weight
-        assert isinstance(weight, Tensor)
-        return weight if self.input_axis == -1 else weight.T
+        return base.held() if isinstance(base, PackedLinear) else parameter_weight(base, input_axis=self.input_axis)
 
     def frozen_bias(self) -> Tensor | None:
         """Return the base's bias."""
         return None if self.base_layer.bias is None else values(self.base_layer, "bias")
 
-    def kept_weight(self) -> Tensor:
-        """Return the tensor that holds the base's numbers."""
+    @property
+    def stored_weight(self) -> Tensor:
+        """The tensor that holds the base's values."""
         base = self.base_layer
-        kept = base.stored_weight if isinstance(base, PackedLinear) else base.weight
-        assert isinstance(kept, Tensor)
-        return kept
+        stored = base.stored_weight if isinstance(base, PackedLinear) else base.weight
+        assert isinstance(stored, Tensor)
+        return stored
 
-    def base_weight(self) -> Tensor:
-        """Return W as it was before any merge, in the layout of the base layer."""
-        if self._packed_before_merge:
-            return self._packed_before_merge[0].weight
-        if self._before_merge is not None:
-            return self._before_merge
-        base = self.base_layer
-        return base.weight if isinstance(base, PackedLinear) else values(base)
-
-    def held(self) -> HeldWeight:
-        """Return W as it was before any merge, as it is held."""
-        for packed in self._packed_before_merge:
-            return packed.held()
-        if self._before_merge is not None:
-            return HeldWeight.of_tensor(self._before_merge)
-        base = self.base_layer
-        return base.held() if isinstance(base, PackedLinear) else HeldWeight.of_parameter(base)
-
-    def home(self) -> torch.device:
-        """Return the device that adapters belong on."""
-        return home(self.base_layer, self.kept_weight())
+    def held_now(self) -> Weight:
+        """Return the base weight, merged or not."""
+        return self.frozen()
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has the weight offloaded."""
@@ -131,52 +105,28 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         active = self.combined(adapters)
         if active is None:
             return None
-        weight = self.base_weight() if self.input_axis == -1 else self.base_weight().T
-        merged, done = merge_tensor(active.rule, weight, active.params, active.scaling, where=self.spp_name)
+        merged, done = merge_tensor(self.held().matrix(), active, where=self.spp_name)
         return (merged if self.input_axis == -1 else merged.T.contiguous()), done
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the effective weight of the active adapters, or those named, into the base layer.
-
-        Adapters that are merged already are merged together with these, from the weight before: one rounding. The
-        result is checked whether or not `safe_merge` asks for it.
-
-        Raises:
-            NonFiniteError, MaskError: as for `merged_weight`; the weight is left as it was.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.spp_terms]
-        result = self.merged_weight([*self.merged_adapters, *names]) if names else None
-        if result is None:
-            return
-        merged, self.spp_merge = result
+    def write_merged(self, weight: Tensor) -> Tensor | PackedLinear:
+        """Have the base layer hold a merged weight; in place of a PackedLinear stands what it was made of."""
         base = self.base_layer
         if isinstance(base, PackedLinear):
-            self._packed_before_merge = (base,)
             self.base_layer = base.restore(dense=True)
-        weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        if self._before_merge is None and not self._packed_before_merge:
-            self._before_merge = weight.data
-        weight.data = merged
-        self.merged_adapters = [*self.merged_adapters, *names]
-        self._cached = None
+        parameter = self.base_layer.get_parameter("weight")
+        before = parameter.data
+        parameter.data = weight
+        return base if isinstance(base, PackedLinear) else before
 
-    def unmerge(self) -> None:
-        """Put back the weight that was there before the merge: the same tensor, not a computed one."""
-        if not self.merged:
-            return
-        weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        if self._packed_before_merge:
-            (packed,), self._packed_before_merge = self._packed_before_merge, ()
+    def write_back(self, before: Tensor | PackedLinear) -> None:
+        """Have the base layer be, or hold, what was there before a merge."""
+        if isinstance(before, PackedLinear):
             release_parameter(self.base_layer, "weight")
-            move_hook(self.base_layer, packed)
-            self.base_layer = packed
-        elif self._before_merge is not None:
-            weight.data = self._before_merge.to(weight.device)
-        self._before_merge, self.merged_adapters = None, []
+            move_hook(self.base_layer, before)
+            self.base_layer = before
+        else:
+            parameter = self.base_layer.get_parameter("weight")
+            parameter.data = before.to(parameter.device)
 
     def put(self, module: nn.Module, parent: nn.Module, name: str) -> None:
         """Put a module where this layer's linear was, or this layer is: at a place, and at the others that it has."""
@@ -184,25 +134,16 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             setattr(owner, attribute, module)
 
     def unpack_base(self) -> None:
-        """Have the base layer be what it was, if it was this layer that packed it, or holds it for being quantized."""
+        """Give the base layer back as it was, if this layer has packed it, or holds it because it is quantized."""
         if self._packed_here and isinstance(self.base_layer, PackedLinear):
             self.base_layer = self.base_layer.restore()
-
-    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """Make adapters the active ones, trainable unless in inference mode."""
-        self._cached = None
-        super().set_adapter(adapter_names, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftLinear:
         """Convert or move; what was set aside by a merge follows."""
         super()._apply(fn, recurse)
-        if self._before_merge is not None:
-            self._before_merge = fn(self._before_merge)
-        for packed in self._packed_before_merge:
-            packed._apply(fn)
+        self.convert_before(fn)
         return self
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""
-        ranks = {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
-        return f"in_features={self.in_features}, out_features={self.out_features}, r={ranks}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.ranks}"

@@ -38,7 +38,7 @@ REFERENCE = "ref"  # the name that TRL gives to the adapter it compares with
 
 
 class SPPPeftModel(BaseTuner):
-    """What `get_peft_model(model, SPPPeftConfig(...))` puts around a model; PEFT makes it.
+    """The tuner that `get_peft_model(model, SPPPeftConfig(...))` puts around a model; PEFT makes it.
 
     Raises:
         TargetError, ConfigError, NonFiniteError: as for `spp.wrap`, before anything is changed.
@@ -220,39 +220,31 @@ class SPPPeftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         layers = tuner_layers(self.model)
+        linears = {path: layer for path, layer in layers.items() if isinstance(layer, SPPPeftLinear)}
         if merge:
             self._check_in_memory()
-        if merge and safe_merge:
-            self._check_merge(adapter_names)
-        if not merge:
-            for layer in layers.values():
-                if isinstance(layer, SPPPeftLinear):
-                    layer.unpack_base()
-        if any(layer.is_offloaded() for layer in layers.values()):
-            return self._unload_offloaded(layers)
+            if safe_merge:
+                self._check_merge(adapter_names)
+        else:
+            for linear in linears.values():
+                linear.unpack_base()
+            if any(layer.is_offloaded() for layer in layers.values()):
+                return self._unload_offloaded(layers)
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
-        for path, layer in layers.items():
+        for layer in layers.values():
             if isinstance(layer, SPPPeftExperts):
                 if merge:
                     layer.merge(adapter_names=adapter_names)
                 release_experts(layer.projection.module, SPPPeftExperts)
-            elif isinstance(layer, SPPPeftLinear) and isinstance(layer.base_layer, PackedLinear) and merge:
-                layer.unpack_base()  # no adapter to merge was in it
-                layer.put(layer.base_layer, *place_of(model, path))
+        for path, linear in linears.items():
+            if merge and isinstance(linear.base_layer, PackedLinear):
+                linear.unpack_base()  # no adapter to merge was in it
+                linear.put(linear.base_layer, *place_of(model, path))
         FindsAdapters.remove(model)
         forget_quantizer(model)
-        results = {path: layer.spp_merge for path, layer in layers.items() if layer.merged and layer.spp_merge}
-        if results:
-            merged = {
-                path if isinstance(layer, SPPPeftExperts) else f"{path}.weight": layer
-                for path, layer in layers.items()
-                if path in results
-            }
-            base = describe_base(model, merged)
-            idle = merged_idle(layers[path] for path in results)
-            logger.info("%r", report_merge(model, results, base, idle=idle))
+        _report_merged(model, {path: layer for path, layer in layers.items() if layer.merged})
         return model
 
     def _unload_offloaded(self, layers: dict[str, TermsLayer]) -> nn.Module:
@@ -309,6 +301,15 @@ def tuner_layers(model: nn.Module) -> dict[str, TermsLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, TermsLayer)}
 
 
+def _report_merged(model: nn.Module, layers: dict[str, TermsLayer]) -> None:
+    """Log what the merge of some layers did, and warn as `spp.merge` does."""
+    results = {path: layer.spp_merge for path, layer in layers.items() if layer.spp_merge}
+    if results:
+        named = {p if isinstance(la, SPPPeftExperts) else f"{p}.weight": la for p, la in layers.items() if p in results}
+        idle = merged_idle(layers[path] for path in results)
+        logger.info("%r", report_merge(model, results, describe_base(model, named), idle=idle))
+
+
 def _targets(model: nn.Module, peft_config: SPPPeftConfig, config: SPPConfig) -> list[Projection]:
     """Return the targets, after PEFT's own filters: layers_to_transform and modules_to_save."""
     chosen = resolve_projections(model, config.target_modules, config.exclude_modules)
@@ -338,7 +339,7 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
         if expected is None:
             continue
         layer = layer_of(target)
-        weight = target.dense_weight() if layer is None else layer.base_weight()
+        weight = (target if layer is None else layer).held().dense()
         if not weight.is_meta and mask_sha256(weight) != expected:
             differing.append(target.path)
     if differing:
@@ -355,7 +356,7 @@ def _check_values(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
     comparison = BaseComparison(config.base_values, config.base_forms, base_name=config.base_model_name_or_path)
     for target in targets:
         layer = layer_of(target)
-        comparison.add_held(target.path, target.held() if layer is None else layer.held())
+        comparison.add_held(target.path, (target if layer is None else layer).held())
     verdict = comparison.verdict()
     if verdict.state == OTHER:
         warnings.warn(verdict.message, SPPWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What every tuner layer keeps: its adapters, each a sum of terms, and which of them are active.
+"""A tuner layer's adapters, each a sum of terms; which of them are active, and which are merged into the weight.
 
 The active adapters' terms are summed, W_eff = W · (1 + Σ_t (s_t·β_t) · A_t) (spp.rules.terms; one term: spp.rules.spp).
 An adapter made by `spp.save_adapter` or `get_peft_model` is one term; a weighted combination of adapters is several.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
@@ -20,11 +20,12 @@ from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
-from spp.weights import HeldWeight, converting
+from spp.weights import DenseWeight, Weight, converting
 from spp.weights.hooks import HookedAdapter
 from spp.wrapping.state import layer_generator
 
 PREFIX = "spp_"
+Before = Any  # W as it was before a merge: a Tensor, a packed Weight, or the PackedLinear that held it
 
 
 class Term(NamedTuple):
@@ -68,6 +69,7 @@ class TermsLayer(BaseTunerLayer):
     spp_name: str
     in_features: int
     out_features: int
+    input_axis: int
     training: bool
     num_experts: int
 
@@ -80,22 +82,18 @@ class TermsLayer(BaseTunerLayer):
         self.spp_dropout: dict[str, tuple[float, str]] = {}
         self.spp_merge: LayerMerge | None = None
         self.merged_adapters: list[str] = []
-        self._before_merge: Tensor | None = None
+        self._before_merge: tuple[Before, ...] = ()  # one, or none; in a tuple: no submodule
 
-    def kept_weight(self) -> Tensor:
-        """Return the tensor that holds the base's numbers."""
+    def held_now(self) -> Weight:
+        """Return W as it is now, after a merge the merged one."""
         raise NotImplementedError
 
-    def base_weight(self) -> Tensor:
-        """Return W as it was before any merge, as it is stored; an offloaded one with its numbers."""
+    def write_merged(self, weight: Tensor) -> Before:
+        """Hold a merged weight, as it is stored, and return the one before."""
         raise NotImplementedError
 
-    def held(self) -> HeldWeight:
-        """Return W as it was before any merge, as it is held."""
-        raise NotImplementedError
-
-    def home(self) -> torch.device:
-        """Return the device that adapters belong on."""
+    def write_back(self, before: Before) -> None:
+        """Hold again what `write_merged` has returned."""
         raise NotImplementedError
 
     def is_offloaded(self) -> bool:
@@ -109,13 +107,77 @@ class TermsLayer(BaseTunerLayer):
     def drop_cache(self) -> None:
         """Forget what was computed from the adapters."""
 
+    def held(self) -> Weight:
+        """Return W as it was before any merge."""
+        for before in self._before_merge:
+            if isinstance(before, Tensor):
+                return DenseWeight(before, self.input_axis)
+            held: Weight = before if isinstance(before, Weight) else before.held()
+            return held
+        return self.held_now()
+
+    def base_weight(self) -> Tensor:
+        """Return W as it was before any merge, as it is stored; an offloaded one is loaded, a packed one decoded."""
+        return self.held().dense()
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective weight of the active adapters, or those named, in place of the base weight.
+
+        Adapters that are merged already are merged together with these, from the weight before: one rounding. The
+        result is checked whether or not `safe_merge` asks for it.
+
+        Args:
+            safe_merge: PEFT's; without effect.
+            adapter_names: of the adapters; None merges the active ones.
+
+        Raises:
+            NonFiniteError, MaskError: as for `merged_weight`; the weight is left as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_terms]
+        result = self.merged_weight([*self.merged_adapters, *names]) if names else None
+        if result is None:
+            return
+        merged, self.spp_merge = result
+        before = self.write_merged(merged)
+        self._before_merge = self._before_merge or (before,)
+        self.merged_adapters = [*self.merged_adapters, *names]
+        self.drop_cache()
+
+    def unmerge(self) -> None:
+        """Put back the weight that was there before the merge: the same tensor, not a computed one."""
+        for before in self._before_merge:
+            self.write_back(before)
+        self._before_merge, self.merged_adapters = (), []
+        self.drop_cache()
+
+    def convert_before(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Convert or move what was set aside by a merge."""
+        for before in self._before_merge:
+            if isinstance(before, Tensor):
+                self._before_merge = (fn(before),)
+            elif isinstance(before, Weight):
+                self._before_merge = (before.maker()(*map(fn, before.tensors())),)
+            else:
+                before._apply(fn)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Make adapters the active ones, trainable unless in inference mode."""
+        self.drop_cache()
+        super().set_adapter(adapter_names, *args, **kwargs)
+
+    @property
+    def ranks(self) -> dict[str, list[int]]:
+        """The ranks of each adapter's terms."""
+        return {name: [term.rank for term in terms] for name, terms in self.spp_terms.items()}
+
     def update_layer(self, adapter: str, config: SPPConfig, inference_mode: bool = False) -> None:
         """Add an adapter, or make one anew: drawn as `spp.wrap` draws it."""
-        r, kept = config.rank_for(self.spp_name), self.kept_weight()
+        r, arithmetic = config.rank_for(self.spp_name), arithmetic_dtype(self.held().dtype)
         generator = None if config.seed is None else layer_generator(config.seed, self.spp_name)
         experts = (self.num_experts,) if hasattr(self, "num_experts") else ()
         shapes = [(*experts, *shape) for shape in self.spp_rule.shapes(self.out_features, self.in_features, r)]
-        params = [torch.empty(shape, dtype=arithmetic_dtype(kept.dtype)) for shape in shapes]
+        params = [torch.empty(shape, dtype=arithmetic) for shape in shapes]
         with torch.no_grad():
             for one in zip(*params, strict=True) if experts else [params]:  # expert after expert
                 self.spp_rule.init_(one, config.init, generator)
@@ -127,7 +189,7 @@ class TermsLayer(BaseTunerLayer):
     ) -> None:
         """Put an adapter's parameters in place: α (…, Σ r_t, n) and β (…, m, terms)."""
         self.drop_cache()
-        device = self.home()
+        device = self.held().device
         for name, param in zip(self.adapter_layer_names, params, strict=True):
             moved = param if device.type == "meta" else param.to(device)
             getattr(self, name)[adapter] = nn.Parameter(moved)
@@ -183,7 +245,7 @@ class TermsLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to its base; in its own dtype, not the base's."""
-        dtype, home = arithmetic_dtype(self.kept_weight().dtype), self.home()
+        dtype, home = arithmetic_dtype(self.held().dtype), self.held().device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container and not container[adapter_name].is_meta and home.type != "meta":
@@ -196,4 +258,4 @@ class TermsLayer(BaseTunerLayer):
 def merged_idle(layers: Iterable[TermsLayer]) -> str | None:
     """Return why the adapters that are merged into these layers have no update; None where they have one."""
     merged = [active for layer in layers if (active := layer.combined(layer.merged_adapters)) is not None]
-    return idle_reason((active.rule, active.params, active.scaling) for active in merged)
+    return idle_reason(merged)

@@ -22,8 +22,4 @@ from __future__ import annotations
 from spp.kernels.native.linear import FEWEST_TOKENS, Native
 from spp.kernels.native.products import why_not
 
-__all__ = [
-    "FEWEST_TOKENS",
-    "Native",
-    "why_not",
-]
+__all__ = ["FEWEST_TOKENS", "Native", "why_not"]

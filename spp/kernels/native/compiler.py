@@ -1,6 +1,6 @@
 """The C files beside this one, each compiled once for this machine by the C compiler that is here, and loaded.
 
-A library lies in the user's cache (SPP_CACHE, else $XDG_CACHE_HOME/spp, else ~/.cache/spp), named by a hash of its
+A library is in the user's cache (SPP_CACHE, else $XDG_CACHE_HOME/spp, else ~/.cache/spp), named by a hash of its
 source, the compiler and the processor: another machine with the same home makes its own. Where the cache cannot be
 written it is made in a temporary folder and lives as long as the process. SPP_CC or CC name the compiler.
 """

@@ -1,6 +1,6 @@
 """The functions of merge.c: a weight merged, its mask packed, its groups counted and its bytes summed up in one pass.
 
-All take pieces of PIECE entries at most, one after the other or on several threads (they let go of Python's lock), and
+All take pieces of PIECE entries at most, one after the other or on several threads (they release Python's lock), and
 what they find adds up to the same bits either way. The twins are spp.merging.weight and spp.masks.patterns in plain
 torch.
 """
@@ -27,7 +27,7 @@ from spp.files.hashes import combine_crc32
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.native.compiler import DTYPES, Refused, Source, i32, i64, load
 from spp.masks.patterns import as_array, pack_bits
-from spp.rules import effective_weight, get_rule
+from spp.rules import Adapter, effective_weight, get_rule
 from spp.rules.base import Rule
 from spp.rules.canonical import WHOLE
 from spp.rules.spp import Factors
@@ -67,7 +67,7 @@ class _Findings(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of some entries of a tensor, in a row.
+    """The facts found of some consecutive entries of a tensor.
 
     Attributes:
         kept: how many are not zero.
@@ -317,7 +317,7 @@ def probe_merge(library: Any) -> None:
         params = [torch.randn(5, n, generator=generator), torch.randn(m, 1, generator=generator)]
         params[0][0], params[1][0] = 0.25, 1.0
         params[0][0, :9] = -0.5  # M = 0
-        expected = effective_weight(rule, weight, params, 2.0)
+        expected = effective_weight(weight, Adapter(rule, params, 2.0))
         update, out, bits = torch.empty(m, n), torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
         matrix = Matrix(library, m, n, dtype, dtype, [rule.prepare(params, 2.0, m, torch.float32)])
         found = matrix.merge(weight.data_ptr(), out.data_ptr(), bits, 0, m * n)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.kernels.backend import Backend, Gradients, Operation
+from spp.kernels.backend import Backend, Gradients, Needs, Operation
 from spp.kernels.blocks import density, product_dtype, row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.native.compiler import DTYPES, Block
@@ -29,8 +29,7 @@ from spp.kernels.native.products import (
 from spp.rules.low_rank import LowRankFactors
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
-from spp.weights.base import WeightSource
-from spp.weights.packed.matrix import PackedSource
+from spp.weights.base import Weight
 from spp.weights.workspace import workspace
 
 WHOLE = slice(None)
@@ -82,28 +81,21 @@ class Native(Backend):
         return y if bias is None else y.add_(bias), None
 
     def backward(
-        self,
-        operation: Operation,
-        told: Any,
-        dy: Tensor,
-        x: Tensor,
-        kept: Tensor | None,
-        needs_x: bool,
-        needs_params: Sequence[bool],
+        self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
         """Return dX (T, n) and dθ, of which H has X̃ for X."""
         dy, x, update = dy.float(), x.float(), _update(operation)
         products = Products(library())
         dy_tiles = products.tiles("dy", dy) if len(x) else None
         d_x = None
-        if needs_x and kept is None:
+        if needs.x and kept is None:
             d_x = _times_weight(products, dy_tiles, x.shape, operation, update, EFFECTIVE)
-        elif needs_x and kept is not None:
+        elif needs.x and kept is not None:
             d_x = _times_weight(products, dy_tiles, x.shape, operation, update, FROZEN)
             spread = _times_weight(products, dy_tiles, x.shape, operation, update, DELTA)
             d_x.addcmul_(spread, kept.float(), value=operation.keep_scale)
-        if not any(needs_params):
-            return d_x, [None] * len(needs_params)
+        if not any(needs.params):
+            return d_x, [None] * len(needs.params)
         d_right, d_left = torch.zeros_like(update.right), empty_sums(update)
         if dy_tiles is not None:
             dropped = x if kept is None else (x * kept).mul_(operation.keep_scale)
@@ -111,7 +103,7 @@ class Native(Backend):
             for _, block in _blocks(operation.weight, update, FROZEN, operation.weight.dtype):
                 products.reduce(x_tiles, dy_tiles, block, d_right, d_left)
         grads = (d_right, d_left.sum(0).mul_(operation.factors.scaling))
-        return d_x, [grad if needed else None for grad, needed in zip(grads, needs_params, strict=True)]
+        return d_x, [grad if needed else None for grad, needed in zip(grads, needs.params, strict=True)]
 
 
 def _times_weight(
@@ -136,11 +128,11 @@ def _update(operation: Operation) -> Update:
     return Update(left.contiguous(), right.contiguous(), adds=not operation.rule.multiplies)
 
 
-def _blocks(weight: WeightSource, update: Update, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
+def _blocks(weight: Weight, update: Update, form: int, rounded_to: torch.dtype) -> Iterator[tuple[int, Block]]:
     """Yield (first row, block): all of what is stored by rows, else rows decoded or copied, a block each."""
     m, n = weight.shape
-    if isinstance(weight, PackedSource) and isinstance(weight.packed, PackedWeight):
-        whole = packed_block(weight.packed, update, form, rounded_to)
+    if isinstance(weight, PackedWeight):
+        whole = packed_block(weight, update, form, rounded_to)
         if whole is not None:
             yield 0, whole
             return

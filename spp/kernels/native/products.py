@@ -35,7 +35,7 @@ MOST_SUMS = 64  # of the left factor's gradient, each over a part of the columns
 
 @dataclass
 class Tiles:
-    """X (T, n), repacked; `data` lies in a workspace.
+    """X (T, n), repacked; `data` is in a workspace.
 
     Attributes:
         data: (tiles, n, width) float32. tokens: T. cols: n. width: tokens of a tile.

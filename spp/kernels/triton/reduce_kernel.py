@@ -1,4 +1,4 @@
-"""What a block of G = dYᵀ X adds to dα and dβ of one SPP layer, in one pass over G and W, dense or packed.
+"""The kernel that adds a block of G = dYᵀ X to dα and dβ of one SPP layer, in one pass over G and W, dense or packed.
 
     H = W ⊙ G        dα[k, j] = Σ_{i in block k} (s·β[i]) · H[i, j]        dβ[i] = s · Σ_j α[g(i), j] · H[i, j]
 

@@ -1,10 +1,10 @@
-"""A tile of W in registers, from a tensor or from a packed matrix; how the latter lies, spp.weights.packed.layout says.
+"""A tile of W in registers, from a tensor or from a packed matrix (how that is stored: spp.weights.packed.layout).
 
     tensor          one load, any strides
     N:M             values of whole bytes before the column, and the bits set before it in its own byte
     any pattern     starts[i, stretch], the bits set between there and the tile, and a running sum inside the tile
 
-A tile of columns begins at a multiple of its own width, which divides 1024: it lies within one stretch.
+A tile of columns begins at a multiple of its own width, which divides 1024: it is within one stretch.
 """
 
 from typing import Any

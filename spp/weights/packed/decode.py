@@ -1,6 +1,6 @@
 """Decode a rectangle of a packed matrix on the CPU: values are moved as bits, a few rows at a time.
 
-N:M: a table gives the places of a byte's values, a second one where the byte lies, and one indexed write puts the
+N:M: a table gives the places of a byte's values, a second one that of the byte, and one indexed write puts the
 values there; by numpy on one thread, where it is faster, by torch on several. Any pattern: the bits that are set are
 the places.
 """

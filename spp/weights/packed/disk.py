@@ -1,4 +1,4 @@
-"""Packed checkpoints: how pruned matrices lie in safetensors files. Format version 1.
+"""Packed checkpoints: how pruned matrices are stored in safetensors files. Format version 1.
 
 A packed checkpoint is a Hugging Face checkpoint like any other, model.safetensors or shards with their index, in which
 some tensors are packed. A packed tensor K is stored as
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from spp._version import __version__
 from spp.configs.pattern import USUAL_GROUPS
-from spp.errors import CheckpointError, ConfigError
+from spp.errors import CheckpointError, ConfigError, call
 from spp.files import CheckpointReader, dtype_name, read_json
 from spp.files.hashes import tensor_bytes
 from spp.masks.patterns import as_array
@@ -92,7 +92,8 @@ class Descriptor:
         if width:
             raise CheckpointError(
                 f"{where}: codes of width {width} are indices within groups, not a mask (width 0). Index codes were "
-                "never released and are not read: pack the dense checkpoint again, spp.export_packed(directory, output)"
+                f"never released and are not read: pack the dense checkpoint again, "
+                f"{call('export_packed', 'directory, output')}"
             )
         found = Layout(*_matrix(shape, axis), kept, group)
         if found != Layout(found.rows, found.cols) and not _is_known(found):

@@ -1,4 +1,4 @@
-"""How a pruned matrix W (m, n) lies in memory: kept values, and where they belong.
+"""How a pruned matrix W (m, n) is stored in memory: kept values, and where they belong.
 
     values    the kept weights in W's dtype, row after row, in a row by column
     codes     uint8 (m, B): where they belong; what comes first is in the highest bits of a byte; a row starts a byte
@@ -30,7 +30,7 @@ STRETCH = 1024  # columns between two entries of `starts`
 
 @dataclass(frozen=True)
 class Layout:
-    """What has to be known to read the tensors of a packed matrix.
+    """The facts that are needed to read the tensors of a packed matrix.
 
     Args:
         rows: m.

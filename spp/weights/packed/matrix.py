@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,49 +11,48 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.masks.patterns import as_array
-from spp.weights.base import WeightSource
+from spp.weights.base import FLOATS, Weight
 from spp.weights.packed.decode import as_rows, decode_anywhere, decode_cpu
 from spp.weights.packed.layout import Layout
 from spp.weights.packed.packing import choose_layout, pack_tensor, stretch_counts
-from spp.weights.quantized.matrix import QuantizedWeight
-from spp.weights.workspace import workspace
 
-# ---- The tensors of what is packed, of one matrix or of a stack of them.
+DTYPES = tuple(FLOATS.values())
 
 
-class PackedTensors:
-    """What follows from the tensors alone; `spp.weights.packed.layout` and `spp.weights.packed.stack` say what they
-    are.
-    """
+class PackedTensors(Weight):
+    """The tensors of a packed matrix, or of a stack of them."""
 
     values: Tensor
     codes: Tensor
     starts: Tensor | None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of W."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors())
+    def _hold(self, shape: tuple[int, ...], values: Tensor, codes: Tensor, starts: Tensor | None) -> None:
+        self.shape, self.dtype, self.device = shape, values.dtype, values.device
+        self.values, self.codes, self.starts = values, codes, starts
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return (values, codes), for any pattern (values, codes, starts)."""
         return (self.values, self.codes) if self.starts is None else (self.values, self.codes, self.starts)
 
+    def bounds(self) -> Tensor:
+        """Return the values, zeros among them."""
+        return self.values
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    def entries(self) -> Tensor:
+        """Return the values, zeros among them."""
+        return self.values
 
 
-@dataclass(frozen=True)
+# A decoder fills `out` faster than torch does, on some device, and returns True, or leaves it and returns False.
+Decoder = Callable[["PackedWeight", slice, slice, Tensor], bool]
+_decoders: list[Decoder] = []
+
+
+def add_decoder(decoder: Decoder) -> None:
+    """Let a backend decode blocks of packed matrices that are not on a CPU."""
+    _decoders.append(decoder)
+
+
 class PackedWeight(PackedTensors):
     """A pruned matrix W (m, n) as kept values and codes; what they are, `spp.weights.packed.layout` says.
 
@@ -71,10 +69,9 @@ class PackedWeight(PackedTensors):
         ([[1.5, 2.0]], True)
     """
 
-    layout: Layout
-    values: Tensor
-    codes: Tensor
-    starts: Tensor | None = None
+    def __init__(self, layout: Layout, values: Tensor, codes: Tensor, starts: Tensor | None = None) -> None:
+        self.layout = layout
+        self._hold((layout.rows, layout.cols), values, codes, starts)
 
     @classmethod
     def pack(cls, weight: Tensor, where: str = "the weight") -> PackedWeight:
@@ -92,31 +89,28 @@ class PackedWeight(PackedTensors):
             layout, kept = choose_layout(weight)
             return cls(layout, *pack_tensor(weight, layout, kept))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.layout.rows, self.layout.cols
-
-    @property
-    def numel(self) -> int:
-        """M · n, the entries of W."""
-        return self.layout.rows * self.layout.cols
-
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return it on a device."""
         return PackedWeight(self.layout, *(t.to(device) for t in self.tensors()))
 
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        """Write W[rows, cols] into `out`, contiguous and of the block's shape and W's dtype and device; return it."""
+        """Write W[rows, cols] into `out`, bit for bit what was packed but for −0.0, which comes back as 0.0."""
         rows, cols = as_rows(rows, self.layout.rows), as_rows(cols, self.layout.cols)
         decoder = decode_cpu if self.device.type == "cpu" else decode_anywhere
-        decoder(self.layout, *self._three(), rows, cols, out)
+        decoder(self.layout, self.values, self.codes, self.starts, rows, cols, out)
         return out
 
-    def dense(self) -> Tensor:
-        """Return W (m, n) as a new tensor, bit for bit what was packed but for −0.0, which comes back as 0.0."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return out if out.is_meta else self.decode(slice(None), slice(None), out)
+    def block(self, rows: slice, cols: slice) -> Tensor:
+        """Decode W[rows, cols] into the shared workspace, by the fastest decoder that there is for the device."""
+        if self.device.type != "cpu":
+            out = self._scratch(rows, cols)
+            if any(decode(self, rows, cols, out) for decode in _decoders):
+                return out
+        return super().block(rows, cols)
+
+    def maker(self) -> Callable[..., Weight]:
+        """Return a function that knows the layout."""
+        return partial(PackedWeight, self.layout)
 
     def check(self, where: str = "the packed weight") -> None:
         """Raise a ConfigError unless the tensors belong together: their shapes, and places that lie inside.
@@ -127,9 +121,6 @@ class PackedWeight(PackedTensors):
         problem = self._problem()
         if problem:
             raise ConfigError(f"{where}: {problem}; values, codes and starts must come from the same packed matrix")
-
-    def _three(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.values, self.codes, self.starts
 
     def _problem(self) -> str | None:
         layout = self.layout
@@ -171,61 +162,3 @@ def check_matrix(weight: Tensor, where: str) -> Tensor:
     if weight.is_meta:
         raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
     return weight
-
-
-# ---- Packed and quantized weights as the kernels ask for them: each block is decoded into the shared workspace.
-
-# Who decodes a block faster than torch does, on some device: a backend adds itself. It fills `out` and returns True, or
-# returns False and leaves it.
-Decoder = Callable[[PackedWeight, slice, slice, Tensor], bool]
-_decoders: list[Decoder] = []
-
-
-def add_decoder(decoder: Decoder) -> None:
-    """Let a backend decode blocks of packed matrices that are not on a CPU."""
-    _decoders.append(decoder)
-
-
-class PackedSource(WeightSource):
-    """W as kept values and codes, or as quantized codes and scales.
-
-    Args:
-        packed: W.
-    """
-
-    is_tensor = False
-
-    def __init__(self, packed: PackedWeight | QuantizedWeight) -> None:
-        self.packed = packed
-        self.shape = packed.shape
-        self.dtype = packed.dtype
-        self.device = packed.device
-
-    def block(self, rows: slice, cols: slice) -> Tensor:
-        """Decode W[rows, cols]."""
-        shape = tuple(len(range(*part.indices(size))) for part, size in zip((rows, cols), self.shape, strict=True))
-        out = workspace("packed", shape, self.dtype, self.device)
-        packed = self.packed
-        if (
-            isinstance(packed, PackedWeight)
-            and self.device.type != "cpu"
-            and any(decode(packed, rows, cols, out) for decode in _decoders)
-        ):
-            return out
-        return packed.decode(rows, cols, out)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return what the packed weight is made of."""
-        return self.packed.tensors()
-
-    def maker(self) -> Callable[..., WeightSource]:
-        """Return a function that knows the layout."""
-        return partial(_make, type(self.packed), self.packed.layout)
-
-    def kept(self) -> Tensor:
-        """Return the values, zeros among them; of a quantized weight, a bound a block (`QuantizedWeight.values`)."""
-        return self.packed.values
-
-
-def _make(kind: Callable[..., PackedWeight | QuantizedWeight], layout: object, *tensors: Tensor) -> PackedSource:
-    return PackedSource(kind(layout, *tensors))

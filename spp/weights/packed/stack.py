@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.masks.patterns import as_array, count_kept, pack_bits
+from spp.weights.base import Weight
 from spp.weights.packed.layout import STRETCH, Layout
 from spp.weights.packed.matrix import PackedTensors, PackedWeight, check_matrix
 from spp.weights.packed.packing import layout_of_bits, pack_tensor, stretch_counts
@@ -27,7 +29,7 @@ from spp.weights.packed.packing import layout_of_bits, pack_tensor, stretch_coun
 
 @dataclass(frozen=True)
 class StackLayout:
-    """What has to be known to read the tensors of packed experts.
+    """The facts that are needed to read the tensors of packed experts.
 
     Args:
         matrix: of one expert's W (m, n).
@@ -55,7 +57,7 @@ class StackLayout:
 
 
 class PackedStack(PackedTensors):
-    """The packed weight of E experts, with the methods of `PackedWeight` that whoever holds one needs.
+    """The packed weight W (E, m, n) of E experts.
 
     Args:
         layout: how to read the tensors.
@@ -69,7 +71,8 @@ class PackedStack(PackedTensors):
     """
 
     def __init__(self, layout: StackLayout, values: Tensor, codes: Tensor, starts: Tensor | None = None) -> None:
-        self.layout, self.values, self.codes, self.starts = layout, values, codes, starts
+        self.layout, self.input_axis = layout, -2 if layout.transposed else -1
+        self._hold((layout.experts, layout.matrix.rows, layout.matrix.cols), values, codes, starts)
 
     @classmethod
     def pack(
@@ -127,16 +130,6 @@ class PackedStack(PackedTensors):
         starts = packed.starts.clone().view(experts, rows, whole.stretches)
         return cls(layout, packed.values.clone(), codes, starts - starts[:, :1, :1])
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of the dense weight as it is stored: (E, m, n) or (E, n, m)."""
-        return self.layout.shape
-
-    @property
-    def numel(self) -> int:
-        """E · m · n."""
-        return self.layout.experts * self.layout.matrix.rows * self.layout.matrix.cols
-
     def matrices(self) -> list[PackedWeight]:
         """Return each expert's packed matrix: views."""
         matrix, codes = self.layout.matrix, self.codes.unbind(0)
@@ -145,21 +138,32 @@ class PackedStack(PackedTensors):
         parts = self.values.split(self._counts())
         return [PackedWeight(matrix, *three) for three in zip(parts, codes, self.starts.unbind(0), strict=True)]
 
+    def experts(self) -> list[Weight]:
+        """Return `matrices()`."""
+        return list(self.matrices())
+
     def expert(self, number: int) -> PackedWeight:
         """Return one expert's packed matrix: views."""
         return self.matrices()[number]
 
-    def dense(self) -> Tensor:
-        """Return the weight as it is stored, a new tensor, bit for bit what was packed but for −0.0, which is 0.0."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        if out.is_meta:
-            return out
+    def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """Write W[:, rows, cols] into `out`."""
         for packed, into in zip(self.matrices(), out.unbind(0), strict=True):
-            if self.layout.transposed:
-                into.copy_(packed.dense().T)
-            else:
-                packed.decode(slice(None), slice(None), into)
+            packed.decode(rows, cols, into)
         return out
+
+    def dense(self) -> Tensor:
+        """Return the weight as it is stored, a new tensor; of a transposed one, one expert's copy exists beside it."""
+        if not self.layout.transposed or self.is_meta:
+            return super().dense()
+        out = torch.empty(self.layout.shape, dtype=self.dtype, device=self.device)
+        for packed, into in zip(self.matrices(), out.unbind(0), strict=True):
+            into.copy_(packed.matrix().T)
+        return out
+
+    def maker(self) -> Callable[..., Weight]:
+        """Return a function that knows the layout."""
+        return partial(PackedStack, self.layout)
 
     def check(self, where: str = "the packed weight") -> None:
         """Raise a ConfigError unless the tensors belong together, as `PackedWeight.check` does of each expert's."""

@@ -26,7 +26,7 @@ def read(module: nn.Module, where: str, dtype: torch.dtype | None) -> QuantizedW
 
 
 def release(module: nn.Module) -> None:
-    """Have the module let go of its weight, until `write`."""
+    """Free the weight of the module, until `write`."""
     linear: Any = module
     linear.weight = nn.Parameter(torch.empty(linear.weight.shape, device="meta"), requires_grad=False)
     if kind_of(module) == "4bit":
@@ -36,7 +36,7 @@ def release(module: nn.Module) -> None:
 
 
 def write(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Have a bitsandbytes linear hold the weight, in its own form."""
+    """Store a weight in a bitsandbytes linear, in its own form."""
     import bitsandbytes as bnb
 
     linear: Any = module

@@ -19,14 +19,20 @@ Scales are held as the bits of float32 in int32 tensors: nn.Module.to(dtype) lea
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
+from spp.files.hashes import tensor_bytes
+from spp.weights.base import WHOLE, Weight
 
+_COUNTED = 2**22  # entries that are decoded together to be counted
 _NESTED_HEAD = 257  # entries before the nested scales: 256 of the table, the offset
 # At most the least magnitude of a code but zero.
 _SMALLEST_CODE = {"nf4": 0.0795, "fp4": 0.0052, "int8": 1 / 127, "affine": 1}
@@ -64,8 +70,8 @@ class QuantizedLayout:
         return self.form
 
 
-class QuantizedWeight:
-    """W (m, n) as codes and scales, with the methods of `PackedWeight` that a frozen weight needs.
+class QuantizedWeight(Weight):
+    """W (m, n) as codes and scales.
 
     Args:
         layout: how to read the rest.
@@ -77,35 +83,10 @@ class QuantizedWeight:
 
     def __init__(self, layout: QuantizedLayout, codes: Tensor, scales: Tensor, nested: Tensor | None = None) -> None:
         self.layout, self.codes, self.scale_bits, self.nested = layout, codes, scales, nested
+        self.shape, self.dtype, self.device = (layout.rows, layout.cols), layout.dtype, codes.device
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.layout.rows, self.layout.cols
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of W where it is multiplied."""
-        return self.layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.codes.device
-
-    @property
-    def numel(self) -> int:
-        """M · n."""
-        return self.layout.rows * self.layout.cols
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors())
-
-    @property
-    def values(self) -> Tensor:
-        """A tensor in W's dtype, none of whose non-zero magnitudes is above the least kept one of its block."""
+    def bounds(self) -> Tensor:
+        """Return a bound for each scale, in W's dtype."""
         if self.device.type == "meta":
             return torch.empty(0, dtype=self.dtype, device="meta")
         scales = self.scales()
@@ -129,29 +110,31 @@ class QuantizedWeight:
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Write W[rows, cols] into `out`, of the block's shape and W's dtype and device; return it."""
         (m, n), scales = self.shape, self.scales()
-        top, bottom, _ = rows.indices(m)
-        left, right, _ = cols.indices(n)
+        rows, cols = slice(*rows.indices(m)[:2]), slice(*cols.indices(n)[:2])
         if out.numel() == 0:
             return out
         if self.layout.form == "affine":
-            part = slice(top, bottom), slice(left, right)
-            return decode_affine(self.layout, self.codes, scales, self.nested, *part, out)
+            return decode_affine(self.layout, self.codes, scales, self.nested, rows, cols, out)
         if self.layout.form == "int8":
-            block = self.codes[top:bottom, left:right].float() * scales[top:bottom, None]
+            block = self.codes[rows, cols].float() * scales[rows, None]
             return out.copy_(block.mul_(7.874015718698502e-3))  # bitsandbytes' own 1 / 127
-        size = self.layout.block
-        if n % size == 0:  # scales belong to parts of rows: no other column is decoded
-            first, last = left // size, -(-right // size)
-            codes = self.codes.view(m, n // size, size // 2)[top:bottom, first:last]
-            chosen = scales.view(m, n // size)[top:bottom, first:last]
-            decoded = self._decode_flat(codes.reshape(-1, 1), chosen.reshape(-1), (bottom - top, (last - first) * size))
-            return out.copy_(decoded[:, left - first * size : right - first * size])
-        first, last = top * n // size, -(-bottom * n // size)
+        return out.copy_(self._decode_4bit(scales, rows, cols))
+
+    def _decode_4bit(self, scales: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return W[rows, cols]: of the columns that whole blocks cover, or of whole rows where a block spans two."""
+        (m, n), size, height = self.shape, self.layout.block, rows.stop - rows.start
+        if n % size == 0:
+            first, last = cols.start // size, -(-cols.stop // size)
+            codes = self.codes.view(m, n // size, size // 2)[rows, first:last]
+            chosen = scales.view(m, n // size)[rows, first:last]
+            decoded = self._decode_flat(codes.reshape(-1, 1), chosen.reshape(-1), (height, (last - first) * size))
+            return decoded[:, cols.start - first * size : cols.stop - first * size]
+        first, last = rows.start * n // size, -(-rows.stop * n // size)
         end = min(last * size, m * n)
         codes = self.codes[first * size // 2 : -(-end // 2)]
         flat = self._decode_flat(codes.reshape(-1, 1), scales[first:last], (end - first * size,))
-        start = top * n - first * size
-        return out.copy_(flat[start : start + (bottom - top) * n].view(-1, n)[:, left:right])
+        start = rows.start * n - first * size
+        return flat[start : start + height * n].view(-1, n)[:, cols]
 
     def _decode_flat(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
         import bitsandbytes  # noqa: F401  registers the operator
@@ -160,10 +143,37 @@ class QuantizedWeight:
         args = (codes.contiguous(), scales.contiguous(), self.layout.block, self.layout.form, shape, self.dtype)
         return decode(*args).view(shape)
 
-    def dense(self) -> Tensor:
-        """Return W (m, n) as a new tensor."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return out if out.is_meta else self.decode(slice(None), slice(None), out)
+    def maker(self) -> Callable[..., Weight]:
+        """Return a function that knows the layout."""
+        return partial(QuantizedWeight, self.layout)
+
+    def entries(self) -> Tensor:
+        """Return W, decoded."""
+        return self.matrix()
+
+    def count_kept(self) -> int:
+        """Return how many entries are not zero; rows are decoded together, never all of W."""
+        m, n = self.shape
+        step = max(1, _COUNTED // max(n, 1))
+        return sum(int(torch.count_nonzero(self.block(slice(i, i + step), WHOLE))) for i in range(0, m, step))
+
+    @property
+    def form(self) -> str:
+        """How W is stored, in words; what differs between two of a form is values."""
+        layout = self.layout
+        if layout.form == "affine":
+            return f"codes from {layout.low} to {layout.high} in blocks of {layout.block_rows} x {layout.block}"
+        return f"{layout.form} in blocks of {layout.block}" if layout.block else f"{layout.form} by rows"
+
+    def _sha256(self, form: str) -> str | None:
+        if self.is_meta:
+            return None
+        digest = hashlib.sha256(f"spp-values-1{form}{self.shape}".encode())
+        points = () if self.nested is None or self.layout.form != "affine" else (self.nested,)
+        for tensor in (self.codes, self.scales().bfloat16(), *points):
+            for piece in tensor_bytes(tensor):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def check(self, where: str = "the quantized weight") -> None:
         """Raise a ConfigError unless the tensors belong together, a NonFiniteError where a scale is not finite.

@@ -40,12 +40,12 @@ def read_quantized(module: nn.Module, where: str, dtype: torch.dtype | None = No
 
 
 def release_quantized(module: nn.Module) -> None:
-    """Have the module let go of its weight, until `write_quantized`."""
+    """Free the weight of a quantized linear, until `write_quantized`."""
     (torchao if quantized_kind(module) == "torchao" else bitsandbytes).release(module)
 
 
 def write_quantized(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Have a quantized linear hold the weight, in its own form."""
+    """Store a weight in a quantized linear, in its own form."""
     (torchao if quantized_kind(module) == "torchao" else bitsandbytes).write(module, quantized)
 
 

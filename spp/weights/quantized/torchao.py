@@ -61,14 +61,14 @@ def read(module: nn.Module, where: str, dtype: torch.dtype | None) -> QuantizedW
 
 
 def release(module: nn.Module) -> None:
-    """Have the module let go of its weight, until `write`: it keeps a shell of the same form without values."""
+    """Free the weight of the module, until `write`: it keeps a shell of the same form without values."""
     linear: Any = module
     parts = {name: tensor.to("meta") for name, tensor in _parts(linear.weight).items()}
     linear.weight = _parameter(linear.weight, parts, linear.weight.dtype)
 
 
 def write(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Have the module hold the weight, in the form that it had."""
+    """Store a weight in the module, in the form that it had."""
     linear: Any = module
     parts = _parts(linear.weight)
     scale = parts["scale"]
