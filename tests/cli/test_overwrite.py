@@ -204,20 +204,20 @@ def test_a_report(spp: Call, dense: Path, tmp_path: Path) -> None:
     refused(spp(*command, "/dev/null"), "/dev/null is no regular file")
 
 
-@pytest.mark.slow
-def test_a_chart(spp: Call, pruned: Path, tmp_path: Path) -> None:
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", ["chart.png", "chart.svg", "chart.pdf"])
+def test_a_chart(spp: Call, pruned: Path, tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
-    for name in ("chart.png", "chart.svg", "chart.pdf"):
-        for _ in range(2):
-            assert spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite").code == 0
-        put(tmp_path, {name: "\\documentclass{mine}"})
-        refused(spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite"), f"{name} is no chart")
-        assert (tmp_path / name).read_text() == "\\documentclass{mine}"
-        figure = pytest.importorskip("matplotlib.figure").Figure()
-        figure.savefig(tmp_path / name)  # public report: --plot --overwrite replaces any picture
-        before = (tmp_path / name).read_bytes()
-        refused(spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite"), f"{name} is no chart that spp drew")
-        assert (tmp_path / name).read_bytes() == before
+    for _ in range(2):
+        assert spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite").code == 0
+    put(tmp_path, {name: "\\documentclass{mine}"})
+    refused(spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite"), f"{name} is no chart")
+    assert (tmp_path / name).read_text() == "\\documentclass{mine}"
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure.savefig(tmp_path / name)  # public report: --plot --overwrite replaces any picture
+    before = (tmp_path / name).read_bytes()
+    refused(spp("inspect", pruned, "--plot", tmp_path / name, "--overwrite"), f"{name} is no chart that spp drew")
+    assert (tmp_path / name).read_bytes() == before
     refused(spp("inspect", pruned, "--plot", tmp_path / "thesis.tex", "--overwrite"), "must end in")
 
 

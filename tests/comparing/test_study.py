@@ -328,7 +328,6 @@ def test_labels_of_the_chart_do_not_overlap(spread: float) -> None:
     assert boxes and all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
 
 
-@pytest.mark.slow
 def test_numbers_of_a_crowd_lie_on_nothing() -> None:
     text_of = pytest.importorskip("matplotlib.text").Text
     names = [f"spp:r={r}" for r in range(1, 33)]
