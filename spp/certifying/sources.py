@@ -79,7 +79,7 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "mode
             if (adapter / CONFIG_NAME).is_file():
                 raise CheckpointError(
                     f"{directory} holds an adapter, no model: pass the model that it was trained on, or what "
-                    f"{call('merge_checkpoint', f'base, {adapter}, output')} writes"
+                    f"{call('merge_checkpoint', 'base, adapter, output')} writes for {adapter}"
                 )
     return directory
 

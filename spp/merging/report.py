@@ -187,11 +187,6 @@ def _warning(total: LayerMerge, idle: str | None, requantized: bool) -> str | No
             f"norm (below {MOST_ERROR:.2f} costs little, at 1 the base was as near): the steps of the quantized form "
             f"are too coarse for the update. {ways}"
         )
-    if total.lost:
-        return (
-            f"quantizing the merged weights again made zeros of {total.lost} kept weights (lost): they are nearer "
-            f"to zero than to any other value of the quantized form. {_ways_out(requantized=True)}"
-        )
     if survived < ENOUGH_SURVIVED:
         return (
             f"rounding to the stored dtype left {survived:.1%} of the update that the adapter learned (survived): its "

@@ -86,7 +86,7 @@ def test_a_run_or_an_adapter_in_the_place_of_another(spp: Call, pruned: Path, te
     refused(spp("eval", pruned, "--adapter", run, "--text", text), *told)
     refused(spp("eval", adapter, "--text", text), f"{adapter} holds an adapter, no model: pass its base, ")
     refused(spp("verify", adapter), f"{adapter} holds an adapter, no model: pass the model that it was trained on")
-    refused(spp("certify", run), f"what spp merge BASE {run / 'adapter'} OUTPUT writes")
+    refused(spp("certify", run), f"what spp merge BASE ADAPTER OUTPUT writes for {run / 'adapter'}")
 
 
 def test_options_of_eval_are_checked_before_the_model_is_loaded(spp: Call, text: Path) -> None:

@@ -44,7 +44,7 @@ def test_mistakes(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
         (("--lr", "x"), "--lr is 'x'"),
         (("--lr", "1e99"), "--lr is '1e99'"),
         (("--plot", "chart.bmp"), "--plot is chart.bmp"),
-        (("--overwrite", "--resume"), "overwrite and resume"),
+        (("--overwrite", "--resume"), "--overwrite and --resume exclude"),
     ):
         found = spp(*start, *options)
         assert found.code == 1 and words in found.err, found.err

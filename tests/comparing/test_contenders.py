@@ -79,7 +79,7 @@ def test_learning_rates_of_a_name_before_its_kind_before_all() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"contenders": ("pst",)}, "dense is None, but pst"),
         ({"window": 1}, "^window is 1; it must be an int of at least 2"),
-        ({"overwrite": True, "resume": True}, "overwrite and resume"),
+        ({"overwrite": True, "resume": True}, "overwrite=True and resume=True exclude"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], words: str) -> None:

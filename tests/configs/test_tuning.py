@@ -108,7 +108,7 @@ def test_what_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_overwrite_and_resume_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="overwrite and resume"):
+    with pytest.raises(ConfigError, match="overwrite=True and resume=True exclude"):
         config(overwrite=True, resume=True)
 
 

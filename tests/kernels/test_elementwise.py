@@ -94,7 +94,8 @@ def test_numbers_whose_squares_overflow_are_merged_as_well() -> None:
     rule, weight = get_rule("spp"), torch.full((2, 20), 1e38)
     compiled, plain = both(rule, weight, [torch.full((1, 20), 0.1), torch.ones(2, 1)], 2.0)
     assert_same_bits(compiled[0], plain[0])
-    assert math.isnan(compiled[1].survived) and math.isnan(plain[1].survived)
+    assert compiled[1] == plain[1] and plain[1].survived == pytest.approx(1, abs=1e-5)
+    assert math.isfinite(plain[1].update_norm)
 
 
 def test_some_of_these_are_rescued_and_a_wrong_value_would_be_seen() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +10,8 @@ import torch
 from torch import nn
 
 import spp
-from spp.certifying.certificate import make_report
 from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.kernels import use_kernels
-from spp.merging.report import LayerMerge, MergeReport
 from spp.merging.weight import merge_tensor, round_stochastically
 from spp.rules import Adapter, get_rule
 from spp.wrapping.wrap import adapter_layers
@@ -129,15 +125,6 @@ def test_the_report_of_an_update_whose_squares_are_no_float32(scale: float, kern
     change = merged.double() - weight.double()
     assert done.survived == pytest.approx(1.0, abs=1e-6) and math.isfinite(done.max_relative_change)
     assert done.update_norm == pytest.approx(float(change.norm()), rel=1e-6)
-
-
-def test_kept_weights_that_quantizing_made_zeros_are_warned_of() -> None:
-    done = LayerMerge(90, 0, 1.0, 0.1, 1.0, 90, 90, lost=3, requantize_error=0.01)
-    with pytest.warns(SPPWarning, match=r"made zeros of 3 kept weights \(lost\)"):
-        MergeReport.from_layers({"w": done}, make_report({}), requantized=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        MergeReport.from_layers({"w": replace(done, lost=0)}, make_report({}), requantized=True)
 
 
 def test_dtype_converts_the_whole_model() -> None:
