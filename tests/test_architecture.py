@@ -46,6 +46,7 @@ LEVELS = {
 # Within a level: a pattern is the type of an option, and what a mask follows.
 BESIDE = {("masks", "configs")}
 LONGEST_FILE = 500
+LONGEST_FUNCTION, DEEPEST = 80, 4  # lines without the docstring; blocks within blocks
 ROOT_FILES = {"__init__", "__main__", "_version", "errors", "evaluation", "functional", "supported"}
 MORE_ROOT_FILES = 3
 PUBLIC_LEVEL = 9  # what spp/__init__.py may import: the names of `import spp`, which must stay light
@@ -188,6 +189,26 @@ def hidden(files: dict[str, str]) -> list[str]:
     return found
 
 
+def sprawling(path: str, source: str) -> list[str]:
+    """Every function that is too long or whose blocks go too deep; an elif is no deeper than its if."""
+    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+    scopes = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
+
+    def depth(node: ast.AST) -> int:
+        inner = [child for child in ast.iter_child_nodes(node) if not isinstance(child, scopes)]
+        chained = getattr(node, "orelse", None) if isinstance(node, ast.If) else None
+        return max((depth(c) + (isinstance(c, blocks) and [c] != chained) for c in inner), default=0)
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if lines > LONGEST_FUNCTION or depth(node) > DEEPEST:
+                found.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, {depth(node)} blocks deep")
+    return found
+
+
 def findings(files: dict[str, str]) -> list[str]:
     """All that is wrong with a tree of files."""
     long = [(path, count) for path, text in files.items() if (count := len(text.splitlines())) > LONGEST_FILE]
@@ -195,6 +216,7 @@ def findings(files: dict[str, str]) -> list[str]:
     crowd = f"right under spp/ are {', '.join(more)}: {MORE_ROOT_FILES} at most"
     return [
         *(found for path, text in files.items() for found in violations(path, text)),
+        *(found for path, text in files.items() for found in sprawling(path, text)),
         *circles(files),
         *hidden(files),
         *(f"{path}: {count} lines; it is asking to be two files" for path, count in long),
@@ -283,6 +305,12 @@ def test_a_tree_with_every_fault_is_told_each_of_them(tmp_path: Path) -> None:
         "merging/disk.py": "from spp.merging.rewrite import rewrite\n",
         "merging/rewrite.py": "if TYPE_CHECKING:\n    from spp.merging import model\n",
         "masks/patterns.py": "from spp.files import hashes\n" + "\n" * LONGEST_FILE,
+        "masks/bits.py": "def long():\n" + "    x = 1\n" * (LONGEST_FUNCTION + 1),
+        "masks/select.py": "def deep():\n" + "".join("    " * n + "if n:\n" for n in range(1, 6)) + " " * 24 + "a()",
+        + "".join("    " * n + "if n:\n" for n in range(1, 6))
+        + "    " * 6
+        + "return",
+        "masks/swap.py": "def flat():\n    if n:\n        a()\n" + "    elif n:\n        b()\n" * 9,
     }
     for path, text in tree.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -296,6 +324,8 @@ def test_a_tree_with_every_fault_is_told_each_of_them(tmp_path: Path) -> None:
         "spp.merging.model -> spp.merging.disk -> spp.merging.rewrite -> spp.merging.model",
         "spp.merge is a module and something that spp exports",
         f"masks/patterns.py: {LONGEST_FILE + 1} lines",
+        f"masks/bits.py:1: long has {LONGEST_FUNCTION + 1} lines, 0 blocks deep",
+        "masks/select.py:1: deep has 6 lines, 5 blocks deep",
         "right under spp/ are merge, one, three, two: 3 at most",
     ]
     found = findings(read_tree(tmp_path))

@@ -96,13 +96,7 @@ def export_packed(
         if config.get("quantization_config") is not None:
             raise ConfigError(f"{base} is quantized, which is small already: it is not packed")
         packing = _Packing(reader, strict_bits)
-        shards = reader.shards()
-        layouts = {name: packing.layout(keys) for name, keys in shards.items()}
-        with tqdm(total=len(reader.keys()), desc="packing", unit="tensor", disable=None) as bar:
-            for name, keys in shards.items():
-                with TensorFile(directory / name, layouts[name]) as file:
-                    for part, pieces in (part for key in keys for part in packing.parts(key, bar)):
-                        file.write_all(part, pieces)
+        layouts = packing.write(directory)
         settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         _write_rest(reader, directory, layouts, {**config, "quantization_config": settings})
         packing.certificate().write(directory)
@@ -196,7 +190,19 @@ class _Packing:
                 listing = ", ".join(f"{key} ({count})" for key, count in sorted(signed.items()))
                 raise ConfigError(f"{reader.directory} holds −0.0, which would come back as 0.0: {listing}")
 
-    def layout(self, keys: Iterable[str]) -> Layout:
+    def write(self, directory: Path) -> dict[str, Layout]:
+        """Write every shard into a directory; return what each file holds."""
+        shards = self._reader.shards()
+        layouts = {name: self._layout(keys) for name, keys in shards.items()}
+        with tqdm(total=len(self._reader.keys()), desc="packing", unit="tensor", disable=None) as bar:
+            for name, keys in shards.items():
+                with TensorFile(directory / name, layouts[name]) as file:
+                    for part, pieces in (part for key in keys for part in self._parts(key)):
+                        file.write_all(part, pieces)
+                        bar.update(part in self._reader)
+        return layouts
+
+    def _layout(self, keys: Iterable[str]) -> Layout:
         """Return what a file holds for these tensors."""
         layout: Layout = {}
         for key in keys:
@@ -208,13 +214,12 @@ class _Packing:
                 layout[key] = (dtype, self._reader.shape(key))
         return layout
 
-    def parts(self, key: str, bar: Any) -> Iterator[tuple[str, Iterable[memoryview]]]:
+    def _parts(self, key: str) -> Iterator[tuple[str, Iterable[memoryview]]]:
         """Yield name and bytes of all that is stored for a tensor; what it decodes to is compared with the dense one.
 
         Raises:
             MaskError: it is another one.
         """
-        bar.update()
         descriptor = self._plan.get(key)
         if descriptor is None:
             yield key, [self._reader.raw(key)]
