@@ -307,9 +307,6 @@ def test_a_tree_with_every_fault_is_told_each_of_them(tmp_path: Path) -> None:
         "masks/patterns.py": "from spp.files import hashes\n" + "\n" * LONGEST_FILE,
         "masks/bits.py": "def long():\n" + "    x = 1\n" * (LONGEST_FUNCTION + 1),
         "masks/select.py": "def deep():\n" + "".join("    " * n + "if n:\n" for n in range(1, 6)) + " " * 24 + "a()",
-        + "".join("    " * n + "if n:\n" for n in range(1, 6))
-        + "    " * 6
-        + "return",
         "masks/swap.py": "def flat():\n    if n:\n        a()\n" + "    elif n:\n        b()\n" * 9,
     }
     for path, text in tree.items():
