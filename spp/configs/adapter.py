@@ -21,7 +21,7 @@ from spp.errors import ConfigError, arg
 
 FORMAT_VERSION = 1
 DROPOUT_MODES = ("input", "alpha")
-INITS = ("paper",)
+INITS = ("paper",)  # what files may say of the start: W_α Kaiming-uniform with a = √5, W_β zero
 RULES = ("spp", "hira", "masked_lora")  # the names of spp.rules.RULES
 ACTIVATIONS = ("full", "bfloat16")  # what layers keep of their inputs for backward
 
@@ -40,7 +40,6 @@ class SPPConfig:
             a list of name suffixes, or a regular expression that must match the whole module path.
         exclude_modules: a list of name suffixes or a regular expression of modules to leave alone.
         rank_pattern: {name suffix or regular expression: r} for modules whose rank differs from `r`.
-        init: "paper": W_α Kaiming-uniform with a = √5, W_β zero.
         rule: "spp"; or a peer's, which keeps the mask too, in place of W_α and W_β: "hira" (W scaled by 1 + s·B A) or
             "masked_lora" (W plus s·B A on the mask), of rank r. r and scaling default to SPP's; PEFT's HiRA has no
             factor, scaling=1.0, and about as many parameters as SPP's r=16 at r=8.
@@ -63,7 +62,6 @@ class SPPConfig:
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     rank_pattern: Mapping[str, int] | None = None
-    init: str = "paper"
     rule: str = "spp"
     packed: bool = False
     seed: int | None = None
@@ -75,7 +73,6 @@ class SPPConfig:
         check_number("scaling", self.scaling, above=0.0)
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         check_choice("dropout_mode", self.dropout_mode, DROPOUT_MODES)
-        check_choice("init", self.init, INITS)
         if not isinstance(self.rule, str):
             raise ConfigError(f"{arg('rule')} is {self.rule!r}; it must be the name of a rule, such as 'spp'")
         check_flag("packed", self.packed)
@@ -114,7 +111,7 @@ class SPPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        values = asdict(self)
+        values = {**asdict(self), "init": INITS[0]}
         for field in ("target_modules", "exclude_modules"):
             if isinstance(values[field], tuple):
                 values[field] = list(values[field])
@@ -123,11 +120,12 @@ class SPPConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SPPConfig:
         """Build a config from `to_dict`'s values; an unknown field is a ConfigError that names it."""
-        known = {f.name for f in fields(cls)}
+        known = {*(f.name for f in fields(cls)), "init"}
         version = values.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
             return cls(format_version=version)  # raises with the message about versions
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown config fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        return cls(**dict(values))
+        check_choice("init", values.get("init", INITS[0]), INITS)
+        return cls(**{name: value for name, value in values.items() if name != "init"})

@@ -158,7 +158,7 @@ class HoldsAdapter(HoldsWeight):
     """A module with a frozen weight and one adapter of it, whose parameters are its own.
 
     Attributes:
-        spp_rule, spp_init, r, scaling, dropout, dropout_mode: as in SPPConfig.
+        spp_rule, r, scaling, dropout, dropout_mode: as in SPPConfig.
         spp_name: the layer's name in messages.
         spp_alpha: W_α (r, n), of experts (E, r, n). spp_beta: W_β (m, 1), (E, m, 1). With another rule its own.
         disabled: whether the layer computes as the pruned one does.
@@ -175,13 +175,13 @@ class HoldsAdapter(HoldsWeight):
         """Make the adapter and draw it; on the CPU, whatever the device.
 
         Args:
-            config: whose rule, r, scaling, dropout and init count.
+            config: whose rule, r, scaling and dropout count.
             where: the layer's name in messages.
             weight: W, whose device and arithmetic the parameters have.
             generator: where they are drawn from; None is torch's global one.
         """
         self.spp_rule: Rule = get_rule(config.rule)
-        self.spp_init, self.spp_name, self.r, self.scaling = config.init, where, config.r, config.scaling
+        self.spp_name, self.r, self.scaling = where, config.r, config.scaling
         self.dropout, self.dropout_mode, self.disabled = config.dropout, config.dropout_mode, False
         self._adapter_names = self.spp_rule.attribute_names()
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, config.r)
@@ -220,7 +220,7 @@ class HoldsAdapter(HoldsWeight):
         """Draw the adapter anew in place, expert after expert; a generator must be on the parameters' device."""
         adapter = self.adapter()
         for one in adapter.experts() if adapter.params[0].dim() == 3 else [adapter]:
-            self.spp_rule.init_(one.params, self.spp_init, generator)
+            self.spp_rule.init_(one.params, generator)
 
     def effective_weight(self) -> Tensor:
         """Return W_eff in the dtype and layout of `weight`: what the forward multiplies by, and a merge stores."""

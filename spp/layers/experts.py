@@ -28,7 +28,7 @@ class SPPExperts(HoldsAdapter, ExpertsAdapter):
 
     Args:
         projection: the fused weight, frozen from here on.
-        r, scaling, dropout, dropout_mode, init, rule, packed: as in SPPConfig, for each expert. A packed weight stays
+        r, scaling, dropout, dropout_mode, rule, packed: as in SPPConfig, for each expert. A packed weight stays
             with the adapter until `restore`; PackedExperts hand over theirs.
         generator: where the W_α are drawn from, expert after expert; None is torch's global generator.
         checked: whether `check_experts` and `check_values` have found it good: they are not asked again.
@@ -50,7 +50,6 @@ class SPPExperts(HoldsAdapter, ExpertsAdapter):
         scaling: float = 2.0,
         dropout: float = 0.0,
         dropout_mode: str = "input",
-        init: str = "paper",
         rule: str = "spp",
         *,
         packed: bool = False,
@@ -64,7 +63,6 @@ class SPPExperts(HoldsAdapter, ExpertsAdapter):
             scaling=scaling,
             dropout=dropout,
             dropout_mode=dropout_mode,
-            init=init,
             rule=rule,
             packed=packed,
         )

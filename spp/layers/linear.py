@@ -24,7 +24,7 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
     Args:
         linear: the nn.Linear (or subclass, or transformers' Conv1D) to adapt; its Parameters are used, not copied, and
             frozen. With packed=True its weight is freed until `restore`; a PackedLinear hands over its packed one.
-        r, scaling, dropout, dropout_mode, init, rule: as in SPPConfig.
+        r, scaling, dropout, dropout_mode, rule: as in SPPConfig.
         packed: store the weight packed (spp.weights.packed.layout) and decode it a block at a time.
         dtype: of an 8-bit weight of bitsandbytes where it is multiplied, which does not say itself; None is its
             bias's, or float32.
@@ -60,7 +60,6 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
         scaling: float = 2.0,
         dropout: float = 0.0,
         dropout_mode: str = "input",
-        init: str = "paper",
         rule: str = "spp",
         *,
         packed: bool = False,
@@ -71,7 +70,7 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
     ) -> None:
         super().__init__()
         config = adapter_config(
-            where, r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, init=init, rule=rule, packed=packed
+            where, r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, rule=rule, packed=packed
         )
         if not checked:
             check_linear(linear, config, where)

@@ -47,7 +47,7 @@ class Rule(ABC):
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
         """Raise a ConfigError that names `where` unless r fits the layer."""
 
-    def init_(self, params: Params, init: str, generator: torch.Generator | None) -> None:
+    def init_(self, params: Params, generator: torch.Generator | None) -> None:
         """Fill the parameters in place: the first is drawn, the other zeros; `generator` None is torch's global one."""
         first, second = params
         torch.nn.init.kaiming_uniform_(first, a=KAIMING_A, generator=generator)

@@ -65,9 +65,9 @@ class TermsRule(Rule):
         for rank in self.ranks:
             self.rule.check_rank(out_features, in_features, rank, where)
 
-    def init_(self, params: Params, init: str, generator: torch.Generator | None) -> None:
+    def init_(self, params: Params, generator: torch.Generator | None) -> None:
         for part in self.split(params):
-            self.rule.init_(part, init, generator)
+            self.rule.init_(part, generator)
 
     def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> TermFactors:
         terms = tuple(

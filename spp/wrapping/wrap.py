@@ -53,7 +53,7 @@ adapter_layers = _SPP.layers  # {path: layer} in module order, fused experts und
 is_wrapped = _SPP.is_in
 require_layers = _SPP.require
 refuse_wrapped = _SPP.refuse
-_LAYER_OPTIONS = ("scaling", "dropout", "dropout_mode", "init", "rule", "packed")  # of SPPConfig, the same for all
+_LAYER_OPTIONS = ("scaling", "dropout", "dropout_mode", "rule", "packed")  # of SPPConfig, the same for all
 
 
 def wrap(
@@ -66,7 +66,6 @@ def wrap(
     target_modules: str | list[str] | tuple[str, ...] | None = None,
     exclude_modules: str | list[str] | tuple[str, ...] | None = None,
     rank_pattern: dict[str, int] | None = None,
-    init: str = "paper",
     rule: str = "spp",
     packed: bool = False,
     seed: int | None = None,
@@ -79,7 +78,7 @@ def wrap(
     Args:
         model: any torch module with linears; Hugging Face causal language models need no further arguments.
         r: rows of W_α in every layer, or a whole SPPConfig (then no other option).
-        scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, init, rule, packed, seed:
+        scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, rule, packed, seed:
             as in SPPConfig.
 
     Returns:
@@ -103,7 +102,6 @@ def wrap(
         "target_modules": target_modules,
         "exclude_modules": exclude_modules,
         "rank_pattern": rank_pattern,
-        "init": init,
         "rule": rule,
         "packed": packed,
         "seed": seed,

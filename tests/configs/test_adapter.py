@@ -28,7 +28,6 @@ from spp.errors import ConfigError
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"dropout": float("nan")}, "dropout is nan"),
         ({"dropout_mode": "output"}, "dropout_mode is 'output'"),
-        ({"init": "zeros"}, "init is 'zeros'"),
         ({"packed": 1}, "packed is 1"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
@@ -45,6 +44,14 @@ def test_nonsense_is_refused_by_name(options: dict[str, Any], named: str) -> Non
         SPPConfig(**options)
     with pytest.raises(ValueError):
         SPPConfig(**options)
+
+
+def test_files_say_how_it_starts_and_no_other_start_is_known() -> None:
+    values = SPPConfig().to_dict()
+    assert values["init"] == "paper"
+    assert SPPConfig.from_dict({k: v for k, v in values.items() if k != "init"}) == SPPConfig.from_dict(values)
+    with pytest.raises(ConfigError, match="init is 'zeros'"):
+        SPPConfig.from_dict({**values, "init": "zeros"})
 
 
 def test_round_trip_through_json() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from spp.files import atomic, atomic_directory, atomic_file, recognised, recover
 
 COUNTED = ("open", "os.", "shutil.", "ctypes.dlsym")
-PARTS = {"vocab.txt": 3000, "original/consolidated.pth": 100, "merges.txt": 1}
+PARTS = {"tokenizer.model": 3000, "additional_chat_templates/own.jinja": 100, "tokenizer.json": 1}
 CONFIG = '{"model_type": "llama"}'  # makes it a folder that is replaced
 
 
@@ -30,7 +30,7 @@ def write(target: Path, word: str, scenario: str) -> None:
     if scenario == "aside":
         atomic._exchange = lambda one, other: False  # as on a system that cannot exchange
     with atomic_directory(target, overwrite=True) as folder:
-        (folder / "original").mkdir()
+        (folder / "additional_chat_templates").mkdir()
         (folder / "config.json").write_text(CONFIG)
         for name, length in PARTS.items():
             (folder / name).write_text(word * length)
@@ -44,7 +44,7 @@ def state(target: Path, scenario: str) -> str | None:
         assert text == text[:3] * 1000, "half a file"
         return text[:3]
     found = {name: (target / name).read_text() for name in PARTS}
-    word = found["merges.txt"]
+    word = found["tokenizer.json"]
     assert found == {name: word * length for name, length in PARTS.items()}, "half a directory"
     return word
 

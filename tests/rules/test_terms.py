@@ -134,5 +134,5 @@ def test_shapes_ranks_and_names() -> None:
     with pytest.raises(ConfigError, match="here: r = 4"):
         rule.check_rank(3, 8, 7, "here")
     generator = torch.Generator().manual_seed(0)
-    rule.init_([p.data for p in params], "paper", generator)
+    rule.init_([p.data for p in params], generator)
     assert not params[1].any() and not params[3].any() and params[2].abs().max() <= 8**-0.5

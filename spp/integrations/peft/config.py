@@ -11,7 +11,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
-from spp.configs.adapter import FORMAT_VERSION, SPPConfig
+from spp.configs.adapter import FORMAT_VERSION, INITS, SPPConfig
+from spp.configs.checks import check_choice
 from spp.errors import AdapterError, ConfigError
 from spp.files import mask_sha256
 from spp.wrapping.adapter_files import why_malformed
@@ -28,8 +29,9 @@ class SPPPeftConfig(PeftConfig):
     is in a model, `target_modules` names exactly what was chosen.
 
     Args:
-        r, scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, init, rule, packed, seed,
+        r, scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, rule, packed, seed,
             format_version: as in spp.SPPConfig.
+        init: "paper", the only start; adapter files say it.
         layers_to_transform, layers_pattern: as in PEFT: only targets of these layers.
         modules_to_save: as in PEFT: modules that are trained and saved as a whole.
         base_masks: {module path: hash of its zeros} of the base that the adapter was trained on. Filled in when it is
@@ -68,6 +70,7 @@ class SPPPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SPP
+        check_choice("init", self.init, INITS)
         self.spp_config()
         if self.rule != "spp":
             raise ConfigError(f"rule is {self.rule!r}; the PEFT plug-in knows 'spp'")

@@ -180,7 +180,7 @@ class TermsLayer(BaseTunerLayer):
         params = [torch.empty(shape, dtype=arithmetic) for shape in shapes]
         with torch.no_grad():
             for one in zip(*params, strict=True) if experts else [params]:  # expert after expert
-                self.spp_rule.init_(one, config.init, generator)
+                self.spp_rule.init_(one, generator)
         self.set_terms(adapter, (Term(r, config.scaling),), params, (config.dropout, config.dropout_mode))
         self.set_adapter(self.active_names(), inference_mode=inference_mode)
 
