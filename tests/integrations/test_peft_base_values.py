@@ -16,7 +16,7 @@ from torch import nn
 import spp
 from spp.errors import ConfigError, SPPWarning
 from spp.integrations.peft import SPPPeftConfig
-from spp.weights.base_values import SAME
+from spp.weights.base_values import SAME, UNKNOWN
 from spp.wrapping.wrap import base_verdict
 from tests.helpers.models import moe_model
 from tests.helpers.offloading import WAYS
@@ -62,6 +62,32 @@ def test_the_same_base_is_silent_and_another_is_warned_of(saved: Path, tmp_path:
     edit(saved, base_model_name_or_path="the/base")
     with pytest.warns(SPPWarning, match="14 of 14 layers, first in .*the/base"):
         PeftModel.from_pretrained(scaled(pruned()), saved)
+
+
+@pytest.mark.filterwarnings("ignore:the base's values are not those")
+def test_saving_from_another_base_launders_nothing_and_training_there_is_training_there(
+    saved: Path, tmp_path: Path
+) -> None:
+    for trainable in (False, True):
+        elsewhere = PeftModel.from_pretrained(scaled(pruned()), saved, is_trainable=trainable)
+        elsewhere.load_adapter(saved, "second")
+        elsewhere.save_pretrained(tmp_path / f"again-{trainable}")
+        for again in (tmp_path / f"again-{trainable}", tmp_path / f"again-{trainable}" / "second"):
+            for name in ("base_masks", "base_values", "base_forms"):
+                assert config_of(again)[name] == config_of(saved)[name]
+    with torch.no_grad():
+        next(p for p in elsewhere.parameters() if p.requires_grad).view(-1)[0] += 1
+    elsewhere.save_pretrained(tmp_path / "trained", selected_adapters=["default"])
+    assert base_verdict(spp.load_adapter(scaled(pruned()), tmp_path / "trained", strict_values=True)).state == SAME
+
+
+def test_one_that_says_nothing_says_nothing_when_it_is_saved_again(saved: Path, tmp_path: Path) -> None:
+    config = config_of(saved)
+    del config["base_values"], config["base_forms"]
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    PeftModel.from_pretrained(scaled(pruned()), saved).save_pretrained(tmp_path / "again")
+    assert config_of(tmp_path / "again")["base_values"] is None
+    assert base_verdict(spp.load_adapter(scaled(pruned()), tmp_path / "again", strict_values=True)).state == UNKNOWN
 
 
 def _packed(saved: Path) -> PeftConfig:

@@ -104,15 +104,18 @@ class SPPPeftConfig(PeftConfig):
         self._owner = weakref.ref(model), adapter
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, with the zeros and the values of the base that the adapter is in.
+        """Write adapter_config.json, with the zeros and the values of the base that the adapter was trained on.
+
+        Those are of the base that it is in; of an adapter that was loaded and not trained since, what its files said.
 
         Raises:
             AdapterError: the adapter is a sum of others, which no adapter file can hold.
         """
         masks = self._masks_now()
-        if masks:
+        if masks and not self._is_as_loaded():
             known = base_values((path, layer.held()) for path, layer in self._layers().items())
-            self.base_masks, self.base_values, self.base_forms = masks, known["base_values"], known["base_forms"]
+            self.base_values, self.base_forms = known["base_values"], known["base_forms"]
+        self.base_masks = masks or self.base_masks
         super().save_pretrained(save_directory, **kwargs)
 
     def require_savable(self) -> None:
@@ -128,6 +131,11 @@ class SPPPeftConfig(PeftConfig):
         self.require_savable()
         weights = ((path, layer.base_weight()) for path, layer in self._layers().items())  # one copy at a time
         return {path: mask_sha256(weight) for path, weight in weights if not weight.is_meta}
+
+    def _is_as_loaded(self) -> bool:
+        """Whether the config came from files that say the zeros, and the adapter has the values that were loaded."""
+        layers = self._layers().values()
+        return self.base_masks is not None and all(layer.is_as_loaded(self._owner[1]) for layer in layers)
 
     def _layers(self) -> dict[str, Any]:
         model = self._owner[0]() if hasattr(self, "_owner") else None

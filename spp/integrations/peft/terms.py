@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError
+from spp.files.hashes import content_sha256
 from spp.merging.report import LayerMerge
 from spp.rules import Adapter, Rule
 from spp.rules.canonical import arithmetic_dtype
@@ -52,6 +53,20 @@ class AdapterDict(HookedAdapter, nn.ParameterDict):
         with converting(self, self.resident_names(), fn):
             super()._apply(fn, recurse)
         return self
+
+    def is_as_loaded(self, adapter: str) -> bool:
+        """Whether an adapter's parameter was loaded, and has not been written to since."""
+        parameter, loaded = self._parameters.get(adapter), self.__dict__.get("_loaded", {})
+        if parameter is None or parameter.is_meta or adapter not in loaded:
+            return False
+        return content_sha256(parameter) == str(loaded[adapter])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        loaded = self.__dict__.setdefault("_loaded", {})
+        for adapter, parameter in self._parameters.items():
+            if prefix + adapter in state_dict and parameter is not None and not parameter.is_meta:
+                loaded[adapter] = content_sha256(parameter)
 
 
 class TermsLayer(BaseTunerLayer):
@@ -211,6 +226,10 @@ class TermsLayer(BaseTunerLayer):
             return [alpha, beta]
         alphas, betas = alpha.split([term.rank for term in terms], dim=-2), beta.split(1, dim=-1)
         return [param for pair in zip(alphas, betas, strict=True) for param in pair]
+
+    def is_as_loaded(self, adapter: str) -> bool:
+        """Whether an adapter has the values that were loaded."""
+        return self.spp_alpha.is_as_loaded(adapter) and self.spp_beta.is_as_loaded(adapter)
 
     def combined(self, adapters: Sequence[str]) -> Adapter | None:
         """Return the sum of some adapters; None where this layer has none of them."""
