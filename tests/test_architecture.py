@@ -9,8 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
+
+import spp
+from tests.helpers.models import prune_nm_, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -328,6 +332,23 @@ def test_a_tree_with_every_fault_is_told_each_of_them(tmp_path: Path) -> None:
     found = findings(read_tree(tmp_path))
     assert len(found) == len(complaints)
     assert [c for c in complaints if not any(c in f for f in found)] == []
+
+
+def test_a_wrap_runs_through_few_files() -> None:
+    model, files = prune_nm_(tiny_llama()), set[Path]()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        files.add(Path(frame.f_code.co_filename))
+
+    spp.wrap  # noqa: B018  the root imports it when it is asked for
+    sys.setprofile(note)
+    try:
+        spp.wrap(model, r=2)
+    finally:
+        sys.setprofile(None)
+    touched = [file.relative_to(ROOT / "spp") for file in files if file.is_relative_to(ROOT / "spp")]
+    assert 10 < len(touched) <= 20, sorted(map(str, touched))
+    assert len({file.parent for file in touched}) <= 8
 
 
 NOT_LOADED_BY_IMPORT = [

@@ -12,6 +12,8 @@ from spp.weights.quantized.matrix import QuantizedLayout, QuantizedWeight
 
 def quantized_kind(module: nn.Module) -> str | None:
     """Return "4bit" or "8bit" for a linear of bitsandbytes, "torchao" for one of torchao's, None for any other."""
+    if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter:
+        return None  # nearly all
     return bitsandbytes.kind_of(module) or torchao.kind_of(module)
 
 
