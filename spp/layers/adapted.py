@@ -14,13 +14,13 @@ from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
+from spp.layers.host import Opaque
 from spp.rules import Adapter, Rule, effective_weight, get_rule
 from spp.rules.canonical import arithmetic_dtype
 from spp.weights import HoldsWeight, Weight
 from spp.weights.holder import WRAPPED
 
 CACHED_TOKENS = 32  # in eval without gradients, calls of at most this many tokens keep W_eff: generation's steps
-_opaque_forward: Callable[[AdaptedLinear, Tensor], Tensor] | None = None
 
 
 class CachedWeight(NamedTuple):
@@ -78,7 +78,7 @@ class AdaptedLinear(nn.Module):
         self.cache_effective = True
         self.saved_activations = "full"
         self._cached: CachedWeight | None = None
-        _prepare_opaque_forward()
+        Opaque.prepare()
 
     @abstractmethod
     def active(self) -> Adapter | None:
@@ -100,8 +100,9 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute Y (…, m) from x (…, n)."""
         if torch.compiler.is_compiling():
-            assert _opaque_forward is not None
-            return _opaque_forward(self, x)
+            assert Opaque.call is not None
+            y: Tensor = Opaque.call(AdaptedLinear._compute, self, x)
+            return y
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
@@ -141,17 +142,7 @@ class AdaptedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _prepare_opaque_forward()
-
-
-def _prepare_opaque_forward() -> None:
-    """Make the layer one opaque call for torch.compile, so that its results are those of eager mode.
-
-    Not at import time: torch.compiler.disable imports the compiler, which takes seconds.
-    """
-    global _opaque_forward
-    if _opaque_forward is None:
-        _opaque_forward = torch.compiler.disable(AdaptedLinear._compute)
+        Opaque.prepare()
 
 
 class HoldsAdapter(HoldsWeight):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spp.errors import ConfigError, TargetError
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
+from spp.layers.host import Opaque
 from spp.models.expert_products import ExpertProducts, plain_experts
 from spp.models.projection import Projection
 from spp.rules import Adapter
@@ -22,7 +23,6 @@ from spp.weights.hooks import let_go_on_error
 from spp.weights.offload import parameter_weight
 
 _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
-_opaque_forward: Callable[..., Any] | None = None
 Multiply = Callable[[int, Tensor], Tensor]
 
 
@@ -193,8 +193,8 @@ class ExpertsForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
         if torch.compiler.is_compiling():
-            assert _opaque_forward is not None
-            return _opaque_forward(self, *args, **kwargs)
+            assert Opaque.call is not None
+            return Opaque.call(ExpertsForward.run, self, *args, **kwargs)
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,14 +242,12 @@ def adapt_experts(adapters: Mapping[str, ExpertsAdapter]) -> None:
     Args:
         adapters: {parameter name: adapter}.
     """
-    global _opaque_forward
     module = next(iter(adapters.values())).projection.module
     module._modules.update(adapters)  # under the names of parameters, which attribute access goes on to find first
     name = _forward_name(module)
     if not isinstance(module.__dict__.get(name), ExpertsForward):
         module.__dict__[name] = ExpertsForward(module)
-    if _opaque_forward is None:  # not at import time: it imports the compiler, which takes seconds
-        _opaque_forward = torch.compiler.disable(ExpertsForward.run)
+    Opaque.prepare()
 
 
 def release_experts(module: nn.Module, kind: type[ExpertsAdapter] = ExpertsAdapter) -> None:

@@ -7,7 +7,8 @@ restore   the linear again, with the weight and bias as they are now
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,26 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+class Opaque:
+    """One opaque call for torch.compile in place of a forward, so that its results are those of eager mode.
+
+    Attributes:
+        call: (function, its arguments) → its result; None before `prepare`.
+    """
+
+    call: ClassVar[Callable[..., Any] | None] = None
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Make `call`. Not at import time: torch.compiler.disable imports the compiler, which takes seconds."""
+        if cls.call is None:
+            cls.call = staticmethod(torch.compiler.disable(_call))
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 class LinearHost(HoldsWeight):

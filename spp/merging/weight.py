@@ -80,7 +80,7 @@ def merge_tensor(
         if dtype != block.dtype:
             rescue_(alone := block.to(dtype), block)
         totals.add(block, alone, merged[rows], exact, kept, int(torch.count_nonzero(rescued)))
-    return merged, totals.result()
+    return merged, layer_merge(totals)
 
 
 def merge_cannot_fail(
@@ -150,13 +150,13 @@ def requantized(
         totals.add(block, block, now, exact, int(torch.count_nonzero(nonzero)), rescued)
         error = now.to(arithmetic) - before.to(arithmetic)
         square += _dot(error, error)
-    found = totals.result()
+    found = layer_merge(totals)
     share = math.sqrt(square) / found.update_norm if found.update_norm else None
     return replace(found, lost=lost, requantize_error=share)
 
 
-def layer_merge(found: Found) -> LayerMerge:
-    """Return what a compiled merge of a whole matrix did."""
+def layer_merge(found: Found | _Totals) -> LayerMerge:
+    """Return what a merge of a whole matrix did, compiled or by torch."""
     survived = survived_share(found.inner, found.square, found.updated, found.moved)
     norm = math.sqrt(found.square)
     return LayerMerge(found.kept, found.rescued, survived, found.largest, norm, found.updated, found.moved)
@@ -255,11 +255,6 @@ class _Totals:
         self.square += _dot(update, update)
         relative = change.div_(before).abs_().nan_to_num_(nan=0.0)  # 0 / 0 where pruned
         self.largest = max(self.largest, float(relative.amax()) if relative.numel() else 0.0)
-
-    def result(self) -> LayerMerge:
-        survived = survived_share(self.inner, self.square, self.updated, self.moved)
-        norm = math.sqrt(self.square)
-        return LayerMerge(self.kept, self.rescued, survived, self.largest, norm, self.updated, self.moved)
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from spp.configs.adapter import SPPConfig
 from spp.configs.pst import check_options, check_pattern
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layers.checks import check_linear, check_values
-from spp.layers.host import LinearHost
+from spp.layers.host import LinearHost, Opaque
 from spp.layers.packed import PackedLinear
 from spp.masks.patterns import Pattern
 from spp.models.projection import Projection, features, input_axis_of
@@ -22,7 +21,6 @@ from spp.rules.canonical import arithmetic_dtype
 from spp.weights import quantized_kind
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")
-_opaque_forward: Callable[[PSTLinear, Tensor], Tensor] | None = None
 
 
 class PSTLinear(LinearHost):
@@ -107,7 +105,7 @@ class PSTLinear(LinearHost):
             if parameter is not None:
                 parameter.requires_grad_(False)
         self.release()
-        _prepare_opaque_forward()
+        Opaque.prepare()
 
     @property
     def sparsity(self) -> float:
@@ -141,8 +139,9 @@ class PSTLinear(LinearHost):
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, m) for (…, n)."""
         if torch.compiler.is_compiling():
-            assert _opaque_forward is not None
-            return _opaque_forward(self, x)
+            assert Opaque.call is not None
+            y: Tensor = Opaque.call(PSTLinear._compute, self, x)
+            return y
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
@@ -187,14 +186,7 @@ class PSTLinear(LinearHost):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _prepare_opaque_forward()
-
-
-def _prepare_opaque_forward() -> None:
-    """Make the layer one opaque call for torch.compile; not at import time, it imports the compiler."""
-    global _opaque_forward
-    if _opaque_forward is None:
-        _opaque_forward = torch.compiler.disable(PSTLinear._compute)
+        Opaque.prepare()
 
 
 def factor_shapes(m: int, n: int, weight_rank: int, mask_rank: int) -> dict[str, tuple[int, ...]]:

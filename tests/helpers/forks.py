@@ -1,10 +1,12 @@
-"""Several processes at once, at the price of starting one: a fresh process loads what they need, and forks."""
+"""Several at once: processes at the price of starting one, which loads what they need and forks; and threads."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,3 +37,21 @@ def side_by_side(code: str, target: Path, *words: str | Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run work(0), work(1), …, each in a thread of its own; none may fail."""
+    failures: list[BaseException] = []
+
+    def guarded(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures

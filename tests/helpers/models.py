@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.tolerances import assert_same_bits
 
 VOCABULARY = 256
 # Of which older versions of transformers name the head, or the experts, otherwise than the tests say.
@@ -125,3 +128,26 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def train_steps(model: Any, optimizer: torch.optim.Optimizer, steps: int, **inputs: Any) -> list[float]:
+    """Train on the same inputs again and again; return the losses."""
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
+    """Names in order, values bit for bit, flags and classes are the same."""
+    a, b = found.state_dict(), expected.state_dict()
+    assert list(a) == list(b)
+    for key in a:
+        assert_same_bits(a[key], b[key], key)
+    flags = {name: p.requires_grad for name, p in expected.named_parameters()}
+    assert {name: p.requires_grad for name, p in found.named_parameters()} == flags
+    assert [type(m) for m in found.modules()] == [type(m) for m in expected.modules()]

@@ -8,26 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 
 import spp
 from spp.integrations.peft import SPPPeftConfig
 from spp.training import Collator
 from tests.helpers.tolerances import assert_same_bits
 from tests.integrations.helpers import logits, pruned
-from tests.training.helpers import arguments, blocks, losses
-
-
-class StopAt(TrainerCallback):
-    """Stops a run as a kill right after a save would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
-        return control
+from tests.training.helpers import StopAt, arguments, blocks, losses
 
 
 def make_trainer(directory: Path, callbacks: Any = None, **options: Any) -> Trainer:

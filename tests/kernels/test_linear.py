@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from spp.functional import effective_weight, spp_linear
 from spp.kernels import blocks, processor, release_workspace, use_kernels, workspace_bytes
 from spp.kernels.cpu import linear_product
 from spp.rules import spp as spp_rule
+from tests.helpers.forks import in_threads
 from tests.helpers.layers import SHAPES, Case, make_case
 from tests.helpers.tolerances import ROUNDING, assert_matches, assert_same_bits
 
@@ -364,24 +364,15 @@ def test_checkpointing_computes_no_product_again_that_it_need_not(reentrant: boo
 def test_threads_do_not_share_scratch_memory() -> None:
     cases = [make_case(40, 24, 8, (16,), torch.float64, seed=seed) for seed in range(4)]
     expected = [run_reference(case) for case in cases]
-    failures: list[BaseException] = []
 
     def work(index: int) -> None:
-        try:
-            for _ in range(20):
-                y, grads = run(cases[index])
-                assert_matches(y, expected[index][0], torch.float64)
-                for actual, oracle in zip(grads, expected[index][1], strict=True):
-                    assert_matches(actual, oracle, torch.float64)
-        except BaseException as failure:
-            failures.append(failure)
+        for _ in range(20):
+            y, grads = run(cases[index])
+            assert_matches(y, expected[index][0], torch.float64)
+            for actual, oracle in zip(grads, expected[index][1], strict=True):
+                assert_matches(actual, oracle, torch.float64)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_threads(work, 4)
 
 
 def test_the_workspace_is_bounded_and_can_be_given_back() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from spp.masks.patterns import Pattern
 from spp.pruning import magnitude_mask
 from spp.rules import Adapter, get_rule
 from spp.weights import PackedWeight
+from tests.helpers.forks import in_threads
 from tests.helpers.layers import SHAPES, Case, make_case
 from tests.helpers.tolerances import assert_matches, assert_same_bits
 from tests.kernels.test_linear import (  # noqa: F401  # what must hold whoever computes runs here again
@@ -260,23 +260,14 @@ def test_a_changed_weight_is_counted_again_and_few_tokens_stay_with_torch(calls:
 def test_threads_do_not_share_scratch_memory() -> None:
     cases = [make_case(40, 70, 8, (50,), seed=seed) for seed in range(4)]
     expected = [[(y := run(case))[0], *y[1]] for case in cases]
-    failures: list[BaseException] = []
 
     def work(index: int) -> None:
-        try:
-            for _ in range(20):
-                y, grads = run(cases[index])
-                for found, wanted in zip([y, *grads], expected[index], strict=True):
-                    assert_same_bits(found, wanted)
-        except BaseException as failure:
-            failures.append(failure)
+        for _ in range(20):
+            y, grads = run(cases[index])
+            for found, wanted in zip([y, *grads], expected[index], strict=True):
+                assert_same_bits(found, wanted)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_threads(work, 4)
 
 
 def test_one_bit_an_entry_is_kept_with_input_dropout_and_nothing_without() -> None:

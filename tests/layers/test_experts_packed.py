@@ -25,7 +25,7 @@ from spp.weights import PackedStack
 from spp.weights.packed import packing, stack
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.made import Made
-from tests.helpers.models import MOE_ARCHITECTURES, moe_model
+from tests.helpers.models import MOE_ARCHITECTURES, assert_same_model, moe_model, train_steps
 from tests.helpers.tolerances import assert_matches, assert_same_bits
 
 GPT2: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 96, "n_positions": 64}
@@ -73,25 +73,13 @@ def train(model: Any, steps: int = 3) -> list[float]:
     torch.manual_seed(7)
     model.train()
     optimizer = torch.optim.AdamW(spp.adapter_parameters(model), lr=2e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train_steps(model, optimizer, steps, input_ids=ids(), labels=ids(), use_cache=False)
     model.eval()
     return losses
 
 
-def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
-    a, b = found.state_dict(), expected.state_dict()
-    assert list(a) == list(b)
-    for key in a:
-        assert_same_bits(a[key], b[key], key)
-    flags = {name: p.requires_grad for name, p in expected.named_parameters()}
-    assert {name: p.requires_grad for name, p in found.named_parameters()} == flags
-    assert [type(m) for m in found.modules()] == [type(m) for m in expected.modules()]
+def assert_same_model_and_attributes(found: nn.Module, expected: nn.Module) -> None:
+    assert_same_model(found, expected)
     assert [attributes(m) for m in found.modules()] == [attributes(m) for m in expected.modules()]
 
 
@@ -136,9 +124,9 @@ def test_packed_is_the_dense_model_bit_for_bit(architecture: str) -> None:
     reports = [spp.merge(model) for model in (dense, packed)]
     assert_same_report(reports[1].to_dict(), reports[0].to_dict())
     assert packed._spp_base == dense._spp_base
-    assert_same_model(packed, dense)
+    assert_same_model_and_attributes(packed, dense)
     assert_same_bits(logits(twin), tuned)  # the copy has everything of its own
-    assert_same_model(spp.unwrap(twin), base)
+    assert_same_model_and_attributes(spp.unwrap(twin), base)
 
 
 @pytest.mark.filterwarnings("ignore:the adapter changes no weight")  # not trained
@@ -166,9 +154,9 @@ def test_pack_unpack_and_wrap_in_between(architecture: str) -> None:
     assert list(packed_layers(model)) == list(layers)
     assert [packed_layers(model)[path] is layer for path, layer in layers.items()]
     spp.pack(model)  # nothing left to pack
-    assert_same_model(spp.unpack(model), base)
+    assert_same_model_and_attributes(spp.unpack(model), base)
     spp.merge(spp.wrap(spp.pack(model), r=4, packed=True))  # an untrained adapter: no bit changes
-    assert_same_model(model, base)
+    assert_same_model_and_attributes(model, base)
 
 
 @pytest.mark.sampled(2)
@@ -241,7 +229,7 @@ def test_experts_without_tokens_and_a_part_of_the_weights() -> None:
     assert len(packed_layers(packed)) == 6  # input_linear and kv_proj
     assert_matches(logits(packed), tuned.double(), torch.float32)
     spp.unwrap(before)
-    assert_same_model(spp.unpack(before), base)
+    assert_same_model_and_attributes(spp.unpack(before), base)
     for module in packed.modules():
         if "output_linear" in getattr(module, "_modules", {}):
             assert "forward" not in module.output_linear.__dict__
@@ -318,7 +306,7 @@ def test_a_merge_into_another_dtype_converts_what_stays_packed() -> None:
             continue
         assert model.model.layers[0].mlp.experts._modules["down_proj"].weight_values.dtype == torch.bfloat16
         assert_matches(logits(model).float(), logits(expected).double(), torch.bfloat16, logits(expected).float())
-        assert_same_model(spp.unpack(model), expected)
+        assert_same_model_and_attributes(spp.unpack(model), expected)
 
 
 @pytest.mark.sampled(2)
@@ -392,7 +380,7 @@ def test_an_interrupted_wrap_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             spp.wrap(start, r=4, packed=True)
         monkeypatch.setattr(SPPExperts, "reset_parameters", real)
-        assert_same_model(start, before)
+        assert_same_model_and_attributes(start, before)
         assert_same_bits(logits(start), logits(before))
 
 

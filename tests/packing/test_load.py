@@ -18,7 +18,7 @@ from spp.models.disk_keys import DiskKeys
 from spp.models.streamed import StreamedModel
 from spp.weights import PackedStack
 from tests.helpers.made import Made
-from tests.helpers.models import moe_model, projections, prune_nm_, tiny_llama
+from tests.helpers.models import assert_same_model, moe_model, projections, prune_nm_, tiny_llama
 from tests.helpers.tolerances import assert_matches, assert_same_bits
 
 
@@ -46,13 +46,7 @@ def test_it_is_what_loading_and_packing_gives(base: Path, dtype: torch.dtype | N
     loaded = spp.load_packed(base, dtype=dtype)
     expected = spp.pack(load(base, dtype=dtype or torch.float32))
     assert not loaded.training
-    state, other = loaded.state_dict(), expected.state_dict()
-    assert list(state) == list(other)
-    for key in other:
-        assert_same_bits(state[key], other[key], key)
-    flags = {name: p.requires_grad for name, p in expected.named_parameters()}
-    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
-    assert [type(m) for m in loaded.modules()] == [type(m) for m in expected.modules()]
+    assert_same_model(loaded, expected)
     assert loaded.config._name_or_path == str(base)
     assert loaded.generation_config.to_dict() == expected.generation_config.to_dict()
     with torch.no_grad():
@@ -149,13 +143,7 @@ def test_fused_experts_are_read_one_by_one(architecture: str, tmp_path: Path, mo
         loaded = spp.load_packed(tmp_path / "base", dtype=dtype)
         assert made.shapes and not shapes & set(made.shapes)
         expected = spp.pack(load(tmp_path / "base", dtype=dtype or torch.float32))
-        state, other = loaded.state_dict(), expected.state_dict()
-        assert list(state) == list(other)
-        for key in other:
-            assert_same_bits(state[key], other[key], key)
-        flags = {name: p.requires_grad for name, p in expected.named_parameters()}
-        assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
-        assert [type(m) for m in loaded.modules()] == [type(m) for m in expected.modules()]
+        assert_same_model(loaded, expected)
         tokens = ids() % 96
         with torch.no_grad():
             assert_same_bits(loaded(tokens).logits, expected(tokens).logits)

@@ -17,7 +17,7 @@ from spp.errors import ConfigError, SPPWarning, TargetError, WrapError
 from spp.layers.linear import SPPLinear
 from spp.layers.packed import PackedLinear
 from spp.weights import PackedWeight
-from tests.helpers.models import projections, prune_nm_, tiny_llama
+from tests.helpers.models import assert_same_model, projections, prune_nm_, tiny_llama, train_steps
 from tests.helpers.tolerances import assert_same_bits
 
 
@@ -37,26 +37,10 @@ def ids(rows: int = 2, length: int = 9) -> Tensor:
 def train(model: Any, steps: int = 3) -> list[float]:
     model.train()
     optimizer = torch.optim.AdamW(spp.adapter_parameters(model), lr=1e-2)
-    losses = []
     torch.manual_seed(7)
-    for _ in range(steps):
-        loss = model(input_ids=ids(), labels=ids()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_steps(model, optimizer, steps, input_ids=ids(), labels=ids())
     model.eval()
     return losses
-
-
-def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
-    a, b = found.state_dict(), expected.state_dict()
-    assert a.keys() == b.keys()
-    for key in a:
-        assert_same_bits(a[key], b[key], key)
-    flags = {name: p.requires_grad for name, p in expected.named_parameters()}
-    assert {name: p.requires_grad for name, p in found.named_parameters()} == flags
-    assert [type(m) for m in found.modules()] == [type(m) for m in expected.modules()]
 
 
 @pytest.mark.sampled(2)

@@ -16,7 +16,7 @@ import spp
 from spp.errors import AdapterError, ConfigError, NonFiniteError, TargetError, WrapError
 from spp.pst import PSTConfig, PSTLinear, pst_layers
 from spp.pst.model import trained_parameters
-from tests.helpers.models import moe_model, prune_nm_, tiny_llama
+from tests.helpers.models import moe_model, prune_nm_, tiny_llama, train_steps
 from tests.helpers.tolerances import assert_same_bits
 
 SMALL = {
@@ -48,14 +48,7 @@ def train_a_little(model: Any, labels: Tensor, steps: int = 4) -> list[float]:
     parameters = list(trained_parameters(model).values())
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
+    return train_steps(model, optimizer, steps, input_ids=IDS, labels=labels)
 
 
 @pytest.mark.sampled(2)

@@ -14,7 +14,7 @@ import spp
 from spp.errors import ConfigError, NonFiniteError, TargetError, WrapError
 from spp.training import SPPTrainer
 from spp.wrapping.wrap import adapter_layers
-from tests.helpers.models import projections
+from tests.helpers.models import projections, train_steps
 from tests.helpers.quantized import FORMS, assert_recounted, merge_again, own_dense, quantized_llama, recount
 
 pytest.importorskip("bitsandbytes")
@@ -34,14 +34,7 @@ def dense_twin(model: Any) -> Any:
 
 def step(model: Any, steps: int = 3) -> list[float]:
     optimizer = torch.optim.SGD(spp.adapter_parameters(model), lr=0.5)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses
+    return train_steps(model, optimizer, steps, input_ids=IDS, labels=IDS)
 
 
 @pytest.mark.sampled(1)

@@ -15,7 +15,7 @@ import spp
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.weights import read_quantized
 from spp.wrapping.wrap import adapter_layers
-from tests.helpers.models import projections, prune_nm_, tiny_llama
+from tests.helpers.models import projections, prune_nm_, tiny_llama, train_steps
 from tests.helpers.quantized import TORCHAO_FORMS, assert_recounted, merge_again, recount, torchao_config, torchao_llama
 from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros
 from tests.integrations.helpers import IDS, logits
@@ -40,13 +40,7 @@ def dense_twin(model: Any) -> Any:
 def train(model: Any, steps: int = 3) -> list[float]:
     optimizer = torch.optim.SGD(spp.adapter_parameters(model), lr=3.0)
     model.train()
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train_steps(model, optimizer, steps, input_ids=IDS, labels=IDS)
     model.eval()
     return losses
 
