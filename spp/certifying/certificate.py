@@ -76,11 +76,14 @@ class SparsityReport:
         sparsity: fraction of zeros over all of them, in [0, 1].
         pattern: the pattern that all of them have, or "mixed".
         tensors: by name.
+        zeros_added: how many zeros there are beside those of a model that had fewer, in all that was compared with it;
+            None where none may be added.
     """
 
     sparsity: float
     pattern: str
     tensors: dict[str, TensorSparsity]
+    zeros_added: int | None = None
 
     def __repr__(self) -> str:
         return f"SparsityReport({len(self.tensors)} tensors, pattern {self.pattern}, sparsity {self.sparsity:.4f})"
@@ -90,6 +93,8 @@ class SparsityReport:
         values = asdict(self)
         for tensor in values["tensors"].values():
             tensor["shape"] = list(tensor["shape"])
+        if self.zeros_added is None:
+            del values["zeros_added"]
         return values
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from tqdm import tqdm
@@ -70,7 +70,9 @@ def sparsity(model_or_dir: ModelOrPath) -> SparsityReport:
     return make_report({key: found[key].zeros for key in source.axes})
 
 
-def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False) -> SparsityReport:
+def verify(
+    before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False, more_zeros_allowed: bool = False
+) -> SparsityReport:
     """Check a checkpoint against its certificate, or that two models have the same zeros in every projection.
 
     Two models are compared in all projections, and in every other matrix of `before` (such as an output head; not an
@@ -85,6 +87,8 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
             directory with a certificate.
         after: what must have the zeros of `before`. Values and dtypes may differ.
         deep: compare the sha256 of contents too (needs a certificate that was made with deep=True).
+        more_zeros_allowed: `after` may have been pruned further: every zero of `before` must still be one, and the
+            report counts those that are new.
 
     Returns:
         The report on what was compared of `after`, or on what the certificate names.
@@ -100,10 +104,12 @@ def verify(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool 
         >>> spp.verify("pruned-2of4", "tuned-2of4").sparsity  # doctest: +SKIP
         0.5
     """
-    return examine(before, after, deep=deep).require()
+    return examine(before, after, deep=deep, more_zeros_allowed=more_zeros_allowed).require()
 
 
-def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False) -> Verification:
+def examine(
+    before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool = False, more_zeros_allowed: bool = False
+) -> Verification:
     """Do what `verify` does, and return what was found instead of raising it; arguments as there."""
     if after is not None:
         if deep:
@@ -111,7 +117,12 @@ def examine(before: ModelOrPath, after: ModelOrPath | None = None, *, deep: bool
                 f"{arg('deep', True)} compares a directory with its certificate; it needs one argument, not two"
             )
         with open_source(before) as one, open_source(after) as other:
-            return _examine_two(*same_names(one, other))
+            return _examine_two(*same_names(one, other), more_zeros_allowed=more_zeros_allowed)
+    if more_zeros_allowed:
+        raise ConfigError(
+            f"{arg('more_zeros_allowed', True)} compares a model that was pruned further with the one before; it needs "
+            f"both, and only one is given"
+        )
     if isinstance(before, nn.Module):
         raise ConfigError(
             f"a model in memory has no certificate; pass what to compare it with: {call('verify', 'before, after')}"
@@ -166,7 +177,8 @@ def compare(
         if old[key].mask != new[key].mask:
             bits, others = pack_bits(before.get(key)), pack_bits(after.get(key))
             grown, gone = count_kept(others & ~bits), count_kept(bits & ~others)
-            problems.append(Problem(MASK, f"{grown} became non-zero, {gone} became zero", key))
+            what = f"{grown} became non-zero, {gone} became zero"
+            problems.append(Problem(MASK, what, key, zeros_added=0 if grown else gone))
     unreadable = {**before.unreadable, **after.unreadable}
     problems += [
         Problem(CONTENTS, f"stored as {unreadable[path]}: its zeros cannot be read", path)
@@ -175,7 +187,7 @@ def compare(
     return problems
 
 
-def _examine_two(before: Source, after: Source) -> Verification:
+def _examine_two(before: Source, after: Source, *, more_zeros_allowed: bool) -> Verification:
     count = len(before.axes) + len(before.matrices) + len(after.axes)
     with tqdm(total=count, desc="verifying", unit="tensor", disable=None) as bar:
         old = scan_source(before, {**before.axes, **before.matrices}, lambda _: bar.update())
@@ -184,8 +196,12 @@ def _examine_two(before: Source, after: Source) -> Verification:
     problems = compare(before, old, after, new, {*before.axes, *after.axes, *pruned})
     kept = [key for key in [*after.axes, *pruned] if key in new]
     facts = {key: new[key].zeros for key in kept}
+    report = make_report(facts)
+    if more_zeros_allowed:
+        report = replace(report, zeros_added=sum(problem.zeros_added for problem in problems))
+        problems = [problem for problem in problems if not problem.zeros_added]
     tensors = {**{problem.key: None for problem in problems}, **facts}
-    return Verification(after.name, before.name, tensors, tuple(problems), make_report(facts))
+    return Verification(after.name, before.name, tensors, tuple(problems), report)
 
 
 def header_problems(certificate: Certificate, reader: CheckpointReader) -> list[Problem]:
@@ -280,11 +296,13 @@ class Problem:
         kind: MASK (zeros, shapes, patterns), FINITE (NaN or infinity) or CONTENTS (values, dtypes, names).
         what: in words.
         key: of the tensor; "" where it concerns all.
+        zeros_added: how many of its weights became zero, if that is all that differs; else 0.
     """
 
     kind: str
     what: str
     key: str = ""
+    zeros_added: int = 0
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}" if self.key else self.what
@@ -320,7 +338,10 @@ class Verification:
         if not self.problems:
             return self.report
         if self.against is not None:
-            raise_differences(self.problems, self.against, self.name)
+            further = all(problem.zeros_added for problem in self.problems)
+            way = call("verify", "before, after", more_zeros_allowed=True)
+            more = f"\nNo zero is lost: of a model that was pruned further, {way} allows for more." if further else ""
+            raise_differences(self.problems, self.against, self.name, more)
         listed = sorted(self.problems, key=lambda problem: (_ORDER.index(problem.kind), str(problem)))
         problems = "\n  ".join(dict.fromkeys(map(str, listed)))
         if listed[0].kind == FINITE:
@@ -329,7 +350,7 @@ class Verification:
         raise error(f"{self.name} fails its certificate:\n  {problems}")
 
 
-def raise_differences(problems: tuple[Problem, ...], before: str, after: str) -> None:
+def raise_differences(problems: tuple[Problem, ...], before: str, after: str, more: str = "") -> None:
     """Raise a MaskError, NonFiniteError or CheckpointError, whichever problem is gravest, if two models differ."""
     if not problems:
         return
@@ -339,4 +360,4 @@ def raise_differences(problems: tuple[Problem, ...], before: str, after: str) ->
         raise NonFiniteError(f"weights are not finite:\n  {listing}")
     if kind == CONTENTS:
         raise CheckpointError(f"{after} and {before} cannot be compared in {len(problems)} tensors:\n  {listing}")
-    raise MaskError(f"the zeros of {after} are not those of {before}, in {len(problems)} tensors:\n  {listing}")
+    raise MaskError(f"the zeros of {after} are not those of {before}, in {len(problems)} tensors:\n  {listing}{more}")

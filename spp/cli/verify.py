@@ -25,26 +25,27 @@ def run(config: VerifyConfig) -> None:
     from spp.files.carry import CERTIFICATE_NAME
 
     before, after = config.pair
+    _check(before, after, config.deep and after is None, config.every, more=config.more_zeros_allowed)
     if after is None:
-        _check(before, None, config.deep, config.every)
         return
-    _check(before, after, False, config.every)
     if (Path(after) / CERTIFICATE_NAME).is_file():
         _check(after, None, config.deep, config.every)
     else:
         console.say(f"{after} has no {CERTIFICATE_NAME}: its values were not checked")
 
 
-def _check(before: str, after: str | None, deep: bool, every: bool) -> None:
+def _check(before: str, after: str | None, deep: bool, every: bool, *, more: bool = False) -> None:
     """Show what was found, and raise what is wrong."""
     from spp.certifying.verify import examine
     from spp.report import verdict_table
 
     with console.step("verifying" if after is not None else "verifying contents"):
-        found = examine(before, after, deep=deep)
+        found = examine(before, after, deep=deep, more_zeros_allowed=more)
     console.show(verdict_table(found, every=every))
-    found.require()
+    added = found.require().zeros_added
     if after is None:
         console.say(f"verified: {before} is what its certificate says")
-    else:
+    elif added is None:
         console.say(f"verified: {after} has exactly the zeros of {before}")
+    else:
+        console.say(f"verified: {after} has every zero of {before}, and {added} more")

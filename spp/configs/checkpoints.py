@@ -111,6 +111,9 @@ class VerifyConfig:
     against: Annotated[
         str | None, Option("The pruned checkpoint whose zeros the first one must have: BEFORE, named last.", MODEL)
     ] = None
+    more_zeros_allowed: Annotated[
+        bool, Option("AFTER may have been pruned further: it must have the zeros of BEFORE, and may have more.", METHOD)
+    ] = False
     deep: Annotated[bool, Option("Compare sha256 of contents too, where the certificate has them.", RUN)] = False
     every: Annotated[bool, Option("List every tensor in the table.", RUN, name="--all")] = False
 

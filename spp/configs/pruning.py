@@ -193,6 +193,15 @@ class PruneOptions:
         OWL | None,
         Option("Prune blocks with many outliers less (OWL); the pattern must be a fraction.", METHOD),
     ] = None
+    keep_zeros: Annotated[
+        bool,
+        Option(
+            "Keep zeros that the model has and count them as pruned, so that N:M keeps at most N; otherwise they are "
+            "weights like any other, and sparsegpt fills them.",
+            METHOD,
+            negatable=True,
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
         method, owl = get_method(self.method), self.owl

@@ -48,7 +48,8 @@ def dsnot(
 
     Args:
         weight: (m, n), dense: what a mask prunes must still be there.
-        mask: bool (m, n), True = kept, of any other method.
+        mask: bool (m, n), True = kept, of any other method. A zero of the weight adds nothing to ε: no cycle grows it
+            or prunes it.
         stats: of the layer's inputs, with mean and variance.
         pattern: the pattern that the mask has and keeps.
         max_cycles: exchanges in a row at most.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
-from spp.masks.patterns import Pattern, all_finite, as_array, magnitude_bits
+from spp.masks.patterns import Pattern, all_finite, as_array, magnitude_bits, nonzero_mask
 from spp.masks.select import keep_groups, pruned_count
 
 _LONGEST_COMPARED_GROUP = 32  # up to here comparing all pairs of a group is faster than sorting it
@@ -23,12 +23,14 @@ _DIGIT = 16  # bits of a score that one histogram counts
 
 
 @torch.no_grad()
-def magnitude_mask(weight: Tensor, pattern: str | float | Pattern) -> Tensor:
+def magnitude_mask(weight: Tensor, pattern: str | float | Pattern, *, keep_zeros: bool = False) -> Tensor:
     """Return the mask that keeps the weights of largest magnitude.
 
     Args:
         weight: (m, n), or (E, m, n) for E experts, each pruned as a matrix of its own; floating point.
         pattern: "N:M" (kept of every M inputs), or the fraction pruned of each matrix.
+        keep_zeros: of the zeros, which go first anyway, none is among those kept, so that a group keeps at most N. By
+            default the published algorithm, which keeps as many entries of every group, zeros if need be.
 
     Returns:
         Bool of weight's shape, True where the weight is kept; of equal magnitudes the lower index stays.
@@ -52,10 +54,12 @@ def magnitude_mask(weight: Tensor, pattern: str | float | Pattern) -> Tensor:
     if weight.numel() == 0:
         return torch.ones(shape, dtype=torch.bool, device=weight.device)
     if parsed.kept is not None and parsed.group is not None:
-        return _keep_groups(weight, parsed.kept, parsed.group)
-    matrices = weight if weight.dim() == 3 else weight[None]
-    pruned = pruned_count(parsed.sparsity, matrices[0].numel())
-    return torch.stack([_keep_of_all(matrix, pruned) for matrix in matrices]).view(shape)
+        mask = _keep_groups(weight, parsed.kept, parsed.group)
+    else:
+        matrices = weight if weight.dim() == 3 else weight[None]
+        pruned = pruned_count(parsed.sparsity, matrices[0].numel())
+        mask = torch.stack([_keep_of_all(matrix, pruned) for matrix in matrices]).view(shape)
+    return mask.logical_and_(nonzero_mask(weight)) if keep_zeros else mask
 
 
 def _keep_groups(weight: Tensor, kept: int, group: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError, PatternError
-from spp.masks.patterns import Pattern, all_finite
+from spp.masks.patterns import Pattern, all_finite, nonzero_mask
 
 _LONGEST_COUNTED_GROUP = 16  # up to here comparing all pairs of a group is faster than sorting it
 _CHUNK = 1 << 22  # scores looked at together
@@ -49,6 +49,30 @@ def checked_pattern(weight: Tensor, pattern: str | float | Pattern) -> Pattern:
 def work_dtype(weight: Tensor) -> torch.dtype:
     """Return the type that scores are computed in: float32, or float64 for a float64 weight."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def zeros_to_keep(weight: Tensor, keep_zeros: bool) -> Tensor | None:
+    """Return where a weight is zero, bool of its shape; None where that does not matter, or nothing is."""
+    zeros = nonzero_mask(weight).logical_not_() if keep_zeros else None
+    return zeros if zeros is not None and bool(zeros.any()) else None
+
+
+def keep_by_rows(scores: Tensor, pattern: Pattern, zeros: Tensor | None = None) -> Tensor:
+    """Return a mask (m, n) that keeps the highest scores of every group, or of every row.
+
+    Args:
+        scores: (m, n), none negative; overwritten.
+        pattern: "N:M", or the fraction pruned of each row.
+        zeros: bool (m, n), weights that go before all others and are never kept, so that a group or a row with more
+            of them than it is to lose keeps all the others.
+    """
+    if zeros is not None:
+        scores.masked_fill_(zeros, -1)
+    if pattern.kept is not None and pattern.group is not None:
+        mask = keep_groups(scores, pattern.kept, pattern.group)
+    else:
+        mask = keep_in_rows(scores, pruned_count(pattern.sparsity, scores.shape[1]))
+    return mask if zeros is None else mask.masked_fill_(zeros, False)
 
 
 def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:

@@ -12,6 +12,10 @@ the weights as updated so far: for N:M at the first column of each group, all bu
 unstructured at the first of every `block_size` columns, the ⌊p·k⌋ lowest of the block's k entries. A dead feature
 (H_jj = 0) gets H_jj = 1 and W_:j = 0, unless nothing is to be pruned.
 
+The updates fill zeros that W has. Where these are to be kept they are chosen first, as if their scores were below all
+others, and more of them than the pattern asks for are chosen too: what a zero has become by the time its column comes
+is its error, which is made good like any other.
+
 U needs no inverse of H: with J the exchange matrix and J H J = L Lᵀ (Cholesky), U = (J L J)⁻¹. Updates are delayed,
 first to the end of a few columns, then to the end of the block, so that nearly all work is in matrix products.
 """
@@ -27,7 +31,7 @@ from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
 from spp.masks.patterns import Pattern, all_finite
-from spp.masks.select import checked_pattern, keep_of_all, keep_slots, pruned_count, work_dtype
+from spp.masks.select import checked_pattern, keep_of_all, keep_slots, pruned_count, work_dtype, zeros_to_keep
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ def sparsegpt(
     *,
     damping: float = 0.01,
     block_size: int = 128,
+    keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Prune a weight and update what stays so that the layer's outputs change least.
 
@@ -73,6 +78,8 @@ def sparsegpt(
         damping: λ as a share of the mean of H's diagonal; raised tenfold, with a warning in the log, until H is
             positive definite.
         block_size: columns of a block, rounded to whole groups of an N:M pattern.
+        keep_zeros: zeros of the weight stay zeros and count as pruned: a group keeps at most N, and a block that has
+            more of them than it is to lose loses nothing else. By default the published algorithm, which fills them.
 
     Returns:
         The updated weight (m, n) in its dtype, zero where it is pruned, and the mask, bool (m, n), True = kept.
@@ -92,7 +99,8 @@ def sparsegpt(
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ConfigError(f"the Hessian is {tuple(hessian.shape)}; the weight needs {(weight.shape[1],) * 2}")
     factor = inverse_factor(hessian.to(weight.device, work_dtype(weight)), damping)
-    return sparsegpt_factored(weight, factor, parsed, block_size=block_size)
+    zeros = zeros_to_keep(weight, keep_zeros)
+    return sparsegpt_factored(weight, factor, parsed, block_size=block_size, zeros=zeros)
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, where: str = "the Hessian") -> InverseFactor:
@@ -145,9 +153,9 @@ def _upper_of_inverse(hessian: Tensor, diagonal: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def sparsegpt_factored(
-    weight: Tensor, factor: InverseFactor, pattern: Pattern, *, block_size: int = 128
+    weight: Tensor, factor: InverseFactor, pattern: Pattern, *, block_size: int = 128, zeros: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`sparsegpt` with the factor of its Hessian at hand."""
+    """`sparsegpt` with the factor of its Hessian at hand, and the zeros that are to be kept, bool (m, n)."""
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ConfigError(f"block_size is {block_size!r}; it must be an int of at least 1")
     m, n = weight.shape
@@ -156,6 +164,9 @@ def sparsegpt_factored(
     group = pattern.group or 1
     block = max(group, block_size // group * group)
     step = max(group, _COLUMNS // group * group)
+    zeros = None if zeros is None else zeros.T.contiguous()  # (n, m)
+    if zeros is not None and _has_pattern(zeros, pattern, block):
+        return weight.detach().clone(), (~zeros).T.contiguous()
     upper, scale = factor.upper, factor.upper.diagonal()[:, None].contiguous()  # (n, n), (n, 1)
     w = weight.detach().to(upper.dtype).T.contiguous()  # (n, m): a column of W is a contiguous row
     w[factor.dead] = 0
@@ -165,16 +176,14 @@ def sparsegpt_factored(
     for first in range(0, n, block):
         last = min(first + block, n)
         if not pattern.is_nm:
-            scores = (w[first:last] / scale[first:last]).square_()
-            chosen = keep_of_all(scores.T, pruned_count(pattern.sparsity, scores.numel()))
-            kept[first:last] = chosen.T  # of equals the lower row, then column
+            _choose(w, scale, pattern, zeros, slice(first, last), kept)
             torch.div(~kept[first:last], scale[first:last], out=pruned[: last - first])
         for start in range(first, last, step):
             stop = min(start + step, last)
             for j in range(start, stop):
                 if pattern.kept is not None and j % group == 0:
                     these = slice(j, j + group)
-                    keep_slots((w[these] / scale[these]).square_(), pattern.kept, out=kept[these])
+                    _choose(w, scale, pattern, zeros, these, kept)
                     torch.div(~kept[these], scale[these], out=pruned[j - first : j - first + group])
                 e = torch.mul(w[j], pruned[j - first], out=error[j - first])
                 w[j + 1 : stop].addr_(upper[j, j + 1 : stop], e, alpha=-1)
@@ -187,3 +196,31 @@ def sparsegpt_factored(
         remedy = "give more damping, or prune in float32"
         raise NonFiniteError(f"the updated weight does not fit {weight.dtype}; {remedy}")
     return result, kept.T.contiguous()
+
+
+def _choose(w: Tensor, scale: Tensor, pattern: Pattern, zeros: Tensor | None, columns: slice, kept: Tensor) -> None:
+    """Write into rows `columns` of `kept` (n, m) which weights of a group, or of a block, are kept.
+
+    Args:
+        w: (n, m), as updated so far.
+        scale: (n, 1), U_jj.
+        zeros: bool (n, m), what goes before all others and is never kept.
+    """
+    scores = (w[columns] / scale[columns]).square_()
+    if zeros is not None:
+        scores.masked_fill_(zeros[columns], -1)
+    if pattern.kept is not None:
+        keep_slots(scores, pattern.kept, out=kept[columns])
+    else:  # of equals the lower row, then column
+        kept[columns] = keep_of_all(scores.T, pruned_count(pattern.sparsity, scores.numel())).T
+    if zeros is not None:
+        kept[columns].masked_fill_(zeros[columns], False)
+
+
+def _has_pattern(zeros: Tensor, pattern: Pattern, block: int) -> bool:
+    """Whether zeros, bool (n, m), are all that a pattern prunes, and perhaps more."""
+    if pattern.kept is not None and pattern.group is not None:
+        kept = pattern.group - zeros.view(-1, pattern.group, zeros.shape[1]).sum(1)
+        return not kept.numel() or int(kept.max()) <= pattern.kept
+    parts = zeros.split(block)
+    return all(int(torch.count_nonzero(part)) >= pruned_count(pattern.sparsity, part.numel()) for part in parts)

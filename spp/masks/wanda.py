@@ -25,17 +25,22 @@ from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError, PatternError
 from spp.masks.patterns import Pattern
-from spp.masks.select import checked_pattern, keep_groups, keep_in_rows, pruned_count, work_dtype
+from spp.masks.select import checked_pattern, keep_by_rows, work_dtype, zeros_to_keep
 
 
 @torch.no_grad()
-def wanda_mask(weight: Tensor, input_norm: Tensor, pattern: str | float | Pattern) -> Tensor:
+def wanda_mask(
+    weight: Tensor, input_norm: Tensor, pattern: str | float | Pattern, *, keep_zeros: bool = False
+) -> Tensor:
     """Return the mask that Wanda gives a weight.
 
     Args:
         weight: (m, n).
         input_norm: (n,), ‖X_j‖₂ of the layer's inputs, on any common scale.
         pattern: "N:M" (kept of every M inputs), or the fraction pruned of each row.
+        keep_zeros: zeros of the weight go first and are none of those kept, so that a group keeps at most N and a row
+            that has more of them than it is to lose loses nothing else. By default the published algorithm, to which a
+            zero is a weight like any other.
 
     Returns:
         Bool (m, n), True where the weight is kept; of equal scores the lower index stays.
@@ -50,10 +55,7 @@ def wanda_mask(weight: Tensor, input_norm: Tensor, pattern: str | float | Patter
         tensor([[False,  True,  True, False]])
     """
     parsed = checked_pattern(weight, pattern)
-    scores = wanda_score(weight, input_norm)
-    if parsed.kept is not None and parsed.group is not None:
-        return keep_groups(scores, parsed.kept, parsed.group)
-    return keep_in_rows(scores, pruned_count(parsed.sparsity, weight.shape[1]))
+    return keep_by_rows(wanda_score(weight, input_norm), parsed, zeros_to_keep(weight, keep_zeros))
 
 
 def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def prune_checkpoint(
     seqlen: int = 2048,
     seed: int = 0,
     owl: OWL | None = None,
+    keep_zeros: bool = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -66,6 +67,7 @@ def prune_checkpoint(
         method, pattern, calibration, target_modules, exclude_modules, tokenizer, nsamples, seqlen, seed: as for
             `spp.prune`.
         owl: as for `spp.prune`; the dense blocks pass through memory once more.
+        keep_zeros: as for `spp.prune`.
         dtype: of the weights, while they are pruned and as they are written; None is the checkpoint's own.
         device: where a block is run.
         overwrite: replace what is at `out`, if it is an output (spp.files.recognised) and holds nothing else.
@@ -84,7 +86,9 @@ def prune_checkpoint(
         >>> report = prune_checkpoint("model", "pruned", "magnitude", "2:4")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    options = PruneOptions(method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl)
+    options = PruneOptions(
+        method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl, keep_zeros
+    )
     if calibration is not None:
         check_calibration(calibration)
     target = Path(os.path.realpath(out))
@@ -195,6 +199,7 @@ def _job(
         "method": plan.method.name,
         "patterns": {path: str(pattern) for path, pattern in plan.patterns.items()},
         "owl": None if owl is None else [owl.threshold, owl.spread],
+        "zeros_kept": plan.options.keep_zeros,
         "dtype": str(dtype),
         "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
         "windows": hashlib.sha256(as_array(plan.windows.contiguous()).data).hexdigest(),

@@ -16,11 +16,11 @@ from spp.configs.pruning import Method
 from spp.masks.dsnot import dsnot
 from spp.masks.magnitude import magnitude_mask
 from spp.masks.patterns import Pattern, nonzero_mask
-from spp.masks.select import work_dtype
+from spp.masks.select import keep_by_rows, work_dtype
 from spp.masks.sparsegpt import InverseFactor, inverse_factor, sparsegpt_factored
 from spp.masks.stats import StatsCollector
-from spp.masks.wanda import wanda_mask
-from spp.models.projection import Projection
+from spp.masks.wanda import wanda_score
+from spp.models.projection import Projection, as_matrices
 from spp.pruning.report import LayerReport
 
 _NAMED = 8  # experts that a note names
@@ -69,7 +69,7 @@ class LayerInputs:
 
 @torch.no_grad()
 def prune_layer(
-    layer: Projection, inputs: Sequence[LayerInputs] | None, method: Method, pattern: Pattern
+    layer: Projection, inputs: Sequence[LayerInputs] | None, method: Method, pattern: Pattern, keep_zeros: bool = True
 ) -> LayerReport:
     """Prune a projection's weight in place, each expert as a matrix of its own; the Parameter stays the same object.
 
@@ -78,10 +78,14 @@ def prune_layer(
         inputs: what is known of the inputs of each of its matrices; None, or none seen, prunes by magnitude.
         method: how.
         pattern: to what.
+        keep_zeros: whether zeros that it has stay zeros, and are the first that count as pruned.
     """
     started = time.perf_counter()
-    before = _sparsity(layer.weight)
-    matrices = layer.matrices()
+    nonzero, matrices = nonzero_mask(layer.weight), layer.matrices()
+    before = _share_of_zeros(nonzero)
+    zeros: Sequence[Tensor | None] = [None] * len(matrices)
+    if keep_zeros and before:
+        zeros = as_matrices(nonzero.logical_not_(), transposed=layer.input_axis == -2)
     without: list[int] = []  # matrices that no token reached
     notes: dict[str, list[int]] = {}
     whole = lost = 0.0
@@ -94,7 +98,7 @@ def prune_layer(
             continue
         tokens += known.collector.count
         where = f"{layer.path}[{number}]" if layer.fused else layer.path
-        pruned, note = _pruned(where, weight, known, method, pattern)
+        pruned, note = _pruned(where, weight, known, method, pattern, zeros[number])
         if note:
             notes.setdefault(note, []).append(number)
         whole += known.square_norm(weight)
@@ -106,7 +110,7 @@ def prune_layer(
     return LayerReport(
         shape=(*layer.weight.shape[:-2], *matrices[0].shape),
         pattern=str(pattern),
-        sparsity=_sparsity(layer.weight),
+        sparsity=_share_of_zeros(nonzero_mask(layer.weight)),
         sparsity_before=before,
         relative_error=((lost / whole) ** 0.5 if whole > 0 else 0.0) if measured else None,
         tokens=tokens,
@@ -122,24 +126,26 @@ def _note(text: str, numbers: Sequence[int], fused: bool) -> str:
     return f"{len(numbers)} expert{'s' if len(numbers) > 1 else ''} ({shown}): {text}"
 
 
-def _pruned(path: str, weight: Tensor, inputs: LayerInputs, method: Method, pattern: Pattern) -> tuple[Tensor, str]:
-    """Return the pruned weight (m, n) and a note."""
+def _pruned(
+    path: str, weight: Tensor, inputs: LayerInputs, method: Method, pattern: Pattern, zeros: Tensor | None
+) -> tuple[Tensor, str]:
+    """Return the pruned weight (m, n) and a note; `zeros`, bool (m, n), are those that must stay."""
     note = ""
     if method.mask == "sparsegpt":
         factor = inputs.factor(path)
         if factor.raised:
             note = f"damping raised to {factor.damping:g}"
-        updated, mask = sparsegpt_factored(weight, factor, pattern)
+        updated, mask = sparsegpt_factored(weight, factor, pattern, zeros=zeros)
         if method.updates:
             return updated, note
     elif method.mask == "wanda":
-        mask = wanda_mask(weight, inputs.collector.stats().norm, pattern)
-    else:
+        mask = keep_by_rows(wanda_score(weight, inputs.collector.stats().norm), pattern, zeros)
+    else:  # by magnitude zeros go first
         mask = magnitude_mask(weight, pattern)
     if method.refined:
         mask = dsnot(weight, mask, inputs.collector.stats(), pattern, threshold=inputs.dsnot_threshold())
     return weight.masked_fill(~mask, 0), note
 
 
-def _sparsity(weight: Tensor) -> float:
-    return 1 - int(nonzero_mask(weight).sum()) / max(1, weight.numel())
+def _share_of_zeros(nonzero: Tensor) -> float:
+    return 1 - int(torch.count_nonzero(nonzero)) / max(1, nonzero.numel())

@@ -94,8 +94,10 @@ def _prune_block(
     inputs: dict[str, list[LayerInputs]] = {}
     if runner is not None and layers:
         inputs = gather_inputs(runner, index, layers, plan.method, plan.windows)
+    keep = plan.options.keep_zeros
     return {
-        path: prune_layer(layer, inputs.pop(path, None), plan.method, patterns[path]) for path, layer in layers.items()
+        path: prune_layer(layer, inputs.pop(path, None), plan.method, patterns[path], keep)
+        for path, layer in layers.items()
     }
 
 

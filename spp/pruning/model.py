@@ -34,14 +34,17 @@ def prune(
     seqlen: int = 2048,
     seed: int = 0,
     owl: OWL | None = None,
+    keep_zeros: bool = True,
 ) -> PruneReport:
     """Prune a model's projections in place: linears, GPT-2's Conv1D and fused experts, N:M along their inputs.
 
     Each expert of a fused weight (E, m, n) is a matrix of its own, judged by the tokens that are routed to it; one that
     gets none falls back to magnitude, and the report says so.
 
-    Zeros that are there before stay zeros, whatever the method but SparseGPT: it updates every weight that it keeps. A
-    zero scores lowest and is pruned first, so pruning twice to one pattern by one method adds nothing.
+    Zeros that are there before stay zeros, whatever the method, and are the first that count as pruned: a group of N:M
+    keeps at most N, a fraction is the share pruned with them, and patterns that nest (2:4 in 2:8) lose nothing. Where
+    there are more of them than the pattern asks for, nothing else is pruned, and the report counts the layers that are
+    sparser than asked for.
 
     Args:
         model: not wrapped, not quantized; its weights must be in memory.
@@ -58,6 +61,7 @@ def prune(
         seed: of the draw of windows.
         owl: with `OWL()` a block's sparsity follows the outliers of the dense model's block around the fraction that
             `pattern` is, at the price of one more forward pass; needs calibration, whatever the method.
+        keep_zeros: False takes zeros as weights like any other: SparseGPT, which updates what it keeps, fills them.
 
     Returns:
         What was done to each layer.
@@ -72,7 +76,9 @@ def prune(
         0.5
     """
     started = time.perf_counter()
-    options = PruneOptions(method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl)
+    options = PruneOptions(
+        method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl, keep_zeros
+    )
     if calibration is not None:
         check_calibration(calibration)
     if is_wrapped(model):
@@ -84,7 +90,7 @@ def prune(
         check_layer(layer)
     if not plan.calibrated:
         bar = tqdm(plan.layers.items(), desc=f"pruning ({method})", unit="layer", disable=None)
-        done = {path: prune_layer(layer, None, plan.method, plan.patterns[path]) for path, layer in bar}
+        done = {path: prune_layer(layer, None, plan.method, plan.patterns[path], keep_zeros) for path, layer in bar}
         return plan.report(done, started)
     root, blocks = find_blocks(model, list(plan.layers))
     of_block = layers_by_block(plan.layers, root, len(blocks))

@@ -66,8 +66,9 @@ class PrunePlan:
             calibration=describe_calibration(self.options.calibration),
             owl=None if self.options.owl is None else asdict(self.options.owl),
             sparsity_before=share_of(done, "sparsity_before"),
-            keeps_zeros=not self.method.updates,
+            keeps_zeros=self.options.keep_zeros or not self.method.updates,
             seconds=time.perf_counter() - started,
+            already_sparser=sum(layer.was_sparser for layer in done.values()),
         )
         _log(report)
         return report
@@ -181,6 +182,9 @@ def _log(report: PruneReport) -> None:
     if report.sparsity_before > 0:
         fate = "stay zeros" if report.keeps_zeros else "were weights like any other and may have been filled"
         logger.info("%.2f %% of the weights were zero before; these %s", 100 * report.sparsity_before, fate)
+    if report.already_sparser:
+        layers, told = len(report.layers), "%d of %d layers were sparser already than asked for"
+        logger.warning(told, report.already_sparser, layers)
     noted: dict[str, list[str]] = {}
     for path, layer in report.layers.items():
         if layer.note:

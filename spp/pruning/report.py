@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
+
+from spp.masks.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class LayerReport:
     seconds: float
     note: str = ""
 
+    @property
+    def zeros_before(self) -> int:
+        """The number of zeros that the weight had."""
+        return round(self.sparsity_before * math.prod(self.shape))
+
+    @property
+    def was_sparser(self) -> bool:
+        """Whether it had more zeros than were asked for; of N:M, and no group had more weights than N."""
+        pattern = Pattern.parse(self.pattern)
+        if pattern.kept is not None and pattern.group is not None:
+            share, had = 1 - Fraction(pattern.kept, pattern.group), self.sparsity == self.sparsity_before
+        else:
+            share, had = Fraction(str(pattern)), True
+        return had and self.zeros_before > share * math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class PruneReport:
@@ -48,9 +67,9 @@ class PruneReport:
         calibration: where they are from: the path or id, "texts" or "token ids"; "" without calibration.
         owl: OWL's {"threshold", "spread"}; None where every block was pruned alike.
         sparsity_before: share of zeros that the weights together had before.
-        keeps_zeros: whether these stayed zeros by the method's own rule; else (SparseGPT, which changes the weights
-            that it keeps) they were weights like any other.
+        keeps_zeros: whether these stayed zeros; else (SparseGPT, keep_zeros=False) they were weights like any other.
         seconds: the whole took.
+        already_sparser: how many layers had more zeros than were asked for (N:M: in the right places).
     """
 
     method: str
@@ -65,6 +84,7 @@ class PruneReport:
     sparsity_before: float
     keeps_zeros: bool
     seconds: float
+    already_sparser: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

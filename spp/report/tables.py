@@ -255,7 +255,13 @@ def prune_lines(report: PruneReport) -> list[str]:
     """
     windows = count_text(report.windows, "window")
     drawn = f"{windows} of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
-    fate = "kept, as this method does" if report.keeps_zeros else "weights like any other to this method"
+    before = "none"
+    if report.sparsity_before:
+        count = sum(layer.zeros_before for layer in report.layers.values())
+        fate = "all kept" if report.keeps_zeros else "weights like any other to this method"
+        before = f"{report.sparsity_before:.4f} of the weights ({count}), {fate}"
+    if report.already_sparser:
+        before += f"; {report.already_sparser} of {count_text(len(report.layers), 'layer')} had more than asked for"
     lines = []
     if report.owl is not None:
         options = ", ".join(f"{name} {value:g}" for name, value in report.owl.items())
@@ -263,7 +269,7 @@ def prune_lines(report: PruneReport) -> list[str]:
     return [
         *lines,
         f"calibration: {drawn if report.windows else 'none'}",
-        f"zeros before: {f'{report.sparsity_before:.4f} of the weights, {fate}' if report.sparsity_before else 'none'}",
+        f"zeros before: {before}",
         f"time: {time_text(report.seconds)}{', with the forward passes' if report.windows else ''}",
     ]
 

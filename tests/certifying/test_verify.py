@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -176,6 +177,51 @@ def test_two_models_that_differ(base: Path) -> None:
         f"  {Q0}: 2 became non-zero, 1 became zero",
         f"  {UP1}: 2 became non-zero, 1 became zero",
     ]
+
+
+def test_a_model_that_was_pruned_further(base: Path, tmp_path: Path) -> None:
+    model, added = pruned_model(), sum(t.zeros for t in sparsity(base).tensors.values()) // 2
+    spp.prune(model, "magnitude", "1:4")
+    after = spp.save_model(model, tmp_path / "after")
+    pieces, packed = shard(after, tmp_path / "pieces"), tmp_path / "packed"
+    spp.export_packed(after, packed)
+    for before in (base, pruned_model(), wrapped_model()):
+        for further in (model, after, pieces, packed):
+            report = verify(before, further, more_zeros_allowed=True)
+            assert (report.zeros_added, report.pattern, report.to_dict()["zeros_added"]) == (added, "1:4", added)
+            with pytest.raises(MaskError, match=r"verify\(before, after, more_zeros_allowed=True\)") as refused:
+                verify(before, further)
+            assert f"{Q0}: 0 became non-zero, 1024 became zero" in str(refused.value)
+            with pytest.raises(MaskError, match=f"{Q0}: 1024 became non-zero, 0 became zero") as turned:
+                verify(further, before, more_zeros_allowed=True)
+            assert "more_zeros_allowed" not in str(turned.value)
+    assert verify(base, pruned_model(), more_zeros_allowed=True).zeros_added == 0
+    assert "zeros_added" not in verify(base, pruned_model()).to_dict()
+    with pytest.raises(ConfigError, match="more_zeros_allowed=True compares"):
+        verify(base, more_zeros_allowed=True)
+
+
+@pytest.mark.parametrize("key", [UP1, "lm_head.weight"])
+def test_one_zero_that_came_back_is_found_among_many_new_ones(tmp_path: Path, key: str) -> None:
+    before = pruned_model()
+    spp.prune(before, "magnitude", 0.3, target_modules="lm_head")
+    spp.prune(model := copy.deepcopy(before), "magnitude", "1:4")
+    spp.prune(model, "magnitude", 0.6, target_modules="lm_head")
+    weight = model.get_parameter(key)
+    place = tuple((before.get_parameter(key) == 0).nonzero()[-1])
+    gone = int(((weight == 0) & (before.get_parameter(key) != 0)).sum())
+    with torch.no_grad():
+        weight[place] = 1e-45  # the smallest number there is
+    first, last = spp.save_model(before, tmp_path / "first"), spp.save_model(model, tmp_path / "last")
+    verify(last)  # its own certificate knows nothing of the model before
+    for one in (before, first):
+        for other in (model, last, shard(last, tmp_path / f"shards-{type(one).__name__}")):
+            with pytest.raises(MaskError, match="in 1 tensors:") as caught:
+                verify(one, other, more_zeros_allowed=True)
+            assert str(caught.value).splitlines()[1:] == [f"  {key}: 1 became non-zero, {gone} became zero"]
+    with torch.no_grad():
+        weight[place] = -0.0
+    assert verify(first, model, more_zeros_allowed=True).zeros_added
 
 
 def test_models_of_other_shapes(base: Path) -> None:

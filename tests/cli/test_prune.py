@@ -121,7 +121,7 @@ def test_the_report(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None
     arguments = ("--calibration", text, *WANDA, "--seed", 3, "--report", tmp_path / "made" / "report.json", "--all")
     found = ok(spp("prune", pruned, tmp_path / "out", *arguments, "--pattern", "1:4"))
     assert f"wrote {tmp_path / 'made' / 'report.json'}" in found.out
-    assert "zeros before: 0.5000 of the weights, kept, as this method does" in found.out
+    assert "zeros before: 0.5000 of the weights (43008), all kept" in found.out
     assert "these stay zeros" in found.err
     values = json.loads((tmp_path / "made" / "report.json").read_text())
     assert (values["method"], values["pattern"], values["seed"]) == ("wanda", "1:4", 3)
@@ -135,17 +135,26 @@ def test_the_report(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None
     assert rows["all"][1:4] == ["14", "0.7500", "1:4"]
 
 
-def test_sparsegpt_says_that_zeros_are_weights_like_any_other(
-    spp: Call, pruned: Path, text: Path, tmp_path: Path
-) -> None:
+def test_zeros_are_kept_unless_sparsegpt_may_fill_them(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     arguments = ("--method", "sparsegpt", "--pattern", "1:4", "--calibration", text, *WANDA)
-    for name, more in (("one", ()), ("two", ("--in-memory",))):
-        found = ok(spp("prune", pruned, tmp_path / name, *arguments, *more))
-        assert "zeros before: 0.5000 of the weights, weights like any other to this method" in found.out
-    before, after = (
-        load_file(p / "model.safetensors")[KEY.format(0, "mlp.up_proj")] for p in (pruned, tmp_path / "one")
-    )
-    assert ((before == 0) & (after != 0)).any()
+    kept, filled = tmp_path / "kept", tmp_path / "filled"
+    assert "of the weights (43008), all kept\n" in ok(spp("prune", pruned, kept, *arguments)).out
+    found = ok(spp("verify", pruned, kept, "--more-zeros-allowed"))
+    assert f"verified: {kept} has every zero of {pruned}, and 21504 more" in found.out
+    assert f"verified: {kept} is what its certificate says" in found.out
+    refused(spp("verify", pruned, kept), "spp verify BEFORE AFTER --more-zeros-allowed")
+    refused(spp("verify", kept, pruned, "--more-zeros-allowed"), "became non-zero")
+    found = ok(spp("prune", pruned, filled, *arguments, "--in-memory", "--no-keep-zeros"))
+    assert "of the weights (43008), weights like any other to this method" in found.out
+    refused(spp("verify", pruned, filled, "--more-zeros-allowed"), "became non-zero")
+    refused(spp("verify", pruned, "--more-zeros-allowed"), "--more-zeros-allowed", "needs both")
+
+
+def test_layers_that_were_sparser_already_are_counted(spp: Call, pruned: Path, tmp_path: Path) -> None:
+    found = ok(spp("prune", pruned, tmp_path / "out", "--method", "magnitude", "--pattern", "0.3"))
+    assert "(43008), all kept; 14 of 14 layers had more than asked for" in found.out
+    assert "14 of 14 layers were sparser already than asked for" in found.err
+    ok(spp("verify", pruned, tmp_path / "out"))
 
 
 def test_the_report_is_never_overwritten_unasked(spp: Call, dense: Path, tmp_path: Path) -> None:

@@ -9,16 +9,27 @@ import torch
 from torch import Tensor
 
 
-def wanda_oracle(weight: Tensor, norm: Tensor, *, nm: tuple[int, int] | None = None, fraction: float = 0.0) -> Tensor:
-    """Score |W_ij| ‖X_j‖; drop the lowest of each row or group; of equals the higher index goes first."""
+def wanda_oracle(
+    weight: Tensor,
+    norm: Tensor,
+    *,
+    nm: tuple[int, int] | None = None,
+    fraction: float = 0.0,
+    keep_zeros: bool = False,
+) -> Tensor:
+    """Score |W_ij| ‖X_j‖; drop the lowest of each row or group; of equals the higher index goes first.
+
+    With keep_zeros the zeros of W go before all others, and all of them go.
+    """
     m, n = weight.shape
     mask = torch.ones(m, n, dtype=torch.bool)
     for i in range(m):
         spans = [range(n)] if nm is None else [range(g, g + nm[1]) for g in range(0, n, nm[1])]
         for span in spans:
             drop = int(Fraction(str(fraction)) * n) if nm is None else nm[1] - nm[0]
-            order = sorted(span, key=lambda j: (abs(float(weight[i, j])) * float(norm[j]), -j))
-            for j in order[:drop]:
+            zeros = {j for j in span if keep_zeros and float(weight[i, j]) == 0}
+            order = sorted(span, key=lambda j: (j not in zeros, abs(float(weight[i, j])) * float(norm[j]), -j))
+            for j in order[: max(drop, len(zeros))]:
                 mask[i, j] = False
     return mask
 
@@ -32,11 +43,16 @@ def sparsegpt_oracle(
     damping: float = 0.01,
     block_size: int = 128,
     dtype: torch.dtype = torch.float64,
+    keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of the paper: inverse Hessian by Cholesky, blocks, one column after another, errors pushed right."""
+    """Algorithm 1 of the paper: inverse Hessian by Cholesky, blocks, one column after another, errors pushed right.
+
+    With keep_zeros the zeros of W go before all others, and all of them go, whatever the updates have made of them.
+    """
     w = weight.detach().to(dtype).clone()
     h = hessian.to(dtype).clone()
     m, n = w.shape
+    zeros = {(i, j) for i in range(m) for j in range(n) if keep_zeros and float(w[i, j]) == 0}
     for j in range(n):
         if h[j, j] == 0:
             h[j, j] = 1
@@ -51,14 +67,21 @@ def sparsegpt_oracle(
         last = min(n, first + block_size)
         errors = torch.zeros(m, last - first, dtype=dtype)
         if nm is None:
-            entries = [(float((w[i, j] / upper[j, j]) ** 2), -i, -j) for i in range(m) for j in range(first, last)]
-            for _, i, j in sorted(entries)[: int(Fraction(str(fraction)) * len(entries))]:
+            entries = [
+                ((i, j) not in zeros, float((w[i, j] / upper[j, j]) ** 2), -i, -j)
+                for i in range(m)
+                for j in range(first, last)
+            ]
+            drop = max(int(Fraction(str(fraction)) * len(entries)), sum(not entry[0] for entry in entries))
+            for _, _, i, j in sorted(entries)[:drop]:
                 mask[-i, -j] = False
         for j in range(first, last):
             if nm is not None and j % nm[1] == 0:
                 for i in range(m):
-                    scored = sorted((float((w[i, k] / upper[k, k]) ** 2), -k) for k in range(j, j + nm[1]))
-                    for _, k in scored[: nm[1] - nm[0]]:
+                    scored = sorted(
+                        ((i, k) not in zeros, float((w[i, k] / upper[k, k]) ** 2), -k) for k in range(j, j + nm[1])
+                    )
+                    for _, _, k in scored[: max(nm[1] - nm[0], sum(not entry[0] for entry in scored))]:
                         mask[i, -k] = False
             new = torch.where(mask[:, j], w[:, j], torch.zeros((), dtype=dtype))
             errors[:, j - first] = (w[:, j] - new) / upper[j, j]

@@ -176,16 +176,17 @@ def test_many_fractions_are_their_range() -> None:
             {},
             [
                 "calibration: 4 windows of 16 tokens from a.txt, seed 7",
-                "zeros before: 0.1250 of the weights, kept, as this method does",
+                "zeros before: 0.1250 of the weights (4), all kept",
                 "time: 1 min 01 s, with the forward passes",
             ],
         ),
         (
-            {"windows": 0, "keeps_zeros": False, "owl": {"threshold": 5.0, "spread": 0.08}},
+            {"windows": 0, "keeps_zeros": False, "already_sparser": 1, "owl": {"threshold": 5.0, "spread": 0.08}},
             [
                 "OWL: blocks with more outliers keep more weights (threshold 5, spread 0.08)",
                 "calibration: none",
-                "zeros before: 0.1250 of the weights, weights like any other to this method",
+                "zeros before: 0.1250 of the weights (4), weights like any other to this method; 1 of 1 layer had more "
+                "than asked for",
                 "time: 1 min 01 s",
             ],
         ),
@@ -200,7 +201,7 @@ def test_many_fractions_are_their_range() -> None:
     ],
 )
 def test_what_the_table_leaves_out(values: dict[str, object], lines: list[str]) -> None:
-    assert prune_lines(_pruned({"up": _layer()}, **values)) == lines
+    assert prune_lines(_pruned({"up": _layer(sparsity_before=0.125)}, **values)) == lines
 
 
 ROOT = Path(__file__).resolve().parents[2]
