@@ -21,6 +21,8 @@ def run(config: VerifyConfig) -> None:
     Example: spp verify pruned merged
 
     The same: spp verify merged --against pruned
+
+    Of a model that was pruned further: spp verify pruned further --more-zeros-allowed
     """
     from spp.files.carry import CERTIFICATE_NAME
 

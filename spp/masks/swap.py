@@ -17,22 +17,31 @@ from spp.masks.select import keep_of_all
 
 LARGEST_GROUP = 32
 FULL = 0.9  # of the groups of an N:M mask keep N; fewer where the dense weight had zeros of its own
+CHANCE = 1e-9  # that a mask without a pattern would leave no group with more than N
 
 
 def group_of(kept: Tensor) -> int | None:
     """Return M of the smallest N:M pattern that a mask (m, n) has, N any number below M; None for an unstructured one.
 
-    It is N:M if no group keeps more than N, and nine tenths of what such groups can keep is kept.
+    It is N:M if no group keeps more than N, and nine tenths of what such groups can keep is kept. Where fewer are, as
+    of a sparse weight that was pruned to N:M, it is the N:M that chance would leave least likely, if hardly ever:
+    P(no group keeps more than N) = P(X ≤ N)^groups with X ~ Binomial(M, share that is kept).
     """
     m, n = kept.shape
     kept, total = kept.contiguous(), int(torch.count_nonzero(kept))
+    least, likely = math.log(CHANCE), None
     for group in range(2, LARGEST_GROUP + 1):
         if n % group or not kept.numel():
             continue
         most = int(kept.view(m, n // group, group).sum(-1, dtype=torch.int16).max())
-        if 0 < most < group and total >= FULL * most * m * (n // group):
-            return group
-    return None
+        if 0 < most < group:
+            groups, share = m * (n // group), total / kept.numel()
+            if total >= FULL * most * groups:
+                return group
+            at_most = sum(math.comb(group, k) * share**k * (1 - share) ** (group - k) for k in range(most + 1))
+            if (chance := groups * math.log(at_most)) < least:
+                least, likely = chance, group
+    return likely
 
 
 def swap(kept: Tensor, drop: Tensor, grow: Tensor, count: int, group: int | None = None) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from spp.certifying.verify import PRUNED_FROM
 from spp.configs.checks import is_suffix
 from spp.configs.pst import PSTConfig, check_pattern
 from spp.errors import TargetError
+from spp.masks.patterns import nonzero_mask
 from spp.models.projection import Projection
 from spp.models.targets import text_side
 from spp.pst.layer import PSTLinear, check_base
@@ -51,6 +53,7 @@ def wrap(
     """Prepare a dense model for PST in place: its projections become PSTLinear at sparsity 0, the rest is frozen.
 
     The wrapped model computes what the dense one did until a sparsity is set. The new head of a classifier trains too.
+    The mask is PST's own: zeros that a weight has are weights like any other, and are filled.
 
     Args:
         model: any torch module with linears; causal language models and encoders of Hugging Face need no arguments.
@@ -89,13 +92,16 @@ def wrap(
     _PST.refuse(model)
     targets = _PST.targets(model, _targets(model, config), config.exclude_modules)
     whole = _trained_whole(model, config)
-    parsed = check_pattern(config.pattern)
+    parsed, sparse = check_pattern(config.pattern), 0
     for path, target in targets.items():
         if target.fused:
             raise TargetError(f"{path} holds fused experts, which PST does not prune; leave it out (exclude_modules)")
         if any(path == name or path.startswith(f"{name}.") for name in whole):
             raise TargetError(f"{path} is among the targets and in modules_to_save; it can only be one of them")
         check_base(target.module, parsed, path)
+        sparse += int((~nonzero_mask(target.weight)).sum()) > PRUNED_FROM * target.weight.numel()
+    if sparse:
+        logger.warning("PST fills the zeros of %d layers that are sparse already: pass the dense model", sparse)
 
     def make(target: Projection) -> PSTLinear:
         return PSTLinear(

@@ -73,6 +73,15 @@ def test_the_pattern_of_a_mask(pattern: str | float, group: int | None) -> None:
         assert group_of(mask) == group
 
 
+@pytest.mark.parametrize(("pattern", "group"), [("2:4", 4), ("4:8", 8), ("2:8", 8), ("1:4", 4), ("2:6", 6)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_the_pattern_of_a_sparse_weight_that_was_pruned_to_it(pattern: str, group: int, sparsity: float) -> None:
+    weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(0))
+    weight *= magnitude_mask(weight, sparsity)
+    assert group_of(weight != 0) is None
+    assert group_of(magnitude_mask(weight, pattern, keep_zeros=True)) == group
+
+
 def test_masks_without_a_pattern() -> None:
     for mask in (torch.ones(4, 8), torch.zeros(4, 8), torch.empty(0, 8)):
         assert group_of(mask.bool()) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_causal_language_models_at_2_of_4(kind: str, tmp_path: Path) -> None:
     report = spp.verify(tmp_path / "model")
     paths = [name for name, tensor in report.tensors.items() if tensor.pattern == "2:4"]
     assert len(paths) == {"llama": 14, "qwen3": 14, "opt": 12, "gpt2": 8}[kind] and report.sparsity == 0.5
+
+
+def test_zeros_that_it_will_fill_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        spp.pst.wrap(tiny_llama())
+        assert not caplog.text
+        spp.pst.wrap(prune_nm_(tiny_llama()))
+    assert "fills the zeros of 14 layers" in caplog.text
 
 
 def test_unwrap_gives_the_dense_model_back() -> None:
