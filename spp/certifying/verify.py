@@ -340,7 +340,7 @@ class Verification:
         if self.against is not None:
             further = all(problem.zeros_added for problem in self.problems)
             way = call("verify", "before, after", more_zeros_allowed=True)
-            more = f"\nNo zero is lost: of a model that was pruned further, {way} allows for more." if further else ""
+            more = f"\nNo zero was lost: if it was pruned further, {way} accepts the new ones." if further else ""
             raise_differences(self.problems, self.against, self.name, more)
         listed = sorted(self.problems, key=lambda problem: (_ORDER.index(problem.kind), str(problem)))
         problems = "\n  ".join(dict.fromkeys(map(str, listed)))
