@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spp.certifying.verify import sparsity, verify
     from spp.configs.adapter import SPPConfig
     from spp.errors import SPPError, SPPWarning
+    from spp.files.places import follow_links
     from spp.layers.linear import SPPLinear
     from spp.merging.disk import merge_checkpoint
     from spp.merging.model import merge
@@ -47,6 +48,7 @@ _HOMES = {
     "spp.certifying.verify": ("sparsity", "verify"),
     "spp.configs.adapter": ("SPPConfig",),
     "spp.errors": ("SPPError", "SPPWarning"),
+    "spp.files.places": ("follow_links",),
     "spp.layers.linear": ("SPPLinear",),
     "spp.merging.disk": ("merge_checkpoint",),
     "spp.merging.model": ("merge",),
@@ -79,6 +81,7 @@ __all__ = [
     "disabled",
     "export_dense",
     "export_packed",
+    "follow_links",
     "functional",
     "load_adapter",
     "load_packed",

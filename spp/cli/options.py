@@ -14,6 +14,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from spp.configs.options import GROUPS, RUN, Field, options_of
+from spp.configs.options import FOLLOW_LINKS, GROUPS, RUN, Field, options_of
 from spp.errors import ConfigError, Marked, Mention, arg, render
 from spp.supported import require_supported
 
@@ -78,12 +79,14 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
         @functools.wraps(function)
         def run(**values: Any) -> None:
             require_supported()
+            follow = values.pop(FOLLOW_LINKS.name)
             given = {field.name: value for field in made for value in _values(field, values)}
             extra = {p.name: values[p.name] for p in others}
             extra |= {field.name: value for field in own for value in _values(field, values)}
-            function((build or config)(**given), **extra)
+            with _following_links() if follow else nullcontext():
+                function((build or config)(**given), **extra)
 
-        fields = sorted((*made, *own), key=_place)
+        fields = sorted((*made, *own, FOLLOW_LINKS), key=_place)
         parameters = [_typer_parameter(part) for field in fields for part in (field, *field.nested)] + others
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -91,6 +94,12 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
         return run
 
     return decorate
+
+
+def _following_links() -> AbstractContextManager[None]:
+    from spp.files.places import follow_links  # it loads torch, which help needs not
+
+    return follow_links()
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -167,6 +176,8 @@ def spoken(message: object, spellings: Spellings | None) -> str:
 
 def _said(mention: Mention, spellings: Spellings | None) -> str:
     if mention.function:
+        if mention.function == FOLLOW_LINKS.name:
+            return FOLLOW_LINKS.spelling
         if mention.function not in _COMMANDS:
             return mention.python()
         options = [_typed(_option(name), value) or "" for name, value in mention.options]

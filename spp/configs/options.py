@@ -115,6 +115,15 @@ class Field:
         return f"{self.option.help.removesuffix('.')} (default: {told})." if told else self.option.help
 
 
+# Of every command: the links that are not followed otherwise (spp.files.places.check_link).
+FOLLOW_LINKS = Field(
+    "follow_links",
+    bool,
+    False,
+    Option("Follow links out of a downloaded folder, and copy what they lead to, whatever that is."),
+)
+
+
 def options_of(source: Any) -> tuple[Field, ...]:
     """Return the fields of a dataclass, or the parameters of a function, that have an Option, in their order."""
     hints = get_type_hints(getattr(source, "__func__", source), include_extras=True)

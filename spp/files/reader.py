@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -20,23 +22,34 @@ from spp.errors import CheckpointError
 from spp.files.header import TensorEntry, read_header
 from spp.files.jsonio import read_json
 from spp.files.leftovers import recover
+from spp.files.places import check_link
 from spp.masks.patterns import as_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 20  # bytes that are read at a time
+_USUAL_LIMIT = 512  # files that a process may open, where the system does not say
+
+
+def most_open() -> int:
+    """Return how many files a reader keeps open, and how many mapped: an eighth of what the process may open."""
+    limit = _USUAL_LIMIT
+    if sys.platform != "win32":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return min(max(limit, 64), 2**16) // 8 if limit > 0 else _USUAL_LIMIT  # a negative one is no limit
 
 
 class CheckpointReader:
     """Read tensors of model.safetensors or of the shards of its index; several threads may.
 
     Args:
-        directory: the folder. A file may be a symbolic link, if it stays in the folder or leads to the blobs of the
-            hub cache that the folder belongs to.
+        directory: the folder; of its links spp.files.places.check_link says which are read.
         file: read this one safetensors file of the folder instead, such as "adapter_model.safetensors".
 
     Raises:
-        CheckpointError: a file is missing, truncated, malformed, or outside the folder.
+        CheckpointError: a file is missing, truncated, malformed, or a link that is not read.
 
     Example:
         >>> with CheckpointReader("checkpoint") as reader:                 # doctest: +SKIP
@@ -45,9 +58,12 @@ class CheckpointReader:
 
     def __init__(self, directory: str | os.PathLike[str], *, file: str | None = None) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, BinaryIO] = {}
+        self._most = most_open()
+        self._identity: dict[str, tuple[int, ...]] = {}  # of every file
+        self._files: dict[str, BinaryIO] = {}  # those that are open, the one used last at the end
+        self._users: dict[str, int] = {}  # of those that are being read
         weakref.finalize(self, _close_all, self._files)  # of a reader that lives as long as what it is read for
-        self._maps: dict[str, mmap.mmap] = {}  # of the files of which tensors were asked for
+        self._maps: dict[str, mmap.mmap] = {}  # of the files of which tensors were asked for, likewise
         self._lock = threading.Lock()
         self._entries: dict[str, TensorEntry] = {}
         self._file_of: dict[str, str] = {}
@@ -104,7 +120,7 @@ class CheckpointReader:
 
     def shards(self) -> dict[str, list[str]]:
         """Return file name -> its tensors in the order in which they lie; files sorted."""
-        shards: dict[str, list[str]] = {name: [] for name in sorted(self._files)}
+        shards: dict[str, list[str]] = {name: [] for name in sorted(self._identity)}
         for key, name in self._file_of.items():
             shards[name].append(key)
         return shards
@@ -132,7 +148,12 @@ class CheckpointReader:
         entry = self._entry(key)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        view = memoryview(self._map(self._file_of[key]))[entry.begin : entry.end]
+        try:
+            view = memoryview(self._map(self._file_of[key]))[entry.begin : entry.end]
+        except CheckpointError as error:
+            if getattr(error.__cause__, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return self.load(key)  # tensors of so many files are in use that no further one can be mapped
         buffer = bytearray(view) if entry.begin % entry.dtype.itemsize else view
         return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
@@ -167,7 +188,8 @@ class CheckpointReader:
         """
         begin, name = self._entry(key).begin, self._file_of[key]
         try:
-            yield self._files[name].fileno(), begin
+            with self._opened(name) as file:
+                yield file.fileno(), begin
         except EOFError:
             raise CheckpointError(f"{self.directory / name} has become shorter while it was read") from None
         except OSError as error:
@@ -188,14 +210,49 @@ class CheckpointReader:
         out[: len(data)] = data
         return len(data)
 
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        """Give a file, which stays open until it is one of the last that were used of too many."""
+        with self._lock:
+            file = self._files.pop(name, None) or self._open_file(name)
+            self._files[name] = file
+            self._users[name] = self._users.get(name, 0) + 1
+            for other in list(self._files) if len(self._files) > self._most else ():
+                if other not in self._users and len(self._files) > self._most:
+                    self._files.pop(other).close()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+                if not self._users[name]:
+                    del self._users[name]
+
+    def _open_file(self, name: str) -> BinaryIO:
+        """Open a file, which has to be the one that it was before."""
+        path = self.directory / name
+        file = path.open("rb")
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino, status.st_size)
+        if self._identity.setdefault(name, identity) != identity:
+            file.close()
+            raise CheckpointError(f"{path} was replaced while it was read: give the command again")
+        return file
+
     def _map(self, name: str) -> mmap.mmap:
         with self._lock:
-            if name not in self._maps:
-                try:
-                    self._maps[name] = mmap.mmap(self._files[name].fileno(), 0, access=mmap.ACCESS_COPY)
-                except (OSError, ValueError) as error:
-                    raise CheckpointError(f"{self.directory / name} cannot be mapped: {error}") from error
-            return self._maps[name]
+            found = self._maps.pop(name, None)
+        if found is None:
+            try:
+                with self._opened(name) as file:
+                    found = _mapped(file)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{self.directory / name} cannot be mapped: {error}") from error
+        with self._lock:
+            found = self._maps.setdefault(name, found)
+            while len(self._maps) > self._most:
+                self._maps.pop(next(iter(self._maps)))  # the system unmaps it when its last tensor goes
+        return found
 
     def _entry(self, key: str) -> TensorEntry:
         entry = self._entries.get(key)
@@ -206,16 +263,16 @@ class CheckpointReader:
     def _open(self, file: str | None) -> None:
         if file is not None:
             self._check(file)
-        elif (self.directory / SINGLE).exists():
+        elif os.path.lexists(self.directory / SINGLE):
             self._check(SINGLE)
-        elif (self.directory / INDEX).exists():
+        elif os.path.lexists(self.directory / INDEX):
             self._open_index()
         else:
             raise CheckpointError(self._nothing_found())
 
     def _open_index(self) -> None:
         path = self.directory / INDEX
-        require_inside(path, self.directory)
+        check_link(path, self.directory)
         self.index = read_json(path, "the index of shards")
         wanted = self.index.get("weight_map")
         if not isinstance(wanted, dict) or not wanted or not all(isinstance(v, str) for v in wanted.values()):
@@ -237,17 +294,17 @@ class CheckpointReader:
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{self.directory}: {name!r} is no safetensors file")
         path = self.directory / name
-        require_inside(path, self.directory)
+        check_link(path, self.directory)
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise CheckpointError(f"{path} is not a regular file")
-            file = self._files[name] = path.open("rb")
-            entries = read_header(file, path)
+            with self._opened(name) as file:
+                entries = read_header(file, path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        twice = sorted(set(entries) & set(self._entries))
+        twice = sorted(key for key in entries if key in self._entries)
         if twice:
             raise CheckpointError(f"{path}: the tensor {twice[0]!r} is in {self._file_of[twice[0]]} too")
         self._entries.update(entries)
@@ -265,20 +322,12 @@ class CheckpointReader:
         return f"{self.directory} has neither {SINGLE} nor {INDEX}; it holds {listing}"
 
 
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    if sys.version_info >= (3, 13):  # without a descriptor of its own
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, trackfd=False)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
 def _close_all(files: dict[str, BinaryIO]) -> None:
     for file in files.values():
         file.close()
-
-
-def require_inside(path: Path, directory: Path) -> None:
-    """Raise a CheckpointError if a file of a directory is a link to elsewhere, a hub cache's blobs excepted."""
-    try:
-        real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if real.is_relative_to(folder):
-        return
-    for above in folder.parents:  # a hub cache: <model>/snapshots/<revision>/file -> <model>/blobs/<hash>
-        if above.name == "snapshots" and real.parent == above.parent / "blobs":
-            return
-    raise CheckpointError(f"{path} is a symbolic link to {real}, outside the checkpoint's folder; it is not read")

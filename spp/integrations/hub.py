@@ -23,8 +23,7 @@ from spp.configs.checkpoints import check_repo_id
 from spp.errors import CheckpointError, HubError, OutputExistsError, SPPWarning, arg, call
 from spp.files import recover
 from spp.files.cards import CARD_NAME
-from spp.files.carry import CERTIFICATE_NAME
-from spp.files.reader import require_inside
+from spp.files.carry import CERTIFICATE_NAME, require_copyable
 from spp.integrations.card import make_card
 from spp.wrapping.adapter_files import CONFIG_NAME, adapter_without_update, read_adapter
 
@@ -150,9 +149,9 @@ def _files(directory: Path) -> dict[str, Path]:
         for name in sorted(names):
             path = Path(folder, name)
             if not name.startswith("."):
-                require_inside(path, directory)
-                if not stat.S_ISREG(path.stat().st_mode):
+                if not path.is_symlink() and not stat.S_ISREG(path.stat().st_mode):
                     raise CheckpointError(f"{path} is no regular file; remove it first")
+                require_copyable(path, directory)
                 found[path.relative_to(directory).as_posix()] = path
     return found
 

@@ -327,8 +327,9 @@ def write_shards(rewriting: Rewriting, directory: Path | None, task: str, *, car
         task: what a bar shows.
         card: whether the model card goes along.
     """
-    _write_tensors(rewriting, directory, task)
     reader = rewriting.reader
+    carry_files(reader.directory, None, set(reader.shards()), card=card, told=False)  # before hours of work
+    _write_tensors(rewriting, directory, task)
     carry_files(reader.directory, directory, set(reader.shards()), card=card)
     if directory is not None:
         _write_index(rewriting, directory)

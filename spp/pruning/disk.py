@@ -26,7 +26,7 @@ from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.errors import StreamingError, TargetError
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
-from spp.files.carry import refuse_overlap
+from spp.files.carry import carry_files, refuse_overlap
 from spp.files.reader import INDEX, SINGLE
 from spp.masks.patterns import Pattern, as_array
 from spp.models.projection import Projection
@@ -97,6 +97,7 @@ def prune_checkpoint(
     check_target(target, overwrite=overwrite, copies=[source])
     _require_safetensors(source)
     with CheckpointReader(source) as reader:
+        carry_files(source, None, set(reader.shards()), told=False)  # what cannot be copied is told before any work
         streamed = StreamedModel(reader, dtype, device)
         model = streamed.model
         plan = make_plan(model, options, tokenizer)

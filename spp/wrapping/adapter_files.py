@@ -31,7 +31,7 @@ from spp.configs.adapter import SPPConfig
 from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
 from spp.files import CheckpointReader, read_json, save_tensors, write_json
 from spp.files.hub import local_directory
-from spp.files.reader import require_inside
+from spp.files.places import check_link
 from spp.masks.patterns import all_finite
 from spp.rules import Adapter, get_rule
 from spp.rules.idle import idle_reason, no_update_text
@@ -251,7 +251,7 @@ def _read_old(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path) -> None:
     """Refuse what torch.load would give memory to before it looked at it: links out, old formats, compression."""
-    require_inside(path, path.parent)
+    check_link(path, path.parent)
     try:
         with zipfile.ZipFile(path) as archive:
             files = archive.infolist()

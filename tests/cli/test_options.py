@@ -204,7 +204,7 @@ def test_a_builder_has_options_too() -> None:
         got.append(config)
 
     assert list(inspect.signature(run).parameters) == [
-        *("place", "kind", "names", "good", "extra", "extra_size", "base"),
+        *("place", "kind", "names", "good", "extra", "extra_size", "base", "follow_links"),
     ]
     run(**{**dict.fromkeys(inspect.signature(run).parameters), "place": "p", "base": "c"})
     assert got == [_Config(place="c/p")]

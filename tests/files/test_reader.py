@@ -197,6 +197,7 @@ def _link(to: str) -> Callable[[Path], None]:
         shard = folder / "model-00001-of-00002.safetensors"
         shard.rename(folder.parent / "outside.safetensors")
         shard.symlink_to(to.format(folder=folder))
+        (folder / ".git").mkdir()  # a clone, whose links are somebody else's
 
     return change
 

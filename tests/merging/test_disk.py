@@ -305,7 +305,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], None], type[Exception], str]] = {
     "another method": (_config(peft_type="LORA"), AdapterError, "LORA"),
     "a newer adapter": (_config(format_version=2), ConfigError, "newer"),
     "a link out of the base": (
-        lambda b, a: (b / "notes.txt").symlink_to("/etc/hostname"),
+        lambda b, a: (b / "added_tokens.json").symlink_to("/etc/hostname"),
         CheckpointError,
         "symbolic link",
     ),

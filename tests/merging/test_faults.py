@@ -97,6 +97,7 @@ def _point(name: str) -> Callable[[Path], None]:
 def _link(base: Path) -> None:
     (base / FIRST).rename(base.parent / "outside.safetensors")
     (base / FIRST).symlink_to(base.parent / "outside.safetensors")
+    (base / ".git").mkdir()  # a clone, whose links are somebody else's
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -155,6 +156,8 @@ def test_whole_numbers_where_weights_should_be(base: Path, adapter: Path, tmp_pa
 def test_an_adapters_file_that_is_a_link_out(base: Path, adapter: Path, tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (adapter / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    merge_checkpoint(base, adapter, tmp_path / "of-links")
+    (adapter / ".git").mkdir()
     with pytest.raises(CheckpointError, match="symbolic link"):
         merge_checkpoint(base, adapter, tmp_path / "out")
 

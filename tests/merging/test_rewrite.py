@@ -298,10 +298,10 @@ def test_a_dry_run_checks_everything_and_writes_nothing(base: Path, adapter: Pat
     before = contents(tmp_path / "out")
     merge_checkpoint(base, adapter, tmp_path / "out", dry_run=True, overwrite=True)
     assert contents(tmp_path / "out") == before
-    (base / "notes.txt").symlink_to("/etc/hostname")
+    (base / "added_tokens.json").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match="symbolic link"):
         merge_checkpoint(base, adapter, tmp_path / "two", dry_run=True)
-    (base / "notes.txt").unlink()
+    (base / "added_tokens.json").unlink()
     rewrite(base, {Q0: grown(tensors_of(base)[Q0])})
     with pytest.raises(MaskError, match="q_proj"):
         merge_checkpoint(base, adapter, tmp_path / "two", dry_run=True)
