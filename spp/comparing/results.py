@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
+from spp.errors import CheckpointError, ConfigError, OutputError, OutputExistsError, arg
 from spp.files import atomic_file, check_target, output_error, read_json, write_json
 from spp.files.leftovers import lock
 from spp.files.recognised import COMPARISON, COMPARISON_TEXT, OWN
@@ -55,6 +55,36 @@ def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+class Presence:
+    """That this process works on a comparison, as others may at the same time; what they work on is not begun anew.
+
+    Args:
+        directory: of the results; made if it is not there.
+
+    Attributes:
+        alone: whether no other process works on it; none can begin to until `share`.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._handle = _open(directory / _CLAIMS / _claim_name("a process is at work"))
+        self.alone = lock(self._handle) is not False
+        while not self.alone and lock(self._handle, shared=True) is False:
+            time.sleep(_WAIT)  # another one begins
+
+    def __enter__(self) -> Presence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    def share(self) -> None:
+        """Let others work on it too."""
+        lock(self._handle, shared=True)
+
+
 class Results:
     """The results in a directory.
 
@@ -62,22 +92,35 @@ class Results:
         directory: of results.json; made if it is not there.
         conditions: what all rows share.
         resume: go on with results that are there. overwrite: begin anew.
+        alone: whether no other process works on them (Presence).
 
     Raises:
+        OutputError: another process works on what is to be begun anew.
         OutputExistsError: there are results, and neither option is given.
         ConfigError: those that are there were found under other conditions, which are named.
         CheckpointError: the file is malformed or of a newer version.
     """
 
     def __init__(
-        self, directory: Path, conditions: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        directory: Path,
+        conditions: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        alone: bool = True,
     ) -> None:
         self.directory = directory
         self.path = directory / NAME
+        if overwrite and not alone:
+            raise OutputError(
+                f"another process is at work on the comparison in {directory}",
+                remedy=f"let it finish, join it ({arg('resume', True)}), or choose another directory",
+            )
         with self._locked():
             refuse_existing(self.path, resume=resume, overwrite=overwrite)
             found = _read(self.path) if self.path.exists() and not overwrite else None
-            if found is not None and not _holds_nothing(found):
+            if found is not None and not (alone and _holds_nothing(found)):
                 _check_conditions(self.path, found["conditions"], conditions)
             else:
                 self._write(
@@ -112,8 +155,7 @@ class Results:
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """Yield whether this process may work on `key`: no other one does."""
-        path = self.directory / _CLAIMS / hashlib.sha256(key.encode()).hexdigest()[:32]
-        handle = _open(path)
+        handle = _open(self.directory / _CLAIMS / _claim_name(key))
         try:
             yield lock(handle) is not False  # None: no such locks here, and then no second process either
         finally:
@@ -142,6 +184,10 @@ class Results:
             yield
         finally:
             os.close(handle)
+
+
+def _claim_name(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from spp.comparing import cost, trial
 from spp.comparing.data import load
 from spp.comparing.measure import weights_fingerprint
 from spp.comparing.methods import PST_KINDS, RULES_OF, require_methods
-from spp.comparing.results import NAME, REPORT, Results, refuse_existing
+from spp.comparing.results import NAME, REPORT, Presence, Results, refuse_existing
 from spp.comparing.tables import markdown
 from spp.comparing.trial import Trial
 from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
@@ -117,6 +117,7 @@ def compare(config: CompareConfig) -> Results:
             trained then.
         DependencyError: a contender needs PEFT, which is missing; likewise.
         OutputExistsError: the directory holds results, and neither resume nor overwrite was asked for.
+        OutputError: overwrite was asked for, and another process works on them; or they cannot be written.
 
     Example:
         >>> config = CompareConfig(model="pruned", output_dir="out", data="train.txt")  # doctest: +SKIP
@@ -131,7 +132,16 @@ def compare(config: CompareConfig) -> Results:
     contenders, hashes = _examine(config, contenders)
     hashes = {**data.hashes(), **hashes}
     conditions = {**config.conditions(), "kind": data.kind, **Provenance(hashes=hashes).to_dict()}
-    results = Results(path.parent, conditions, resume=config.resume, overwrite=config.overwrite)
+    with Presence(path.parent) as present:
+        options = {"resume": config.resume, "overwrite": config.overwrite, "alone": present.alone}
+        results = Results(path.parent, conditions, **options)
+        present.share()
+        _fill(config, contenders, data, results)
+    return results
+
+
+def _fill(config: CompareConfig, contenders: list[Contender], data: Any, results: Results) -> None:
+    """Run what the results lack."""
     if config.cost_rounds:
         costs = results.read()["costs"]
         require_methods([contender for contender in contenders if contender.name not in costs])
@@ -152,7 +162,6 @@ def compare(config: CompareConfig) -> Results:
         logger.warning(
             "%s is not there yet: another process was at it; should that have ended, resume the comparison", name
         )
-    return results
 
 
 def _examine(config: CompareConfig, contenders: list[Contender]) -> tuple[list[Contender], dict[str, str]]:

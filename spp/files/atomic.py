@@ -28,7 +28,7 @@ from pathlib import Path
 
 from spp.errors import OutputError, OutputExistsError, arg
 from spp.files.failures import is_failure_to_write, output_error
-from spp.files.leftovers import make_temporary, prefix, recover_siblings, remove
+from spp.files.leftovers import make_temporary, prefix, recover_siblings, remove, require_unlocked
 from spp.files.recognised import ANY_OUTPUT, FileKind, require_replaceable, require_replaceable_file, shown
 
 _AT_FDCWD = -100
@@ -81,7 +81,11 @@ def atomic_file(
 
 
 def _judge_directory(copies: Sequence[str | os.PathLike[str]]) -> Judge:
-    return lambda path, new: require_replaceable(path, (*copies, *new))
+    def judge(path: Path, new: Sequence[Path]) -> None:
+        require_unlocked(path)
+        require_replaceable(path, (*copies, *new))
+
+    return judge
 
 
 def _judge_file(kind: FileKind) -> Judge:

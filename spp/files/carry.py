@@ -38,9 +38,7 @@ def refuse_overlap(out: Path, source: Path, what: str) -> None:
         raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
 
 
-def carry_files(
-    base: Path, directory: Path | None, shards: set[str], *, card: bool = True, told: bool = True
-) -> None:
+def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True, told: bool = True) -> None:
     """Copy the files beside the weights: config, tokenizer, generation config, chat templates, remote code, …
 
     A file that cannot be read, or is a link that is not followed (spp.files.places.check_link), is passed over with a

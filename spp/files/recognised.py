@@ -242,7 +242,7 @@ ADAPTER = Kind("an adapter", _MODEL_FILES, _MODEL_FOLDERS, _is_adapter, model=Tr
 TRAININGS = Kind("the checkpoints of a run", (_TEMPORARY,), {**_SHARED, r"checkpoint-\d+": STEP, r"runs": _EVENTS})
 RUN = Kind(
     "a run of spp tune",
-    (r"config\.json|log\.jsonl|eval\.json", _TEMPORARY),
+    (r"config\.json|log\.jsonl|eval\.json|\.lock", _TEMPORARY),
     {**_SHARED, r"checkpoints": TRAININGS, r"adapter": ADAPTER, r"base": MODEL},
     lambda folder: str(_says(folder, "config.json").get("format")).startswith("spp-tune-"),
 )
@@ -252,7 +252,9 @@ RESULTS = Kind(
     {r"\.claims": Kind("", (r"[0-9a-f]{32}",))},
     lambda folder: COMPARISON.recognises(folder / "results.json"),
 )
-PRUNING = Kind("a pruning in progress", (r"progress\.json", rf"model{_OF}\.safetensors", _TEMPORARY), mark=_is_pruning)
+PRUNING = Kind(
+    "a pruning in progress", (r"progress\.json|\.lock", rf"model{_OF}\.safetensors", _TEMPORARY), mark=_is_pruning
+)
 KINDS = (_TRAINED, MODEL, ADAPTER, RUN, RESULTS, PRUNING)
 
 

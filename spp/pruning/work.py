@@ -35,7 +35,7 @@ from spp.files import (
 from spp.files.carry import carry_files, update_config
 from spp.files.hashes import tensor_bytes
 from spp.files.header import size_of
-from spp.files.leftovers import lock
+from spp.files.leftovers import LOCK_NAME, FolderLock, prefix
 from spp.files.reader import INDEX, SINGLE
 from spp.files.recognised import OWN, PRUNING
 from spp.pruning.report import LayerReport
@@ -43,6 +43,7 @@ from spp.pruning.report import LayerReport
 logger = logging.getLogger(__name__)
 
 _PROGRESS = "progress.json"
+_LONGEST_NAME = 255  # bytes that file systems allow
 _LARGEST_SINGLE = 5 * 10**9  # bytes of weights that are written as one file
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -64,10 +65,8 @@ class Work:
         self._progress: dict[str, Any] = {"job": dict(job), "blocks": {}}
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self._folder, os.O_RDONLY) if os.name == "posix" else None
-        if self._handle is not None and lock(self._handle) is False:
-            os.close(self._handle)
-            raise OutputError(f"another run is pruning into {target}: let it finish, or choose another path")
+        told = f"another run is pruning into {target}"
+        self._lock = FolderLock(self._folder, told, "let it finish, or choose another path")
         try:
             self._resume()
         except BaseException:
@@ -78,10 +77,9 @@ class Work:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not (self._folder / _PROGRESS).exists():  # nothing is finished
+        if self._lock.held and not (self._folder / _PROGRESS).exists():  # nothing is finished
             self._discard()
-        if self._handle is not None:
-            os.close(self._handle)
+        self._lock.release()
 
     def has(self, index: int) -> bool:
         """Whether a block is finished."""
@@ -199,11 +197,12 @@ class Work:
         """Remove the folder, as far as the system lets us; what somebody else has put there stays."""
         with contextlib.suppress(OSError):
             self._remove_files()
+            self._lock.release()
             self._folder.rmdir()
 
     def _remove_files(self) -> None:
         for path in self._folder.iterdir():
-            if PRUNING.has_file(path.name) and not path.is_dir():
+            if PRUNING.has_file(path.name) and path.name != LOCK_NAME and not path.is_dir():
                 path.unlink()
 
     @contextlib.contextmanager
@@ -225,7 +224,10 @@ class Work:
 
 def work_folder(target: Path) -> Path:
     """Return where the finished blocks of an output wait."""
-    return target.parent / f".{target.name}.pruning"
+    name = f".{target.name}.pruning"
+    return target.parent / (
+        name if len(os.fsencode(name)) <= _LONGEST_NAME else f"{prefix(target).removesuffix('.spp-')}.pruning"
+    )
 
 
 def _is_note(found: Mapping[str, Any], blocks: int) -> bool:

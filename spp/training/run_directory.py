@@ -1,5 +1,6 @@
 """The directory of a tuning run: what is in it, and who may write there.
 
+.lock           while a process is at work here: which
 config.json     format, version, the options of the run, counts and hash of its data
 log.jsonl       one object a log
 checkpoints/    checkpoint-N, to resume from
@@ -10,6 +11,7 @@ eval.json       perplexity before and after
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +21,7 @@ from spp._version import __version__
 from spp.configs.tuning import TuneConfig
 from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, output_error, read_json, require_directory, require_replaceable, write_json
+from spp.files.leftovers import LOCK_NAME, FolderLock
 from spp.files.provenance import Provenance
 from spp.files.recognised import ADAPTER, MODEL, OWN, TRAININGS
 
@@ -31,10 +34,14 @@ _FREE = ("output_dir", "overwrite", "resume", "strict_values", "progress", "log_
 class RunDirectory:
     """Paths in the directory of a run; creating this object checks, and writes nothing.
 
+    Within `with`, no other process works there: one that tries is refused. The directory of an earlier run is locked
+    from the start, a new one when the run begins. Of several ranks the first one locks.
+
     Args:
         config: options of the run.
 
     Raises:
+        OutputError: another process is at work there.
         OutputExistsError: the directory holds something, and neither `overwrite` nor `resume` fits that; or what
             `overwrite` would replace holds other things than a run writes, which are named.
     """
@@ -48,7 +55,27 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.base = self.path / "base"
         self.eval_file = self.path / "eval.json"
+        self._lock: FolderLock | None = None
         self.earlier = self._check()
+
+    def __enter__(self) -> RunDirectory:
+        if self.earlier is not None:
+            self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _take(self) -> None:
+        """Lock the directory, and look again at what is in it: another process may have been there meanwhile."""
+        if self._lock is None and os.environ.get("RANK", "0") == "0":
+            self._lock = FolderLock(
+                self.path,
+                f"another process is at work in {self.path}",
+                f"let it finish, or stop it, or choose another {arg('output_dir')}",
+            )
+            self.earlier = self._check()
 
     def begin(self, data: dict[str, Any]) -> None:
         """Create the directory, or compare with the run that is resumed.
@@ -58,8 +85,13 @@ class RunDirectory:
 
         Raises:
             ConfigError: a resumed run had other options or other data.
-            OutputError: the directory cannot be written.
+            OutputError: the directory cannot be written, or another process is at work there.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            raise output_error(error, self.path) from error
         if self.earlier is not None and self.config.resume:
             self._compare(self.earlier, data)
             return
@@ -70,12 +102,12 @@ class RunDirectory:
                     _remove(path)
                 for path in (self.log, self.eval_file, self.config_file):
                     path.unlink(missing_ok=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            options = self.config.to_dict()
+            made = {"format": FORMAT, "spp_version": __version__, **Provenance.here().to_dict()}
+            self._write(self.config_file, {**made, "tune": options, "data": data})  # first: it says what this is
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise output_error(error, self.path) from error
-        options = self.config.to_dict()
-        made = {"format": FORMAT, "spp_version": __version__, **Provenance.here().to_dict()}
-        self._write(self.config_file, {**made, "tune": options, "data": data})
 
     def write_eval(self, values: dict[str, Any]) -> None:
         """Write eval.json."""
@@ -94,7 +126,7 @@ class RunDirectory:
         if not self.path.exists():
             return None
         require_directory(self.path, "the run needs")
-        if not any(self.path.iterdir()):
+        if all(path.name == LOCK_NAME for path in self.path.iterdir()):  # of a run that was killed when it began
             return None
         try:
             earlier = read_json(self.config_file, "the run's config")

@@ -92,6 +92,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         DataError: the data is missing, malformed or too short; nothing has been written then.
         CheckpointError: the model cannot be loaded.
         OutputExistsError: the run directory holds something already.
+        OutputError: another process is at work there, or it cannot be written.
         NonFiniteError: training diverged.
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint to resume from was saved first.
 
@@ -101,7 +102,11 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         >>> spp.merge(result.model)  # doctest: +SKIP
     """
     _check_model(config, model, tokenizer)
-    run = RunDirectory(config)
+    with RunDirectory(config) as run:
+        return _tune(config, run, model, tokenizer)
+
+
+def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any) -> TuneResult:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
     data = _load_data(config, tokenizer)
     measure = _Measure(config, tokenizer, data)
