@@ -8,7 +8,7 @@
                  - a shard that the folder's index names,
                  - beside a model, a report of spp prune, by its keys, or a model card that PEFT or the Trainer
                    generated, with nothing filled in,
-                 - from the hub, and unchanged since: a download keeps a note of each file,
+                 - from the hub, and unchanged since: a download keeps a note of each file, with its hash,
                  - or not lost: the same bytes have the same place in what replaces it, or in a folder that it copies.
                Subfolders are judged alike; an adapter's must hold one. What is in another folder's place for its own (a
                home, a cache, the current directory, a repository) is never replaced (places.py).
@@ -21,6 +21,7 @@ first of what would be lost; it comes before any work, and again right before th
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -443,8 +444,13 @@ def _is_downloaded(folder: Path, path: str) -> bool:
     """Whether the hub's client has fetched a file into the folder, and nobody has changed it since."""
     note = folder / ".cache" / "huggingface" / "download" / f"{path}.metadata"
     try:
-        written = float(note.read_text(encoding="utf-8").splitlines()[2])
-        return (folder / path).stat().st_mtime - 1 <= written
+        told = note.read_text(encoding="utf-8").splitlines()[1]  # sha256, or what git calls a small file
+        with (folder / path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256() if len(told) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+        return digest.hexdigest() == told
     except (OSError, ValueError, IndexError):
         return False
 

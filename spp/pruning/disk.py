@@ -13,7 +13,8 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def prune_checkpoint(
         of_block = layers_by_block(plan.layers, root, len(blocks))
         keys = [[k for k in reader if streamed.memory_key(k).startswith(f"{root}.{i}.")] for i in range(len(blocks))]
         rest = sorted(set(reader.keys()).difference(*keys))
-        with Work(target, _job(plan, reader, streamed, dtype), len(blocks)) as work:
+        job = {**_job(plan, reader, streamed, dtype), "rest": _checksum(reader, rest)}
+        with Work(target, job, len(blocks)) as work:
+            work.keep_blocks_of(lambda index: _checksum(reader, keys[index]))
             streamed.load((key for key in rest if not streamed.is_heads(key)), reader)
             model.tie_weights()  # type: ignore[operator]
             store = _Streamed(streamed, source, work, blocks, keys, of_block)
@@ -155,7 +158,9 @@ class _Streamed(BlockStore):
 
     def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
         """Write a block."""
-        self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done)
+        with CheckpointReader(self._source) as origin:
+            source = _checksum(origin, self._keys[index])
+        self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done, source)
 
     def patterns(self, find: Callable[[], dict[str, Pattern]]) -> dict[str, Pattern]:
         """Find the patterns once, before the first block is pruned, and remember them."""
@@ -194,7 +199,6 @@ def _job(
 ) -> dict[str, Any]:
     """Return all that decides what a finished block holds."""
     owl = plan.options.owl
-    files = {name: (reader.directory / name).stat() for name in sorted(reader.shards())}
     return {
         "spp_version": __version__,
         "method": plan.method.name,
@@ -205,5 +209,13 @@ def _job(
         "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
         "windows": hashlib.sha256(as_array(plan.windows.contiguous()).data).hexdigest(),
         "shape": list(plan.windows.shape),
-        "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
     }
+
+
+def _checksum(reader: CheckpointReader, keys: Iterable[str]) -> int:
+    """Return the crc32 of tensors as they are stored: clocks, which may jump, do not tell whether they changed."""
+    crc = 0
+    for key in keys:
+        for piece in reader.pieces(key):
+            crc = zlib.crc32(piece, crc)
+    return crc

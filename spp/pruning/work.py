@@ -89,12 +89,31 @@ class Work:
         """Return a reader of a finished block."""
         return CheckpointReader(self._folder, file=self._shard(index + 1))
 
-    def finish(self, index: int, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerReport]) -> None:
-        """Write a finished block, then the note that it is finished."""
+    def keep_blocks_of(self, source: Callable[[int], int]) -> None:
+        """Start anew unless the finished blocks were made of the weights that `source` gives the checksums of."""
+        known = self._progress.get("sources")
+        known = known if isinstance(known, dict) else {}
+        changed = [index for index in self._progress["blocks"] if known.get(index) != source(int(index))]
+        if changed:
+            logger.warning(
+                "%s holds blocks of a model that has changed since (block %s); starting anew", self._folder, changed[0]
+            )
+            self._progress = {"job": self._progress["job"], "blocks": {}}
+            with self._writing():
+                self._remove_files()
+
+    def finish(self, index: int, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerReport], source: int) -> None:
+        """Write a finished block, then the note that it is finished.
+
+        Args:
+            index: of the block. tensors: what goes into the output. layers: what was done to each layer.
+            source: a checksum of the block's weights in the model.
+        """
         with self._writing():
             with atomic_file(self._folder / self._shard(index + 1), overwrite=True, kind=OWN) as path:
                 save_tensors(path, tensors)
             self._progress["blocks"][str(index)] = {path: asdict(layer) for path, layer in layers.items()}
+            self._progress.setdefault("sources", {})[str(index)] = source
             self._note()
 
     def malformed(self) -> CheckpointError:

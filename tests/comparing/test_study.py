@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from spp.comparing.chart import make_figure
-from spp.comparing.results import Results
+from spp.comparing.results import Presence, Results
 from spp.comparing.study import Plan, _worth_testing
 from spp.comparing.tables import main_table, markdown, notes, search_table, summaries, verdict
 from spp.comparing.trial import Trial
 from spp.configs.comparing import parse_contenders
-from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsError
+from spp.errors import CheckpointError, ConfigError, DataError, OutputError, OutputExistsError
 
 CONDITIONS = {
     "budget": "steps",
@@ -183,6 +183,26 @@ def test_a_trial_that_someone_runs_is_left_to_him(tmp_path: Path) -> None:
     assert results.once("rows", "a", lambda: two)  # let go without a row, as a killed process does
     assert not results.once("rows", "a", lambda: pytest.fail("it is there"))
     assert json.loads(results.path.read_text())["rows"] == {"a": two, "b": one}
+
+
+def test_what_others_work_on_is_not_begun_anew(tmp_path: Path) -> None:
+    """Neither asked for, nor by the way, where there is nothing in it yet (deepinv/deepinv#525)."""
+    other = CONDITIONS | {"model": "another"}
+    with Presence(tmp_path) as first:
+        assert first.alone
+        results = Results(tmp_path, CONDITIONS, alone=True)
+        first.share()
+        with Presence(tmp_path) as second:
+            assert not second.alone
+            with pytest.raises(OutputError, match=r"another process is at work .*join it \(resume=True\)"):
+                Results(tmp_path, CONDITIONS, overwrite=True, alone=second.alone)
+            with pytest.raises(ConfigError, match="other conditions"):
+                Results(tmp_path, other, alone=second.alone)
+            Results(tmp_path, CONDITIONS, resume=True, alone=second.alone).add("rows", "a", row("spp", 1e-2, 0, 3.0))
+        assert list(results.read()["rows"]) == ["a"]
+    with Presence(tmp_path) as third:
+        assert third.alone
+        assert Results(tmp_path, other, overwrite=True, alone=third.alone).read()["rows"] == {}
 
 
 def test_other_seeds_are_tested_though_another_rate_was_better_with_them(tmp_path: Path) -> None:

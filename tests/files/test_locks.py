@@ -23,6 +23,11 @@ from spp.files.leftovers import LOCK_NAME, FolderLock
 ME = f"process {os.getpid()} (this one) on {socket.gethostname()}"
 
 
+@pytest.fixture(autouse=True)
+def _without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "_WAIT", 0)
+
+
 def take(folder: Path) -> FolderLock:
     return FolderLock(folder, f"{folder} is in use", "choose another")
 

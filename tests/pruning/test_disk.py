@@ -25,7 +25,7 @@ from spp.errors import (
     PatternError,
     TargetError,
 )
-from spp.files import CheckpointReader
+from spp.files import CheckpointReader, save_tensors
 from spp.models.projection import Projection
 from spp.pruning import prune
 from spp.pruning.disk import prune_checkpoint
@@ -202,6 +202,33 @@ def test_a_run_that_was_killed_at_the_very_end_only_commits(tmp_path: Path, monk
         patch.setattr(streaming.BlockRunner, "run", killed)
         prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
     assert _same(_load(tmp_path / "out"), _expected(source, "wanda", "2:4")[0])
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("changed", [None, "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_finished_blocks_are_those_of_the_weights_whatever_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changed: str | None
+) -> None:
+    source = _source(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        _kill_at(patch, 17)
+        prune_checkpoint(source, tmp_path / "out", "magnitude", "2:4")
+    with CheckpointReader(source) as reader:
+        shard = source / reader.file_of(changed or "model.embed_tokens.weight")
+        tensors = {key: reader.load(key) for key in reader.shards()[shard.name]}
+    times = shard.stat()
+    if changed is None:  # copied, or fetched again
+        os.utime(shard, (2**33, 2**33))
+    else:
+        tensors[changed].view(-1)[-1] += 1
+        save_tensors(shard, tensors)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with monkeypatch.context() as patch:
+        seen = _kill_at(patch, 999)
+        prune_checkpoint(source, tmp_path / "out", "magnitude", "2:4")
+    assert len(seen) == (7 if changed is None else 21)
+    assert ("starting anew" in caplog.text) == (changed is not None)
+    assert _same(_load(tmp_path / "out"), _expected(source, "magnitude", "2:4")[0])
 
 
 def test_another_job_starts_anew(

@@ -116,11 +116,18 @@ def _compiled(source: Source) -> Path:
     target = folder / name
     if target.is_file():
         return target
-    handle, partial = tempfile.mkstemp(suffix=".so", prefix=f"{source.name}-", dir=folder)
+    try:
+        handle, partial = tempfile.mkstemp(suffix=".so", prefix=f"{source.name}-", dir=folder)
+    except OSError as error:  # the disk, or a quota, is full
+        raise Refused(f"{folder} cannot be written: {error.strerror}") from error
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *flags, "-o", partial, str(source.path)], capture_output=True, text=True, timeout=SECONDS
+            [compiler, *flags, "-o", partial, str(source.path)],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            env={**os.environ, "TMPDIR": str(folder)},  # the usual one may be small
         )
         if done.returncode:
             raise Refused(f"{compiler} could not compile {source.path.name}: {done.stderr.strip()[-500:]}")
@@ -179,7 +186,10 @@ def _folder() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(_temporary().name)
+    try:
+        return Path(_temporary().name)
+    except OSError as error:  # no folder for temporaries can be written
+        raise Refused(f"{folder} cannot be written, nor can any folder for temporary files: {error}") from error
 
 
 @cache
