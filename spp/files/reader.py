@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import stat
@@ -28,6 +27,7 @@ from spp.masks.patterns import as_array
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 20  # bytes that are read at a time
+_with_descriptor: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # maps that are in use and keep a file open
 _USUAL_LIMIT = 512  # files that a process may open, where the system does not say
 
 
@@ -144,16 +144,16 @@ class CheckpointReader:
         return key in self._entries
 
     def tensor(self, key: str) -> Tensor:
-        """Return a tensor on the CPU, mapped from the file; writing to it changes this process's copy only."""
+        """Return a tensor on the CPU, mapped from the file; writing to it changes this process's copy only.
+
+        Where tensors of very many files are in use already, it is in memory of its own.
+        """
         entry = self._entry(key)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        try:
-            view = memoryview(self._map(self._file_of[key]))[entry.begin : entry.end]
-        except CheckpointError as error:
-            if getattr(error.__cause__, "errno", None) not in (errno.EMFILE, errno.ENFILE):
-                raise
-            return self.load(key)  # tensors of so many files are in use that no further one can be mapped
+        if self._file_of[key] not in self._maps and len(_with_descriptor) >= 4 * self._most:
+            return self.load(key)  # tensors of so many files are in use that half of what may be open is
+        view = memoryview(self._map(self._file_of[key]))[entry.begin : entry.end]
         buffer = bytearray(view) if entry.begin % entry.dtype.itemsize else view
         return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
@@ -325,7 +325,9 @@ class CheckpointReader:
 def _mapped(file: BinaryIO) -> mmap.mmap:
     if sys.version_info >= (3, 13):  # without a descriptor of its own
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, trackfd=False)
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    _with_descriptor.add(mapped)
+    return mapped
 
 
 def _close_all(files: dict[str, BinaryIO]) -> None:
