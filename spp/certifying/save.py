@@ -24,7 +24,7 @@ from spp.certifying.sources import (
     same_names,
 )
 from spp.certifying.verify import pruned_matrices, require_same_masks
-from spp.errors import CheckpointError, ConfigError, NonFiniteError, SPPWarning, WrapError
+from spp.errors import CheckpointError, ConfigError, NonFiniteError, OutputError, SPPWarning, WrapError
 from spp.files import CheckpointReader, atomic_directory, check_target
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.recognised import CERTIFICATE
@@ -118,13 +118,15 @@ def certify(
         MaskError: the zeros are not those of `base`; every differing tensor is listed.
         CheckpointError: the files are bad, or projections are stored so that their zeros cannot be read, such as by
             GPTQ.
-        OutputError: the certificate cannot be written, or a sparsity.json is there that is none.
+        OutputError: the certificate cannot be written, or a sparsity.json is there that is none; or another process
+            has replaced the directory meanwhile.
 
     Example:
         >>> certify("merged", base="pruned").sparsity  # doctest: +SKIP
         0.5
     """
     directory = checkpoint_directory(dir)
+    here = os.stat(directory)
     check_target(directory / CERTIFICATE_NAME, overwrite=True, kind=CERTIFICATE)
     with ExitStack() as opened:
         before = None if base is None else opened.enter_context(open_source(base))
@@ -139,6 +141,8 @@ def certify(
         name = name if isinstance(base, nn.Module) else os.fspath(base)
         record = BaseRecord(name, certificate.fingerprint())  # same keys, same masks: the base's fingerprint too
         certificate = replace(certificate, base=record)
+    if not (directory.is_dir() and os.path.samestat(here, os.stat(directory))):
+        raise OutputError(f"{directory} was replaced by another process while it was certified: certify what is there")
     certificate.write(directory)
     return certificate.report()
 

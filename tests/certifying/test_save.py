@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp
+from spp.certifying import save as module
 from spp.certifying.certificate import Certificate, fingerprint
 from spp.certifying.save import certify, save_model
 from spp.certifying.verify import sparsity, verify
@@ -232,3 +233,22 @@ def test_what_is_no_path_or_no_tokenizer_is_said(tmp_path: Path) -> None:
             call(5)  # type: ignore[operator]
     with pytest.raises(ConfigError, match="tokenizer is 'pruned'; expected a tokenizer"):
         spp.save_model(pruned_model(), tmp_path / "out", tokenizer="pruned")
+
+
+def test_a_folder_that_is_replaced_while_it_is_certified_gets_no_certificate_of_the_other(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.make_certificate
+
+    def meanwhile(*arguments: object, **options: object) -> Certificate:
+        made = real(*arguments, **options)
+        monkeypatch.undo()  # of the other process
+        save_model(pruned_model(torch.bfloat16), base, overwrite=True)
+        return made
+
+    before = pruned_model(torch.bfloat16)
+    save_model(before, tmp_path / "expected")
+    monkeypatch.setattr(module, "make_certificate", meanwhile)
+    with pytest.raises(OutputError, match="was replaced by another process while it was certified"):
+        certify(base)
+    assert (base / "sparsity.json").read_bytes() == (tmp_path / "expected" / "sparsity.json").read_bytes()

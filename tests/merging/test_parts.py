@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +208,28 @@ def test_each_adapters_mask_and_shapes_are_checked(base: Path, adapter: Path, tm
     with pytest.raises(AdapterError, match=r"the adapter in .*other does not fit(.|\n)*q_proj"):
         merge_checkpoint(base, [(adapter, 1.0), (other, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_folder_of_a_thousand_adapters_only_one_is_looked_at(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "adapters"
+    for index in range(1000):
+        (home / f"a{index}").mkdir(parents=True)
+        (home / f"a{index}" / "adapter_config.json").write_text("{}")
+    adapter.rename(home / "mine")
+    seen: list[str] = []
+
+    def noting(function: Any) -> Any:
+        def noted(path: Any, *rest: Any, **options: Any) -> Any:
+            seen.append(str(path))
+            return function(path, *rest, **options)
+
+        return noted
+
+    for module, names in ((os, ("open", "stat", "scandir", "listdir")), (io, ("open",))):
+        for name in names:
+            monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    merge_checkpoint(base, home / "mine", tmp_path / "out")
+    assert str(home / "mine" / "adapter_model.safetensors") in seen
+    assert [path for path in seen if path.startswith(str(home / "a"))] == []
