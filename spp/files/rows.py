@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +122,26 @@ def _rows(datasets: Any, name: str, config: str | None, split: str, seed: int | 
             return iter(rows)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         return (rows[index] for index in order.tolist())
+    place = _cache(datasets.config.HF_DATASETS_CACHE)
     if seed is None:
-        return iter(datasets.load_dataset(name, config, split=split))
-    return iter(datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed, buffer_size=_BUFFER))
+        return iter(datasets.load_dataset(name, config, split=split, cache_dir=place))
+    found = datasets.load_dataset(name, config, split=split, streaming=True, cache_dir=place)
+    return iter(found.shuffle(seed, buffer_size=_BUFFER))
+
+
+def _cache(usual: str | os.PathLike[str]) -> str | None:
+    """Return where prepared data go: None for the usual folder, or a temporary one where that cannot be written."""
+    try:
+        os.makedirs(usual, exist_ok=True)
+    except OSError:
+        return _temporary().name
+    return None if os.access(usual, os.W_OK | os.X_OK) else _temporary().name
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="spp-datasets-")
 
 
 def _checked(where: str, row: object) -> tuple[str, Row]:
