@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -31,11 +32,17 @@ _LARGEST_CARRIED = 256 * 2**20  # bytes of a file beside the weights; the larges
 
 
 def refuse_overlap(out: Path, source: Path, what: str) -> None:
-    """Raise a ConfigError where the output is, contains or lies inside a source."""
+    """Raise a ConfigError where the output is, contains or lies inside a source, or holds what links in one lead to."""
     out, source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if out.is_relative_to(source) or source.is_relative_to(out):
         where = "is" if out == source else "lies inside" if out.is_relative_to(source) else "contains"
         raise ConfigError(f"the output {out} {where} {what} {source}; choose a path outside it")
+    links: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(source) as entries:  # who reads it says what is wrong with it
+        links = sorted(entry.path for entry in entries if entry.is_symlink())
+    held = next((link for link in links if Path(os.path.realpath(link)).is_relative_to(out)), None)
+    if held is not None:
+        raise ConfigError(f"the output {out} holds what {held} leads to, a link in {what}; choose another path")
 
 
 def carry_files(base: Path, directory: Path | None, shards: set[str], *, card: bool = True, told: bool = True) -> None:

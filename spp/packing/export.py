@@ -95,6 +95,7 @@ def export_packed(
             raise ConfigError(f"{base} is packed already; {call('export_dense')} makes it dense")
         if config.get("quantization_config") is not None:
             raise ConfigError(f"{base} is quantized, which is small already: it is not packed")
+        carry_files(reader.directory, None, set(reader.shards()), told=False)  # before any work
         packing = _Packing(reader, strict_bits)
         layouts = packing.write(directory)
         settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}

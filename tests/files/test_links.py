@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import spp
-from spp.errors import CheckpointError
+from spp.errors import CheckpointError, ConfigError
 from spp.files import CheckpointReader, save_tensors
-from spp.files.carry import carry_files
+from spp.files.carry import carry_files, refuse_overlap
 from spp.files.hub import local_directory
 from spp.files.places import check_link, follow_links
 from tests.helpers.checkpoints import pruned_model
@@ -179,3 +179,16 @@ def test_weights_that_go_to_the_hub_have_the_header_of_weights(tmp_path: Path) -
         (folder := tmp_path / f"to-{to}").mkdir()
         (folder / "model.safetensors").symlink_to(tmp_path / to)
         assert check_link(folder / "model.safetensors", folder, copied=True) is good
+
+
+def test_an_output_that_the_links_lead_to_is_not_replaced(tmp_path: Path) -> None:
+    """Whether it is asked for or not: the links would lead to the output then."""
+    source, store = tmp_path / "model", tmp_path / "store" / "model"
+    source.mkdir()
+    store.mkdir(parents=True)
+    save_tensors(store / "weights", {"a": torch.ones(1)})
+    (source / "model.safetensors").symlink_to(store / "weights")
+    for out in (store, tmp_path / "store"):
+        with pytest.raises(ConfigError, match=r"holds what .*model\.safetensors leads to, a link in the base"):
+            refuse_overlap(out, source, "the base")
+    refuse_overlap(tmp_path / "store" / "other", source, "the base")

@@ -94,6 +94,6 @@ def test_another_process_is_named_and_its_death_frees_the_folder(text: Path, tmp
     with pytest.raises(OutputError, match=f"process {holder.pid} on"):
         run_tune(again)
     holder.kill()
-    holder.wait()
+    holder.communicate()
     run_tune(again)
     assert not (tmp_path / "run" / LOCK_NAME).exists()
