@@ -72,7 +72,7 @@ def test_max_windows_takes_the_first() -> None:
 def test_the_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_llama(), torch.arange(3, 3 + 90)
     whole = token_perplexity(model, tokens, window=30)
-    monkeypatch.setattr("spp.evaluation._LOSS_ELEMENTS", 7 * 256)
+    monkeypatch.setattr("spp.evaluation.windows._LOSS_ELEMENTS", 7 * 256)
     assert token_perplexity(model, tokens, window=30).loss == pytest.approx(whole.loss, rel=1e-12)
 
 

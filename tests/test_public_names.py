@@ -56,7 +56,7 @@ def test_the_root_lists_them() -> None:
     assert sorted(set(NAMES["spp"]) - set(spp.__all__)) == []
 
 
-@pytest.mark.parametrize("module", ["spp", "spp.pruning", "spp.pst", "spp.training", "spp.report"])
+@pytest.mark.parametrize("module", ["spp", "spp.pruning", "spp.pst", "spp.training", "spp.evaluation", "spp.report"])
 def test_what_a_package_exports_is_there_and_no_module_of_that_name_hides_it(module: str) -> None:
     package = importlib.import_module(module)
     exported = list(package.__all__)

@@ -454,7 +454,7 @@ def test_wrapping_makes_nothing_of_the_size_of_a_weight() -> None:
     ],
 )
 def test_a_path_in_the_place_of_a_model(call: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spp.evaluation.tokenize", lambda tokenizer, text: torch.arange(9))
+    monkeypatch.setattr("spp.evaluation.windows.tokenize", lambda tokenizer, text: torch.arange(9))
     with pytest.raises(ConfigError, match=r"found a str; load it first: .*from_pretrained\('pruned'\)"):
         call("pruned")
     with pytest.raises(ConfigError, match=r"a torch\.nn\.Module, found a NoneType"):
