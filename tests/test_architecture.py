@@ -362,6 +362,7 @@ NOT_LOADED_BY_IMPORT = [
     "typer",
     "rich",
     "gguf",
+    "lm_eval",
 ]
 CONFIGS = sorted((ROOT / "spp" / "configs").glob("*.py"))
 

@@ -33,6 +33,7 @@ NEEDS_NO_EXAMPLE = {  # name: the reason
     "TrainingInterrupted": "an exception",
     **dict.fromkeys(("MergeReport", "SparsityReport", "SemiStructuredReport", "PruneReport", "LayerReport"), MADE),
     **dict.fromkeys(("InputStats", "TuneResult", "TrainingData", "PerplexityResult", "PushReport"), MADE),
+    **dict.fromkeys(("LoadedTasks", "TaskFacts", "TaskResults"), MADE),
     **dict.fromkeys(("SPPPeftModel", "SPPPeftLinear", "SPPPeftExperts"), "PEFT makes it"),
     **dict.fromkeys(("SPPPackedConfig", "SPPPackedQuantizer"), "transformers makes it"),
 }

@@ -38,7 +38,7 @@ NAMES = {
         *("SparsitySchedule", "Collator", "TrainingData", "TrainingInterrupted", "causal_lm_loss"),
         *("chunked_cross_entropy", "set_saved_activations"),
     ],
-    "spp.evaluation": ["perplexity", "perplexity_result", "PerplexityResult"],
+    "spp.evaluation": ["perplexity", "perplexity_result", "PerplexityResult", "tasks", "TaskResults"],
     "spp.report": ["Table", "byte_text", "time_text", "merge_table", "sparsity_table", "prune_table", "verdict_table"],
     "spp.integrations.hub": ["push"],
     "spp.integrations.transformers": [],

@@ -1,4 +1,4 @@
-"""spp eval: the perplexity of a model, with or without an adapter."""
+"""spp eval: the perplexity of a model and its scores on tasks, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from spp.configs.checkpoints import EvalConfig
 from spp.errors import ConfigError, arg
 
 if TYPE_CHECKING:
+    from spp.evaluation import PerplexityResult, TaskResults
     from spp.weights.base_values import BaseVerdict
 
 NAME = "eval"
@@ -22,20 +23,32 @@ NAME = "eval"
 
 @command(EvalConfig)
 def run(config: EvalConfig) -> None:
-    """Measure the perplexity of a model on a text, in windows that do not overlap.
+    """Measure the perplexity of a model on a text, in windows that do not overlap, or its scores on tasks, or both.
 
     Example: spp eval merged --text valid.txt --window 1024
+
+    Example: spp eval merged --tasks paper --limit 100
     """
-    from spp.comparing.measure import environment, weights_fingerprint
-    from spp.evaluation import perplexity_result
+    from spp.evaluation import evaluate_tasks, load_tasks, perplexity_result
     from spp.files.hub import local_directory
-    from spp.report import Table
+    from spp.report import Table, tasks_table
     from spp.training.loading import load_model, load_tokenizer
     from spp.weights.base_values import BaseVerdict
 
     where = console.pick_device(config.device)
-    passage = console.read_text_file(config.text)
+    passage = None if config.text is None else console.read_text_file(config.text)
     console.quiet_libraries()
+    loaded = None
+    if config.tasks:
+        console.quiet_imports()  # of lm-eval's own libraries
+        with console.step(f"loading {', '.join(config.tasks)}"):
+            loaded = load_tasks(
+                config.tasks,
+                num_fewshot=config.num_fewshot,
+                data_dir=config.data_dir,
+                split=config.split,
+                progress=True,
+            )
     verdict = BaseVerdict()  # of a model alone, and of what PST trained, which loads onto its own values only
     with console.step(f"loading {config.model}"):
         directory = local_directory(config.model, "model")
@@ -43,30 +56,67 @@ def run(config: EvalConfig) -> None:
         tokenizer = load_tokenizer(directory)
         if config.adapter is not None:
             verdict = load_trained(model, config.adapter, config.strict) or verdict
+    found, scored = None, None
     start = time.perf_counter()
-    found = perplexity_result(
-        model,
-        tokenizer,
-        passage,
-        window=config.window,
-        batch_size=config.batch_size,
-        max_windows=config.max_windows,
-        progress=True,
-    )
+    if passage is not None:
+        found = perplexity_result(
+            model,
+            tokenizer,
+            passage,
+            window=config.window,
+            batch_size=config.batch_size,
+            max_windows=config.max_windows,
+            progress=True,
+        )
+    if loaded is not None:
+        scored = evaluate_tasks(
+            model,
+            tokenizer,
+            loaded,
+            limit=config.limit,
+            batch_size=config.batch_size,
+            apply_chat_template=config.apply_chat_template,
+            progress=True,
+        )
     seconds = time.perf_counter() - start
-    adapter = "" if config.adapter is None else str(config.adapter)
     if config.json:
-        values = {"model": config.model, "adapter": adapter or None, "text": str(config.text), **found.to_dict()}
-        values |= {} if config.adapter is None else verdict.to_dict()
-        text = hashlib.sha256(passage.encode()).hexdigest()
-        read = {"text_sha256": text, "model_fingerprint": weights_fingerprint(model)}
-        values |= replace(environment(where, model.dtype), seconds=seconds, hashes=read).to_dict()
-        return console.say(json.dumps(values))
-    columns = ("model", "adapter", "perplexity", "window", "windows", "tokens")
-    row = (config.model, adapter, f"{found.perplexity:.4f}", *map(str, (found.window, found.windows, found.tokens)))
-    console.show(Table(f"perplexity on {config.text}", columns, (row,)))
+        values = {} if config.adapter is None else verdict.to_dict()
+        return console.say(json.dumps(to_dict(config, model, where, seconds, passage, found, scored) | values))
+    if found is not None:
+        columns = ("model", "adapter", "perplexity", "window", "windows", "tokens")
+        adapter = "" if config.adapter is None else str(config.adapter)
+        counts = map(str, (found.window, found.windows, found.tokens))
+        row = (config.model, adapter, f"{found.perplexity:.4f}", *counts)
+        console.show(Table(f"perplexity on {config.text}", columns, (row,)))
+    if scored is not None:
+        console.show(tasks_table(scored, " with ".join(filter(None, (config.model, str(config.adapter or ""))))))
     if verdict.line:
         console.say(verdict.line)
+
+
+def to_dict(
+    config: EvalConfig,
+    model: Any,
+    where: str,
+    seconds: float,
+    passage: str | None,
+    found: PerplexityResult | None,
+    scored: TaskResults | None,
+) -> dict[str, Any]:
+    """Return what was measured and where it comes from, as one object of JSON-ready values."""
+    from spp.comparing.measure import environment, weights_fingerprint
+
+    values: dict[str, Any] = {"model": config.model, "adapter": str(config.adapter) if config.adapter else None}
+    read = {"model_fingerprint": weights_fingerprint(model)}
+    here = environment(where, model.dtype)
+    versions = dict(here.versions or {})
+    if passage is not None and found is not None:
+        values |= {"text": str(config.text), **found.to_dict()}
+        read["text_sha256"] = hashlib.sha256(passage.encode()).hexdigest()
+    if scored is not None:
+        values |= scored.to_dict()
+        versions |= scored.provenance.versions or {}
+    return values | replace(here, seconds=seconds, versions=versions, hashes=read).to_dict()
 
 
 def load_trained(model: Any, adapter: Path, strict: bool | None) -> BaseVerdict | None:

@@ -174,10 +174,44 @@ class EvalConfig:
     """
 
     model: Annotated[str, Option("Directory or hub id of the model.", argument=True)]
-    text: Annotated[Path, Option("Plain text to measure on, the whole file.", EVALUATION)]
+    text: Annotated[Path | None, Option("Plain text to measure the perplexity on, the whole file.", EVALUATION)] = None
     window: Annotated[int, Option("Tokens of a window; perplexities compare at equal windows only.", EVALUATION)] = 1024
-    batch_size: Annotated[int, Option("Windows of one forward pass.", EVALUATION)] = 1
+    batch_size: Annotated[int, Option("Windows, or requests of tasks, of one forward pass.", EVALUATION)] = 1
     max_windows: Annotated[int | None, Option("Measure the first windows only.", EVALUATION, default="all")] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "Tasks of lm-eval to measure on: paper (the seven of the pruning papers, 0-shot), mmlu (5-shot), or names "
+            "of tasks, groups and tags, with commas between them.",
+            EVALUATION,
+            metavar="NAMES",
+            many=True,
+            parse=parse_tasks,
+            default="none",
+        ),
+    ] = ()
+    limit: Annotated[
+        int | None, Option("Measure the first documents of each task only.", EVALUATION, default="all")
+    ] = None
+    num_fewshot: Annotated[
+        int | None, Option("Examples in a prompt of a task.", EVALUATION, default="as the task is defined")
+    ] = None
+    apply_chat_template: Annotated[
+        bool, Option("Put the prompts of tasks into the tokenizer's chat template.", EVALUATION)
+    ] = False
+    data_dir: Annotated[
+        Path | None,
+        Option(
+            "Folder with the documents of tasks, such as DIR/winogrande/winogrande_xl/validation.jsonl; the hub is not "
+            "asked.",
+            EVALUATION,
+            default="the hub",
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        Option("Measure tasks on this split, such as validation.", EVALUATION, default="as the task is defined"),
+    ] = None
     adapter: Annotated[Path | None, Option("Adapter, or PST's output, to load onto the model.", MODEL)] = None
     strict: Annotated[
         bool | None,
@@ -200,6 +234,13 @@ class EvalConfig:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, AUTO_DTYPES)
         check_windows(self.window, self.batch_size, self.max_windows)
+        check_limits(self.limit, self.num_fewshot)
+        if self.text is None and not self.tasks:
+            raise ConfigError(f"pass {arg('text', ...)} to measure the perplexity on, or {arg('tasks', ...)}, or both")
+        only = ("limit", "num_fewshot", "apply_chat_template", "data_dir", "split")
+        given = [arg(name) for name in only if getattr(self, name) not in (None, False)]
+        if given and not self.tasks:
+            raise ConfigError(f"{' and '.join(given)} without {arg('tasks', ...)}: there is no task that it is for")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +301,21 @@ def check_repo_id(repo_id: str) -> None:
     """Raise unless a repository's name is owner/name."""
     if not _REPO_ID.fullmatch(repo_id):
         raise ConfigError(f"{arg('repo_id')} is {repo_id!r}; it must be owner/name")
+
+
+def parse_tasks(values: Sequence[str]) -> tuple[str, ...]:
+    """Return the names in what `--tasks` was given, each once."""
+    names = (name.strip() for value in values for name in value.split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def check_limits(limit: object, num_fewshot: object = None, batch_size: object = 1) -> None:
+    """Raise a ConfigError for options of tasks that make no sense."""
+    check_int("batch_size", batch_size, least=1)
+    if limit is not None:
+        check_int("limit", limit, least=1)
+    if num_fewshot is not None:
+        check_int("num_fewshot", num_fewshot, least=0)
 
 
 def check_windows(window: object, batch_size: object = 1, max_windows: object = None) -> None:

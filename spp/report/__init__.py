@@ -13,6 +13,7 @@ from spp.report.tables import (
     prune_lines,
     prune_table,
     sparsity_table,
+    tasks_table,
     time_text,
     verdict_table,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "prune_lines",
     "prune_table",
     "sparsity_table",
+    "tasks_table",
     "time_text",
     "verdict_table",
 ]

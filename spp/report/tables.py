@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from spp.certifying.certificate import SparsityReport, TensorSparsity
     from spp.certifying.verify import Verification
+    from spp.evaluation import TaskResults
     from spp.merging.report import LayerMerge, MergeReport
     from spp.packing.export import ExportReport
     from spp.pruning import PruneReport
@@ -242,6 +243,33 @@ def export_table(report: ExportReport, *, every: bool = False) -> Table:
         ("tensor", "tensors", "pattern", "dense", "packed", "packed / dense"),
         tuple(rows),
     )
+
+
+def tasks_table(results: TaskResults, model: str = "") -> Table:
+    """Return scores on tasks as a table, each with its standard error; the last row has the mean of `acc`.
+
+    Args:
+        results: of `spp.evaluation.tasks`.
+        model: its name, for the title.
+
+    Example:
+        >>> print(tasks_table(tasks(model, tokenizer, "paper")).text())  # doctest: +SKIP
+    """
+    metrics = tuple(dict.fromkeys(metric for scores in results.scores.values() for metric in scores))
+    rows = []
+    for name, scores in results.scores.items():
+        facts, errors = results.tasks[name], results.stderr.get(name, {})
+        cells = [
+            f"{scores[m]:.4f}" + (f" ± {errors[m]:.4f}" if m in errors else "") if m in scores else "–" for m in metrics
+        ]
+        shots = "–" if facts.num_fewshot is None else str(facts.num_fewshot)
+        rows.append((name, shots, str(facts.items), facts.split or "", *cells))
+    if results.mean is not None and len(results.scores) > 1:
+        rows.append(("mean", "", "", "", *(f"{results.mean:.4f}" if m == "acc" else "" for m in metrics)))
+    limit = f", the first {results.limit} documents of each task" if results.limit else ""
+    source = f" from {results.data_dir}" if results.data_dir else ""
+    columns = ("task", "examples", "documents", "split", *metrics)
+    return Table(f"tasks{f' of {model}' if model else ''}{source}{limit}", columns, tuple(rows))
 
 
 def prune_lines(report: PruneReport) -> list[str]:
