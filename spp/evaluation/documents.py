@@ -92,7 +92,8 @@ class Source:
         config = getattr(task, "_config", None)
         name = getattr(config, "task", None) or type(task).__name__
         path = task.DATASET_PATH
-        if self.data_dir is None or path is None or path in _BUILDERS or Path(path).is_absolute():
+        made = callable(getattr(config, "custom_dataset", None))
+        if self.data_dir is None or made or not path or path in _BUILDERS or Path(path).is_absolute():
             try:
                 download()
             except Exception as error:  # OSError, ValueError, those of datasets, of the hub and of the HTTP client
@@ -116,7 +117,7 @@ class Source:
         wanted = self.split or own
         if wanted not in splits:
             where = self.data_dir or task.DATASET_PATH
-            near = difflib.get_close_matches(wanted, splits, 1) or splits
+            near = difflib.get_close_matches(wanted, splits, 1) or splits or [own]
             raise DataError(
                 f"{where} lacks the split {wanted!r} of the task {name}; it has {some_of(splits)}",
                 option="split",
@@ -132,6 +133,8 @@ class Source:
             )
         if wanted != own:
             config.test_split = wanted
+            if examples == wanted:  # told, so that lm-eval leaves the document itself out of its examples
+                config.fewshot_config.split = wanted
         documents = task.dataset[wanted]
         if isinstance(task.dataset, _Splits):
             task.dataset.like = documents
