@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import random
 import socket
 import sys
@@ -478,6 +479,7 @@ class TestLocalFiles:
         with pytest.raises(DataError, match="of the task boolq"):
             load_tasks("boolq", data_dir=data)
         assert hub.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
+        assert os.environ.get("HF_EVALUATE_OFFLINE") is None
 
     def test_without_local_files_the_hub_is_named(self) -> None:
         with pytest.raises(DataError, match=r"the data set .*glue of the task rte cannot be loaded: .*pass data_dir="):
@@ -523,12 +525,28 @@ class TestAsBefore:
         tasks(model, tiny_tokenizer(), "rte,arc_easy", data_dir=data, num_fewshot=0, limit=2, progress=True)
         assert capfd.readouterr() == ("", "")
 
+    def test_bars_on_a_terminal(
+        self, model: Any, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        tasks(model, tiny_tokenizer(), "rte", data_dir=data, limit=1)
+        assert capsys.readouterr().err == ""
+        tasks(model, tiny_tokenizer(), "rte", data_dir=data, limit=1, progress=True)
+        assert "Running loglikelihood requests: 100%" in capsys.readouterr().err
+
 
 class TestBadInput:
     def test_lm_eval_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         with pytest.raises(DependencyError, match=r"tasks need lm-eval: pip install 'spp\[eval\]'"):
             tasks(tiny_llama(), tiny_tokenizer(), "rte")
+
+    def test_lm_eval_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(harness, "installed", lambda package: "0.4.9.1")
+        with pytest.raises(DependencyError, match=r"lm-eval 0\.4\.13 or later; 0\.4\.9\.1 is installed: pip"):
+            load_tasks("rte")
+        declared = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+        assert declared.count(f'"lm-eval[ifeval]>={harness.OLDEST}"') == 2
 
     def test_a_task_that_is_not_known(self) -> None:
         with pytest.raises(ConfigError, match=r"has no 'arc_eazy' \(nearest: .*arc_easy.*'papre' \(nearest: paper\); "):

@@ -13,6 +13,7 @@ import copy
 import difflib
 import functools
 import logging
+import os
 import random
 import sys
 import time
@@ -32,18 +33,20 @@ from spp.evaluation.scores import MEAN_OF, TaskFacts, TaskResults, facts_of, mea
 from spp.evaluation.windows import evaluating
 from spp.files.provenance import Provenance, installed
 from spp.models.targets import require_model
+from spp.supported import numbers
 
 # Names of several tasks, and the number of examples in their prompts.
 SUITES: Mapping[str, tuple[tuple[str, ...], int]] = {
     "paper": (("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), 0),
     "mmlu": (("mmlu",), 5),
 }
-_OFFLINE = (  # what `datasets`, the hub's client and `evaluate` look at before they use the network
+OLDEST = "0.4.13"  # lm-eval whose TaskManager loads tasks and groups; as in pyproject
+_OFFLINE = (  # what `datasets` and the hub's client look at before they use the network
     ("datasets.config", "HF_HUB_OFFLINE"),
     ("datasets.config", "HF_DATASETS_OFFLINE"),
     ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-    ("evaluate.config", "HF_EVALUATE_OFFLINE"),
 )
+_EVALUATE, _EVALUATE_OFFLINE = "evaluate.config", "HF_EVALUATE_OFFLINE"  # of `evaluate`, which some metrics import
 
 
 @dataclass(frozen=True)
@@ -357,6 +360,8 @@ def _lm_eval(progress: bool, *, offline: bool) -> Iterator[None]:
         raise DependencyError(f"tasks need lm-eval: pip install 'spp[eval]' ({error})") from error
     from tqdm.std import tqdm
 
+    if (found := installed("lm_eval")) is not None and numbers(found) < numbers(OLDEST):
+        raise DependencyError(f"tasks need lm-eval {OLDEST} or later; {found} is installed: pip install 'spp[eval]'")
     logger, make = logging.getLogger("lm_eval"), tqdm.__init__
     level = logger.level
 
@@ -368,9 +373,27 @@ def _lm_eval(progress: bool, *, offline: bool) -> Iterator[None]:
         changed.callback(logger.setLevel, level)
         if not (progress and sys.stderr.isatty()):
             changed.enter_context(_set(tqdm, "__init__", silent))
-        for module, name in _OFFLINE if offline else ():
-            changed.enter_context(_set(sys.modules.get(module), name, True))
+        if offline:
+            changed.enter_context(_offline())
         yield
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the libraries that load data and metrics off the network: a context manager."""
+    before, there = os.environ.get(_EVALUATE_OFFLINE), _EVALUATE in sys.modules
+    with ExitStack() as changed:
+        for module, name in (*_OFFLINE, (_EVALUATE, _EVALUATE_OFFLINE)):
+            changed.enter_context(_set(sys.modules.get(module), name, True))
+        os.environ[_EVALUATE_OFFLINE] = "1"  # read where a metric imports `evaluate` meanwhile
+        try:
+            yield
+        finally:
+            del os.environ[_EVALUATE_OFFLINE]
+            if before is not None:
+                os.environ[_EVALUATE_OFFLINE] = before
+            if not there and _EVALUATE in sys.modules:
+                setattr(sys.modules[_EVALUATE], _EVALUATE_OFFLINE, before == "1")
 
 
 @contextmanager
