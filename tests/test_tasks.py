@@ -525,6 +525,21 @@ class TestAsBefore:
         tasks(model, tiny_tokenizer(), "rte,arc_easy", data_dir=data, num_fewshot=0, limit=2, progress=True)
         assert capfd.readouterr() == ("", "")
 
+    def test_what_a_task_prints_is_no_result(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As ifeval does, where it fetches data of its tokenizer."""
+        (tmp_path / "own.py").write_text("def process(docs):\n    print('fetched')\n    return docs\n")
+        definition = tmp_path / "own.yaml"
+        definition.write_text(
+            "task: own\ndataset_path: nyu-mll/glue\ndataset_name: rte\noutput_type: multiple_choice\n"
+            "validation_split: validation\nprocess_docs: !function own.process\ndoc_to_text: sentence1\n"
+            "doc_to_target: label\ndoc_to_choice: ['a', 'b']\n"
+        )
+        load_tasks(str(definition), data_dir=data)
+        found = capsys.readouterr()
+        assert found.out == "" and "fetched" in found.err
+
     def test_bars_on_a_terminal(
         self, model: Any, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -369,6 +369,7 @@ def _lm_eval(progress: bool, *, offline: bool) -> Iterator[None]:
         make(bar, *arguments, **{**options, "disable": True})
 
     with ExitStack() as changed:
+        changed.enter_context(redirect_stdout(sys.stderr))  # some tasks print where results are read
         logger.setLevel(logging.ERROR)
         changed.callback(logger.setLevel, level)
         if not (progress and sys.stderr.isatty()):
