@@ -481,6 +481,22 @@ class TestLocalFiles:
         assert hub.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
         assert os.environ.get("HF_EVALUATE_OFFLINE") is None
 
+    def test_without_local_files_the_hub_is_asked(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def load_dataset(path: str, name: str, **options: object) -> Any:
+            asked.append((path.rpartition("/")[2], name, options))
+            splits = {"train": rte(8), "validation": rte(9)}
+            return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        loaded = load_tasks("rte")
+        assert asked == [("glue", "rte", {})]
+        assert loaded.documents == load_tasks("rte", data_dir=data).documents and loaded.data_dir is None
+        assert load_tasks("rte", split="train").documents["rte"].split == "train"
+        with pytest.raises(DataError, match=r"glue lacks the split 'test' of the task rte; it has train, validation; "):
+            load_tasks("rte", split="test")
+
     def test_without_local_files_the_hub_is_named(self) -> None:
         with pytest.raises(DataError, match=r"the data set .*glue of the task rte cannot be loaded: .*pass data_dir="):
             load_tasks("rte")
