@@ -40,8 +40,7 @@ from spp.kernels.autograd import check_saved_activations
 from spp.kernels.choice import use_kernels
 from spp.kernels.frozen import base_linear
 from spp.kernels.linear import Run
-from spp.weights.base import Weight
-from spp.weights.workspace import release_workspace, workspace_bytes
+from spp.weights.base import Weight, release_workspace, workspace_bytes
 
 __all__ = [
     "Run",

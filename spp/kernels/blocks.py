@@ -13,8 +13,7 @@ from spp.kernels import processor
 from spp.kernels.choice import kernels
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
-from spp.weights.base import Weight
-from spp.weights.workspace import workspace
+from spp.weights.base import Weight, workspace
 
 # ---- How a product is cut into blocks, and in which dtype it runs.
 

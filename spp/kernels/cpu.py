@@ -31,7 +31,7 @@ from spp.kernels.blocks import WHOLE, col_step, delta, effective, plain, product
 from spp.kernels.frozen import frozen_linear, frozen_product
 from spp.masks.patterns import nonzero_mask
 from spp.rules.canonical import arithmetic_dtype, smallest_kept
-from spp.weights.workspace import workspace
+from spp.weights.base import workspace
 
 
 class Blockwise(Backend):

@@ -32,8 +32,7 @@ from spp.kernels.choice import by_triton, kernels
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block
 from spp.weights import PackedWeight
-from spp.weights.base import Weight
-from spp.weights.workspace import workspace
+from spp.weights.base import Weight, workspace
 
 COLUMN_UNIT = 256  # chunks are multiples of it: whole tiles of a product, whole tiles of the reduction
 USUAL_CACHE = 32 * 2**20  # bytes of L2, where the device does not tell

@@ -19,8 +19,7 @@ from spp.models.projection import Projection
 from spp.rules import Adapter
 from spp.weights import DTYPES, HoldsWeight, PackedStack, Weight
 from spp.weights.holder import PACKED
-from spp.weights.hooks import let_go_on_error
-from spp.weights.offload import parameter_weight
+from spp.weights.offload import let_go_on_error, parameter_weight
 
 _FOLLOWED = (None, "eager", "grouped_mm")  # the forms of transformers' experts whose products can be told apart
 Multiply = Callable[[int, Tensor], Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spp.models.projection import features, input_axis_of
 from spp.weights import HoldsWeight, QuantizedWeight, Weight, quantized_kind, release_quantized, write_quantized
-from spp.weights.hooks import move_hook
+from spp.weights.offload import move_hook
 
 HOOKS = (
     "_forward_hooks",

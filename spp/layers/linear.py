@@ -14,8 +14,7 @@ from spp.layers.host import LinearHost
 from spp.layers.packed import PackedLinear, pack_linear
 from spp.models.projection import Projection, input_axis_of
 from spp.weights import Weight, quantized_kind, read_quantized
-from spp.weights.hooks import let_go_on_error
-from spp.weights.offload import offloader, parameter_weight
+from spp.weights.offload import let_go_on_error, offloader, parameter_weight
 
 
 class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):

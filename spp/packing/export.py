@@ -43,8 +43,8 @@ from spp.files.reader import INDEX
 from spp.files.writer import TensorFile
 from spp.masks.patterns import DENSE, UNSTRUCTURED
 from spp.weights.packed.disk import FORMAT_VERSION, QUANT_METHOD, SUFFIXES, DenseReader, Descriptor, packed_settings
+from spp.weights.packed.layout import INTEGERS, pack_tensor
 from spp.weights.packed.matrix import DTYPES, PackedWeight
-from spp.weights.packed.packing import INTEGERS, pack_tensor
 
 logger = logging.getLogger(__name__)
 

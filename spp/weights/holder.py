@@ -1,8 +1,8 @@
 """Modules that hold a frozen weight, whatever its form: a Parameter, packed, or quantized.
 
 Packed, the module has the buffers `weight_values`, `weight_codes` and, for patterns other than N:M, `weight_starts`
-(their layout: spp.weights.packed.layout, of experts spp.weights.packed.stack), so that they travel with its state dict,
-`.to`, deepcopy and pickle; `packed_layout` says how to read them, and `.weight` returns a dense copy.
+(spp.weights.packed.layout), so that they travel with its state dict, `.to`, deepcopy and pickle; `packed_layout` says
+how to read them, and `.weight` returns a dense copy.
 
 A module in the place of a linear takes its weight, bias and hooks. The linear keeps placeholders on the meta device
 until `restore`, so that nothing but the module that computes holds the weight: whatever shards, moves or frees it, does
@@ -21,11 +21,9 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, NonFiniteError
 from spp.weights.base import Weight
-from spp.weights.hooks import HookedAdapter
-from spp.weights.offload import parameter_weight, values
+from spp.weights.offload import HookedAdapter, parameter_weight, values
 from spp.weights.packed.layout import Layout
-from spp.weights.packed.matrix import PackedWeight
-from spp.weights.packed.stack import PackedStack, StackLayout
+from spp.weights.packed.matrix import PackedStack, PackedWeight, StackLayout
 from spp.weights.quantized.matrix import QuantizedLayout, QuantizedWeight
 
 NAMES = ("weight_values", "weight_codes", "weight_starts")

@@ -108,7 +108,7 @@ def test_any_rectangle_by_every_decoder(kind: str, threads: int, monkeypatch: py
 @pytest.mark.parametrize("kind", ["free", "2:4", "1:4"])
 def test_more_rows_than_are_decoded_together(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("spp.weights.packed.packing._CHUNK", 256)
+    monkeypatch.setattr("spp.weights.packed.layout._CHUNK", 256)
     monkeypatch.setattr("spp.weights.packed.decode.CHUNK", 256)
     weight = free_matrix(9000, 64, 0.5) if kind == "free" else nm_matrix(9000, 64, kind)
     packed = check_round_trip(weight)

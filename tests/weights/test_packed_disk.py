@@ -19,8 +19,8 @@ from spp.files.hashes import tensor_bytes
 from spp.files.writer import TensorFile
 from spp.masks.patterns import detect_pattern
 from spp.weights.packed.disk import SUFFIXES, DenseReader, Descriptor, is_packed, is_packed_directory
+from spp.weights.packed.layout import pack_tensor
 from spp.weights.packed.matrix import PackedWeight
-from spp.weights.packed.packing import pack_tensor
 from tests.helpers.tolerances import assert_same_bits
 
 PAIRS = torch.tensor([[1.0, 0, 0, -2, 0, 3, 4, 0], [0, 0, 0.5, 6, 7, 0, 0, 0]])  # 2:4; the last group keeps one

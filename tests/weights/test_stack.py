@@ -31,10 +31,10 @@ def test_it_comes_back_bit_for_bit_stored_either_way(kind: str, dtype: torch.dty
         assert packed.shape == (3, m, n) and packed.numel == 3 * m * n and packed.dtype == dtype
         assert str(packed.layout) == ("any pattern" if kind in ("free", "1:16") else kind)
         assert_same_bits(packed.dense(), weight)
-        for e, matrix in enumerate(packed.matrices()):
+        for e, matrix in enumerate(packed.experts()):
             assert_same_bits(matrix.dense(), weight[e])
             alone = PackedWeight.pack(weight[e])
-            for mine, expected in zip(packed.expert(e).tensors(), alone.tensors(), strict=True):
+            for mine, expected in zip(packed.experts()[e].tensors(), alone.tensors(), strict=True):
                 assert_same_bits(mine, expected)
         packed.check()
         inputs_first = torch.empty(3, n, m, dtype=dtype).copy_(weight.transpose(1, 2))
@@ -75,7 +75,7 @@ def test_no_two_experts_need_to_be_there() -> None:
 
     packed = PackedStack.pack(get, 3)
     assert asked.count(1) == asked.count(2) == 2
-    assert_same_bits(packed.expert(2).dense(), nm_matrix(8, 16, "2:4") * 3 + 0.0)
+    assert_same_bits(packed.experts()[2].dense(), nm_matrix(8, 16, "2:4") * 3 + 0.0)
 
 
 def test_what_cannot_be_packed_is_named() -> None:

@@ -17,8 +17,7 @@ from spp.merging.weight import merge_tensor
 from spp.models.projection import features, input_axis_of
 from spp.rules import get_rule
 from spp.weights import Weight, quantized_kind, read_quantized
-from spp.weights.hooks import move_hook
-from spp.weights.offload import execution_device, offloader, parameter_weight, values
+from spp.weights.offload import execution_device, move_hook, offloader, parameter_weight, values
 
 _SPP = get_rule("spp")
 Place = tuple[nn.Module, str]  # the parent of a module, and its name there

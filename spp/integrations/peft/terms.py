@@ -22,7 +22,7 @@ from spp.rules.canonical import arithmetic_dtype
 from spp.rules.idle import idle_reason
 from spp.rules.terms import TermsRule
 from spp.weights import DenseWeight, Weight, converting
-from spp.weights.hooks import HookedAdapter
+from spp.weights.offload import HookedAdapter
 from spp.wrapping.state import layer_generator
 
 PREFIX = "spp_"

@@ -29,8 +29,7 @@ from spp.kernels.native.products import (
 from spp.rules.low_rank import LowRankFactors
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
-from spp.weights.base import Weight
-from spp.weights.workspace import workspace
+from spp.weights.base import Weight, workspace
 
 WHOLE = slice(None)
 RULES = ("spp", "hira", "masked_lora")

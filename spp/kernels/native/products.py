@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spp.kernels.native.compiler import DTYPES, SPARSE, Block, Refused, _declare, load
 from spp.weights import PackedWeight
-from spp.weights.workspace import workspace
+from spp.weights.base import workspace
 
 KEYS = 64  # as in sparse.c: columns of W that one list of keys covers
 MAX_VECTORS = 12

@@ -19,7 +19,7 @@ from spp.kernels.triton.launch import launch
 from spp.kernels.triton.tile import load_tile, operand
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
-from spp.weights.workspace import workspace
+from spp.weights.base import workspace
 
 MOST_ROWS, LEAST_ROWS = 16, 4  # of a tile; row blocks of fewer rows get smaller tiles
 BLOCK_COLS = 128

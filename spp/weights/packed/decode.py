@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from spp.masks.patterns import as_array
-from spp.weights.packed.layout import STRETCH, Layout
-from spp.weights.packed.packing import INTEGERS, row_counts
+from spp.weights.packed.layout import INTEGERS, STRETCH, Layout, row_counts
 
 _CHUNK = 1 << 17  # weights decoded together: places, values and the result of a chunk stay in a core's cache
 _THREADED_CHUNK = 1 << 19  # the same for several cores

@@ -73,10 +73,7 @@ class Descriptor:
             kept: how many of its weights are not zero.
             itemsize: bytes of one.
         """
-        rows, cols = _matrix(shape, input_axis)
-        fixed, free = Layout.of(rows, cols, pattern), Layout(rows, cols)
-        smallest = fixed if fixed.nbytes(kept, itemsize) <= free.nbytes(kept, itemsize) else free
-        return cls(tuple(shape), input_axis, smallest)
+        return cls(tuple(shape), input_axis, Layout.smallest(*_matrix(shape, input_axis), pattern, kept, itemsize))
 
     @classmethod
     def read(cls, numbers: Sequence[int], where: str) -> Descriptor:

@@ -1,20 +1,21 @@
-"""PackedWeight: the tensors of a packed matrix and what can be done with them."""
+"""PackedWeight and PackedStack: the tensors of a packed matrix, or of experts, and what can be done with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.masks.patterns import as_array
+from spp.masks.patterns import as_array, count_kept, pack_bits
 from spp.weights.base import FLOATS, Weight
 from spp.weights.packed.decode import as_rows, decode_anywhere, decode_cpu
-from spp.weights.packed.layout import Layout
-from spp.weights.packed.packing import choose_layout, pack_tensor, stretch_counts
+from spp.weights.packed.layout import STRETCH, Layout, layout_of_bits, pack_tensor, stretch_counts
 
 DTYPES = tuple(FLOATS.values())
 
@@ -86,8 +87,9 @@ class PackedWeight(PackedTensors):
         """
         check_matrix(weight, where)
         with torch.inference_mode(False):
-            layout, kept = choose_layout(weight)
-            return cls(layout, *pack_tensor(weight, layout, kept))
+            bits = pack_bits(weight)
+            layout = layout_of_bits(bits, weight.shape[0], weight.shape[1], weight.element_size())
+            return cls(layout, *pack_tensor(weight, layout, count_kept(bits)))
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return it on a device."""
@@ -162,3 +164,179 @@ def check_matrix(weight: Tensor, where: str) -> Tensor:
     if weight.is_meta:
         raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
     return weight
+
+
+# ---- The pruned matrices of E experts, packed one by one in a common layout.
+#
+#     values    as of a matrix (spp.weights.packed.layout); N:M: (E, m, N·n / M); any pattern: (k,), one expert's after
+#               another's
+#     codes     uint8 (E, m, B)
+#     starts    (E, m, S), each expert's counted from its own first value; any pattern only
+#
+# An expert's part of each is a view, and these views are a packed matrix: whatever decodes one decodes an expert.
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """The facts that are needed to read the tensors of packed experts.
+
+    Args:
+        matrix: of one expert's W (m, n).
+        experts: E.
+        transposed: whether the dense weight is stored (E, n, m), not (E, m, n).
+    """
+
+    matrix: Layout
+    experts: int
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return str(self.matrix)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the dense weight as it is stored."""
+        m, n = self.matrix.rows, self.matrix.cols
+        return (self.experts, n, m) if self.transposed else (self.experts, m, n)
+
+
+class PackedStack(PackedTensors):
+    """The packed weight W (E, m, n) of E experts.
+
+    Args:
+        layout: how to read the tensors.
+        values, codes, starts: as above.
+
+    Example:
+        >>> weight = torch.tensor([[[0.0, 1.5, 0.0, 2.0]], [[3.0, 0.0, 0.0, 4.0]]])
+        >>> packed = PackedStack.pack(lambda expert: weight[expert], experts=2)
+        >>> packed.experts()[1].values.tolist(), bool(torch.equal(packed.dense(), weight))
+        ([[3.0, 4.0]], True)
+    """
+
+    def __init__(self, layout: StackLayout, values: Tensor, codes: Tensor, starts: Tensor | None = None) -> None:
+        self.layout, self.input_axis = layout, -2 if layout.transposed else -1
+        self._hold((layout.experts, layout.matrix.rows, layout.matrix.cols), values, codes, starts)
+
+    @classmethod
+    def pack(
+        cls, get: Callable[[int], Tensor], experts: int, *, transposed: bool = False, where: str = "the weight"
+    ) -> PackedStack:
+        """Pack matrices of one shape, dtype and device; each is asked for twice, and no two of them need to be there.
+
+        Args:
+            get: returns an expert's W (m, n), as `PackedWeight.pack` takes it.
+            experts: E, at least 1.
+            transposed: how the dense weight is stored (`StackLayout`).
+            where: its name in messages.
+
+        Raises:
+            ConfigError: as for `PackedWeight.pack`.
+        """
+        with torch.inference_mode(False):
+            bits = [pack_bits(check_matrix(get(expert), f"{where}[{expert}]")) for expert in range(experts)]
+            kept = [count_kept(part) for part in bits]
+            first = get(0)
+            rows, cols = first.shape
+            layout = layout_of_bits(_joined(bits, rows * cols), experts * rows, cols, first.element_size())
+            matrix = Layout(rows, cols, layout.kept, layout.group)
+            shape = (experts, rows, matrix.row_values) if matrix.is_nm else (sum(kept),)
+            values = torch.empty(shape, dtype=first.dtype, device=first.device)
+            codes = torch.empty((experts, rows, matrix.row_bytes), dtype=torch.uint8, device=first.device)
+            starts = None
+            if not matrix.is_nm:
+                wide = torch.int64 if max(kept) >= 2**31 else torch.int32
+                starts = torch.empty((experts, rows, matrix.stretches), dtype=wide, device=first.device)
+            stack, place = cls(StackLayout(matrix, experts, transposed), values, codes, starts), 0
+            for expert in range(experts):
+                part, codes[expert], begins = pack_tensor(get(expert), matrix, kept[expert])
+                if starts is None or begins is None:
+                    values[expert] = part
+                else:
+                    values[place : place + kept[expert]] = part
+                    starts[expert] = begins
+                place += kept[expert]
+            return stack
+
+    @classmethod
+    def of_rows(cls, packed: PackedWeight, experts: int, *, transposed: bool = False) -> PackedStack:
+        """Return the experts whose matrices lie one below the other in a packed matrix (E · m, n); tensors are copied.
+
+        Args:
+            packed: the matrix. experts: E. transposed: as for `pack`.
+        """
+        whole, rows = packed.layout, packed.layout.rows // experts
+        matrix = Layout(rows, whole.cols, whole.kept, whole.group)
+        codes = packed.codes.clone().view(experts, rows, whole.row_bytes)
+        layout = StackLayout(matrix, experts, transposed)
+        if packed.starts is None:
+            return cls(layout, packed.values.clone().view(experts, rows, whole.row_values), codes)
+        starts = packed.starts.clone().view(experts, rows, whole.stretches)
+        return cls(layout, packed.values.clone(), codes, starts - starts[:, :1, :1])
+
+    def experts(self) -> list[PackedWeight]:
+        """Return each expert's packed matrix: views."""
+        matrix, codes = self.layout.matrix, self.codes.unbind(0)
+        if self.starts is None:
+            return [PackedWeight(matrix, *pair) for pair in zip(self.values.unbind(0), codes, strict=True)]
+        parts = self.values.split(self._counts())
+        return [PackedWeight(matrix, *three) for three in zip(parts, codes, self.starts.unbind(0), strict=True)]
+
+    def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """Write W[:, rows, cols] into `out`."""
+        for packed, into in zip(self.experts(), out.unbind(0), strict=True):
+            packed.decode(rows, cols, into)
+        return out
+
+    def dense(self) -> Tensor:
+        """Return the weight as it is stored, a new tensor; of a transposed one, one expert's copy exists beside it."""
+        if not self.layout.transposed or self.is_meta:
+            return super().dense()
+        out = torch.empty(self.layout.shape, dtype=self.dtype, device=self.device)
+        for packed, into in zip(self.experts(), out.unbind(0), strict=True):
+            into.copy_(packed.matrix().T)
+        return out
+
+    def maker(self) -> Callable[..., Weight]:
+        """Return a function that knows the layout."""
+        return partial(PackedStack, self.layout)
+
+    def check(self, where: str = "the packed weight") -> None:
+        """Raise a ConfigError unless the tensors belong together, as `PackedWeight.check` does of each expert's."""
+        experts, problem = self.layout.experts, None
+        if self.codes.dim() != 3 or len(self.codes) != experts:
+            problem = f"codes is {tuple(self.codes.shape)}"
+        elif self.starts is None:
+            if self.values.dim() != 3 or len(self.values) != experts:
+                problem = f"values is {tuple(self.values.shape)}"
+        elif self.starts.dim() != 3 or len(self.starts) != experts:
+            problem = f"starts is {tuple(self.starts.shape)}"
+        elif self.codes.shape[1:] != (self.layout.matrix.rows, self.layout.matrix.row_bytes):
+            problem = f"codes is {tuple(self.codes.shape)}"
+        elif not self.codes.is_meta and sum(counts := self._counts()) != self.values.numel():
+            problem = f"the masks keep {sum(counts)} weights, but there are {self.values.numel()} values"
+        if problem:
+            raise ConfigError(
+                f"{where}: {problem}, for {experts} experts; values, codes and starts must come from the same packed "
+                f"weight"
+            )
+        if not self.codes.is_meta:
+            for number, packed in enumerate(self.experts()):
+                packed.check(f"{where}[{number}]")
+
+    def _counts(self) -> list[int]:
+        """Return how many weights each expert keeps, any pattern."""
+        assert self.starts is not None
+        experts, rows, stretches = self.starts.shape
+        if not rows or not stretches:
+            return [0] * experts
+        last = as_array(self.codes[:, -1, (stretches - 1) * STRETCH // 8 :].cpu())
+        begins = self.starts[:, -1, -1].tolist()
+        return [begin + int(count) for begin, count in zip(begins, stretch_counts(last)[:, 0], strict=True)]
+
+
+def _joined(parts: list[npt.NDArray[np.uint8]], count: int) -> npt.NDArray[np.uint8]:
+    """Return the packed bits of matrices of `count` weights, one behind the other."""
+    if count % 8 == 0:
+        return np.concatenate(parts)
+    return np.packbits(np.concatenate([np.unpackbits(part, count=count) for part in parts]))
