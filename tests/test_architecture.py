@@ -283,7 +283,7 @@ def test_the_walk_finds_what_is_wrong(path: str, source: str, complaint: str) ->
         ("files/hashes.py", "from spp.masks.patterns import nonzero_mask"),
         ("masks/patterns.py", "from spp.configs.pattern import Pattern"),
         ("training/data.py", "def f():\n    import datasets"),
-        ("kernels/triton/build_kernel.py", "import triton\nfrom spp.kernels.triton.launch import launch"),
+        ("kernels/triton/build_kernel.py", "import triton\nfrom spp.kernels.triton.tile import launch"),
         ("kernels/gpu.py", "def f():\n    from spp.kernels.triton import build"),
         ("merging/model.py", "if TYPE_CHECKING:\n    from transformers import Trainer"),
         ("merging/model.py", "def f():\n    from transformers import PreTrainedModel"),

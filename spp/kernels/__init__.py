@@ -21,7 +21,7 @@ while its non-zeros are compressed. A multiply-add there reads its operand from 
 has it in a register, which costs a third of the speed: at d = 1/2 a product takes 0.7 of the dense one's time, at 1/4
 0.45. X and dY are repacked once a product: one pass over T × n and T × m.
 
-A 16-bit base on a CPU that does not multiply 16 bits faster (processor.py) is rounded to its dtype and widened again in
+A 16-bit base on a CPU that does not multiply 16 bits faster (choice.py) is rounded to its dtype and widened again in
 the same blocks: two passes more in plain torch, none in native/. Of activations a layer keeps X alone for backward
 (autograd.py: or its bfloat16 copy), with input dropout one bit an entry more. On a GPU see gpu.py.
 

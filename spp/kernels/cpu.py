@@ -25,9 +25,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spp.kernels import processor
-from spp.kernels.backend import Backend, Gradients, Needs, Operation
-from spp.kernels.blocks import WHOLE, col_step, delta, effective, plain, product_dtype, remembered, row_step, slices
+from spp.kernels.backend import (
+    WHOLE,
+    Backend,
+    Gradients,
+    Needs,
+    Operation,
+    col_step,
+    delta,
+    effective,
+    plain,
+    product_dtype,
+    remembered,
+    row_step,
+    slices,
+)
+from spp.kernels.choice import AMD, vendor
 from spp.kernels.frozen import frozen_linear, frozen_product
 from spp.masks.patterns import nonzero_mask
 from spp.rules.canonical import arithmetic_dtype, smallest_kept
@@ -214,11 +227,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 @cache
 def onednn_is_faster() -> bool:
     """Whether this is an AMD CPU with AVX-512, and torch's oneDNN product works as expected."""
-    if (
-        processor.vendor() != processor.AMD
-        or not torch.cpu._is_avx512_supported()
-        or not torch.backends.mkldnn.is_available()
-    ):
+    if vendor() != AMD or not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(2, 3), torch.arange(12.0).view(4, 3)
     try:

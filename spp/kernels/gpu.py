@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spp.kernels.backend import Backend, Gradients, Needs, Operation
-from spp.kernels.blocks import slices
+from spp.kernels.backend import Backend, Gradients, Needs, Operation, slices
 from spp.kernels.choice import by_triton, kernels
 from spp.rules.base import Rule
 from spp.rules.canonical import arithmetic_dtype, effective_block

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 
 from spp.configs.pruning import DECAYS, MaskUpdateOptions
 from spp.errors import SPPWarning, WrapError, arg
-from spp.kernels.blocks import row_step, slices
+from spp.kernels.backend import row_step, slices
 from spp.masks.patterns import nonzero_mask, pack_bits
 from spp.masks.swap import swap
 from spp.rules import effective_weight

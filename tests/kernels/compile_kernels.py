@@ -21,10 +21,10 @@ from spp.kernels.triton import (
     build,
     build_kernel,
     decode,
-    decode_kernel,
     delta,
     reduce,
     reduce_kernel,
+    tile,
 )
 from spp.rules import get_rule
 from spp.weights import PackedWeight
@@ -90,7 +90,7 @@ def compile_for(capability: int, forms: list[str]) -> dict[str, dict[str, list[s
     """Compile for one capability: every dtype of a dense W, the packed forms in bfloat16."""
     driver.set_active(NoDevice(capability))
     compiler = Compiler(capability)
-    for module in (build_kernel, reduce_kernel, decode_kernel):
+    for module in (build_kernel, reduce_kernel, tile):
         module.launch = compiler  # type: ignore[assignment]
     rule = get_rule("spp")
     factors = rule.prepare((torch.ones(R, N), torch.ones(M, 1)), 2.0, M, torch.float32)

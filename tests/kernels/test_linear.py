@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spp.errors import GradientError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, processor, release_workspace, use_kernels, workspace_bytes
+from spp.kernels import backend, choice, release_workspace, use_kernels, workspace_bytes
 from spp.kernels.cpu import linear_product
 from spp.rules import spp as spp_rule
 from tests.helpers.forks import in_threads
@@ -72,7 +72,7 @@ def test_values_and_gradients(
     elements: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     case = make_case(m, n, r, leading, dtype, bias=bias)
     check(case, *run(case), dtype)
 
@@ -82,7 +82,7 @@ def test_sixteen_bit_products_in_float32_where_the_cpu_lacks_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for has_products in (True, False):
-        monkeypatch.setattr(processor, "has_products", lambda dtype, answer=has_products: answer)
+        monkeypatch.setattr(backend, "has_products", lambda dtype, answer=has_products: answer)
         case = make_case(13, 24, 5, (6,), dtype)
         check(case, *run(case), dtype)
 
@@ -90,7 +90,7 @@ def test_sixteen_bit_products_in_float32_where_the_cpu_lacks_them(
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("m", "n", "r", "leading"), [s for s in SHAPES if 0 not in s[3]])
 def test_gradcheck(m: int, n: int, r: int, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", SMALL_BLOCKS)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", SMALL_BLOCKS)
     case = make_case(min(m, 13), min(n, 8), min(r, m, 13), leading, torch.float64)
     assert torch.autograd.gradcheck(
         lambda x, bias, alpha, beta: spp_linear(x, case.weight, bias, alpha, beta, 2.0), case.inputs()
@@ -100,7 +100,7 @@ def test_gradcheck(m: int, n: int, r: int, leading: tuple[int, ...], monkeypatch
 @pytest.mark.parametrize("group_rows", [1, 10**9], ids=["loops over groups", "does not loop"])
 @pytest.mark.parametrize("elements", [ONE_BLOCK, SMALL_BLOCKS])
 def test_groups_one_by_one_or_together(elements: int, group_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(spp_rule, "GROUP_ROWS", group_rows)
     for m, n, r, leading in SHAPES:
         case = make_case(m, n, r, leading, torch.float64)
@@ -113,7 +113,7 @@ def test_groups_one_by_one_or_together(elements: int, group_rows: int, monkeypat
 def test_input_dropout_is_the_papers_formula_with_the_mask_of_torch(
     dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     for m, n, r, leading in SHAPES:
         case = make_case(m, n, r, leading, dtype)
         torch.manual_seed(3)
@@ -128,7 +128,7 @@ def test_forward_multiplies_by_the_effective_weight_bit_for_bit() -> None:
         case = make_case(37, 20, 4, (6,), dtype)
         y = spp_linear(case.x, case.weight, case.bias, case.alpha, case.beta, 2.0)
         merged = effective_weight(case.weight, case.alpha, case.beta, 2.0)
-        has = processor.has_products(dtype)
+        has = choice.has_products(dtype)
         expected = (
             linear_product(case.x, merged, case.bias)
             if has
@@ -379,7 +379,7 @@ def test_the_workspace_is_bounded_and_can_be_given_back() -> None:
     release_workspace()
     case = make_case(4096, 700, 16, (2,), bias=False)  # more than one block
     run(case)
-    assert 0 < workspace_bytes() <= 2 * blocks.BLOCK_ELEMENTS * 4
+    assert 0 < workspace_bytes() <= 2 * backend.BLOCK_ELEMENTS * 4
     release_workspace()
     assert workspace_bytes() == 0
 

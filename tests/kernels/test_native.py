@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spp.errors import ConfigError
 from spp.functional import effective_weight, spp_linear
-from spp.kernels import blocks, native, use_kernels
+from spp.kernels import backend, native, use_kernels
 from spp.kernels.linear import linear
 from spp.kernels.native import compiler
 from spp.kernels.native.products import EFFECTIVE, Products, Update, block_of, library
@@ -166,8 +166,8 @@ def test_autocast_rounds_to_the_stored_then_to_the_autocast_dtype(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("elements", [2**22, 256])
 def test_blocks_do_not_change_a_bit(dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(blocks, "_THIN", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "_THIN", elements)
     for m, n, r, leading in LARGER:
         case = make_case(m, n, r, leading, dtype)
         log: list[tuple[int, ...]] = []
@@ -390,7 +390,7 @@ def test_an_unknown_choice_is_an_error() -> None:
 
 def test_a_quantized_weight_is_counted_by_its_values() -> None:
     pytest.importorskip("bitsandbytes")
-    from spp.kernels.blocks import density
+    from spp.kernels.backend import density
     from spp.layers.linear import SPPLinear
     from spp.weights import QuantizedWeight
     from tests.helpers.quantized import quantized_llama

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spp.kernels import blocks, native, use_kernels
+from spp.kernels import backend, native, use_kernels
 from spp.kernels.linear import linear
 from spp.kernels.native.products import EFFECTIVE, FROZEN, Products, Update, block_of, empty_sums, library
 from spp.rules import Adapter, effective_weight, get_rule
@@ -107,8 +107,8 @@ def test_no_block_layout_or_thread_changes_a_bit(
     expected = compute(name, case, case.weight, params, dropout)
     log: list[tuple[int, ...]] = []
     packed = PackedWeight.pack(case.weight)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 256)
-    monkeypatch.setattr(blocks, "_THIN", 256)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(backend, "_THIN", 256)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):

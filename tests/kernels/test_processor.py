@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from spp.kernels import choice as processor
 from spp.kernels import cpu as products
-from spp.kernels import processor
-from spp.kernels.blocks import product_dtype
+from spp.kernels.backend import product_dtype
 
 CACHED = (processor.vendor, processor.has_products, products.onednn_is_faster)
 

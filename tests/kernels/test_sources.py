@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spp.kernels import blocks
+from spp.kernels import backend
 from spp.kernels.frozen import frozen_linear
 from spp.kernels.linear import linear
 from spp.rules import Adapter, get_rule
@@ -55,7 +55,7 @@ class Blocked(DenseWeight):
 def test_a_source_gives_the_bits_of_the_tensor(
     dtype: torch.dtype, elements: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     for m, n, r, leading in SHAPES:
         case = make_case(m, n, r, leading, dtype)
         results = []
@@ -71,7 +71,7 @@ def test_a_source_gives_the_bits_of_the_tensor(
 
 
 def test_a_source_without_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 24)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", 24)
     case = make_case(13, 7, 5, (2, 3))
     log: list[tuple[int, ...]] = []
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from spp.errors import ConfigError, GradientError, TargetError
-from spp.kernels import blocks
+from spp.kernels import backend
 from spp.layers.linear import SPPLinear
 from spp.layers.packed import PackedLinear
 from tests.helpers.tolerances import assert_matches, assert_same_bits
@@ -73,7 +73,7 @@ def run(layer: nn.Module, dtype: torch.dtype, how: str = "plain", tokens: int = 
 def test_outputs_and_gradients_are_those_of_the_dense_layer(
     kind: str, elements: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     for dtype in dtypes:
         for options in ({}, {"dropout": 0.3, "dropout_mode": "alpha"}, {"dropout": 0.3}):
@@ -86,7 +86,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_layer(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_input_dropout_in_many_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", 300)
     dense, packed = pair(kind, dtype=torch.float64, dropout=0.3)
     for expected, found in zip(run(dense, torch.float64), run(packed, torch.float64), strict=True):
         assert_matches(found, expected, torch.float64)
@@ -96,7 +96,7 @@ def test_input_dropout_in_many_blocks(kind: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("elements", [2**21, 700])
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_an_adapter(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         dense, packed = pair(kind, dtype=dtype)
         plain, alone = linear_of(kind, dtype=dtype), PackedLinear(linear_of(kind, dtype=dtype))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import spp
 from spp.errors import AdapterError, ConfigError
-from spp.kernels import blocks
+from spp.kernels import backend
 from spp.kernels.cpu import may_vanish
 from spp.kernels.linear import linear
 from spp.rules import Adapter, effective_weight, get_rule
@@ -76,7 +76,7 @@ def test_products_are_added_in_order_and_rounded_once(name: str, dtype: torch.dt
 def test_values_and_gradients(
     name: str, dtype: torch.dtype, dropout: float, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     for m, n, r, leading in SHAPES:
         case, params = make_case(m, n, 1, leading, dtype), make_params(m, n, r, dtype)
         assert case.bias is not None

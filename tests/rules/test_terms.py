@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import ConfigError
-from spp.kernels import blocks
+from spp.kernels import backend
 from spp.kernels.linear import linear
 from spp.rules import Adapter, effective_weight, get_rule
 from spp.rules.spp import row_groups
@@ -72,7 +72,7 @@ def test_one_term_has_the_bits_of_its_rule() -> None:
 def test_values_and_gradients(
     dtype: torch.dtype, dropout: float, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", elements)
     for m, n, ranks, leading in SHAPES:
         case = make_case(m, n, 1, leading, dtype)
         rule, params = terms(m, n, ranks, dtype)
@@ -93,7 +93,7 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("name", ["hira", "masked_lora"])
 def test_terms_of_other_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 24)
+    monkeypatch.setattr(backend, "BLOCK_ELEMENTS", 24)
     case, one = make_case(13, 7, 1, (5,), torch.float64), get_rule(name)
     rule = TermsRule(one, (4, 3), SCALINGS[:2])
     params = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in rule.shapes(13, 7, 7)]

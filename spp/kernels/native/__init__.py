@@ -19,7 +19,6 @@ elementwise.py has the other compiled file: merges, masks and checksums in one p
 
 from __future__ import annotations
 
-from spp.kernels.native.linear import FEWEST_TOKENS, Native
-from spp.kernels.native.products import why_not
+from spp.kernels.native.products import FEWEST_TOKENS, Native, why_not
 
 __all__ = ["FEWEST_TOKENS", "Native", "why_not"]

@@ -12,9 +12,8 @@ Whether they run is decided in spp.kernels.choice, after a small run of each aga
 import torch
 
 from spp.kernels.triton.build_kernel import build, delta
-from spp.kernels.triton.decode_kernel import decode
-from spp.kernels.triton.launch import is_interpreted
 from spp.kernels.triton.reduce_kernel import reduce
+from spp.kernels.triton.tile import decode, is_interpreted
 from spp.rules import get_rule
 from spp.rules.canonical import WHOLE, effective_block
 

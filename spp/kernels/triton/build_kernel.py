@@ -13,14 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spp.kernels.triton.launch import launch
-from spp.kernels.triton.tile import load_tile, operand
+from spp.kernels.triton.tile import BLOCK_COLS, BLOCK_ROWS, launch, load_tile, operand
 from spp.rules.canonical import smallest_kept
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
-
-BLOCK_ROWS = 4
-BLOCK_COLS = 512  # with four warps, 16 weights a thread: two accesses of 16 bytes in a 16-bit dtype
 
 
 @triton.jit
@@ -56,46 +52,17 @@ def _updated(weight, update, DELTA: tl.constexpr, SMALLEST: tl.constexpr, BITS: 
 
 @triton.jit(do_not_specialize=["m", "r", "row_bytes", "stretches"])
 def _build_kernel(
-    weight_ptr,
-    codes_ptr,
-    starts_ptr,
-    alpha_ptr,
-    scaled_beta_ptr,
-    out_ptr,
-    m,
-    n,
-    r,
-    stride_row,
-    stride_col,
-    row_bytes,
-    stretches,
-    FORM: tl.constexpr,
-    PER_BYTE: tl.constexpr,
-    DELTA: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
+    weight_ptr, codes_ptr, starts_ptr, alpha_ptr, scaled_beta_ptr, out_ptr, m, n, r, stride_row, stride_col,
+    row_bytes, stretches, FORM: tl.constexpr, PER_BYTE: tl.constexpr, DELTA: tl.constexpr, SMALLEST: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows_inside = rows < m
     first_col = tl.program_id(1) * BLOCK_COLS
     weight = load_tile(
-        weight_ptr,
-        codes_ptr,
-        starts_ptr,
-        rows,
-        rows_inside,
-        first_col,
-        n,
-        stride_row,
-        stride_col,
-        row_bytes,
-        stretches,
-        FORM,
-        PER_BYTE,
-        BLOCK_COLS,
-    )
+        weight_ptr, codes_ptr, starts_ptr, rows, rows_inside, first_col, n, stride_row, stride_col, row_bytes,
+        stretches, FORM, PER_BYTE, BLOCK_COLS,
+    )  # fmt: skip
     cols = first_col + tl.arange(0, BLOCK_COLS)
     inside = rows_inside[:, None] & (cols < n)[None, :]
     groups = ((rows + 1) * r - 1) // m
@@ -131,20 +98,8 @@ def _run(weight: Tensor | PackedWeight, factors: Factors, out: Tensor, *, delta:
     m, n = weight.shape
     pointers, numbers, constants = operand(weight)
     launch(
-        _build_kernel,
-        (triton.cdiv(m, BLOCK_ROWS), triton.cdiv(n, BLOCK_COLS)),
-        *pointers,
-        factors.alpha.contiguous(),
-        factors.scaled_beta.contiguous(),
-        out,
-        m,
-        n,
-        factors.alpha.shape[0],
-        *numbers,
-        **constants,
-        DELTA=delta,
-        SMALLEST=smallest_bits(weight.dtype),
-        WEIGHT_BITS=8 * weight.dtype.itemsize,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLS=BLOCK_COLS,
-    )
+        _build_kernel, (triton.cdiv(m, BLOCK_ROWS), triton.cdiv(n, BLOCK_COLS)), *pointers,
+        factors.alpha.contiguous(), factors.scaled_beta.contiguous(), out, m, n, factors.alpha.shape[0], *numbers,
+        **constants, DELTA=delta, SMALLEST=smallest_bits(weight.dtype), WEIGHT_BITS=8 * weight.dtype.itemsize,
+        BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS,
+    )  # fmt: skip

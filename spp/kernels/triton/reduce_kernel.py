@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spp.kernels.triton.launch import launch
-from spp.kernels.triton.tile import load_tile, operand
+from spp.kernels.triton.tile import launch, load_tile, operand
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
 from spp.weights.base import workspace
@@ -28,34 +27,11 @@ SPLIT_ROWS = 64  # rows of a program: few enough for r = 1 to fill a GPU, enough
 
 @triton.jit(do_not_specialize=["m", "r", "splits", "row_bytes", "stretches"])
 def _reduce_kernel(
-    weight_ptr,
-    codes_ptr,
-    starts_ptr,
-    gradient_ptr,
-    alpha_ptr,
-    scaled_beta_ptr,
-    part_alpha_ptr,
-    part_beta_ptr,
-    m,
-    n,
-    first,
-    end,
-    r,
-    splits,
-    stride_row,
-    stride_col,
-    row_bytes,
-    stretches,
-    stride_part,
-    FORM: tl.constexpr,
-    PER_BYTE: tl.constexpr,
-    WITH_ALPHA: tl.constexpr,
-    WITH_BETA: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr,
-    LOOP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
+    weight_ptr, codes_ptr, starts_ptr, gradient_ptr, alpha_ptr, scaled_beta_ptr, part_alpha_ptr, part_beta_ptr, m, n,
+    first, end, r, splits, stride_row, stride_col, row_bytes, stretches, stride_part, FORM: tl.constexpr,
+    PER_BYTE: tl.constexpr, WITH_ALPHA: tl.constexpr, WITH_BETA: tl.constexpr, SPLIT_ROWS: tl.constexpr,
+    LOOP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     k = part // splits
     start = (k * m) // r + (part - k * splits) * SPLIT_ROWS
@@ -70,21 +46,9 @@ def _reduce_kernel(
         rows_inside = rows < stop
         inside = rows_inside[:, None] & cols_inside[None, :]
         weight = load_tile(
-            weight_ptr,
-            codes_ptr,
-            starts_ptr,
-            rows,
-            rows_inside,
-            first_col,
-            end,
-            stride_row,
-            stride_col,
-            row_bytes,
-            stretches,
-            FORM,
-            PER_BYTE,
-            BLOCK_COLS,
-        )
+            weight_ptr, codes_ptr, starts_ptr, rows, rows_inside, first_col, end, stride_row, stride_col, row_bytes,
+            stretches, FORM, PER_BYTE, BLOCK_COLS,
+        )  # fmt: skip
         places = rows[:, None] * (end - first) + (cols - first)[None, :]
         gradient = tl.load(gradient_ptr + places, mask=inside, other=0.0)
         h = weight.to(tl.float32) * gradient.to(tl.float32)
@@ -131,30 +95,12 @@ def reduce(
     part_beta = workspace("partial beta", (tiles, m), torch.float32, weight.device)
     pointers, numbers, constants = operand(weight)
     launch(
-        _reduce_kernel,
-        (r * splits, tiles),
-        *pointers,
-        gradient,
-        factors.alpha.contiguous(),
-        factors.scaled_beta.contiguous(),
-        part_alpha,
-        part_beta,
-        m,
-        n,
-        first,
-        end,
-        r,
-        splits,
-        *numbers,
-        part_alpha.stride(0),
-        **constants,
-        WITH_ALPHA=d_alpha is not None,
-        WITH_BETA=d_beta is not None,
-        SPLIT_ROWS=SPLIT_ROWS,
-        LOOP_ROWS=min(SPLIT_ROWS, triton.cdiv(most, tile_rows) * tile_rows),
-        BLOCK_ROWS=tile_rows,
-        BLOCK_COLS=BLOCK_COLS,
-    )
+        _reduce_kernel, (r * splits, tiles), *pointers, gradient, factors.alpha.contiguous(),
+        factors.scaled_beta.contiguous(), part_alpha, part_beta, m, n, first, end, r, splits, *numbers,
+        part_alpha.stride(0), **constants, WITH_ALPHA=d_alpha is not None, WITH_BETA=d_beta is not None,
+        SPLIT_ROWS=SPLIT_ROWS, LOOP_ROWS=min(SPLIT_ROWS, triton.cdiv(most, tile_rows) * tile_rows),
+        BLOCK_ROWS=tile_rows, BLOCK_COLS=BLOCK_COLS,
+    )  # fmt: skip
     if d_alpha is not None and splits > 1:
         torch.sum(part_alpha.view(r, splits, end - first), 1, out=d_alpha[:, cols])
     if d_beta is not None:

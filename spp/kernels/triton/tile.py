@@ -1,20 +1,54 @@
-"""A tile of W in registers, from a tensor or from a packed matrix (how that is stored: spp.weights.packed.layout).
+"""How a kernel is started, and how it reads W: a tile in registers, of a tensor or of a packed matrix.
 
     tensor          one load, any strides
     N:M             values of whole bytes before the column, and the bits set before it in its own byte
     any pattern     starts[i, stretch], the bits set between there and the tile, and a running sum inside the tile
 
-A tile of columns begins at a multiple of its own width, which divides 1024: it is within one stretch.
+How a packed matrix is stored, spp.weights.packed.layout says. A tile of columns begins at a multiple of its own width,
+which divides 1024: it is within one stretch.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from spp.weights import PackedWeight
 from spp.weights.packed.layout import STRETCH
+
+WARPS = 4
+MAX_GRID_COLS = 65535  # the limit of CUDA for a grid's second dimension
+
+
+def launch(kernel: Any, grid: tuple[int, int], first: Tensor, *others: Any, **constants: Any) -> None:
+    """Run `kernel(first, *others, **constants)` over `grid`, on the device of `first`, each operation rounded."""
+    if 0 in grid:
+        return
+    assert grid[1] <= MAX_GRID_COLS, f"a grid of {grid[1]} columns"
+    run: Callable[..., Any] = kernel[grid]
+    device = first.device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        run(first, *others, **constants, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set when this folder was imported: kernels then run on CPU tensors, slowly."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(_nothing, InterpretedFunction)
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+# ---- A tile of W.
 
 TENSOR, MASK, GROUPS = 0, 1, 2  # the form of W: how a kernel reads it
 
@@ -38,21 +72,9 @@ def _before_tile(codes_ptr, rows, rows_inside, first_col, row_bytes):
 
 @triton.jit
 def _by_mask(
-    values_ptr,
-    codes_ptr,
-    starts_ptr,
-    rows,
-    rows_inside,
-    cols,
-    first_col,
-    inside,
-    row_values,
-    row_bytes,
-    stretches,
-    FORM: tl.constexpr,
-    PER_BYTE: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    values_ptr, codes_ptr, starts_ptr, rows, rows_inside, cols, first_col, inside, row_values, row_bytes, stretches,
+    FORM: tl.constexpr, PER_BYTE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     code = tl.load(codes_ptr + rows[:, None] * row_bytes + (cols // 8)[None, :], mask=inside, other=0).to(tl.int32)
     bit = cols % 8
     kept = (code >> (7 - bit)[None, :]) & 1
@@ -69,21 +91,9 @@ def _by_mask(
 
 @triton.jit
 def load_tile(
-    weight_ptr,
-    codes_ptr,
-    starts_ptr,
-    rows,
-    rows_inside,
-    first_col,
-    end_col,
-    stride_row,
-    stride_col,
-    row_bytes,
-    stretches,
-    FORM: tl.constexpr,
-    PER_BYTE: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    weight_ptr, codes_ptr, starts_ptr, rows, rows_inside, first_col, end_col, stride_row, stride_col, row_bytes,
+    stretches, FORM: tl.constexpr, PER_BYTE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """W[rows, first_col : first_col + WIDTH], zero outside of the rows and from end_col on.
 
     rows: int64. weight_ptr: W, or its kept values. stride_row, stride_col: of W; N:M: values of a row, unused.
@@ -95,21 +105,9 @@ def load_tile(
         weight = tl.load(weight_ptr + places, mask=inside, other=0.0)
     else:
         weight = _by_mask(
-            weight_ptr,
-            codes_ptr,
-            starts_ptr,
-            rows,
-            rows_inside,
-            cols,
-            first_col,
-            inside,
-            stride_row,
-            row_bytes,
-            stretches,
-            FORM,
-            PER_BYTE,
-            WIDTH,
-        )
+            weight_ptr, codes_ptr, starts_ptr, rows, rows_inside, cols, first_col, inside, stride_row, row_bytes,
+            stretches, FORM, PER_BYTE, WIDTH,
+        )  # fmt: skip
     return weight
 
 
@@ -128,3 +126,43 @@ def operand(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...], tuple[int, 
 
 
 assert STRETCH == 1024  # written out in the kernels, which see no globals
+
+
+# ---- W itself from a packed matrix, any rectangle of it. The twin is spp.weights.PackedWeight.decode.
+
+BLOCK_ROWS = 4
+BLOCK_COLS = 512  # with four warps, 16 weights a thread: two accesses of 16 bytes in a 16-bit dtype
+
+
+@triton.jit(do_not_specialize=["first_row", "end_row", "row_bytes", "stretches"])
+def _decode_kernel(
+    values_ptr, codes_ptr, starts_ptr, out_ptr, first_row, end_row, first, end, stride_row, stride_col, row_bytes,
+    stretches, FORM: tl.constexpr, PER_BYTE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = first_row + tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows_inside = rows < end_row
+    first_col = (first // BLOCK_COLS + tl.program_id(1)) * BLOCK_COLS
+    weight = load_tile(
+        values_ptr, codes_ptr, starts_ptr, rows, rows_inside, first_col, end, stride_row, stride_col, row_bytes,
+        stretches, FORM, PER_BYTE, BLOCK_COLS,
+    )  # fmt: skip
+    cols = first_col + tl.arange(0, BLOCK_COLS)
+    inside = rows_inside[:, None] & ((cols >= first) & (cols < end))[None, :]
+    places = (rows - first_row)[:, None] * (end - first) + (cols - first)[None, :]
+    tl.store(out_ptr + places, weight, mask=inside)
+
+
+def decode(packed: PackedWeight, rows: slice, cols: slice, out: Tensor) -> Tensor:
+    """Write W[rows, cols] into `out`, contiguous and of the block's shape and W's dtype and device; return it.
+
+    Args:
+        packed: W (m, n), float32, bfloat16 or float16.
+    """
+    (first_row, end_row, _), (first, end, _) = rows.indices(packed.shape[0]), cols.indices(packed.shape[1])
+    tiles = triton.cdiv(end, BLOCK_COLS) - first // BLOCK_COLS
+    pointers, numbers, constants = operand(packed)
+    launch(
+        _decode_kernel, (triton.cdiv(end_row - first_row, BLOCK_ROWS), tiles if end > first else 0), *pointers, out,
+        first_row, end_row, first, end, *numbers, **constants, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS,
+    )  # fmt: skip
+    return out
