@@ -277,7 +277,7 @@ def test_the_walk_finds_what_is_wrong(path: str, source: str, complaint: str) ->
     ("path", "source"),
     [
         ("layers/linear.py", "from spp.kernels.linear import linear"),
-        ("layers/linear.py", "from spp.layers.packed import PackedLinear"),
+        ("layers/linear.py", "from spp.layers.host import PackedLinear"),
         ("__init__.py", "from spp import functional"),
         ("__main__.py", "from spp.cli.main import main"),
         ("files/hashes.py", "from spp.masks.patterns import nonzero_mask"),

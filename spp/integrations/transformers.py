@@ -26,7 +26,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spp.errors import ConfigError
-from spp.layers.packed import PackedLinear
+from spp.layers.host import PackedLinear
 from spp.models.disk_keys import DiskKeys
 from spp.weights import PackedWeight
 from spp.weights.packed.disk import FORMAT_VERSION, QUANT_METHOD, DenseReader, Descriptor, check_version

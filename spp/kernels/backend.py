@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spp.kernels.choice import has_products, kernels
+from spp.rules.adapter import arithmetic_dtype, effective_block
 from spp.rules.base import Rule
-from spp.rules.canonical import arithmetic_dtype, effective_block
 from spp.weights.base import Weight, workspace
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]

@@ -43,7 +43,7 @@ from spp.kernels.backend import (
 from spp.kernels.choice import AMD, vendor
 from spp.kernels.frozen import frozen_linear, frozen_product
 from spp.masks.patterns import nonzero_mask
-from spp.rules.canonical import arithmetic_dtype, smallest_kept
+from spp.rules.adapter import arithmetic_dtype, smallest_kept
 from spp.weights.base import workspace
 
 

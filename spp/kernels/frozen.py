@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spp.kernels.autograd import Once, autocast_dtype, no_autocast
 from spp.kernels.backend import WHOLE, col_step, plain, row_step, slices
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 from spp.weights.base import Weight
 
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from spp.kernels.backend import Backend, Gradients, Needs, Operation, slices
 from spp.kernels.choice import by_triton, kernels
+from spp.rules.adapter import arithmetic_dtype, effective_block
 from spp.rules.base import Rule
-from spp.rules.canonical import arithmetic_dtype, effective_block
 from spp.weights import PackedWeight
 from spp.weights.base import Weight, workspace
 

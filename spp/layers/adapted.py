@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
-from spp.errors import ConfigError
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
 from spp.layers.host import Opaque
 from spp.rules import Adapter, Rule, effective_weight, get_rule
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 from spp.weights import HoldsWeight, Weight
 from spp.weights.holder import WRAPPED
 
@@ -227,10 +226,6 @@ class HoldsAdapter(HoldsWeight):
         """Return the names of W_α and W_β."""
         return self._adapter_names
 
-
-def adapter_config(where: str, **options: Any) -> SPPConfig:
-    """Return the config of one layer's adapter; a ConfigError names `where`."""
-    try:
-        return SPPConfig(**options)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.marked}") from None
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return self.describe(f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}")

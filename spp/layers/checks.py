@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, arg, call
-from spp.layers.packed import PackedLinear
+from spp.layers.host import PackedLinear, refuse_parametrization
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.models.projection import Projection, features, is_conv1d
 from spp.rules import get_rule
@@ -76,12 +76,7 @@ def _check_weight_class(linear: nn.Module, where: str) -> None:
         raise TargetError(
             f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
         )
-    if torch.nn.utils.parametrize.is_parametrized(linear):
-        names = [name for name, _ in linear.parametrizations.named_children()]  # type: ignore[union-attr]
-        raise TargetError(
-            f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
-            f"with torch.nn.utils.parametrize.remove_parametrizations"
-        )
+    refuse_parametrization(linear, where)
 
 
 def check_values(target: Projection) -> Survey | None:

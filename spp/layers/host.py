@@ -13,8 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spp.models.projection import features, input_axis_of
-from spp.weights import HoldsWeight, QuantizedWeight, Weight, quantized_kind, release_quantized, write_quantized
+from spp.errors import ConfigError, TargetError
+from spp.kernels import base_linear
+from spp.models.projection import features, input_axis_of, is_conv1d
+from spp.weights import (
+    DTYPES,
+    HoldsWeight,
+    PackedWeight,
+    QuantizedWeight,
+    Weight,
+    quantized_kind,
+    release_quantized,
+    write_quantized,
+)
+from spp.weights.holder import PACKED
 from spp.weights.offload import move_hook
 
 HOOKS = (
@@ -140,15 +152,9 @@ class LinearHost(HoldsWeight):
                 parameter.requires_grad_(flag)
         return original.train(self.training)
 
-    def describe(self, *facts: str) -> str:
-        """Return what `repr` shows between the brackets: sizes, then `facts`, then the form of a packed weight."""
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        packed = () if self.packed_layout is None else (f"packed={self.packed_layout}",)
-        return ", ".join((sizes, *facts, *packed))
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return self.describe()
+    def sizes(self) -> str:
+        """Return the sizes that `repr` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -173,3 +179,80 @@ def release_parameter(module: nn.Module, name: str) -> None:
         return
     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+# ---- The host that is no more than that: a linear whose weight is packed.
+
+
+class PackedLinear(LinearHost):
+    """A frozen linear layer whose weight is packed: Y = X Wᵀ + b, W decoded a block at a time.
+
+    Nothing of size m × n is kept, so each call decodes: for a few tokens that costs more than the product does.
+
+    Args:
+        linear: the nn.Linear (or subclass, or transformers' Conv1D) whose dense weight is freed.
+        packed: its weight, packed already (then `linear` may be on the meta device) or quantized; None packs it.
+        where: the layer's name in error messages.
+
+    Attributes:
+        weight: a dense copy (m, n), of a Conv1D (n, m), decoded at each access. bias: (m,) or None.
+
+    Raises:
+        TargetError: `linear` is no linear layer of float64, float32, bfloat16 or float16 weights.
+        ConfigError: its weight is on the meta device.
+
+    Example:
+        >>> layer = PackedLinear(nn.Linear(8, 4))
+        >>> layer(torch.ones(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    save_refusal = PACKED
+
+    def __init__(
+        self, linear: nn.Module, packed: PackedWeight | QuantizedWeight | None = None, *, where: str = "PackedLinear"
+    ) -> None:
+        super().__init__()
+        if packed is None:
+            check_packable(linear, where)
+        self.take(linear, packed or pack_linear(linear, where))
+        self.release()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Y (…, m) from x (…, n)."""
+        return base_linear(x, self.held(), self.bias)
+
+
+def pack_linear(linear: nn.Module, where: str) -> PackedWeight:
+    """Return the packed weight of a linear or Conv1D."""
+    weight = linear.get_parameter("weight")
+    return PackedWeight.pack(weight if input_axis_of(linear) == -1 else weight.T, f"{where}.weight")
+
+
+def check_packable(linear: nn.Module, where: str) -> None:
+    """Raise unless `linear` can be packed: a linear layer with a plain floating-point weight that is in memory."""
+    if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        raise TargetError(
+            f"{where} is a {type(linear).__name__}; torch.nn.Linear, its subclasses and transformers' Conv1D are packed"
+        )
+    refuse_parametrization(linear, where)
+    check_packable_weight(linear.get_parameter("weight"), f"{where}.weight")
+
+
+def refuse_parametrization(module: nn.Module, where: str) -> None:
+    """Raise a TargetError for a module that computes its weight from other parameters."""
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        names = [name for name, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]
+        raise TargetError(
+            f"{where} has a parametrization on {', '.join(names)}; make it permanent first "
+            f"with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
+def check_packable_weight(weight: Tensor, where: str) -> None:
+    """Raise unless a weight is floating-point and in memory."""
+    if weight.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TargetError(f"{where} is {weight.dtype}: {known} weights are packed, quantized ones are not")
+    if weight.is_meta:
+        raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")

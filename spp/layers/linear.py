@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.errors import NonFiniteError
-from spp.layers.adapted import AdaptedLinear, HoldsAdapter, adapter_config
+from spp.configs.adapter import SPPConfig
+from spp.errors import ConfigError, NonFiniteError
+from spp.layers.adapted import AdaptedLinear, HoldsAdapter
 from spp.layers.checks import check_linear, check_values
-from spp.layers.host import LinearHost
-from spp.layers.packed import PackedLinear, pack_linear
+from spp.layers.host import LinearHost, PackedLinear, pack_linear
 from spp.models.projection import Projection, input_axis_of
 from spp.weights import Weight, quantized_kind, read_quantized
 from spp.weights.offload import let_go_on_error, offloader, parameter_weight
@@ -68,9 +68,12 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
         checked: bool = False,
     ) -> None:
         super().__init__()
-        config = adapter_config(
-            where, r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, rule=rule, packed=packed
-        )
+        try:
+            config = SPPConfig(
+                r=r, scaling=scaling, dropout=dropout, dropout_mode=dropout_mode, rule=rule, packed=packed
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.marked}") from None
         if not checked:
             check_linear(linear, config, where)
             check_values(Projection(where, linear, input_axis=input_axis_of(linear)))
@@ -137,7 +140,3 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
         """Keep no W_eff of a weight that is offloaded."""
         self._cached = None
         self.cache_effective = self.packed_layout is None and offloader(self) is None
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return self.describe(f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}")

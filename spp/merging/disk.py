@@ -32,7 +32,7 @@ from spp.merging.places import Place, find_places
 from spp.merging.report import LayerMerge, MergeReport, sum_layers
 from spp.merging.rewrite import Hashes, Rewriting, Transform, output, stored_dtype, write_shards
 from spp.merging.weight import layer_merge, merge_weight
-from spp.rules.idle import idle_reason
+from spp.rules.adapter import idle_reason
 from spp.weights import FLOATS
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, gravest
 

@@ -33,7 +33,7 @@ from spp.models.targets import (
     weight_of,
 )
 from spp.rules import rescue_
-from spp.rules.idle import idle_reason
+from spp.rules.adapter import idle_reason
 from spp.weights import NAMES as PACKED_NAMES
 from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.weights.offload import in_memory, is_offloaded, offloader, write

@@ -19,7 +19,7 @@ import torch
 
 from spp.certifying.certificate import SparsityReport
 from spp.errors import SPPWarning, arg
-from spp.rules.idle import no_update_text, rounded_away_text
+from spp.rules.adapter import no_update_text, rounded_away_text
 from spp.weights.base_values import UNSAID, BaseVerdict
 
 ENOUGH_SURVIVED = 0.9

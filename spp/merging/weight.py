@@ -19,7 +19,7 @@ from spp.kernels.native.elementwise import Found, merge_matrix
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
 from spp.rules import Adapter, rescue_
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 from spp.rules.low_rank import LowRankRule
 from spp.weights import QuantizedWeight
 from spp.wrapping.state import layer_generator

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import Names
 from spp.layers.checks import survey, warn_dense
-from spp.layers.experts_forward import PackedExperts, adapt_experts
-from spp.layers.packed import PackedLinear
+from spp.layers.experts import PackedExperts, adapt_experts
+from spp.layers.host import PackedLinear
 from spp.models.projection import Projection, find_projections
 from spp.models.streamed import StreamedModel
 from spp.models.targets import resolve_projections

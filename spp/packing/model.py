@@ -9,8 +9,8 @@ from torch import nn
 
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.layers.checks import survey, warn_dense
-from spp.layers.experts_forward import PackedExperts, adapt_experts, check_packable_experts, release_experts
-from spp.layers.packed import PackedLinear, check_packable
+from spp.layers.experts import PackedExperts, adapt_experts, check_packable_experts, release_experts
+from spp.layers.host import PackedLinear, check_packable
 from spp.models.targets import resolve_projections
 from spp.wrapping.state import guard_saving, replace_modules, uncompiled
 from spp.wrapping.wrap import is_wrapped

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, WrapError
 from spp.files import dtype_name
-from spp.layers.packed import check_packable
+from spp.layers.host import check_packable
 from spp.masks.patterns import detect_pattern, is_nm
 from spp.models.targets import resolve_targets
 from spp.packing.model import Names, packed_layers

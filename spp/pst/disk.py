@@ -26,7 +26,7 @@ from spp.pst.files import PSTState, read
 from spp.pst.function import Scales, masked_weight
 from spp.pst.layer import FACTORS, factor_shapes
 from spp.rules import rescue_
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 from spp.wrapping.adapter_files import does_not_fit, misfits, shapes_of
 
 logger = logging.getLogger(__name__)

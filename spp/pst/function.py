@@ -41,7 +41,7 @@ from spp.kernels.autograd import Once, autocast_dtype, no_autocast
 from spp.masks.bits import pack_bits, unpack_bits
 from spp.masks.patterns import Pattern
 from spp.masks.select import keep_groups, keep_of_all, pruned_count
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 
 _BLOCK = 1 << 22  # entries of G that exist together
 Factors = tuple[

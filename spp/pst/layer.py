@@ -12,12 +12,11 @@ from spp.configs.adapter import SPPConfig
 from spp.configs.pst import check_options, check_pattern
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.layers.checks import check_linear, check_values
-from spp.layers.host import LinearHost, Opaque
-from spp.layers.packed import PackedLinear
+from spp.layers.host import LinearHost, Opaque, PackedLinear
 from spp.masks.patterns import Pattern
 from spp.models.projection import Projection, features, input_axis_of
 from spp.pst.function import Factors, Scales, masked_weight, pruned_by, pst_linear
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 from spp.weights import quantized_kind
 
 FACTORS = ("weight_U", "weight_V", "score_A", "score_B", "score_R", "score_C")

@@ -7,9 +7,8 @@ one means adding a file here and a line to `RULES`.
 from __future__ import annotations
 
 from spp.errors import ConfigError
-from spp.rules.adapter import Adapter, effective_weight
+from spp.rules.adapter import Adapter, effective_block, effective_weight, rescue_
 from spp.rules.base import Rule
-from spp.rules.canonical import effective_block, rescue_
 from spp.rules.low_rank import HiRARule, MaskedLoRARule
 from spp.rules.spp import SPPRule
 

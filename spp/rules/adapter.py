@@ -1,19 +1,85 @@
-"""One adapter of one weight: a rule, its parameters, and how they are scaled and dropped.
+"""One adapter of one weight: a rule, its parameters, and how they are scaled and dropped; what it makes of W.
 
-W_eff = rule(W, θ, s)        for SPP  W ⊙ (1 + s·β·A)
+    W_eff = rule(W, θ, s)        for SPP  W ⊙ (1 + s·β·A)
+
+The effective weight has one canonical order of operations: what the forward multiplies by, and what a merge stores.
+
+    the rule's build in float32 (float64 for a float64 base)  →  round to the base's dtype  →  rescue
+
+Rescue: a kept weight (its bits, but for the sign, are not all zero) that comes out as zero is stored as the smallest
+normal number of float64 / float32 / bfloat16 or the smallest subnormal of float16, with W's sign, so that the set of
+zeros never grows. The gradient is as if it had not happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spp.masks.patterns import nonzero_mask
 from spp.rules.base import Rule
-from spp.rules.canonical import WHOLE, arithmetic_dtype, effective_block
+
+FP16_SMALLEST = 2.0**-24
+WHOLE = slice(None)
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the canonical arithmetic for a base of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def smallest_kept(dtype: torch.dtype) -> float:
+    """Return the magnitude that a rescued weight gets: one that no flush-to-zero mode takes away."""
+    return FP16_SMALLEST if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
+
+
+def rescue_(result: Tensor, weight: Tensor) -> Tensor:
+    """Replace zeros of `result` where `weight` is not zero, in place; return the bool mask of what was rescued.
+
+    Args:
+        result: (rows, cols) already rounded to the dtype that is stored.
+        weight: W of the same shape, in the base's dtype.
+    """
+    lost = nonzero_mask(weight) & ~nonzero_mask(result)
+    if result.device.type != "cpu" or bool(lost.any()):  # elsewhere, asking would stall the device
+        smallest = torch.full((), smallest_kept(result.dtype), dtype=result.dtype, device=result.device)
+        result.copy_(torch.where(lost, torch.copysign(smallest, weight.to(result.dtype)), result))
+    return lost
+
+
+def effective_block(
+    rule: Rule,
+    weight: Tensor,
+    factors: Any,
+    rows: slice,
+    cols: slice,
+    arithmetic: Tensor,
+    *,
+    rounded: Tensor | None = None,
+    may_vanish: bool = True,
+) -> Tensor:
+    """Return W_eff[rows, cols] in the dtype of `weight`.
+
+    Args:
+        weight: W[rows, cols].
+        factors: from `rule.prepare`.
+        arithmetic: contiguous scratch of the block's shape in the arithmetic's dtype; the result itself for a base
+            of that dtype.
+        rounded: scratch of the block's shape in the dtype of `weight`, or None to allocate where it is needed.
+        may_vanish: False where the caller has shown that no kept weight can come out as zero.
+    """
+    rule.build(weight, factors, rows, cols, arithmetic)
+    if arithmetic.dtype == weight.dtype:
+        result = arithmetic
+    else:
+        result = arithmetic.to(weight.dtype) if rounded is None else rounded.copy_(arithmetic)
+    if may_vanish:
+        rescue_(result, weight)
+    return result
 
 
 class Adapter(NamedTuple):
@@ -77,3 +143,76 @@ def effective_weight(weight: Tensor, adapter: Adapter) -> Tensor:
     factors = adapter.factors(weight.shape[0], weight.dtype)
     scratch = torch.empty(weight.shape, dtype=arithmetic_dtype(weight.dtype), device=weight.device)
     return effective_block(adapter.rule, weight, factors, WHOLE, WHOLE, scratch)
+
+
+# ---- Adapters that change nothing: those that learned nothing, and those whose update rounding takes away.
+#
+#     nothing learned      ΔW = 0: a factor of the update is zero, as β or B is before the first step
+#     nothing is left      ΔW ≠ 0, but W_eff = W in the dtype of W: in bfloat16, every |s·β·α| < 2⁻⁹
+
+_SYMBOLS = {"alpha": "α", "beta": "β"}
+_BLOCK_ELEMENTS = 1 << 20  # a trained adapter is told by the first block
+
+
+def idle_reason(adapters: Iterable[Adapter]) -> str | None:
+    """Return why the update of every layer is zero, by the parameters alone; None where one's is not.
+
+    Args:
+        adapters: of the layers.
+    """
+    common: set[str] | None = None
+    no_scaling = True
+    for adapter in adapters:
+        if any(parameter.is_meta for parameter in adapter.params) or not adapter.is_idle():
+            return None
+        names = [name.partition("[")[0] for name in adapter.rule.parameter_names]  # those of a sum are numbered
+        zero = set(names) - {name for name, p in zip(names, adapter.params, strict=True) if bool(p.any())}
+        no_scaling = no_scaling and not adapter.scaling
+        common = zero if common is None else common & zero
+    if common is None:
+        return None
+    if no_scaling:
+        return "its scaling is zero"
+    symbols = sorted((_SYMBOLS.get(name, name) for name in common), reverse=True)  # β before α
+    return f"{symbols[0]} is zero everywhere" if symbols else "the product of its parameters is zero everywhere"
+
+
+class Effect(NamedTuple):
+    """Whether any ΔW is not zero, and whether any W_eff differs from W in the dtype of W."""
+
+    updated: bool
+    moved: bool
+
+
+def effect_of(weight: Tensor, adapter: Adapter) -> Effect:
+    """Return what an adapter does to W (m, n); blocks of rows are looked at until a weight differs."""
+    rule, arithmetic, (m, n) = adapter.rule, arithmetic_dtype(weight.dtype), weight.shape
+    factors = adapter.on(weight.device).factors(m, weight.dtype)
+    updated, step = False, max(1, _BLOCK_ELEMENTS // max(n, 1))
+    for start in range(0, m, step):
+        rows = slice(start, min(start + step, m))
+        block = weight.detach()[rows]
+        scratch = torch.empty(block.shape, dtype=arithmetic, device=weight.device)
+        if not torch.equal(effective_block(rule, block, factors, rows, WHOLE, scratch), block):
+            return Effect(True, True)
+        if not updated:
+            rule.delta(block, factors, rows, WHOLE, scratch)
+            updated = bool(scratch.any())
+    return Effect(updated, False)
+
+
+def no_update_text(reason: str | None = None) -> str:
+    """Return what is said of an adapter that learned nothing.
+
+    Args:
+        reason: from `idle_reason`; None where only the update itself was seen.
+    """
+    return f"the adapter changes no weight: {reason or 'its update is zero everywhere'}; was it trained?"
+
+
+def rounded_away_text() -> str:
+    """Return what is said of an adapter whose update rounding takes away, without a full stop."""
+    return (
+        "the adapter changes no weight: it learned an update, but each change is smaller than the steps in which the "
+        "weights are stored, so none of it survived"
+    )

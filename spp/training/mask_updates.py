@@ -34,7 +34,7 @@ from spp.kernels.backend import row_step, slices
 from spp.masks.patterns import nonzero_mask, pack_bits
 from spp.masks.swap import swap
 from spp.rules import effective_weight
-from spp.rules.canonical import arithmetic_dtype
+from spp.rules.adapter import arithmetic_dtype
 from spp.training.mask_state import DenseSource, LayerMask, MaskState
 
 logger = logging.getLogger(__name__)

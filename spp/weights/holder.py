@@ -12,6 +12,7 @@ so for good.
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -98,6 +99,19 @@ class HoldsWeight(HookedAdapter):
     def resident_names(self) -> tuple[str, ...]:
         """Return the names of the parameters beside the weight that train; they keep the dtype of the arithmetic."""
         return ()
+
+    @abstractmethod
+    def sizes(self) -> str:
+        """Return the sizes that `repr` shows."""
+
+    def describe(self, *facts: str) -> str:
+        """Return what `repr` shows between the brackets: sizes, then `facts`, then the form of a packed weight."""
+        packed = () if self.packed_layout is None else (f"packed={self.packed_layout}",)
+        return ", ".join((self.sizes(), *facts, *packed))
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows between the brackets."""
+        return self.describe()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert or move; codes stay what they are, and the dtype that they are decoded to follows."""

@@ -34,7 +34,7 @@ from spp.files.hub import local_directory
 from spp.files.places import check_link
 from spp.masks.patterns import all_finite
 from spp.rules import Adapter, get_rule
-from spp.rules.idle import idle_reason, no_update_text
+from spp.rules.adapter import idle_reason, no_update_text
 from spp.weights import FLOATS
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from spp.layers.experts import SPPExperts
 from spp.models.projection import Projection
 from spp.models.targets import resolve_projections
 from spp.rules import get_rule
-from spp.rules.idle import effect_of, idle_reason, no_update_text, rounded_away_text
+from spp.rules.adapter import effect_of, idle_reason, no_update_text, rounded_away_text
 from spp.weights import Weight
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
 from spp.wrapping.adapter_files import (

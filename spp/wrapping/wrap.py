@@ -18,8 +18,7 @@ from spp.errors import ConfigError, arg
 from spp.files.hashes import content_sha256
 from spp.kernels import check_saved_activations
 from spp.layers.checks import check_linear, check_values, warn_dense
-from spp.layers.experts import SPPExperts, check_experts
-from spp.layers.experts_forward import adapt_experts, release_experts
+from spp.layers.experts import SPPExperts, adapt_experts, check_experts, release_experts
 from spp.layers.linear import SPPLinear
 from spp.models.projection import Projection
 from spp.models.targets import name_targets, resolve_projections
@@ -156,9 +155,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Args:
         model: wrapped.
 
-    Args:
-        model: wrapped.
-
     Yields:
         Nothing; the adapter is active again afterwards.
 
@@ -264,15 +260,12 @@ def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
 
 
 def _make_layer(target: Projection, config: SPPConfig, dtype: torch.dtype | None) -> AdapterLayer:
-    options: dict[str, Any] = {
-        **{name: getattr(config, name) for name in _LAYER_OPTIONS},
-        "r": config.rank_for(target.path),
-        "generator": None if config.seed is None else layer_generator(config.seed, target.path),
-        "checked": True,
-    }
+    r = config.rank_for(target.path)
+    generator = None if config.seed is None else layer_generator(config.seed, target.path)
     if target.fused:
-        return SPPExperts(target, **options)
-    return SPPLinear(target.module, dtype=dtype, where=target.path, **options)  # type: ignore[arg-type]
+        return SPPExperts(target, replace(config, r=r), generator=generator, checked=True)
+    options: dict[str, Any] = {name: getattr(config, name) for name in _LAYER_OPTIONS}
+    return SPPLinear(target.module, r, dtype=dtype, where=target.path, generator=generator, checked=True, **options)  # type: ignore[arg-type]
 
 
 def _adapt_fused(layers: dict[str, AdapterLayer]) -> None:

@@ -13,7 +13,7 @@ import spp
 import spp.integrations.transformers as integration
 from spp.errors import CheckpointError, ConfigError, WrapError
 from spp.files import read_json, write_json
-from spp.layers.packed import PackedLinear
+from spp.layers.host import PackedLinear
 from tests.helpers.checkpoints import shard
 from tests.helpers.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
 from tests.helpers.tolerances import assert_same_bits

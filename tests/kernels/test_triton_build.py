@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spp.rules import get_rule
-from spp.rules.canonical import arithmetic_dtype, effective_block
+from spp.rules.adapter import arithmetic_dtype, effective_block
 from spp.rules.spp import Factors, row_groups
 from tests.helpers.layers import SHAPES, make_case
 from tests.helpers.tolerances import assert_matches, assert_same_bits, assert_same_zeros

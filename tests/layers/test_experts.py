@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, TargetError
 from spp.functional import spp_linear_reference
-from spp.layers.experts import SPPExperts
-from spp.layers.experts_forward import adapt_experts, adapters_of, release_experts
+from spp.layers.experts import SPPExperts, adapt_experts, adapters_of, release_experts
 from spp.models.expert_products import set_experts_implementation
 from spp.models.projection import find_projections
 from tests.helpers.models import NAMED_OTHERWISE, moe_model
@@ -33,7 +33,7 @@ def _experts(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module, r: int = 3, **options: Any) -> dict[str, SPPExperts]:
     module = _experts(model)
     found = [p for p in find_projections(model) if p.module is module]
-    adapters = {p.name: SPPExperts(p, r, **options) for p in found}
+    adapters = {p.name: SPPExperts(p, SPPConfig(r, **options)) for p in found}
     adapt_experts(adapters)
     with torch.no_grad():
         for adapter in adapters.values():
@@ -214,11 +214,11 @@ def test_bad_weights_are_refused() -> None:
     model = moe_model("mixtral")
     projection = next(p for p in find_projections(model) if p.fused)
     with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: r = 99"):
-        SPPExperts(projection, 99)
+        SPPExperts(projection, SPPConfig(99))
     with torch.no_grad():
         projection.weight[0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"experts\.gate_up_proj holds 1 NaN"):
-        SPPExperts(projection, 4)
+        SPPExperts(projection, SPPConfig(4))
     projection.module.gate_up_proj = nn.Parameter(torch.zeros(4, 48, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TargetError, match="int8"):
-        SPPExperts(projection, 4)
+        SPPExperts(projection, SPPConfig(4))

@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import spp
 from spp.errors import ConfigError, TargetError, WrapError
-from spp.layers.experts import SPPExperts
-from spp.layers.experts_forward import ExpertsForward, PackedExperts, pack_experts
+from spp.layers.experts import ExpertsForward, PackedExperts, SPPExperts, pack_experts
 from spp.masks.patterns import nonzero_mask
 from spp.models.expert_products import set_experts_implementation
 from spp.models.projection import find_projections

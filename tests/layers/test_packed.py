@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from spp.errors import ConfigError, GradientError, TargetError
 from spp.kernels import backend
+from spp.layers.host import PackedLinear
 from spp.layers.linear import SPPLinear
-from spp.layers.packed import PackedLinear
 from tests.helpers.tolerances import assert_matches, assert_same_bits
 from tests.weights.matrices import free_matrix, nm_matrix
 

@@ -22,7 +22,7 @@ from spp.certifying.save import certify
 from spp.certifying.verify import sparsity, verify
 from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError, OutputError, OutputExistsError
 from spp.files import CheckpointReader, content_sha256, read_json, write_json
-from spp.layers.packed import PackedLinear
+from spp.layers.host import PackedLinear
 from spp.models.projection import find_projections
 from spp.packing import export as exporting
 from spp.pruning import magnitude_mask

@@ -13,7 +13,7 @@ from torch import Tensor
 import spp
 from spp.errors import CheckpointError, ConfigError, SPPWarning, TargetError
 from spp.files import CheckpointReader, read_json, write_json
-from spp.layers.packed import PackedLinear
+from spp.layers.host import PackedLinear
 from spp.models.disk_keys import DiskKeys
 from spp.models.streamed import StreamedModel
 from spp.weights import PackedStack

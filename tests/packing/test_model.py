@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import spp
 from spp.errors import ConfigError, SPPWarning, TargetError, WrapError
+from spp.layers.host import PackedLinear
 from spp.layers.linear import SPPLinear
-from spp.layers.packed import PackedLinear
 from spp.weights import PackedWeight
 from tests.helpers.models import assert_same_model, projections, prune_nm_, tiny_llama, train_steps
 from tests.helpers.tolerances import assert_same_bits

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spp.rules import Adapter, Rule, effective_weight, get_rule
-from spp.rules.idle import effect_of, idle_reason
+from spp.rules.adapter import effect_of, idle_reason
 from spp.rules.terms import TermsRule
 
 M, N, R = 13, 8, 5

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
-from spp.layers.experts_forward import ExpertsAdapter, PackedExperts
+from spp.layers.experts import ExpertsAdapter, PackedExperts
 from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_experts
 from spp.models.projection import Projection

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from spp.integrations.peft.terms import TermsLayer
 from spp.layers.adapted import AdaptedLinear
-from spp.layers.host import release_parameter, share_hooks
-from spp.layers.packed import PackedLinear
+from spp.layers.host import PackedLinear, release_parameter, share_hooks
 from spp.merging.report import LayerMerge
 from spp.merging.weight import merge_tensor
 from spp.models.projection import features, input_axis_of

@@ -22,9 +22,8 @@ from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
 from spp.integrations.peft.layer import Place, SPPPeftLinear
 from spp.integrations.peft.terms import PREFIX, TermsLayer, merged_idle
 from spp.layers.checks import check_linear, check_values, warn_dense
-from spp.layers.experts import check_experts
-from spp.layers.experts_forward import adapt_experts, adapters_of, release_experts
-from spp.layers.packed import PackedLinear
+from spp.layers.experts import adapt_experts, adapters_of, check_experts, release_experts
+from spp.layers.host import PackedLinear
 from spp.merging.model import describe_base, report_merge
 from spp.models.projection import Projection
 from spp.models.targets import name_targets, resolve_projections

@@ -18,8 +18,7 @@ from spp.errors import ConfigError
 from spp.files.hashes import content_sha256
 from spp.merging.report import LayerMerge
 from spp.rules import Adapter, Rule
-from spp.rules.canonical import arithmetic_dtype
-from spp.rules.idle import idle_reason
+from spp.rules.adapter import arithmetic_dtype, idle_reason
 from spp.rules.terms import TermsRule
 from spp.weights import DenseWeight, Weight, converting
 from spp.weights.offload import HookedAdapter

@@ -28,8 +28,8 @@ from spp.kernels.choice import VARIABLE, kernels
 from spp.kernels.native.compiler import DTYPES, Refused, Source, i32, i64, load
 from spp.masks.patterns import as_array, pack_bits
 from spp.rules import Adapter, effective_weight, get_rule
+from spp.rules.adapter import WHOLE
 from spp.rules.base import Rule
-from spp.rules.canonical import WHOLE
 from spp.rules.spp import Factors
 from spp.rules.terms import TermFactors
 

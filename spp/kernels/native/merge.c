@@ -2,7 +2,7 @@
    and PCLMULQDQ. The caller: elementwise.py.
 
    A weight is taken CHUNK entries at a time, which stay in the first cache: W is scaled, rounded and rescued in the
-   canonical order (spp/rules/canonical.py), the masks of W and of the result are read from their bits, packed and
+   canonical order (spp/rules/adapter.py), the masks of W and of the result are read from their bits, packed and
    compared, groups are counted, bytes are summed up. Compiled with -ffp-contract=off; nothing is fused.
 
    Sums over a chunk run in 16 lanes of float, lane l over the entries l, l + 16, ..., and are added up in double, lane

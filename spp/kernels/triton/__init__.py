@@ -1,6 +1,6 @@
 """Triton kernels for the element-wise work around the products; importing this folder imports triton.
 
-    build    W_eff or W′ in one pass over W                  twin: spp.rules.canonical.effective_block, SPPRule.delta
+    build    W_eff or W′ in one pass over W                  twin: spp.rules.adapter.effective_block, SPPRule.delta
     reduce   a block of W ⊙ G into dα and dβ in one pass     twin: SPPRule.reduce
     decode   W from a packed matrix                          twin: PackedWeight.decode
 
@@ -15,7 +15,7 @@ from spp.kernels.triton.build_kernel import build, delta
 from spp.kernels.triton.reduce_kernel import reduce
 from spp.kernels.triton.tile import decode, is_interpreted
 from spp.rules import get_rule
-from spp.rules.canonical import WHOLE, effective_block
+from spp.rules.adapter import WHOLE, effective_block
 
 __all__ = ["build", "decode", "delta", "is_interpreted", "probe", "reduce"]
 

@@ -5,7 +5,7 @@
 
 The arithmetic is float32, each step rounded by itself, then rounded to W's dtype; a kept weight that came out as zero
 is rescued, and only then the result is converted to the dtype of the product: bit for bit what
-spp.rules.canonical.effective_block computes, which is the twin. W, dense or packed, is read once, W_eff written once.
+spp.rules.adapter.effective_block computes, which is the twin. W, dense or packed, is read once, W_eff written once.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spp.kernels.triton.tile import BLOCK_COLS, BLOCK_ROWS, launch, load_tile, operand
-from spp.rules.canonical import smallest_kept
+from spp.rules.adapter import smallest_kept
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
 
