@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from spp.configs.adapter import ACTIVATIONS
 from spp.configs.checks import check_choice
 from spp.errors import GradientError
-from spp.masks.bits import pack_bits
+from spp.masks.patterns import pack_mask
 
 # ---- First derivatives only: what a second one is answered with.
 
@@ -80,7 +80,7 @@ def draw_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         dropped, kept = torch.native_dropout(x, p, True)
-        return dropped, pack_bits(kept.to(torch.bool))  # an empty mask comes in the dtype of x
+        return dropped, pack_mask(kept.to(torch.bool))  # an empty mask comes in the dtype of x
 
 
 # ---- What autocast means for one call of the layer.

@@ -29,7 +29,7 @@ from spp.kernels.cpu import Blockwise, Idle
 from spp.kernels.frozen import operands, shaped_like_inputs
 from spp.kernels.gpu import Whole
 from spp.kernels.native import Native
-from spp.masks.bits import unpack_bits
+from spp.masks.patterns import unpack_mask
 from spp.rules.adapter import Adapter
 from spp.weights.base import Weight, as_weight
 
@@ -184,7 +184,7 @@ def _backward(
     adapter = call.adapter
     operation = _operation(Adapter(adapter.rule, tuple(params), adapter.scaling, adapter.dropout), weight, call.dtype)
     rows = _rows(x)
-    kept = None if bits is None else unpack_bits(bits, rows.shape)
+    kept = None if bits is None else unpack_mask(bits, rows.shape)
     d_x, totals = call.backend.backward(operation, told, _rows(dy), rows, kept, needs)
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
     return d_x if d_x is None else d_x.to(call.dtype).view(x.shape), d_params

@@ -22,6 +22,7 @@ from spp.errors import PatternError
 
 DENSE = "dense"
 UNSTRUCTURED = "unstructured"
+SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)  # of the bits of a byte: the first entry is in the highest
 _CHUNK = 1 << 17  # weights looked at together: bits, bools and packed bytes of a chunk stay in a core's cache
 
 _BITS: dict[torch.dtype, torch.dtype] = {  # the integer type whose bits a floating type is read as
@@ -127,6 +128,23 @@ def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
 def unpack_bits(bits: npt.NDArray[np.uint8], shape: Sequence[int]) -> Tensor:
     """Return what `pack_bits` packed as a bool mask of `shape`, on the CPU."""
     return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_)).view(*shape)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Return a bool tensor of any shape as the bits of `pack_bits`, uint8 (⌈numel / 8⌉,), on its device."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(pack_bits(mask))
+    flat = mask.reshape(-1)
+    bytes_ = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    return (bytes_ << torch.tensor(SHIFTS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the bool tensor of `shape` that `pack_mask` packed, on its device."""
+    if bits.device.type == "cpu":
+        return unpack_bits(as_array(bits), shape)
+    shifts = torch.tensor(SHIFTS, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(1) >> shifts & 1).view(-1)[: math.prod(shape)].to(torch.bool).view(*shape)
 
 
 def count_kept(packed: npt.NDArray[np.uint8]) -> int:

@@ -38,8 +38,7 @@ from torch import Tensor
 from spp.configs.pst import check_schedule
 from spp.errors import ConfigError
 from spp.kernels.autograd import Once, autocast_dtype, no_autocast
-from spp.masks.bits import pack_bits, unpack_bits
-from spp.masks.patterns import Pattern
+from spp.masks.patterns import Pattern, pack_mask, unpack_mask
 from spp.masks.select import keep_groups, keep_of_all, pruned_count
 from spp.rules.adapter import arithmetic_dtype
 
@@ -138,7 +137,7 @@ class _PST(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales, *factors: Any) -> Tensor:
         effective, mask = masked_weight(weight, factors, scales)
         ctx.scales = scales
-        ctx.save_for_backward(x, weight, bias, pack_bits(mask), *factors)
+        ctx.save_for_backward(x, weight, bias, pack_mask(mask), *factors)
         return torch.nn.functional.linear(x, effective.to(weight.dtype).to(x.dtype), bias)
 
     @staticmethod
@@ -161,7 +160,7 @@ def _gradients(
     """Return dX, dbias, dU, dV, dA, dB, dR, dC, None where it is not needed."""
     u, v, a, b, r, c = factors
     m, n = weight.shape
-    mask = unpack_bits(bits, (m, n))
+    mask = unpack_mask(bits, (m, n))
     tokens, dy = x.reshape(-1, n), dy.reshape(-1, m)  # (T, n), (T, m)
     dx = dbias = None
     if needed[0]:

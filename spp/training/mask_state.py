@@ -25,7 +25,7 @@ from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, s
 from spp.files.hub import local_directory
 from spp.layers.linear import SPPLinear
 from spp.masks.patterns import all_finite, as_array, nonzero_mask, pack_bits, unpack_bits
-from spp.masks.swap import group_of
+from spp.masks.select import group_of
 from spp.merging.places import locate
 from spp.models.projection import find_projections
 from spp.weights import PackedWeight, QuantizedLayout

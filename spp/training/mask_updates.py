@@ -7,7 +7,7 @@
 Scores are taken in the backward pass of the step at whose end the exchange happens (with gradient accumulation, of its
 last pass), a layer at a time: nothing of a weight's size outlives that but the new mask, a bit a weight. A regrown
 weight takes the dense model's value (spp.training.mask_state), scaled by the adapter like any other. Groups of N:M
-masks keep their counts (spp.masks.swap). A layer whose adapter is frozen keeps its mask.
+masks keep their counts (spp.masks.select). A layer whose adapter is frozen keeps its mask.
 
 They did not help where it was measured (examples/comparison: SmolLM2 at Wanda's 2:4, 100 steps of 2 × 128 tokens of
 WikiText-2, each at its best learning rate, one seed): updates every 10 steps from a fraction of 0.1 on, which left 18 %
@@ -32,7 +32,7 @@ from spp.configs.pruning import DECAYS, MaskUpdateOptions
 from spp.errors import SPPWarning, WrapError, arg
 from spp.kernels.backend import row_step, slices
 from spp.masks.patterns import nonzero_mask, pack_bits
-from spp.masks.swap import swap
+from spp.masks.select import exchange
 from spp.rules import effective_weight
 from spp.rules.adapter import arithmetic_dtype
 from spp.training.mask_state import DenseSource, LayerMask, MaskState
@@ -168,5 +168,5 @@ class MaskUpdates(TrainerCallback):
         if self.options.grow == "saliency":
             never |= grow <= 0
         grow.masked_fill_(never, -math.inf)
-        new = swap(kept, drop, grow, count, mask.group)
+        new = exchange(kept, drop, grow, count, mask.group)
         self._chosen[mask.path] = pack_bits(new), int(torch.count_nonzero(new & ~kept))

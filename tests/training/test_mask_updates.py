@@ -20,7 +20,7 @@ from spp.training.mask_state import MASKS_NAME, STATE_NAME, LayerMask, MaskState
 from spp.wrapping.wrap import adapter_layers, adapter_parameters
 from tests.helpers.models import moe_model, projections, prune_nm_, tiny_llama
 from tests.helpers.tolerances import assert_same_bits, assert_same_zeros
-from tests.masks.test_swap import plain_swap
+from tests.masks.test_exchange import plain_exchange
 from tests.training.helpers import StopAt, bytes_of, losses, pruned, trainer
 
 
@@ -148,7 +148,7 @@ def test_the_choice_is_that_of_plain_torch(tmp_path: Path, base: str, drop: str,
         grown = gradient.abs() if grow == "gradient" else -gradient * values
         if grow == "saliency":
             grown = grown.masked_fill(grown <= 0, -math.inf)
-        expected = plain_swap(kept, dropped, grown, int(fraction * int(kept.sum())), 4 if base == "2:4" else None)
+        expected = plain_exchange(kept, dropped, grown, int(fraction * int(kept.sum())), 4 if base == "2:4" else None)
         found = layers[path].weight != 0
         assert int((found != kept).sum()) > 0, path
         # The two sum gradients in different orders: a few choices between near equals may differ.

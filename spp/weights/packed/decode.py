@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp.masks.patterns import as_array
+from spp.masks.patterns import SHIFTS, as_array
 from spp.weights.packed.layout import INTEGERS, STRETCH, Layout, row_counts
 
 _CHUNK = 1 << 17  # weights decoded together: places, values and the result of a chunk stay in a core's cache
@@ -154,7 +154,6 @@ def as_rows(part: slice, length: int) -> slice:
 # ---- Decode a rectangle of a packed matrix with torch's own operations: any device, and the twin of the fast decoders.
 
 CHUNK = 1 << 22  # weights decoded together: the temporaries take some 20 bytes a weight
-_SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
 
 
 def decode_anywhere(
@@ -174,7 +173,7 @@ def _decode(
     stretch = 0 if layout.is_nm else cols.start // STRETCH
     first = stretch * STRETCH  # counting begins here: of a row, or of a stretch
     bytes_ = codes[rows, first // 8 : -(-cols.stop // 8)]
-    shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=codes.device)
+    shifts = torch.tensor(SHIFTS, dtype=torch.uint8, device=codes.device)
     mask = (bytes_.unsqueeze(2) >> shifts & 1).flatten(1)  # (rows, 8 · bytes)
     rank = mask.cumsum(1, dtype=torch.int64) - 1
     cut = slice(cols.start - first, cols.stop - first)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp.masks.swap import group_of, swap
+from spp.masks.select import exchange, group_of
 from spp.pruning import magnitude_mask
 
 
-def plain_swap(kept: Tensor, drop: Tensor, grow: Tensor, count: int, group: int | None) -> Tensor:
+def plain_exchange(kept: Tensor, drop: Tensor, grow: Tensor, count: int, group: int | None) -> Tensor:
     """The same by sorted lists, index by index."""
     new, n = kept.clone(), kept.shape[1]
     flat, d, g = new.view(-1), drop.flatten().tolist(), grow.flatten().tolist()
@@ -46,8 +46,8 @@ def test_as_by_sorted_lists(seed: int, rows: int, groups: int, group: int | None
     drop = torch.randint(0, 3, shape, generator=generator).float()
     grow = torch.randint(-1, 3, shape, generator=generator).float()
     grow[grow < 0] = -math.inf
-    new = swap(kept, drop, grow, count, group)
-    assert torch.equal(new, plain_swap(kept, drop, grow, count, group))
+    new = exchange(kept, drop, grow, count, group)
+    assert torch.equal(new, plain_exchange(kept, drop, grow, count, group))
     assert int(new.sum()) == int(kept.sum())
     if group is not None:
         assert torch.equal(new.view(-1, group).sum(1), kept.view(-1, group).sum(1))
@@ -58,7 +58,7 @@ def test_nothing_to_exchange() -> None:
     scores = torch.ones(2, 4)
     for mask in (kept, ~kept, torch.empty(0, 4, dtype=torch.bool)):
         for group in (None, 4):
-            assert torch.equal(swap(mask, scores[: len(mask)], scores[: len(mask)], 3, group), mask)
+            assert torch.equal(exchange(mask, scores[: len(mask)], scores[: len(mask)], 3, group), mask)
 
 
 @pytest.mark.parametrize(
