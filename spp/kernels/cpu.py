@@ -57,7 +57,6 @@ class Blockwise(Backend):
     def forward(
         self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, bool]:
-        """Return Y (T, m)."""
         dtype = product_dtype(x.dtype, x.device)
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
         if dropped is not None:
@@ -68,7 +67,6 @@ class Blockwise(Backend):
     def backward(
         self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
-        """Return dX (T, n) and dθ."""
         dtype = product_dtype(operation.dtype, dy.device)
         dy, x = dy.to(dtype), x.to(dtype)
         if kept is None:

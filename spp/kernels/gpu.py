@@ -48,7 +48,6 @@ class Whole(Backend):
     def forward(
         self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, None]:
-        """Return Y (T, m)."""
         work = work_for(operation.rule, operation.weight, operation.factors)
         if dropped is None:
             return F.linear(x, work.effective(x.dtype), bias), None
@@ -58,7 +57,6 @@ class Whole(Backend):
     def backward(
         self, operation: Operation, told: Any, dy: Tensor, x: Tensor, kept: Tensor | None, needs: Needs
     ) -> Gradients:
-        """Return dX (T, n) and dθ."""
         work = work_for(operation.rule, operation.weight, operation.factors)
         dy, x, scale = dy.to(operation.dtype), x.to(operation.dtype), operation.keep_scale
         d_x = None
@@ -157,7 +155,6 @@ class TorchWork(Work):
     """Plain torch, a block of rows at a time."""
 
     def effective(self, dtype: torch.dtype) -> Tensor:
-        """Return W_eff."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
             block = self.weight.block(rows, WHOLE)
@@ -166,7 +163,6 @@ class TorchWork(Work):
         return out
 
     def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return W′."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
             self.rule.delta(self.weight.block(rows, WHOLE), self.factors, rows, WHOLE, scratch)
@@ -174,7 +170,6 @@ class TorchWork(Work):
         return out
 
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
-        """Reduce W ⊙ G in the arithmetic's dtype."""
         arithmetic = arithmetic_dtype(self.weight.dtype)
         if gradient.dtype != arithmetic:
             gradient = self._scratch("gradient", gradient.shape, arithmetic).copy_(gradient)
@@ -197,7 +192,6 @@ class TritonWork(Work):
     """Triton's kernels, for SPP in float32 arithmetic; a packed W is decoded inside of them."""
 
     def effective(self, dtype: torch.dtype) -> Tensor:
-        """Return W_eff."""
         from spp.kernels.triton import build
 
         out = self._out(dtype)
@@ -205,7 +199,6 @@ class TritonWork(Work):
         return out
 
     def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return W′."""
         from spp.kernels.triton import delta
 
         out = self._out(dtype)
@@ -213,7 +206,6 @@ class TritonWork(Work):
         return out
 
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
-        """Reduce W ⊙ G in float32."""
         from spp.kernels.triton import reduce
 
         reduce(self._weight(), self.factors, cols, gradient, grads, accumulate=accumulate)

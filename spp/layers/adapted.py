@@ -195,7 +195,6 @@ class HoldsAdapter(HoldsWeight):
         return Adapter(self.spp_rule, self.adapter_parameters(), self.scaling, self.dropout, self.dropout_mode)
 
     def active(self) -> Adapter | None:
-        """Return the adapter, unless it is disabled."""
         return None if self.disabled else self.adapter()
 
     def parts(self) -> Iterator[tuple[Tensor, Adapter]]:
@@ -223,9 +222,7 @@ class HoldsAdapter(HoldsWeight):
         return self.held().device
 
     def resident_names(self) -> tuple[str, ...]:
-        """Return the names of W_α and W_β."""
         return self._adapter_names
 
     def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
         return self.describe(f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}")

@@ -62,11 +62,9 @@ class ExpertsAdapter(HoldsWeight):
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that holds the weight's values."""
         return self.projection.operand if self.packed_layout is None else super().stored_weight
 
     def held(self) -> Weight:
-        """Return the fused weight."""
         if self.packed_layout is not None:
             return super().held()
         return parameter_weight(self.projection.module, self.projection.name, self.input_axis)
@@ -136,7 +134,6 @@ class ExpertsAdapter(HoldsWeight):
             self.projection.stand_for(self.stored_weight.dtype)
 
     def sizes(self) -> str:
-        """Return the sizes that `repr` shows."""
         return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 

@@ -153,7 +153,6 @@ class LinearHost(HoldsWeight):
         return original.train(self.training)
 
     def sizes(self) -> str:
-        """Return the sizes that `repr` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
@@ -219,7 +218,6 @@ class PackedLinear(LinearHost):
         self.release()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute Y (…, m) from x (…, n)."""
         return base_linear(x, self.held(), self.bias)
 
 

@@ -122,18 +122,15 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute Y (…, m) from x (…, n)."""
         if "_hf_hook" not in self.__dict__:
             return AdaptedLinear.forward(self, x)
         with let_go_on_error(self):
             return AdaptedLinear.forward(self, x)
 
     def frozen(self) -> Weight:
-        """Return the base weight."""
         return self.held()
 
     def frozen_bias(self) -> Tensor | None:
-        """Return the bias."""
         return self._parameters["bias"]
 
     def hook_changed(self) -> None:

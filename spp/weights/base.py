@@ -168,44 +168,34 @@ class DenseWeight(Weight):
         self.shape = (*experts, first, last) if input_axis == -1 else (*experts, last, first)
 
     def dense(self) -> Tensor:
-        """Return W as it is stored."""
         return self.stored
 
     def matrix(self) -> Tensor:
-        """Return W, or its transpose."""
         return self.dense() if self.input_axis == -1 else self.dense().mT
 
     def entries(self) -> Tensor:
-        """Return W as it is stored, without a gradient."""
         stored = self.dense()
         return stored.detach() if stored.requires_grad else stored  # a new tensor is not recognised as the same one
 
     def bounds(self) -> Tensor:
-        """Return W, without a gradient."""
         return self.entries() if self.input_axis == -1 else self.entries().mT
 
     def block(self, rows: slice, cols: slice) -> Tensor:
-        """Return a view."""
         return self.bounds()[..., rows, cols]
 
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        """Copy W[…, rows, cols] into `out`."""
         return out.copy_(self.block(rows, cols))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return W."""
         return (self.bounds(),)
 
     def storage(self) -> tuple[Tensor, ...]:
-        """Return W as it is stored."""
         return (self.stored,)
 
     def maker(self) -> Callable[..., Weight]:
-        """Return the class."""
         return DenseWeight
 
     def experts(self) -> Sequence[Weight]:
-        """Return a view of each expert; of a matrix, W itself."""
         if len(self.shape) == 2:
             return [self]
         return [DenseWeight(stored, self.input_axis) for stored in self.entries().unbind(0)]

@@ -140,21 +140,17 @@ class OffloadedWeight(DenseWeight):
         self._load, self._memory = load, memory
 
     def dense(self) -> Tensor:
-        """Return W as it is stored, loaded now unless it has been."""
         if self.stored.is_meta:
             self.stored = self._load()
         return self.stored
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return nothing."""
         return ()
 
     def storage(self) -> tuple[Tensor, ...]:
-        """Return what W is loaded from."""
         return () if self._memory is None else (self._memory,)
 
     def maker(self) -> Callable[..., Weight]:
-        """Return what loads W."""
         return partial(_loaded, self._load, self.input_axis)
 
     def experts(self) -> Sequence[Weight]:
@@ -166,7 +162,6 @@ class OffloadedWeight(DenseWeight):
 
     @property
     def is_meta(self) -> bool:
-        """Whether W has no values, in memory or on a disk."""
         return self.entries().is_meta
 
 

@@ -32,15 +32,12 @@ class PackedTensors(Weight):
         self.values, self.codes, self.starts = values, codes, starts
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return (values, codes), for any pattern (values, codes, starts)."""
         return (self.values, self.codes) if self.starts is None else (self.values, self.codes, self.starts)
 
     def bounds(self) -> Tensor:
-        """Return the values, zeros among them."""
         return self.values
 
     def entries(self) -> Tensor:
-        """Return the values, zeros among them."""
         return self.values
 
 
@@ -111,7 +108,6 @@ class PackedWeight(PackedTensors):
         return super().block(rows, cols)
 
     def maker(self) -> Callable[..., Weight]:
-        """Return a function that knows the layout."""
         return partial(PackedWeight, self.layout)
 
     def check(self, where: str = "the packed weight") -> None:
@@ -275,7 +271,6 @@ class PackedStack(PackedTensors):
         return cls(layout, packed.values.clone(), codes, starts - starts[:, :1, :1])
 
     def experts(self) -> list[PackedWeight]:
-        """Return each expert's packed matrix: views."""
         matrix, codes = self.layout.matrix, self.codes.unbind(0)
         if self.starts is None:
             return [PackedWeight(matrix, *pair) for pair in zip(self.values.unbind(0), codes, strict=True)]
@@ -283,7 +278,6 @@ class PackedStack(PackedTensors):
         return [PackedWeight(matrix, *three) for three in zip(parts, codes, self.starts.unbind(0), strict=True)]
 
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        """Write W[:, rows, cols] into `out`."""
         for packed, into in zip(self.experts(), out.unbind(0), strict=True):
             packed.decode(rows, cols, into)
         return out
@@ -298,7 +292,6 @@ class PackedStack(PackedTensors):
         return out
 
     def maker(self) -> Callable[..., Weight]:
-        """Return a function that knows the layout."""
         return partial(PackedStack, self.layout)
 
     def check(self, where: str = "the packed weight") -> None:

@@ -95,7 +95,6 @@ class QuantizedWeight(Weight):
         return torch.where(scales == 0, torch.zeros_like(least), least.clamp_min(lowest))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return codes, scales and, where these are quantized, what they are read with."""
         rest = () if self.nested is None else (self.nested,)
         return (self.codes, self.scale_bits, *rest)
 
@@ -108,7 +107,6 @@ class QuantizedWeight(Weight):
         return table[self.scale_bits.long()] * table[_NESTED_HEAD:][group] + table[_NESTED_HEAD - 1]
 
     def decode(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        """Write W[rows, cols] into `out`, of the block's shape and W's dtype and device; return it."""
         (m, n), scales = self.shape, self.scales()
         rows, cols = slice(*rows.indices(m)[:2]), slice(*cols.indices(n)[:2])
         if out.numel() == 0:
@@ -144,11 +142,9 @@ class QuantizedWeight(Weight):
         return decode(*args).view(shape)
 
     def maker(self) -> Callable[..., Weight]:
-        """Return a function that knows the layout."""
         return partial(QuantizedWeight, self.layout)
 
     def entries(self) -> Tensor:
-        """Return W, decoded."""
         return self.matrix()
 
     def count_kept(self) -> int:
