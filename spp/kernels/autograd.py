@@ -54,12 +54,7 @@ def check_saved_activations(choice: str) -> None:
 
 
 def kept_for_backward(x: Tensor, choice: str) -> Tensor:
-    """Return what a layer saves of its input.
-
-    Args:
-        x: X, in the dtype of the products; only float32 is rounded.
-        choice: one of ACTIVATIONS.
-    """
+    """Return what a layer saves of its input X, which is in the dtype of the products: only float32 is rounded."""
     if choice == "full" or x.dtype != torch.float32 or x._is_view():
         return x
     known = _copies.get(x)

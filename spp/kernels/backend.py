@@ -69,9 +69,6 @@ class Backend(ABC):
     def takes(self, operation: Operation, x: Tensor) -> bool:
         """Return whether this backend computes the operation.
 
-        Args:
-            x: X (T, n).
-
         Raises:
             ConfigError: SPP_KERNELS asks for this backend by name, and it cannot.
         """
@@ -201,10 +198,6 @@ def remembered(fact: str, weight: Tensor, find: Callable[[Tensor], float]) -> fl
     """Return find(weight), computed anew only after the weight changed in place.
 
     A view, such as one expert of many or the transpose of a Conv1D's weight, is known by its place in its base.
-
-    Args:
-        fact: names what `find` finds.
-        weight: a plain tensor in memory.
     """
     if weight.is_inference():  # it has no version to tell whether it changed
         return find(weight)

@@ -70,12 +70,7 @@ def use_kernels(choice: str) -> Iterator[None]:
 
 
 def by_triton(device: torch.device, dtype: torch.dtype, rule: str = "spp") -> bool:
-    """Whether Triton's kernels do the work for a layer, or decode a packed weight.
-
-    Args:
-        device: where W is.
-        dtype: of W.
-        rule: the rule's name.
+    """Whether Triton's kernels do the work for a layer whose W is of `dtype` on `device`, or decode a packed weight.
 
     Raises:
         ConfigError, DependencyError: Triton was asked for, and cannot do it; the message says why.

@@ -247,12 +247,7 @@ _ROUNDING = 1e-3  # far above what the roundings of the canonical order can take
 
 
 def may_vanish(weight: Tensor, largest_factor: float) -> bool:
-    """Return False only if no kept weight of the layer can come out as zero.
-
-    Args:
-        weight: W.
-        largest_factor: upper bound of |W_eff / W − 1|.
-    """
+    """Return False only if no kept weight of W can come out as zero, by an upper bound of |W_eff / W − 1|."""
     if weight.device.type != "cpu" or type(weight) not in (Tensor, torch.nn.Parameter):
         return True  # reading the bound back would stall the device; there the rescue is always looked for
     bound = remembered("smallest kept", weight, _smallest_kept_weight) * (1 - largest_factor - _ROUNDING)

@@ -23,15 +23,9 @@ from spp.weights.base import Weight
 
 
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Compute X Wᵀ + b; with a weight that autograd cannot hold as a tensor, differentiable once in x and bias.
+    """Compute X Wᵀ + b (…, m) for x (…, n) in the dtype of W, or anything that autocast converts.
 
-    Args:
-        x: (…, n) in the dtype of W, or anything that autocast converts.
-        weight: W (m, n).
-        bias: (m,) or None.
-
-    Returns:
-        (…, m) in the dtype of x, under autocast in autocast's.
+    With a weight that autograd cannot hold as a tensor, it is differentiable once in x and bias.
     """
     if weight.is_tensor and weight.tensors():
         return F.linear(x, weight.matrix(), bias)

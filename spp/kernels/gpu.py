@@ -114,11 +114,7 @@ SCRATCH_ELEMENTS = 2**24  # of a block of rows: 64 MB of float32, and few enough
 
 
 class Work(ABC):
-    """The work of one call of one layer.
-
-    Args:
-        rule, weight: of the layer; factors: from the rule's `prepare`.
-    """
+    """The work of one call of one layer; `factors` are from the rule's `prepare`."""
 
     def __init__(self, rule: Rule, weight: Weight, factors: Any) -> None:
         self.rule = rule

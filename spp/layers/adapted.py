@@ -162,14 +162,7 @@ class HoldsAdapter(HoldsWeight):
     _adapter_names: tuple[str, ...] = ()
 
     def add_adapter(self, config: SPPConfig, where: str, weight: Weight, generator: torch.Generator | None) -> None:
-        """Make the adapter and draw it; on the CPU, whatever the device.
-
-        Args:
-            config: whose rule, r, scaling and dropout count.
-            where: the layer's name in messages.
-            weight: W, whose device and arithmetic the parameters have.
-            generator: where they are drawn from; None is torch's global one.
-        """
+        """Make the adapter of W, drawn on the CPU, whatever the device, from a generator or torch's global one."""
         self.spp_rule: Rule = get_rule(config.rule)
         self.spp_name, self.r, self.scaling = where, config.r, config.scaling
         self.dropout, self.dropout_mode, self.disabled = config.dropout, config.dropout_mode, False

@@ -32,9 +32,6 @@ class ExpertsAdapter(HoldsWeight):
 
     The weight is a parameter of the module that it belongs to, which accelerate may have offloaded, or packed and held
     here. One that PackedExperts held goes back to them.
-
-    Args:
-        projection: the fused weight.
     """
 
     disabled: bool
@@ -172,11 +169,7 @@ class PackedExperts(ExpertsAdapter):
 
 
 class ExpertsForward:
-    """The forward of a module of fused experts whose weights are adapted or packed: its own, with other products.
-
-    Args:
-        module: that holds the fused weights, and what sits beside them as submodules of the same names.
-    """
+    """The forward of a module of fused experts whose weights are adapted or packed: its own, with other products."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -229,11 +222,7 @@ def adapters_of(module: nn.Module) -> dict[str, ExpertsAdapter]:
 
 
 def adapt_experts(adapters: Mapping[str, ExpertsAdapter]) -> None:
-    """Put adapters of one module's fused weights in place: as submodules beside the parameters, and into its forward.
-
-    Args:
-        adapters: {parameter name: adapter}.
-    """
+    """Put {parameter name: adapter} of a module in place: as submodules beside the weights, and into its forward."""
     module = next(iter(adapters.values())).projection.module
     module._modules.update(adapters)  # under the names of parameters, which attribute access goes on to find first
     name = _forward_name(module)

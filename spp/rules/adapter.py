@@ -38,12 +38,7 @@ def smallest_kept(dtype: torch.dtype) -> float:
 
 
 def rescue_(result: Tensor, weight: Tensor) -> Tensor:
-    """Replace zeros of `result` where `weight` is not zero, in place; return the bool mask of what was rescued.
-
-    Args:
-        result: (rows, cols) already rounded to the dtype that is stored.
-        weight: W of the same shape, in the base's dtype.
-    """
+    """Replace zeros of `result`, rounded already, where W has none, in place; return the mask of what was rescued."""
     lost = nonzero_mask(weight) & ~nonzero_mask(result)
     if result.device.type != "cpu" or bool(lost.any()):  # elsewhere, asking would stall the device
         smallest = torch.full((), smallest_kept(result.dtype), dtype=result.dtype, device=result.device)
@@ -100,11 +95,7 @@ class Adapter(NamedTuple):
     dropout_mode: str = "input"
 
     def for_call(self, training: bool) -> Adapter:
-        """Return the adapter of one forward: alpha dropout is drawn here, input dropout is left to the products.
-
-        Args:
-            training: whether the layer trains; elsewhere nothing is dropped.
-        """
+        """Return the adapter of one forward: alpha dropout is drawn here, input dropout is left to the products."""
         if not self.dropout:
             return self
         if not training:
@@ -134,12 +125,7 @@ class Adapter(NamedTuple):
 
 @torch.no_grad()
 def effective_weight(weight: Tensor, adapter: Adapter) -> Tensor:
-    """Return W_eff (m, n) in the dtype of `weight`, as a new tensor: what the forward multiplies by and a merge stores.
-
-    Args:
-        weight: W (m, n).
-        adapter: of one matrix; its dropout drops nothing here.
-    """
+    """Return W_eff (m, n) in the dtype of W, a new tensor: what the forward multiplies by and a merge stores."""
     factors = adapter.factors(weight.shape[0], weight.dtype)
     scratch = torch.empty(weight.shape, dtype=arithmetic_dtype(weight.dtype), device=weight.device)
     return effective_block(adapter.rule, weight, factors, WHOLE, WHOLE, scratch)
@@ -155,11 +141,7 @@ _BLOCK_ELEMENTS = 1 << 20  # a trained adapter is told by the first block
 
 
 def idle_reason(adapters: Iterable[Adapter]) -> str | None:
-    """Return why the update of every layer is zero, by the parameters alone; None where one's is not.
-
-    Args:
-        adapters: of the layers.
-    """
+    """Return why the update of every layer's adapter is zero, by the parameters alone; None where one's is not."""
     common: set[str] | None = None
     no_scaling = True
     for adapter in adapters:
@@ -202,11 +184,7 @@ def effect_of(weight: Tensor, adapter: Adapter) -> Effect:
 
 
 def no_update_text(reason: str | None = None) -> str:
-    """Return what is said of an adapter that learned nothing.
-
-    Args:
-        reason: from `idle_reason`; None where only the update itself was seen.
-    """
+    """Return what is said of an adapter that learned nothing, with the `idle_reason` where that is known."""
     return f"the adapter changes no weight: {reason or 'its update is zero everywhere'}; was it trained?"
 
 

@@ -103,11 +103,7 @@ class Rule(ABC):
 
     @abstractmethod
     def is_idle(self, params: Params, scaling: float) -> bool:
-        """Return whether the parameters alone say that W_eff is W: each product of which the change is made is zero.
-
-        Args:
-            params: of one matrix, or of experts with a leading dimension.
-        """
+        """Return whether the parameters alone, of a matrix or of experts, say that W_eff is W."""
 
     def dropped_params(self, count: int) -> Sequence[int]:
         """Return which of `count` parameters the dropout mode "alpha" drops entries of: the first."""

@@ -30,12 +30,9 @@ class TermFactors:
 
 @dataclass(frozen=True)
 class TermsRule(Rule):
-    """A sum of terms of one rule.
+    """A sum of terms of one rule, whose parameters are concatenated, term after term.
 
-    Args:
-        rule: of every term; its parameters are concatenated, term after term.
-        ranks: r of each term.
-        scalings: s of each term; the scaling that a call is given multiplies all of them.
+    A call's scaling multiplies those of all terms.
     """
 
     name: ClassVar[str] = "terms"

@@ -152,12 +152,7 @@ class Weight(ABC):
 
 
 class DenseWeight(Weight):
-    """W as a plain tensor.
-
-    Args:
-        stored: W as it is stored, (m, n) or (E, m, n), with inputs first (n, m) or (E, n, m); it gets no gradient.
-        input_axis: of `stored`, −1 or −2.
-    """
+    """W as a plain tensor as it is stored, with inputs last, or first where `input_axis` is −2; it gets no gradient."""
 
     is_tensor = True
 
@@ -234,9 +229,7 @@ _local = threading.local()
 def workspace(tag: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialised scratch of `shape`, contiguous; the buffer behind it grows as needed and is reused.
 
-    Args:
-        tag: names the use; two tags never share memory.
-        shape, dtype, device: of the result.
+    `tag` names the use: two tags never share memory.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (tag, dtype, device, stream)

@@ -136,9 +136,6 @@ def converting(module: nn.Module, names: Sequence[str], fn: Callable[[Tensor], T
 
     A context manager: the parameters are out of the module's own `_apply` meanwhile, and converted from the values as
     they were, so that no digit is lost on the way.
-
-    Args:
-        names: of the module's own parameters.
     """
     own = {name: p for name in names if (p := module._parameters.pop(name, None)) is not None}
     try:

@@ -51,9 +51,6 @@ def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
 def values(module: nn.Module, name: str = "weight") -> Tensor:
     """Return a parameter or buffer of a module with its values.
 
-    Args:
-        name: in the module itself.
-
     Returns:
         What the module holds; where that is offloaded, its values on the device of the module's calls, to be read only;
         of a module on the meta device for good, the meta tensor.
@@ -170,11 +167,7 @@ def _loaded(load: Callable[[], Tensor], input_axis: int) -> OffloadedWeight:
 
 
 class _Stack:
-    """The fused weight that backward loads for all experts that had tokens.
-
-    Args:
-        load: returns it.
-    """
+    """The fused weight that backward loads for all experts that had tokens."""
 
     def __init__(self, load: Callable[[], Tensor]) -> None:
         self.expected = 0
@@ -203,12 +196,7 @@ class _Expert(OffloadedWeight):
 
 
 def parameter_weight(module: nn.Module, name: str = "weight", input_axis: int = -1) -> DenseWeight:
-    """Return what a module holds as a Parameter, which accelerate may have offloaded.
-
-    Args:
-        name: of the Parameter in the module itself.
-        input_axis: −1 where inputs come last, −2 where they come first.
-    """
+    """Return what a module holds as a Parameter, which accelerate may have offloaded."""
     parameter = module._parameters.get(name)
     stored: Tensor = getattr(module, name) if parameter is None else parameter
     hook = None if parameter is None else offloader(module)

@@ -82,8 +82,7 @@ def base_masks(model: nn.Module) -> dict[str, str]:
 def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, str]]:
     """Return what an adapter's config says of the values of its base: the fields "base_values" and "base_forms".
 
-    Args:
-        weights: module paths and the frozen weights there; one on the meta device is left out.
+    A weight on the meta device is left out.
     """
     found = [(path, held.form, held.values_sha256()) for path, held in weights]
     known = [(path, form, digest) for path, form, digest in found if digest is not None]
@@ -122,9 +121,6 @@ def write_adapter(model: nn.Module, directory: Path, masks: Mapping[str, str] | 
     """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole).
 
     One that was loaded, and not trained since, belongs to the values that its files name, whatever it was loaded onto.
-
-    Args:
-        masks: of `base_masks`, where they are known.
     """
     origin = origin_of_loaded(model)
     if origin is None:
@@ -159,9 +155,6 @@ def without_effect(model: nn.Module) -> str | None:
 
     That is known from the adapter's parameters where they are as they were at the start, and from the first block of
     weights where they have been trained. Of a weight on the meta device nothing is said.
-
-    Args:
-        model: wrapped.
     """
     layers = require_layers(model).values()
     reason = idle_reason(layer.adapter() for layer in layers)

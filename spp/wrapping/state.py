@@ -181,11 +181,7 @@ class Wrapping(Generic[Config, Layer]):
         return made
 
     def take_out(self, model: nn.Module, plain: Callable[[Any], nn.Module]) -> None:
-        """Put what `plain` returns of a layer in its place, and forget that the model was wrapped.
-
-        Args:
-            plain: called for every layer, before the first is replaced.
-        """
+        """Put what `plain` returns of each layer in its place, and forget that the model was wrapped."""
         state, model = self.state(model), uncompiled(model)
         replace_modules(model, {id(layer): plain(layer) for layer in self.layers(model).values()})
         state.restore_flags(model)

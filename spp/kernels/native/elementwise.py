@@ -140,12 +140,7 @@ def crc32(library: Any, data: Bytes) -> int:
 
 
 def scan(library: Any, address: int, dtype: torch.dtype, count: int, bits: Bytes) -> Found:
-    """Look at entries as they are, and write the packed bits of their mask.
-
-    Args:
-        address: of the first; dtype: a key of DTYPES.
-        bits: (count + 7) // 8 bytes.
-    """
+    """Look at entries as they are, from an address on, and write the packed bits of their mask."""
     found = _Findings(finite_before=1, finite_after=1)
     library.spp_scan(address, DTYPES[dtype], count, bits.ctypes.data, ctypes.byref(found))
     return _found(found, count * dtype.itemsize)
@@ -235,9 +230,7 @@ def terms_of(rule: Rule, factors: Any) -> list[Factors] | None:
 def merge_matrix(rule: Rule, weight: Tensor, factors: Any, stored_as: torch.dtype) -> tuple[Tensor, Found] | None:
     """Return (W_merged (m, n), what was found), rounded to nearest; None where torch has to do it.
 
-    Args:
-        weight: W (m, n), or such a matrix transposed.
-        factors: of the rule, in float32.
+    W may be such a matrix transposed; `factors` are the rule's in float32.
     """
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
     terms = terms_of(rule, factors)

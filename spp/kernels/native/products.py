@@ -41,11 +41,7 @@ MOST_SUMS = 64  # of the left factor's gradient, each over a part of the columns
 
 @dataclass
 class Tiles:
-    """X (T, n), repacked; `data` is in a workspace.
-
-    Attributes:
-        data: (tiles, n, width) float32. tokens: T. cols: n. width: tokens of a tile.
-    """
+    """X (T, n), repacked: `data` (tiles, n, width) float32 in a workspace, `width` tokens a tile."""
 
     data: Tensor
     tokens: int
@@ -79,11 +75,7 @@ class Update:
 
 
 class Products:
-    """The compiled functions with torch's number of threads.
-
-    Args:
-        compiled: the C functions, as spp.kernels.native.compiler loads them.
-    """
+    """The compiled functions with torch's number of threads."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
@@ -157,11 +149,7 @@ def block_of(weight: Tensor, first: int, all_rows: int, update: Update, form: in
 
 
 def packed_block(packed: PackedWeight, update: Update, form: int, rounded_to: torch.dtype) -> Block | None:
-    """Return all rows of a packed weight, to be decoded while they are compressed; None for codes with gaps.
-
-    Args:
-        packed: W, on the CPU. The rest as in `block_of`.
-    """
+    """Return all rows of a packed weight, to be decoded while they are compressed; None for codes with gaps."""
     layout, starts = packed.layout, packed.starts
     if not packed.codes.is_contiguous():
         return None

@@ -153,11 +153,7 @@ def _decode_kernel(
 
 
 def decode(packed: PackedWeight, rows: slice, cols: slice, out: Tensor) -> Tensor:
-    """Write W[rows, cols] into `out`, contiguous and of the block's shape and W's dtype and device; return it.
-
-    Args:
-        packed: W (m, n), float32, bfloat16 or float16.
-    """
+    """Write W[rows, cols] into `out`, contiguous and of the block's shape and W's dtype and device; return it."""
     (first_row, end_row, _), (first, end, _) = rows.indices(packed.shape[0]), cols.indices(packed.shape[1])
     tiles = triton.cdiv(end, BLOCK_COLS) - first // BLOCK_COLS
     pointers, numbers, constants = operand(packed)

@@ -35,14 +35,7 @@ STRETCH = 1024  # columns between two entries of `starts`
 
 @dataclass(frozen=True)
 class Layout:
-    """The facts that are needed to read the tensors of a packed matrix.
-
-    Args:
-        rows: m.
-        cols: n.
-        kept: N of an N:M pattern; 0 for any pattern.
-        group: M; 0 for any pattern.
-    """
+    """How to read the tensors of a packed matrix (m, n); `kept` and `group` are N and M, 0 for any pattern."""
 
     rows: int
     cols: int
@@ -88,12 +81,7 @@ class Layout:
         return 0 if self.is_nm else -(-self.cols // STRETCH)
 
     def nbytes(self, values: int, itemsize: int) -> int:
-        """Return the bytes of all tensors for a number of kept weights of a dtype.
-
-        Args:
-            values: how many are kept, of which an N:M layout makes the number that it needs.
-            itemsize: bytes of one.
-        """
+        """Return the bytes of all tensors for kept values of a dtype; an N:M layout has the number that it needs."""
         values = self.rows * self.row_values if self.is_nm else values
         starts = 4 if values < 2**31 else 8
         return values * itemsize + self.rows * (self.row_bytes + self.stretches * starts)
@@ -112,12 +100,7 @@ def layout_of_bits(packed: npt.NDArray[np.uint8], rows: int, cols: int, itemsize
 
 
 def pack_tensor(weight: Tensor, layout: Layout, kept: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (values, codes, starts) of W on its device.
-
-    Args:
-        weight: W (m, n), any strides.
-        layout: that fits its mask; kept: how many of its entries are not zero.
-    """
+    """Return (values, codes, starts) of W (m, n), any strides, on its device; `kept` of its entries are not zero."""
     rows, cols = weight.shape
     shape = (rows, layout.row_values) if layout.is_nm else (kept,)
     values = torch.empty(shape, dtype=weight.dtype, device="cpu")

@@ -111,11 +111,7 @@ class PackedWeight(PackedTensors):
         return partial(PackedWeight, self.layout)
 
     def check(self, where: str = "the packed weight") -> None:
-        """Raise a ConfigError unless the tensors belong together: their shapes, and places that lie inside.
-
-        Args:
-            where: its name in messages.
-        """
+        """Raise a ConfigError unless the tensors belong together: their shapes, and places that lie inside."""
         problem = self._problem()
         if problem:
             raise ConfigError(f"{where}: {problem}; values, codes and starts must come from the same packed matrix")
@@ -256,11 +252,7 @@ class PackedStack(PackedTensors):
 
     @classmethod
     def of_rows(cls, packed: PackedWeight, experts: int, *, transposed: bool = False) -> PackedStack:
-        """Return the experts whose matrices lie one below the other in a packed matrix (E · m, n); tensors are copied.
-
-        Args:
-            packed: the matrix. experts: E. transposed: as for `pack`.
-        """
+        """Return the experts that are one below the other in a packed matrix (E · m, n); tensors are copied."""
         whole, rows = packed.layout, packed.layout.rows // experts
         matrix = Layout(rows, whole.cols, whole.kept, whole.group)
         codes = packed.codes.clone().view(experts, rows, whole.row_bytes)

@@ -172,11 +172,7 @@ class QuantizedWeight(Weight):
         return digest.hexdigest()
 
     def check(self, where: str = "the quantized weight") -> None:
-        """Raise a ConfigError unless the tensors belong together, a NonFiniteError where a scale is not finite.
-
-        Args:
-            where: its name in messages.
-        """
+        """Raise a ConfigError unless the tensors belong together, a NonFiniteError where a scale is not finite."""
         layout, count = self.layout, self.layout.rows * self.layout.cols
         if layout.form == "affine":
             blocks = layout.blocks[0] * layout.blocks[1]
