@@ -145,8 +145,6 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 # ---- One block of W_eff or of W_eff − W in the shared workspace, in the dtype of the product that it is for.
 
-WHOLE = slice(None)
-
 
 def effective(
     rule: Rule,

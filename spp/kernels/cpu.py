@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.kernels.backend import (
-    WHOLE,
     Backend,
     Gradients,
     Needs,
@@ -43,7 +42,7 @@ from spp.kernels.backend import (
 from spp.kernels.choice import AMD, vendor
 from spp.kernels.frozen import frozen_linear, frozen_product
 from spp.masks.patterns import nonzero_mask
-from spp.rules.adapter import arithmetic_dtype, smallest_kept
+from spp.rules.adapter import WHOLE, arithmetic_dtype, smallest_kept
 from spp.weights.base import workspace
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.kernels.autograd import Once, autocast_dtype, no_autocast
-from spp.kernels.backend import WHOLE, col_step, plain, row_step, slices
-from spp.rules.adapter import arithmetic_dtype
+from spp.kernels.backend import col_step, plain, row_step, slices
+from spp.rules.adapter import WHOLE, arithmetic_dtype
 from spp.weights.base import Weight
 
 
@@ -67,7 +67,7 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         dy = grads[0]
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), no_autocast(dy.device.type):
-            d_bias = _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
+            d_bias = as_rows(dy).sum(0) if ctx.needs_input_grad[2] else None
             d_x = _input_gradient(dy, ctx.make_source(*ctx.saved_tensors)) if ctx.needs_input_grad[0] else None
         if not torch.is_grad_enabled():
             return d_x, None, d_bias
@@ -86,7 +86,7 @@ def shaped_like_inputs(y: Tensor, x: Tensor) -> Tensor:
 def _input_gradient(dy: Tensor, weight: Weight) -> Tensor:
     """Return dY W (…, n), by rows of W as it is stored, unless adding up would round to 16 bits."""
     m, n = weight.shape
-    dy_2d = _rows(dy)
+    dy_2d = as_rows(dy)
     if dy.device.type != "cpu" or m * n == 0:
         return torch.mm(dy_2d, weight.block(WHOLE, WHOLE).to(dy.dtype)).view(*dy.shape[:-1], n)
     d_x = torch.empty(dy_2d.shape[0], n, dtype=dy.dtype, device=dy.device)
@@ -100,7 +100,7 @@ def _input_gradient(dy: Tensor, weight: Weight) -> Tensor:
     return d_x.view(*dy.shape[:-1], n)
 
 
-def _rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """Return t (…, k) as (T, k); unlike with −1, a side of length 0 is no riddle."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from spp.kernels.backend import Backend, Gradients, Needs, Operation, slices
 from spp.kernels.choice import by_triton, kernels
-from spp.rules.adapter import arithmetic_dtype, effective_block
+from spp.rules.adapter import WHOLE, arithmetic_dtype, effective_block
 from spp.rules.base import Rule
 from spp.weights import PackedWeight
 from spp.weights.base import Weight, workspace
@@ -109,7 +109,6 @@ def cache_bytes(device: torch.device) -> int:
 # TorchWork is plain torch and knows every rule. TritonWork does the same for SPP in one pass each; it is its twin that
 # the tests compare with.
 
-WHOLE = slice(None)
 SCRATCH_ELEMENTS = 2**24  # of a block of rows: 64 MB of float32, and few enough launches a layer
 
 

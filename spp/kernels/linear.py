@@ -15,7 +15,6 @@ product behind it is not computed a second time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from torch import Tensor
 from spp.kernels.autograd import Once, check_saved_activations, draw_dropout, kept_for_backward, no_autocast
 from spp.kernels.backend import Backend, Needs, Operation
 from spp.kernels.cpu import Blockwise, Idle
-from spp.kernels.frozen import operands, shaped_like_inputs
+from spp.kernels.frozen import as_rows, operands, shaped_like_inputs
 from spp.kernels.gpu import Whole
 from spp.kernels.native import Native
 from spp.masks.patterns import unpack_mask
@@ -90,7 +89,7 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None, adapter: Ada
         dropped, bits = draw_dropout(x, adapter.dropout) if adapter.dropout else (None, None)
         with torch.no_grad():
             operation = _operation(adapter, weight, x.dtype)
-            backend = _backend_for(operation, _rows(x))
+            backend = next(backend for backend in BACKENDS if backend.takes(operation, as_rows(x)))
         if not trains:
             return _forward(backend, operation, x, dropped, bias)[0]
         bare = Adapter(adapter.rule, (), adapter.scaling, adapter.dropout)
@@ -138,7 +137,7 @@ class _Linear(torch.autograd.Function):
         call: _Call = ctx.call
         dy, needs_params = grads[0], ctx.needs_input_grad[6:]
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), no_autocast(dy.device.type):
-            d_bias = _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
+            d_bias = as_rows(dy).sum(0) if ctx.needs_input_grad[2] else None
             d_x, d_params, sources = None, [None] * len(needs_params), [dy]
             if call.needs_x or any(needs_params):
                 x, bits, *saved = ctx.keep.saved_tensors
@@ -147,7 +146,7 @@ class _Linear(torch.autograd.Function):
                 needs = Needs(call.needs_x, needs_params)
                 d_x, d_params = _backward(call, ctx.told, dy, x, bits, params, weight, needs)
                 if call.tap is not None:
-                    call.tap(_rows(dy), _rows(x))
+                    call.tap(as_rows(dy), as_rows(x))
                 sources = [dy, x, *params]
         results = (d_x, None, d_bias, None, None, None, *d_params)
         if not torch.is_grad_enabled():
@@ -160,14 +159,10 @@ def _operation(adapter: Adapter, weight: Weight, dtype: torch.dtype) -> Operatio
     return Operation(weight, adapter.rule, factors, dtype, adapter.dropout)
 
 
-def _backend_for(operation: Operation, x: Tensor) -> Backend:
-    return next(backend for backend in BACKENDS if backend.takes(operation, x))
-
-
 def _forward(
     backend: Backend, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Any]:
-    y, told = backend.forward(operation, _rows(x), None if dropped is None else _rows(dropped), bias)
+    y, told = backend.forward(operation, as_rows(x), None if dropped is None else as_rows(dropped), bias)
     return shaped_like_inputs(y.to(x.dtype), x), told
 
 
@@ -183,13 +178,8 @@ def _backward(
 ) -> tuple[Tensor | None, list[Any]]:
     adapter = call.adapter
     operation = _operation(Adapter(adapter.rule, tuple(params), adapter.scaling, adapter.dropout), weight, call.dtype)
-    rows = _rows(x)
+    rows = as_rows(x)
     kept = None if bits is None else unpack_mask(bits, rows.shape)
-    d_x, totals = call.backend.backward(operation, told, _rows(dy), rows, kept, needs)
+    d_x, totals = call.backend.backward(operation, told, as_rows(dy), rows, kept, needs)
     d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
     return d_x if d_x is None else d_x.to(call.dtype).view(x.shape), d_params
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return t (…, k) as (T, k); unlike with −1, a side of length 0 is no riddle."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

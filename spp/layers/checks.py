@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, arg, call
@@ -41,8 +41,17 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     """
     packed = linear.held() if isinstance(linear, PackedLinear) else None
     is_quantized = isinstance(packed, QuantizedWeight) or quantized_kind(linear) is not None
-    _check_kind(linear, config, where, packed is not None and not is_quantized)
-    _check_weight_class(linear, where)
+    if packed is not None and not is_quantized and not config.packed:
+        raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
+    if not isinstance(linear, (nn.Linear, PackedLinear)) and not is_conv1d(linear):
+        raise TargetError(
+            f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
+        )
+    if isinstance(linear._parameters.get("weight"), torch.sparse.SparseSemiStructuredTensor):
+        raise TargetError(
+            f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
+        )
+    refuse_parametrization(linear, where)
     if is_quantized:
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
@@ -60,23 +69,6 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
     get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
-
-
-def _check_kind(linear: nn.Module, config: SPPConfig, where: str, packed: bool) -> None:
-    if packed and not config.packed:
-        raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
-    if not isinstance(linear, (nn.Linear, PackedLinear)) and not is_conv1d(linear):
-        raise TargetError(
-            f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
-        )
-
-
-def _check_weight_class(linear: nn.Module, where: str) -> None:
-    if isinstance(linear._parameters.get("weight"), torch.sparse.SparseSemiStructuredTensor):
-        raise TargetError(
-            f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
-        )
-    refuse_parametrization(linear, where)
 
 
 def check_values(target: Projection) -> Survey | None:
@@ -97,18 +89,16 @@ def check_values(target: Projection) -> Survey | None:
 def survey(target: Projection) -> Survey | None:
     """Return what one pass over a projection's values finds, however it is held; None on the meta device."""
     weight = target.held()
-    return None if weight.is_meta else _survey(weight.entries(), weight.numel)
-
-
-def _survey(values: Tensor, numel: int) -> Survey:
-    kept = bad = 0
+    if weight.is_meta:
+        return None
+    kept, bad, values = 0, 0, weight.entries()
     rows = values if values.dim() else values.view(1)
     step = max(1, _CHUNK // max(1, rows[0].numel())) if len(rows) else 1
     for part in rows.split(step):
         kept += int(torch.count_nonzero(nonzero_mask(part)))
         if not all_finite(part):
             bad += int((~torch.isfinite(part)).sum())
-    return Survey(numel, kept, bad)
+    return Survey(weight.numel, kept, bad)
 
 
 def warn_dense(found: Mapping[str, Survey | None], purpose: str) -> None:

@@ -53,11 +53,7 @@ class Opaque:
     def prepare(cls) -> None:
         """Make `call`. Not at import time: torch.compiler.disable imports the compiler, which takes seconds."""
         if cls.call is None:
-            cls.call = staticmethod(torch.compiler.disable(_call))
-
-
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+            cls.call = staticmethod(torch.compiler.disable(lambda function, *args, **kwargs: function(*args, **kwargs)))
 
 
 class LinearHost(HoldsWeight):

@@ -24,7 +24,7 @@ from spp.masks.patterns import nonzero_mask
 from spp.rules.base import Rule
 
 FP16_SMALLEST = 2.0**-24
-WHOLE = slice(None)
+WHOLE = slice(None)  # of the rows, or the columns, of a block
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 _log = logging.getLogger(__name__)
+_preparing = threading.Lock()  # several threads may want a library first
 
 ABI = 5
 COMPILERS = ("cc", "gcc", "clang")
@@ -85,6 +87,33 @@ class Block(ctypes.Structure):
 
 class Refused(Exception):
     """A compiled library cannot be had here; the message says why."""
+
+
+def prepared(
+    source: Source, prepare: Callable[[ctypes.CDLL], None], without: str
+) -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the library of a C file, or None and why it cannot be had here.
+
+    Args:
+        source: the file.
+        prepare: declares its functions and tries them; raises Refused where they are not what they must be.
+        without: what is logged of a machine without the library.
+    """
+    with _preparing:
+        return _prepared(source, prepare, without)
+
+
+@cache
+def _prepared(
+    source: Source, prepare: Callable[[ctypes.CDLL], None], without: str
+) -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        loaded = load(source)
+        prepare(loaded)
+    except Refused as refusal:
+        _log.info("%s: %s", without, refusal)
+        return None, str(refusal)
+    return loaded, None
 
 
 def load(source: Source) -> ctypes.CDLL:

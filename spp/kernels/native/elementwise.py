@@ -8,13 +8,10 @@ torch.
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
-import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +22,7 @@ from torch import Tensor
 from spp.errors import ConfigError
 from spp.files.hashes import combine_crc32
 from spp.kernels.choice import VARIABLE, kernels
-from spp.kernels.native.compiler import DTYPES, Refused, Source, i32, i64, load
+from spp.kernels.native.compiler import DTYPES, Refused, Source, i32, i64, prepared
 from spp.masks.patterns import as_array, pack_bits
 from spp.rules import Adapter, effective_weight, get_rule
 from spp.rules.adapter import WHOLE
@@ -33,13 +30,9 @@ from spp.rules.base import Rule
 from spp.rules.spp import Factors
 from spp.rules.terms import TermFactors
 
-_log = logging.getLogger(__name__)
-
 MERGE = Source("merge", 3, ("avx2", "f16c", "pclmulqdq", "popcnt"))
 PIECE = 2**20  # entries; a multiple of the 4096 that are summed up together, so part of what a report says
 _SIZES = 5  # of groups that are counted
-
-_loading = threading.Lock()  # several threads may want it first
 
 pointer = ctypes.c_void_p
 Bytes = npt.NDArray[np.uint8]
@@ -276,31 +269,18 @@ def compiled(*dtypes: torch.dtype) -> Any:
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    with _loading:
-        return _loaded()
+    return prepared(MERGE, _declare_and_probe, "weights are merged and checked by torch")
 
 
-@cache
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    try:
-        loaded = load(MERGE)
-        loaded.spp_crc32.argtypes, loaded.spp_crc32.restype = [ctypes.c_uint32, pointer, i64], ctypes.c_uint32
-        loaded.spp_scan.argtypes, loaded.spp_scan.restype = [pointer, i32, i64, pointer, pointer], None
-        loaded.spp_merge.argtypes = [pointer, pointer, pointer, pointer, i64, i64, pointer]
-        loaded.spp_merge.restype = None
-        loaded.spp_crc32_file.argtypes = [i32, i64, i64, pointer]
-        loaded.spp_scan_file.argtypes = [i32, i64, i32, i64, pointer, pointer]
-        loaded.spp_merge_file.argtypes = [pointer, i32, i64, pointer, pointer, i64, i64, pointer]
-
-        probe_merge(loaded)
-    except Refused as refusal:
-        _log.info("weights are merged and checked by torch: %s", refusal)
-        return None, str(refusal)
-    return loaded, None
-
-
-def probe_merge(library: Any) -> None:
+def _declare_and_probe(library: Any) -> None:
     """Raise Refused unless a small weight is merged, read as a mask and summed up as torch and zlib do it."""
+    library.spp_crc32.argtypes, library.spp_crc32.restype = [ctypes.c_uint32, pointer, i64], ctypes.c_uint32
+    library.spp_scan.argtypes, library.spp_scan.restype = [pointer, i32, i64, pointer, pointer], None
+    library.spp_merge.argtypes = [pointer, pointer, pointer, pointer, i64, i64, pointer]
+    library.spp_merge.restype = None
+    library.spp_crc32_file.argtypes = [i32, i64, i64, pointer]
+    library.spp_scan_file.argtypes = [i32, i64, i32, i64, pointer, pointer]
+    library.spp_merge_file.argtypes = [pointer, i32, i64, pointer, pointer, i64, i64, pointer]
     rule, m, n = get_rule("spp"), 37, 75
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

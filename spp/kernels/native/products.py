@@ -8,7 +8,6 @@ block     rows [first, first + rows) of W, and as what it multiplies: W, W_eff o
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from torch import Tensor
 from spp.errors import ConfigError
 from spp.kernels.backend import Backend, Gradients, Needs, Operation, density, product_dtype, row_step, slices
 from spp.kernels.choice import VARIABLE, kernels
-from spp.kernels.native.compiler import DTYPES, SPARSE, Block, Refused, _declare, load
+from spp.kernels.native.compiler import DTYPES, SPARSE, Block, Refused, _declare, prepared
+from spp.rules.adapter import WHOLE
 from spp.rules.low_rank import LowRankFactors
 from spp.rules.spp import Factors
 from spp.weights import PackedWeight
@@ -186,13 +186,12 @@ def _aligned(tag: str, count: int, dtype: torch.dtype) -> Tensor:
 
 # ---- A small run of each compiled function against torch: a library that fails it is not used.
 
-_log = logging.getLogger(__name__)
-
 SHAPE = (19, 37, 75)  # T, m, n: nothing a multiple of a vector or of KEYS
 
 
 def probe(library: Any) -> None:
-    """Raise Refused unless the products and the reduction are what torch computes."""
+    """Declare the functions; raise Refused unless the products and the reduction are what torch computes."""
+    _declare(library)
     tokens, m, n = SHAPE
     generator = torch.Generator().manual_seed(0)
     x, dy, weight = (
@@ -228,19 +227,11 @@ def why_not() -> str | None:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    try:
-        loaded = load(SPARSE)
-        _declare(loaded)
-        probe(loaded)
-    except Refused as refusal:
-        _log.info("products that skip zeros are not used: %s", refusal)
-        return None, str(refusal)
-    return loaded, None
+    return prepared(SPARSE, probe, "products that skip zeros are not used")
 
 
 # ---- The adapted layer by these products: what kernels/cpu.py computes, without the zeros of W.
 
-WHOLE = slice(None)
 RULES = ("spp", "hira", "masked_lora")
 FEWEST_TOKENS = 33  # below, passes over W cost more than the products; and evaluation keeps W_eff (layers/adapted.py)
 MOST_KEPT = 0.6  # of the weights; measured: at 50 % the products take 0.7 of the dense ones' time, at 60 % about 0.85
