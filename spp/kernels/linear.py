@@ -138,15 +138,19 @@ class _Linear(torch.autograd.Function):
         dy, needs_params = grads[0], ctx.needs_input_grad[6:]
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), no_autocast(dy.device.type):
             d_bias = as_rows(dy).sum(0) if ctx.needs_input_grad[2] else None
-            d_x, d_params, sources = None, [None] * len(needs_params), [dy]
+            d_x, sources = None, [dy]
+            d_params: list[Tensor | None] = [None] * len(needs_params)
             if call.needs_x or any(needs_params):
                 x, bits, *saved = ctx.keep.saved_tensors
-                params = saved[: len(needs_params)]
-                weight = call.make_weight(*saved[len(needs_params) :])
-                needs = Needs(call.needs_x, needs_params)
-                d_x, d_params = _backward(call, ctx.told, dy, x, bits, params, weight, needs)
+                params, weight = saved[: len(needs_params)], call.make_weight(*saved[len(needs_params) :])
+                operation = _operation(call.adapter._replace(params=tuple(params)), weight, call.dtype)
+                rows, needs = as_rows(x), Needs(call.needs_x, needs_params)
+                kept = None if bits is None else unpack_mask(bits, rows.shape)
+                d_x, totals = call.backend.backward(operation, ctx.told, as_rows(dy), rows, kept, needs)
+                d_x = d_x if d_x is None else d_x.to(call.dtype).view(x.shape)
+                d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
                 if call.tap is not None:
-                    call.tap(as_rows(dy), as_rows(x))
+                    call.tap(as_rows(dy), rows)
                 sources = [dy, x, *params]
         results = (d_x, None, d_bias, None, None, None, *d_params)
         if not torch.is_grad_enabled():
@@ -164,22 +168,3 @@ def _forward(
 ) -> tuple[Tensor, Any]:
     y, told = backend.forward(operation, as_rows(x), None if dropped is None else as_rows(dropped), bias)
     return shaped_like_inputs(y.to(x.dtype), x), told
-
-
-def _backward(
-    call: _Call,
-    told: Any,
-    dy: Tensor,
-    x: Tensor,
-    bits: Tensor | None,
-    params: list[Tensor],
-    weight: Weight,
-    needs: Needs,
-) -> tuple[Tensor | None, list[Any]]:
-    adapter = call.adapter
-    operation = _operation(Adapter(adapter.rule, tuple(params), adapter.scaling, adapter.dropout), weight, call.dtype)
-    rows = as_rows(x)
-    kept = None if bits is None else unpack_mask(bits, rows.shape)
-    d_x, totals = call.backend.backward(operation, told, as_rows(dy), rows, kept, needs)
-    d_params = [t if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
-    return d_x if d_x is None else d_x.to(call.dtype).view(x.shape), d_params

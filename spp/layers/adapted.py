@@ -210,10 +210,6 @@ class HoldsAdapter(HoldsWeight):
         effective = torch.stack(made) if self.adapter_parameters()[0].dim() == 3 else made[0]
         return effective if self.input_axis == -1 else effective.mT.contiguous()
 
-    def home(self) -> torch.device:
-        """Return the device that the adapter belongs on: W's, of an offloaded one that of the calls."""
-        return self.held().device
-
     def resident_names(self) -> tuple[str, ...]:
         return self._adapter_names
 

@@ -39,9 +39,9 @@ class Rule(ABC):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         """Return the shape of each parameter, in the order of `parameter_names`."""
 
-    @abstractmethod
     def rank(self, params: Params) -> int:
-        """Return r, read off the parameters' shapes."""
+        """Return r, read off the parameters' shapes: the rows of the first."""
+        return params[0].shape[0]
 
     @abstractmethod
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
@@ -109,9 +109,9 @@ class Rule(ABC):
         """Return which of `count` parameters the dropout mode "alpha" drops entries of: the first."""
         return (0,)
 
-    @abstractmethod
     def row_alignment(self, factors: Any) -> int:
         """Return the number of rows that a block's ends should be a multiple of, for `build` to be fastest."""
+        return 1
 
     @abstractmethod
     def change(self, weight: Tensor, params: Params) -> Tensor:

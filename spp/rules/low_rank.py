@@ -48,9 +48,6 @@ class LowRankRule(Rule):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         return (r, in_features), (out_features, r)
 
-    def rank(self, params: Params) -> int:
-        return params[0].shape[0]
-
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
         if not 1 <= r <= min(out_features, in_features):
             raise ConfigError(
@@ -107,9 +104,6 @@ class LowRankRule(Rule):
         if not scaling or not bool(b.any()):
             return True
         return not bool(((b != 0).any(-2) & (a != 0).any(-1)).any())
-
-    def row_alignment(self, factors: LowRankFactors) -> int:
-        return 1
 
 
 # ---- Masked LoRA: a low-rank summand that is held to the mask of the frozen weight (SQFT's SparsePEFT, arXiv

@@ -51,9 +51,6 @@ class SPPRule(Rule):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         return (r, in_features), (out_features, 1)
 
-    def rank(self, params: Params) -> int:
-        return params[0].shape[0]
-
     def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
         if not 1 <= r <= out_features:
             raise ConfigError(

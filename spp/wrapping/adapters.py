@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from spp.configs.adapter import SPPConfig
 from spp.errors import AdapterError, MaskError, SPPWarning, TargetError, arg, some_of
 from spp.files import atomic_directory, mask_sha256
-from spp.layers.experts import SPPExperts
 from spp.models.projection import Projection
 from spp.models.targets import resolve_projections
 from spp.rules import get_rule
@@ -233,8 +232,8 @@ def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None
     for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True):
         tensor = tensors.get(f"{path}.{name}")
         if tensor is not None and parameter.is_meta:
-            device = layer.home() if layer.home().type != "meta" else tensor.device
-            value = tensor.to(device, copy=True)
+            weight = layer.held()  # of an offloaded one, the device is that of the calls
+            value = tensor.to(tensor.device if weight.device.type == "meta" else weight.device, copy=True)
             setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         elif tensor is not None:
             parameter.copy_(tensor)
@@ -271,9 +270,10 @@ def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
     rule = get_rule(files.config.rule)
     expected: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
+        experts = target.held().shape[:-2]
         shapes = rule.shapes(target.out_features, target.in_features, files.config.rank_for(path))
         for name, shape in zip(rule.attribute_names(), shapes, strict=True):
-            expected[f"{path}.{name}"] = (*_experts_of(target), *shape)
+            expected[f"{path}.{name}"] = (*experts, *shape)
     keys, misshapen = misfits(expected, shapes_of(files.tensors))
     strange = sorted((files.base_masks or {}).keys() - targets.keys())
     keys += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
@@ -317,13 +317,6 @@ def _check_values(targets: Targets, files: AdapterFiles, *, strict: bool, quiet:
     elif verdict.state == NOT_COMPARABLE:
         logger.info(verdict.message)
     return verdict
-
-
-def _experts_of(target: Projection | AdapterLayer) -> tuple[int, ...]:
-    """Return (E,) of a fused weight, () of a matrix."""
-    if isinstance(target, Projection):
-        return target.shape[:1] if target.fused else ()
-    return (target.num_experts,) if isinstance(target, SPPExperts) else ()
 
 
 def _mask_of(target: Projection | AdapterLayer) -> str | None:

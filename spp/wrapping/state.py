@@ -27,19 +27,6 @@ Layer = TypeVar("Layer", bound=nn.Module)
 Config = TypeVar("Config")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A loaded adapter: as long as its parameters are these, it was trained where its files say, and nowhere else.
-
-    Attributes:
-        parameters: hash of them.
-        origin: the fields of its config that say on which values.
-    """
-
-    parameters: str
-    origin: Mapping[str, Any]
-
-
 @dataclass
 class WrapState:
     """The state of a wrapped model.
@@ -48,13 +35,14 @@ class WrapState:
         config: how it was wrapped.
         requires_grad: the flags of its parameters before, by name.
         base: what a loaded adapter says of the base.
-        loaded: what an adapter was when it was loaded.
+        loaded: the hash of a loaded adapter's parameters, and the fields of its config that say on which values it was
+            trained: as long as the parameters are these, there and nowhere else.
     """
 
     config: Any
     requires_grad: dict[str, bool]
     base: BaseVerdict = field(default_factory=BaseVerdict)
-    loaded: Loaded | None = None
+    loaded: tuple[str, Mapping[str, Any]] | None = None
 
     def restore_flags(self, model: nn.Module) -> None:
         """Give the parameters the flags that they had."""

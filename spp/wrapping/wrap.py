@@ -26,7 +26,6 @@ from spp.weights import HoldsWeight
 from spp.weights.base_values import BaseVerdict
 from spp.weights.offload import check_offloading
 from spp.wrapping.state import (
-    Loaded,
     Wrapping,
     check_quantizer,
     dtype_of_model,
@@ -184,13 +183,13 @@ def base_verdict(model: nn.Module) -> BaseVerdict:
 def set_loaded(model: nn.Module, verdict: BaseVerdict, origin: Mapping[str, Any]) -> None:
     """Remember what a loaded adapter says of the base, and the fields of its config that it says that with."""
     state = _SPP.state(model)
-    state.base, state.loaded = verdict, Loaded(_parameters_hash(model), origin)
+    state.base, state.loaded = verdict, (_parameters_hash(model), origin)
 
 
 def origin_of_loaded(model: nn.Module) -> Mapping[str, Any] | None:
     """Return on which values an adapter says that it was trained; None unless it was loaded and not changed since."""
     loaded = _SPP.state(model).loaded
-    return loaded.origin if loaded is not None and loaded.parameters == _parameters_hash(model) else None
+    return loaded[1] if loaded is not None and loaded[0] == _parameters_hash(model) else None
 
 
 def _parameters_hash(model: nn.Module) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
@@ -35,20 +37,23 @@ def read_quantized(module: nn.Module, where: str, dtype: torch.dtype | None = No
         raise ConfigError(
             f"{where} is quantized and on the meta device: load the model first, its quantized layers not offloaded"
         )
-    read = torchao.read if quantized_kind(module) == "torchao" else bitsandbytes.read
-    quantized = read(module, where, dtype)
+    quantized = _maker(module).read(module, where, dtype)
     quantized.check(where)
     return quantized
 
 
 def release_quantized(module: nn.Module) -> None:
     """Free the weight of a quantized linear, until `write_quantized`."""
-    (torchao if quantized_kind(module) == "torchao" else bitsandbytes).release(module)
+    _maker(module).release(module)
 
 
 def write_quantized(module: nn.Module, quantized: QuantizedWeight) -> None:
     """Store a weight in a quantized linear, in its own form."""
-    (torchao if quantized_kind(module) == "torchao" else bitsandbytes).write(module, quantized)
+    _maker(module).write(module, quantized)
+
+
+def _maker(module: nn.Module) -> ModuleType:
+    return torchao if quantized_kind(module) == "torchao" else bitsandbytes
 
 
 def quantize_like(layout: QuantizedLayout, weight: Tensor, where: str, *, asymmetric: bool = False) -> QuantizedWeight:
