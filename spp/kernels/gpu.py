@@ -17,7 +17,6 @@ bytes for each of up to 2²⁴ weights, and G once more in float32.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -106,50 +105,25 @@ def cache_bytes(device: torch.device) -> int:
 # ---- The element-wise work around the products, for a whole layer: W_eff or W′ from W, and what G does to the
 # gradients.
 #
-# TorchWork is plain torch and knows every rule. TritonWork does the same for SPP in one pass each; it is its twin that
-# the tests compare with.
+# Work is plain torch and knows every rule. TritonWork does the same for SPP in one pass each; Work is its twin, which
+# the tests compare it with.
 
 SCRATCH_ELEMENTS = 2**24  # of a block of rows: 64 MB of float32, and few enough launches a layer
 
 
-class Work(ABC):
-    """The work of one call of one layer; `factors` are from the rule's `prepare`."""
+class Work:
+    """The work of one call of one layer, a block of rows at a time; `factors` are from the rule's `prepare`."""
 
     def __init__(self, rule: Rule, weight: Weight, factors: Any) -> None:
-        self.rule = rule
-        self.weight = weight
-        self.factors = factors
-
-    @abstractmethod
-    def effective(self, dtype: torch.dtype) -> Tensor:
-        """Return W_eff (m, n), rounded to W's dtype and then to `dtype`, in the workspace "effective"."""
-
-    @abstractmethod
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return W′ = W_eff − W (m, n), rounded once to `dtype`, in the workspace "effective"."""
+        self.rule, self.weight, self.factors = rule, weight, factors
 
     def frozen(self, dtype: torch.dtype) -> Tensor:
         """Return W (m, n) in `dtype`, where it has another in the workspace "effective"."""
         block = self.weight.block(WHOLE, WHOLE)
         return block if block.dtype == dtype else self._out(dtype).copy_(block)
 
-    @abstractmethod
-    def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
-        """Write what G[:, cols] adds to the parameters' gradients into `grads`.
-
-        Args:
-            gradient: G[:, cols] contiguous, in the dtype of the product; it may be overwritten.
-            grads: from the rule's `empty_grads`; zeroed before, if `accumulate`.
-        """
-
-    def _out(self, dtype: torch.dtype) -> Tensor:
-        return workspace("effective", self.weight.shape, dtype, self.weight.device)
-
-
-class TorchWork(Work):
-    """Plain torch, a block of rows at a time."""
-
     def effective(self, dtype: torch.dtype) -> Tensor:
+        """Return W_eff (m, n), rounded to W's dtype and then to `dtype`, in the workspace "effective"."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
             block = self.weight.block(rows, WHOLE)
@@ -158,6 +132,7 @@ class TorchWork(Work):
         return out
 
     def delta(self, dtype: torch.dtype) -> Tensor:
+        """Return W′ = W_eff − W (m, n), rounded once to `dtype`, in the workspace "effective"."""
         out = self._out(dtype)
         for rows, scratch in self._blocks():
             self.rule.delta(self.weight.block(rows, WHOLE), self.factors, rows, WHOLE, scratch)
@@ -165,6 +140,12 @@ class TorchWork(Work):
         return out
 
     def reduce(self, cols: slice, gradient: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool) -> None:
+        """Write what G[:, cols] adds to the parameters' gradients into `grads`.
+
+        Args:
+            gradient: G[:, cols] contiguous, in the dtype of the product; it may be overwritten.
+            grads: from the rule's `empty_grads`; zeroed before, if `accumulate`.
+        """
         arithmetic = arithmetic_dtype(self.weight.dtype)
         if gradient.dtype != arithmetic:
             gradient = self._scratch("gradient", gradient.shape, arithmetic).copy_(gradient)
@@ -181,6 +162,9 @@ class TorchWork(Work):
 
     def _scratch(self, tag: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return workspace(tag, tuple(shape), dtype, self.weight.device)
+
+    def _out(self, dtype: torch.dtype) -> Tensor:
+        return self._scratch("effective", self.weight.shape, dtype)
 
 
 class TritonWork(Work):
@@ -212,6 +196,5 @@ class TritonWork(Work):
 def work_for(rule: Rule, weight: Weight, factors: Any) -> Work:
     """Return who does the work for a layer; see spp.kernels.choice."""
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in weight.tensors())  # no stand-in, no shard
-    return (TritonWork if plain and by_triton(weight.device, weight.dtype, rule.name) else TorchWork)(
-        rule, weight, factors
-    )
+    kind = TritonWork if plain and by_triton(weight.device, weight.dtype, rule.name) else Work
+    return kind(rule, weight, factors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from typing import Any
 
 import torch
@@ -269,21 +269,14 @@ class _Blind:
 
     _kept: tuple[str, ...]
 
-    def init_hook(self, module: nn.Module) -> Any:
+    def _without(self, call: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _aside(module, self._kept):
-            return super().init_hook(module)  # type: ignore[misc]
+            return getattr(super(), call)(module, *args, **kwargs)
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _aside(module, self._kept):
-            return super().pre_forward(module, *args, **kwargs)  # type: ignore[misc]
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        with _aside(module, self._kept):
-            return super().post_forward(module, output)  # type: ignore[misc]
-
-    def detach_hook(self, module: nn.Module) -> Any:
-        with _aside(module, self._kept):
-            return super().detach_hook(module)  # type: ignore[misc]
+    init_hook = partialmethod(_without, "init_hook")
+    pre_forward = partialmethod(_without, "pre_forward")
+    post_forward = partialmethod(_without, "post_forward")
+    detach_hook = partialmethod(_without, "detach_hook")
 
 
 @contextlib.contextmanager

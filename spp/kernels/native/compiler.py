@@ -64,24 +64,10 @@ class Block(ctypes.Structure):
     """`block` of sparse.c."""
 
     _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("left", ctypes.c_void_p),
-        ("right", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("stride", i64),
-        ("rows", i64),
-        ("cols", i64),
-        ("first", i64),
-        ("all_rows", i64),
-        ("parts", i64),
-        ("terms", i64),
+        *((name, ctypes.c_void_p) for name in ("weight", "left", "right", "codes", "starts")),
+        *((name, i64) for name in ("stride", "rows", "cols", "first", "all_rows", "parts", "terms")),
         *((name, i64) for name in ("code_bytes", "stretches", "values", "row_values", "kept", "group")),
-        ("dtype", ctypes.c_int32),
-        ("rounded_to", ctypes.c_int32),
-        ("form", ctypes.c_int32),
-        ("wide_starts", ctypes.c_int32),
-        ("adds", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("dtype", "rounded_to", "form", "wide_starts", "adds")),
     ]
 
 

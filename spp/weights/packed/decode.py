@@ -182,12 +182,8 @@ def _decode(
         begins = torch.arange(rows.start, rows.stop, device=codes.device) * layout.row_values
     else:
         begins = starts[rows, stretch].to(torch.int64)
-    _take(values.reshape(-1), mask, begins.unsqueeze(1) + rank, out)
-
-
-def _take(values: Tensor, mask: Tensor, places: Tensor, out: Tensor) -> None:
     if values.numel() == 0:
         out.zero_()
         return
-    found = values[places.clamp_(0, values.numel() - 1)]
-    out.copy_(found.masked_fill_(~mask, 0))
+    places = (begins.unsqueeze(1) + rank).clamp_(0, values.numel() - 1)
+    out.copy_(values.reshape(-1)[places].masked_fill_(~mask, 0))

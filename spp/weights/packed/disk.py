@@ -65,14 +65,7 @@ class Descriptor:
 
     @classmethod
     def of(cls, shape: Sequence[int], input_axis: int, pattern: str, kept: int, itemsize: int) -> Descriptor:
-        """Return the smallest way to pack a tensor.
-
-        Args:
-            shape, input_axis: of the tensor.
-            pattern: of its zeros, as `spp.masks.patterns.detect_pattern` names it.
-            kept: how many of its weights are not zero.
-            itemsize: bytes of one.
-        """
+        """Return the smallest way to pack a tensor whose zeros have a pattern; arguments as of `Layout.smallest`."""
         return cls(tuple(shape), input_axis, Layout.smallest(*_matrix(shape, input_axis), pattern, kept, itemsize))
 
     @classmethod
