@@ -192,17 +192,14 @@ class HoldsAdapter(HoldsWeight):
 
     def parts(self) -> Iterator[tuple[Tensor, Adapter]]:
         """Yield W (m, n) and its adapter, of fused experts one after the other; a packed W is decoded for it."""
-        weight, adapter = self.held(), self.adapter()
-        fused = len(weight.shape) == 3
-        adapters = adapter.experts() if fused else [adapter]
-        yield from ((one.matrix(), its) for one, its in zip(weight.experts(), adapters, strict=True))
+        pairs = zip(self.held().experts(), self.adapter().experts(), strict=True)
+        yield from ((one.matrix(), adapter) for one, adapter in pairs)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the adapter anew in place, expert after expert; a generator must be on the parameters' device."""
-        adapter = self.adapter()
-        for one in adapter.experts() if adapter.params[0].dim() == 3 else [adapter]:
-            self.spp_rule.init_(one.params, generator)
+        for adapter in self.adapter().experts():
+            self.spp_rule.init_(adapter.params, generator)
 
     def effective_weight(self) -> Tensor:
         """Return W_eff in the dtype and layout of `weight`: what the forward multiplies by, and a merge stores."""

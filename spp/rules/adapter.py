@@ -107,7 +107,9 @@ class Adapter(NamedTuple):
         return self._replace(params=params, dropout=0.0)
 
     def experts(self) -> list[Adapter]:
-        """Return the adapter of each expert, whose parameters are views."""
+        """Return the adapter of each expert, whose parameters are views; of a matrix, the adapter itself."""
+        if self.params[0].dim() == 2:
+            return [self]
         return [self._replace(params=params) for params in zip(*(p.unbind(0) for p in self.params), strict=True)]
 
     def is_idle(self) -> bool:

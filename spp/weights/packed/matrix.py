@@ -34,6 +34,16 @@ class PackedTensors(Weight):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values, self.codes) if self.starts is None else (self.values, self.codes, self.starts)
 
+    def _misshapen(self, layout: Layout, *experts: int) -> str | None:
+        """Return which tensor has not the shape that a layout gives it; None where all have."""
+        shapes = {"codes": (self.codes, (*experts, layout.rows, layout.row_bytes))}
+        if layout.is_nm:
+            shapes["values"] = (self.values, (*experts, layout.rows, layout.row_values))
+        if self.starts is not None:
+            shapes["starts"] = (self.starts, (*experts, layout.rows, layout.stretches))
+        wrong = ((name, t.shape, shape) for name, (t, shape) in shapes.items() if t.shape != shape)
+        return next((f"{name} is {tuple(found)}, expected {shape}" for name, found, shape in wrong), None)
+
     def bounds(self) -> Tensor:
         return self.values
 
@@ -118,14 +128,8 @@ class PackedWeight(PackedTensors):
 
     def _problem(self) -> str | None:
         layout = self.layout
-        shapes = {"codes": (self.codes, (layout.rows, layout.row_bytes))}
-        if layout.is_nm:
-            shapes["values"] = (self.values, (layout.rows, layout.row_values))
-        if self.starts is not None:
-            shapes["starts"] = (self.starts, (layout.rows, layout.stretches))
-        for name, (tensor, shape) in shapes.items():
-            if tuple(tensor.shape) != shape:
-                return f"{name} is {tuple(tensor.shape)}, expected {shape}"
+        if problem := self._misshapen(layout):
+            return problem
         if self.codes.is_meta or not self.codes.numel():
             return None
         codes = as_array(self.codes.cpu())
@@ -288,24 +292,16 @@ class PackedStack(PackedTensors):
 
     def check(self, where: str = "the packed weight") -> None:
         """Raise a ConfigError unless the tensors belong together, as `PackedWeight.check` does of each expert's."""
-        experts, problem = self.layout.experts, None
-        if self.codes.dim() != 3 or len(self.codes) != experts:
-            problem = f"codes is {tuple(self.codes.shape)}"
-        elif self.starts is None:
-            if self.values.dim() != 3 or len(self.values) != experts:
-                problem = f"values is {tuple(self.values.shape)}"
-        elif self.starts.dim() != 3 or len(self.starts) != experts:
-            problem = f"starts is {tuple(self.starts.shape)}"
-        elif self.codes.shape[1:] != (self.layout.matrix.rows, self.layout.matrix.row_bytes):
-            problem = f"codes is {tuple(self.codes.shape)}"
-        elif not self.codes.is_meta and sum(counts := self._counts()) != self.values.numel():
-            problem = f"the masks keep {sum(counts)} weights, but there are {self.values.numel()} values"
+        experts, is_meta = self.layout.experts, self.codes.is_meta
+        problem = self._misshapen(self.layout.matrix, experts)
+        if not (problem or self.starts is None or is_meta) and (kept := sum(self._counts())) != len(self.values):
+            problem = f"the masks keep {kept} weights, but there are {len(self.values)} values"
         if problem:
             raise ConfigError(
                 f"{where}: {problem}, for {experts} experts; values, codes and starts must come from the same packed "
                 f"weight"
             )
-        if not self.codes.is_meta:
+        if not is_meta:
             for number, packed in enumerate(self.experts()):
                 packed.check(f"{where}[{number}]")
 
