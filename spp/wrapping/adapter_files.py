@@ -272,7 +272,7 @@ def _is_plain(value: object) -> bool:
 
 def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:
     known = {f.name for f in fields(SPPConfig)}
-    config = SPPConfig.from_dict({k: v for k, v in values.items() if k in known or k == "format_version"})
+    config = SPPConfig.from_dict({k: v for k, v in values.items() if k in known})
     names = get_rule(config.rule).attribute_names()
     if values.get("modules_to_save"):
         modules = values["modules_to_save"]
