@@ -75,40 +75,57 @@ class Method:
         name: what the user calls it.
         mask: where the mask comes from: "magnitude", "wanda" or "sparsegpt".
         refined: whether DSnoT refines it.
+        swapped: whether optimal exchanges of its entries follow.
+        fitted: whether the kept values are then fitted by least squares.
     """
 
     name: str
     mask: str
     refined: bool = False
+    swapped: bool = False
+    fitted: bool = False
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs calibration inputs."""
-        return self.refined or self.mask != "magnitude"
+        return self.refined or self.swapped or self.fitted or self.mask != "magnitude"
 
     @property
     def updates(self) -> bool:
         """Whether it changes the weights that stay."""
-        return self.mask == "sparsegpt" and not self.refined
+        return self.fitted or (self.mask == "sparsegpt" and not self.refined and not self.swapped)
 
+    @property
+    def hessian(self) -> bool:
+        """Whether it needs XᵀX of the inputs."""
+        return self.swapped or self.fitted or self.mask == "sparsegpt"
+
+
+_MASKS = {
+    "magnitude": ("magnitude", False),
+    "wanda": ("wanda", False),
+    "sparsegpt": ("sparsegpt", False),
+    "dsnot": ("wanda", True),
+    "magnitude+dsnot": ("magnitude", True),
+    "wanda+dsnot": ("wanda", True),
+    "sparsegpt+dsnot": ("sparsegpt", True),
+}  # where a mask comes from, and whether DSnoT refines it
+_STEPS = {"": (False, False), "+swap": (True, False), "+lsq": (False, True), "+swap+lsq": (True, True)}
 
 METHODS = {
-    method.name: method
-    for method in (
-        Method("magnitude", "magnitude"),
-        Method("wanda", "wanda"),
-        Method("sparsegpt", "sparsegpt"),
-        Method("dsnot", "wanda", refined=True),
-        Method("magnitude+dsnot", "magnitude", refined=True),
-        Method("wanda+dsnot", "wanda", refined=True),
-        Method("sparsegpt+dsnot", "sparsegpt", refined=True),
-    )
+    name + after: Method(name + after, mask, refined, swapped, fitted)
+    for after, (swapped, fitted) in _STEPS.items()
+    for name, (mask, refined) in _MASKS.items()
 }
 
 
 def get_method(name: str) -> Method:
-    """Return the method of that name, or raise a ConfigError that lists them."""
-    check_choice("method", name, tuple(METHODS))
+    """Return the method of that name, or raise a ConfigError that says how they are named."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise ConfigError(
+            f"{arg('method')} is {name!r}; known: {', '.join(_MASKS)}, each alone or followed by "
+            f"{', '.join(filter(None, _STEPS))}"
+        )
     return METHODS[name]
 
 
@@ -154,7 +171,8 @@ class PruneOptions:
     method: Annotated[
         str,
         Option(
-            "magnitude, wanda, sparsegpt, dsnot, or one+dsnot, such as sparsegpt+dsnot.",
+            "magnitude, wanda, sparsegpt, dsnot, or one+dsnot, such as sparsegpt+dsnot. +swap after it exchanges mask "
+            "entries while the layer's error falls; +lsq fits the kept values to the dense outputs: sparsegpt+lsq.",
             METHOD,
             choices=tuple(METHODS),
         ),

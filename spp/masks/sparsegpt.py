@@ -123,8 +123,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, where: str = "the Hes
         ConfigError: the damping makes no sense, or no damping helps.
         NonFiniteError: the Hessian holds NaN or infinity.
     """
-    if not math.isfinite(damping) or damping < 0:
-        raise ConfigError(f"damping is {damping!r}; it must be a finite number of at least 0 (0.01 is usual)")
+    check_damping(damping)
     if not all_finite(hessian):
         raise NonFiniteError(f"{where} holds NaN or infinity")
     diagonal = hessian.diagonal().clone()
@@ -145,6 +144,12 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, where: str = "the Hes
     if needed != damping:
         logger.warning("%s is not positive definite: damping raised from %g to %g", where, damping, needed)
     return InverseFactor(upper.to(hessian.dtype), dead, needed, raised=needed != damping)
+
+
+def check_damping(damping: float) -> None:
+    """Raise a ConfigError where a damping makes no sense."""
+    if not math.isfinite(damping) or damping < 0:
+        raise ConfigError(f"damping is {damping!r}; it must be a finite number of at least 0 (0.01 is usual)")
 
 
 def _upper_of_inverse(hessian: Tensor, diagonal: Tensor) -> Tensor | None:

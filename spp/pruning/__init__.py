@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from spp.configs.pruning import OWL
 from spp.masks.dsnot import dsnot
+from spp.masks.swaps import swap
+from spp.masks.least_squares import least_squares
 from spp.masks.magnitude import magnitude_mask
 from spp.masks.sparsegpt import sparsegpt
 from spp.masks.stats import InputStats
@@ -22,8 +24,10 @@ __all__ = [
     "PruneReport",
     "calibration_windows",
     "dsnot",
+    "least_squares",
     "magnitude_mask",
     "prune",
     "sparsegpt",
+    "swap",
     "wanda_mask",
 ]

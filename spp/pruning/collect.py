@@ -158,7 +158,7 @@ class _Hooks:
         return self._share and seen is x and changes == _changes(x)
 
     def _collector(self, layer: Projection) -> StatsCollector:
-        hessian = self._method.mask == "sparsegpt"
+        hessian = self._method.hessian
         return StatsCollector(
             layer.in_features,
             moments=self._method.refined,

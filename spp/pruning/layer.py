@@ -14,6 +14,8 @@ from torch import Tensor
 
 from spp.configs.pruning import Method
 from spp.masks.dsnot import dsnot
+from spp.masks.swaps import MAX_SWAPS, swap
+from spp.masks.least_squares import fit_kept
 from spp.masks.magnitude import magnitude_mask
 from spp.masks.patterns import Pattern, nonzero_mask
 from spp.masks.select import keep_by_rows, work_dtype
@@ -24,6 +26,8 @@ from spp.models.projection import Projection, as_matrices
 from spp.pruning.report import LayerReport
 
 _NAMED = 8  # experts that a note names
+_DAMPING = 0.01  # of least squares, as SparseGPT's
+_FITTED = 0.1  # of the first residual: within 3 % of the lowest error (SmolLM2), for a third of the iterations
 _DSNOT_THRESHOLD = 0.1  # of |ε| summed over the tokens of a window
 
 
@@ -41,12 +45,17 @@ class LayerInputs:
         self._hessian = collector.hessian()
         self._factor: InverseFactor | None = None
 
+    @property
+    def hessian(self) -> Tensor:
+        """XᵀX (n, n), of a method that needs it."""
+        assert self._hessian is not None
+        return self._hessian
+
     def factor(self, where: str) -> InverseFactor:
         """Return the factor of the damped Hessian, computed once."""
         if self._factor is None:
-            assert self._hessian is not None
             self._factor = inverse_factor(
-                self._hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
+                self.hessian * (2 / self._windows), where=f"the Hessian of the inputs of {where}"
             )
         return self._factor
 
@@ -130,21 +139,26 @@ def _pruned(
     path: str, weight: Tensor, inputs: LayerInputs, method: Method, pattern: Pattern, zeros: Tensor | None
 ) -> tuple[Tensor, str]:
     """Return the pruned weight (m, n) and a note; `zeros`, bool (m, n), are those that must stay."""
-    note = ""
+    note, begun = "", None
     if method.mask == "sparsegpt":
         factor = inputs.factor(path)
         if factor.raised:
             note = f"damping raised to {factor.damping:g}"
-        updated, mask = sparsegpt_factored(weight, factor, pattern, zeros=zeros)
-        if method.updates:
-            return updated, note
+        begun, mask = sparsegpt_factored(weight, factor, pattern, zeros=zeros)
     elif method.mask == "wanda":
         mask = keep_by_rows(wanda_score(weight, inputs.collector.stats().norm), pattern, zeros)
     else:  # by magnitude zeros go first
         mask = magnitude_mask(weight, pattern)
     if method.refined:
         mask = dsnot(weight, mask, inputs.collector.stats(), pattern, threshold=inputs.dsnot_threshold())
-    return weight.masked_fill(~mask, 0), note
+    if method.swapped:
+        mask = swap(weight, inputs.hessian, mask, pattern, max_swaps=MAX_SWAPS)
+    if begun is None or not method.updates or method.refined or method.swapped:  # another mask, the values of before
+        begun = weight.masked_fill(~mask, 0)
+    if method.fitted:
+        kept = mask if zeros is None else mask & ~zeros
+        return fit_kept(weight, inputs.hessian, kept, begun, damping=_DAMPING, tolerance=_FITTED), note
+    return begun, note
 
 
 def _share_of_zeros(nonzero: Tensor) -> float:

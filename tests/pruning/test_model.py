@@ -136,6 +136,30 @@ def test_other_methods_equal_the_literal_procedure(method: str, pattern: str | f
     assert report.method == method
 
 
+@pytest.mark.parametrize(
+    ("base", "pattern"), [("wanda", "2:4"), ("magnitude", 0.5), ("sparsegpt", "2:4"), ("dsnot", 0.6)]
+)
+def test_exchanges_and_fitted_values_lower_the_error_of_every_layer(base: str, pattern: str | float) -> None:
+    dense, ids = _model("llama"), _ids()
+    models = {after: copy.deepcopy(dense) for after in ("", "+swap", "+lsq", "+swap+lsq")}
+    reports = {after: prune(model, base + after, pattern, ids) for after, model in models.items()}
+    first = [path for path in reports[""].layers if ".0." in path]  # later blocks read what other weights made
+    errors = {after: [report.layers[path].relative_error for path in first] for after, report in reports.items()}
+    for lower, upper in (("+lsq", ""), ("+swap+lsq", "+swap"), *([] if base == "sparsegpt" else [("+swap", "")])):
+        assert all(low < high for low, high in zip(errors[lower], errors[upper], strict=True)), (lower, upper)
+    weights = {after: [model.get_submodule(path).weight for path in first] for after, model in models.items()}
+    for one, other, original in zip(weights[""], weights["+lsq"], map(dense.get_submodule, first), strict=True):
+        assert torch.equal(nonzero_mask(one), nonzero_mask(other))  # the same mask, other values
+        assert not torch.equal(one, other)
+        assert base == "sparsegpt" or torch.equal(one, original.weight * (one != 0))
+    for one, other in zip(weights["+swap"], map(dense.get_submodule, first), strict=True):
+        assert torch.equal(one, other.weight * (one != 0))  # exchanges change no value
+    for report in reports.values():
+        assert report.sparsity == pytest.approx(reports[""].sparsity, abs=1e-6)
+    if pattern == "2:4":
+        assert spp.sparsity(models["+swap+lsq"]).pattern == "2:4"
+
+
 def test_the_comparison_can_fail() -> None:
     model, ids = _model("llama"), _ids()
     one = _literal(copy.deepcopy(model), projections(model), ids, _wanda)
