@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spp.configs.adapter import SPPConfig
 from spp.configs.pst import check_options, check_pattern
 from spp.errors import ConfigError, NonFiniteError, TargetError
-from spp.layers.checks import check_linear, check_values
+from spp.layers.checks import Survey, check_linear, check_values
 from spp.layers.host import LinearHost, Opaque, PackedLinear
 from spp.masks.patterns import Pattern
 from spp.models.projection import Projection, features, input_axis_of
@@ -194,8 +194,8 @@ def factor_shapes(m: int, n: int, weight_rank: int, mask_rank: int) -> dict[str,
     return dict(zip(FACTORS, ((m, k), (k, n), (m, q), (q, n), (m,), (n,)), strict=True))
 
 
-def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> None:
-    """Raise unless the linear can be used: dense, floating-point, loaded, finite, in whole groups of the pattern."""
+def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> Survey:
+    """Return what a linear's values are; raise unless it is dense, floating-point, loaded, finite and in whole groups."""
     if isinstance(linear, PackedLinear) or quantized_kind(linear):
         raise TargetError(f"{where} is packed or quantized; PST learns which weights of a dense linear to prune")
     check_linear(linear, SPPConfig(r=1), where)
@@ -203,4 +203,6 @@ def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> None:
         raise ConfigError(f"{where}.weight is on the meta device and has no values; load the model first")
     if pattern is not None:
         pattern.require_fit(features(linear)[1], where)
-    check_values(Projection(where, linear, input_axis=input_axis_of(linear)))
+    found = check_values(Projection(where, linear, input_axis=input_axis_of(linear)))
+    assert found is not None  # not on the meta device
+    return found

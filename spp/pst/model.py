@@ -12,7 +12,6 @@ from spp.certifying.verify import PRUNED_FROM
 from spp.configs.checks import is_suffix
 from spp.configs.pst import PSTConfig, check_pattern
 from spp.errors import TargetError
-from spp.masks.patterns import nonzero_mask
 from spp.models.projection import Projection
 from spp.models.targets import text_side
 from spp.pst.layer import PSTLinear, check_base
@@ -98,8 +97,8 @@ def wrap(
             raise TargetError(f"{path} holds fused experts, which PST does not prune; leave it out (exclude_modules)")
         if any(path == name or path.startswith(f"{name}.") for name in whole):
             raise TargetError(f"{path} is among the targets and in modules_to_save; it can only be one of them")
-        check_base(target.module, parsed, path)
-        sparse += int((~nonzero_mask(target.weight)).sum()) > PRUNED_FROM * target.weight.numel()
+        found = check_base(target.module, parsed, path)
+        sparse += found.numel - found.kept > PRUNED_FROM * found.numel
     if sparse:
         logger.warning("PST fills the zeros of %d layers that are sparse already: pass the dense model", sparse)
 
