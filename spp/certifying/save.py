@@ -29,7 +29,9 @@ from spp.files import CheckpointReader, atomic_directory, check_target
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.recognised import CERTIFICATE
 from spp.models.targets import require_model
+from spp.weights import quantized_kind
 from spp.weights.packed.disk import DenseReader
+from spp.wrapping.state import forget_quantizer, quantization_method
 from spp.wrapping.wrap import is_wrapped
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,15 @@ def save_model(
         raise ConfigError(f"a {type(model).__name__} has no save_pretrained; spp.save_model saves transformers models")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ConfigError(f"tokenizer is {tokenizer!r}; expected a tokenizer of transformers, or None")
+    if getattr(model, "is_quantized", False):
+        kinds = sorted({kind for module in model.modules() if (kind := quantized_kind(module))})
+        if kinds:
+            raise CheckpointError(
+                f"the model is quantized ({quantization_method(model)}, {', '.join(kinds)}), and a certificate speaks "
+                f"of plain weights alone: spp.merge without requantize, or the model's dequantize(), makes them "
+                f"plain; its own save_pretrained saves it as it is"
+            )
+    forget_quantizer(model)
     config = getattr(model, "config", None)
     sources = [getattr(config, "_name_or_path", None), getattr(tokenizer, "name_or_path", None)]
     with atomic_directory(dir, overwrite=overwrite, copies=[name for name in sources if name]) as directory:

@@ -277,11 +277,27 @@ def dtype_of_model(model: nn.Module) -> torch.dtype | None:
 
 
 def forget_quantizer(model: Any) -> None:
-    """Take transformers' marks off a model in which nothing is quantized any more."""
-    if not getattr(model, "is_quantized", False) or any(quantized_kind(module) for module in model.modules()):
+    """Take transformers' marks off a model in which nothing is quantized any more.
+
+    One is left by its own `dequantize` too: what converted the weights when they were loaded, and has no way back, so
+    that save_pretrained of transformers 5 fails.
+    """
+    if any(quantized_kind(module) for module in model.modules()):
+        return
+    if model.__dict__.get("_weight_conversions"):
+        model._weight_conversions = [one for one in model._weight_conversions if _has_way_back(one)]
+    if not getattr(model, "is_quantized", False):
         return
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def _has_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
