@@ -36,13 +36,14 @@ from spp._version import __version__
 from spp.configs.pattern import USUAL_GROUPS
 from spp.errors import CheckpointError, ConfigError, call
 from spp.files import CheckpointReader, dtype_name, read_json
+from spp.files.formats import PACKED
 from spp.files.hashes import tensor_bytes
 from spp.masks.patterns import as_array
 from spp.weights.packed.layout import Layout
 from spp.weights.packed.matrix import DTYPES, PackedWeight
 
 FORMAT_VERSION = 1
-QUANT_METHOD = "spp_packed"
+QUANT_METHOD = PACKED
 SUFFIXES = ("_values", "_codes", "_starts")
 _HEAD = 5  # numbers of a descriptor before the shape
 _LARGEST = 2**62  # elements of a tensor
