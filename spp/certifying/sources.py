@@ -29,10 +29,13 @@ from spp.models.targets import (
     projection_axes,
     weight_of,
 )
-from spp.models.unreadable import describe_unreadable, unreadable_projections
+from spp.models.unreadable import READ_IN_MEMORY, describe_unreadable, is_scaled, refusal, unreadable_projections
+from spp.weights import QuantizedLayout, quantized_kind
 from spp.weights.packed.disk import DenseReader
+from spp.weights.quantized.disk import DequantizedReader
 from spp.wrapping.adapter_files import CONFIG_NAME
 
+_FORMS = {"4bit": "bitsandbytes' 4 bits", "8bit": "bitsandbytes' 8 bits"}  # of a linear in memory
 ModelOrPath = nn.Module | str | os.PathLike[str]
 
 
@@ -48,6 +51,7 @@ class Source:
         reader: of the directory, if it is one.
         model: in memory, if it is one.
         unreadable: {module path: how it is stored} of the projections whose weights cannot be read.
+        quantized: {name of a weight: form} of those that are decoded to be looked at.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Source:
     reader: CheckpointReader | None = None
     model: nn.Module | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
     def axis(self, key: str) -> int | None:
         """Return the input axis of a weight of either kind; None for a name that is not here."""
@@ -88,8 +93,9 @@ def projection_keys(reader: CheckpointReader) -> list[str]:
     """Return the sorted keys of a checkpoint that name projection weights of a floating dtype with any values."""
 
     def is_one(key: str) -> bool:
-        shape = reader.shape(key)
-        return is_projection_key(key, len(shape)) and reader.dtype(key).is_floating_point and 0 not in shape
+        shape, dtype = reader.shape(key), reader.dtype(key)
+        readable = dtype.is_floating_point and not is_scaled(key, dtype, reader)
+        return is_projection_key(key, len(shape)) and readable and 0 not in shape
 
     return list(filter(is_one, reader))
 
@@ -119,13 +125,7 @@ def require_projections(reader: CheckpointReader, *, whole: bool) -> dict[str, s
         raise CheckpointError(
             f"{what}; it holds {some_of(reader, 4) or 'no tensor'}: is it a language model's checkpoint?"
         )
-    settings = reader.config().get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    says = f"; config.json says quant_method {method!r:.40}" if method is not None else ""
-    raise CheckpointError(
-        f"{what}: {describe_unreadable(unreadable)}{says}. Plain floating-point weights are read: pass the checkpoint "
-        f"that this one was quantized from, or load it with transformers, dequantize and save it"
-    )
+    raise CheckpointError(f"{what}: {describe_unreadable(unreadable)}. {refusal(reader.directory)}")
 
 
 def input_axes(reader: CheckpointReader) -> dict[str, int]:
@@ -134,8 +134,13 @@ def input_axes(reader: CheckpointReader) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def open_source(what: ModelOrPath) -> Iterator[Source]:
+def open_source(what: ModelOrPath, *, dequantize: bool = False) -> Iterator[Source]:
     """Give the weights of a model (of a wrapped one, its frozen base weights) or of a directory or hub id.
+
+    Args:
+        what: the model, or where it is.
+        dequantize: decode what a directory holds quantized in a form that is known (spp.weights.quantized.disk), each
+            weight when it is looked at.
 
     Raises:
         CheckpointError: the directory is none, its files are bad, or none of its projection weights can be read.
@@ -159,27 +164,47 @@ def open_source(what: ModelOrPath) -> Iterator[Source]:
         others += [n for n in packed if n not in axes and is_other_matrix(n, 2, torch.float32)]
         unreadable = _unreadable_of(what, axes)
         if not axes:
-            how = describe_unreadable(unreadable) or f"its parameters are {some_of(parameters, 4) or 'none'}"
+            how = f"its parameters are {some_of(parameters, 4) or 'none'}"
+            if unreadable:
+                how = f"{describe_unreadable(unreadable)}. {READ_IN_MEMORY}"
             raise TargetError(f"{name} has no projection weight that can be read: {how}")
-        yield Source(name, axes, dict.fromkeys(others, 1), partial(weight_of, what), model=what, unreadable=unreadable)
+        kinds = {path: kind for path, module in what.named_modules() if (kind := quantized_kind(module))}
+        forms = {f"{path}.weight": _FORMS.get(kind, kind) for path, kind in kinds.items()}
+        layouts = {key: module.packed_layout for key, module in packed.items()}
+        forms |= {key: str(layout) for key, layout in layouts.items() if isinstance(layout, QuantizedLayout)}
+        yield Source(
+            name,
+            axes,
+            dict.fromkeys(others, 1),
+            partial(weight_of, what),
+            model=what,
+            unreadable=unreadable,
+            quantized={key: form for key, form in forms.items() if key in axes},
+        )
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
     directory = checkpoint_directory(what)
-    with DenseReader(directory) as reader:
+    with (DequantizedReader if dequantize else DenseReader)(directory) as reader:
         all_axes = input_axes(reader)
         unreadable = require_projections(reader, whole=False)
         axes = {key: all_axes[key] for key in projection_keys(reader)}
         keys = [k for k in reader if is_other_matrix(k, len(reader.shape(k)), reader.dtype(k))]
         matrices = {key: all_axes[key] for key in keys}
-        yield Source(str(directory), axes, matrices, reader.tensor, reader, unreadable=unreadable)
+        forms = {key: one.form for key, one in getattr(reader, "quantized", {}).items()}
+        yield Source(str(directory), axes, matrices, reader.tensor, reader, unreadable=unreadable, quantized=forms)
 
 
 def _unreadable_of(model: nn.Module, axes: Mapping[str, int]) -> dict[str, str]:
     """Return {module path: how it is held} of a model's projections but those whose weights are read."""
     named = (*model.named_parameters(), *model.named_buffers())
+    modules = dict(model.named_modules())
     found = unreadable_projections({name: (tensor.ndim, tensor.dtype) for name, tensor in named})
-    return {path: how for path, how in found.items() if path not in axes and f"{path}.weight" not in axes}
+    return {
+        path: f"{how}, in a {type(modules[path]).__name__}" if path in modules else how
+        for path, how in found.items()
+        if path not in axes and f"{path}.weight" not in axes
+    }
 
 
 # ---- A model in memory under the names of a checkpoint, which may store weights otherwise than they are held.

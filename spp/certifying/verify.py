@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from tqdm import tqdm
@@ -85,7 +85,9 @@ def verify(
     Args:
         before: with `after` a model, a directory or a hub id (of a wrapped model, its frozen weights count); alone, a
             directory with a certificate.
-        after: what must have the zeros of `before`. Values and dtypes may differ.
+        after: what must have the zeros of `before`. Values and dtypes may differ. What bitsandbytes quantized (NF4,
+            FP4, 8 bits) is decoded, a few rows at a time, and so is GPTQ and AWQ where its codes are of 2, 4 or 8 bits;
+            of fp8 the stored bits tell.
         deep: compare the sha256 of contents too (needs a certificate that was made with deep=True).
         more_zeros_allowed: `after` may have been pruned further: every zero of `before` must still be one, and the
             report counts those that are new.
@@ -116,7 +118,7 @@ def examine(
             raise ConfigError(
                 f"{arg('deep', True)} compares a directory with its certificate; it needs one argument, not two"
             )
-        with open_source(before) as one, open_source(after) as other:
+        with open_source(before, dequantize=True) as one, open_source(after, dequantize=True) as other:
             return _examine_two(*same_names(one, other), more_zeros_allowed=more_zeros_allowed)
     if more_zeros_allowed:
         raise ConfigError(
@@ -177,8 +179,9 @@ def compare(
         if old[key].mask != new[key].mask:
             bits, others = pack_bits(before.get(key)), pack_bits(after.get(key))
             grown, gone = count_kept(others & ~bits), count_kept(bits & ~others)
-            what = f"{grown} became non-zero, {gone} became zero"
-            problems.append(Problem(MASK, what, key, zeros_added=0 if grown else gone))
+            form = f" (quantized as {after.quantized[key]})" if key in after.quantized else ""
+            what = f"{grown} became non-zero, {gone} became zero{form}"
+            problems.append(Problem(MASK, what, key, zeros_added=0 if grown else gone, came_back=grown))
     unreadable = {**before.unreadable, **after.unreadable}
     problems += [
         Problem(CONTENTS, f"stored as {unreadable[path]}: its zeros cannot be read", path)
@@ -201,7 +204,21 @@ def _examine_two(before: Source, after: Source, *, more_zeros_allowed: bool) -> 
         report = replace(report, zeros_added=sum(problem.zeros_added for problem in problems))
         problems = [problem for problem in problems if not problem.zeros_added]
     tensors = {**{problem.key: None for problem in problems}, **facts}
-    return Verification(after.name, before.name, tensors, tuple(problems), report)
+    return Verification(after.name, before.name, tensors, tuple(problems), report, _survival(old, new, after, problems))
+
+
+def _survival(
+    old: Mapping[str, Scanned], new: Mapping[str, Scanned], after: Source, problems: Iterable[Problem]
+) -> dict[str, Survival]:
+    """Return what became of the zeros of each weight that is quantized."""
+    filled = {problem.key: problem.came_back for problem in problems}
+    found = {}
+    for key in after.axes:
+        if key in after.quantized and key in old and old[key].zeros.shape == new[key].zeros.shape:
+            zeros = old[key].zeros.zeros
+            survived = zeros - filled.get(key, 0)
+            found[key] = Survival(after.quantized[key], zeros, survived, new[key].zeros.zeros - survived)
+    return found
 
 
 def header_problems(certificate: Certificate, reader: CheckpointReader) -> list[Problem]:
@@ -297,15 +314,34 @@ class Problem:
         what: in words.
         key: of the tensor; "" where it concerns all.
         zeros_added: how many of its weights became zero, if that is all that differs; else 0.
+        came_back: how many of its zeros are none any more.
     """
 
     kind: str
     what: str
     key: str = ""
     zeros_added: int = 0
+    came_back: int = 0
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}" if self.key else self.what
+
+
+@dataclass(frozen=True)
+class Survival:
+    """The zeros of a weight that was quantized.
+
+    Attributes:
+        form: how it is stored, such as "nf4".
+        zeros: before it was quantized.
+        survived: of these.
+        more: other weights that are zero now: small ones, which were rounded to it.
+    """
+
+    form: str
+    zeros: int
+    survived: int
+    more: int
 
 
 @dataclass(frozen=True)
@@ -317,6 +353,7 @@ class Verification:
         tensors: the zeros of each tensor that was looked at; None where only its bytes were.
         problems: all that were found.
         report: what `spp.verify` returns if there are none.
+        survival: of two models, the zeros of each weight that is quantized in the second.
     """
 
     name: str
@@ -324,6 +361,7 @@ class Verification:
     tensors: dict[str, TensorSparsity | None]
     problems: tuple[Problem, ...]
     report: SparsityReport
+    survival: Mapping[str, Survival] = field(default_factory=dict)
 
     def of(self, key: str) -> list[Problem]:
         """Return the problems of one tensor."""
@@ -340,7 +378,10 @@ class Verification:
         if self.against is not None:
             further = all(problem.zeros_added for problem in self.problems)
             way = call("verify", "before, after", more_zeros_allowed=True)
-            more = f"\nNo zero was lost: if it was pruned further, {way} accepts the new ones." if further else ""
+            why = "if it was pruned further,"
+            if self.survival:
+                why = "all survived the quantization, which rounded other weights to zero:"
+            more = f"\nNo zero was lost: {why} {way} accepts the new ones." if further else ""
             raise_differences(self.problems, self.against, self.name, more)
         listed = sorted(self.problems, key=lambda problem: (_ORDER.index(problem.kind), str(problem)))
         problems = "\n  ".join(dict.fromkeys(map(str, listed)))

@@ -39,11 +39,13 @@ def run(config: VerifyConfig) -> None:
 def _check(before: str, after: str | None, deep: bool, every: bool, *, more: bool = False) -> None:
     """Show what was found, and raise what is wrong."""
     from spp.certifying.verify import examine
-    from spp.report import verdict_table
+    from spp.report import survival_table, verdict_table
 
     with console.step("verifying" if after is not None else "verifying contents"):
         found = examine(before, after, deep=deep, more_zeros_allowed=more)
     console.show(verdict_table(found, every=every))
+    if found.survival:
+        console.show(survival_table(found, every=every))
     added = found.require().zeros_added
     if after is None:
         console.say(f"verified: {before} is what its certificate says")

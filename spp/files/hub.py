@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from spp.errors import CheckpointError
+from spp.files.formats import other_weights
 from spp.files.places import check_link
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -42,6 +43,8 @@ def local_directory(name_or_path: str | os.PathLike[str], what: str) -> Path:
     if path.is_symlink():
         check_link(path, path.parent)  # which says where it leads, if that is nothing
     if path.exists():
+        if path.suffix == ".gguf":
+            raise CheckpointError(other_weights(path.parent) or f"{text} is GGUF, which is not read")
         raise CheckpointError(f"{what} {text} is a file; pass the directory that holds it")
     if not _HUB_ID.fullmatch(text) or path.is_absolute():
         raise CheckpointError(f"there is no {what} directory {text}")

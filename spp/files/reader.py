@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import CheckpointError
+from spp.files.formats import other_weights, pickled
 from spp.files.header import TensorEntry, read_header
 from spp.files.jsonio import read_json
 from spp.files.leftovers import recover
@@ -311,13 +312,10 @@ class CheckpointReader:
         self._file_of.update(dict.fromkeys(entries, name))
 
     def _nothing_found(self) -> str:
+        known = pickled(self.directory) or other_weights(self.directory)
+        if known is not None:
+            return known
         names = sorted(p.name for p in self.directory.iterdir())
-        pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
-        if pickles:
-            return (
-                f"{self.directory} has no {SINGLE}, only {pickles[0]}: pickled checkpoints are not read; load it with "
-                f"transformers and save it with save_pretrained first"
-            )
         listing = ", ".join(names[:10]) or "nothing"
         return f"{self.directory} has neither {SINGLE} nor {INDEX}; it holds {listing}"
 

@@ -12,6 +12,7 @@ intermediate size i, gate_up is (2i, h) and down (h, i), or, transposed, (h, 2i)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,40 @@ from torch import Tensor, nn
 from spp.weights import Weight, quantized_kind, read_quantized
 from spp.weights.offload import parameter_weight
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The same projections under the names of other architectures, as the last component of the module path.
+OTHER_PROJECTIONS = (
+    *("qkv_proj", "gate_up_proj"),  # Phi-3, fused
+    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    *("out_proj", "fc1", "fc2", "fc_in", "fc_out"),  # OPT, Phi, GPT-J
+    *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
+    *("w1", "w2", "w3", "in_proj"),  # LFM2; Mamba
+    *("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),  # Qwen3-Next and Qwen3.5, linear attention
+    *("linear_x", "linear_y", "linear_out", "Wi", "Wo"),  # RecurrentGemma; ModernBERT's decoder
+    *("input_linear", "output_linear", "kv_proj"),  # JetMoE, Granite's shared experts
+)
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_NOT_PROJECTION = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
+    r"(\.[^.]*)?$"
+)
 # Checkpoints whose 2-D weights of that model_type are stored (in, out): those of transformers' Conv1D.
 _CONV1D_TYPES = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp_decoder")
+
+
+def is_projection_key(key: str, ndim: int) -> bool:
+    """Whether a state-dict key names a projection's weight: 2-D or 3-D, no embedding, output head, router or norm.
+
+    Args:
+        key: such as "model.layers.0.mlp.up_proj.weight", in memory or on disk.
+        ndim: number of dimensions of the tensor.
+    """
+    if ndim not in (2, 3) or _NOT_PROJECTION.search(key):
+        return False
+    if ndim == 3 and key.rpartition(".")[2] in EXPERT_WEIGHTS:
+        return True
+    return key.endswith(".weight") and not (ndim == 3 and "conv" in key)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.errors import ConfigError, NonFiniteError, StreamingError, arg, call
-from spp.files import CheckpointReader, dtype_name, read_json
+from spp.errors import ConfigError, NonFiniteError, StreamingError, arg
+from spp.files import CheckpointReader, dtype_name
+from spp.files.formats import PACKED, stored_format
 from spp.masks.patterns import all_finite
 from spp.models.disk_keys import DiskKeys, Group
 from spp.models.targets import output_head
-from spp.weights.packed.disk import DenseReader, packed_settings
+from spp.models.unreadable import describe_unreadable, refusal, unreadable_projections
+from spp.weights.packed.disk import DenseReader
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,10 +78,18 @@ class StreamedModel:
         found = [key for key in self._reader if self.memory_key(key) in wanted]
         bad = [key for key in found if self._reader.dtype(key) not in FLOATS]
         if bad:
+            told = self._unreadable()
             raise ConfigError(
                 f"{bad[0]} is stored as {dtype_name(self._reader.dtype(bad[0]))}: a quantized checkpoint cannot be "
-                f"pruned; prune the one that it was made from"
+                f"pruned; prune the one that it was made from{told and f'; {told}'}"
             )
+
+    def _unreadable(self) -> str:
+        """Return how projections are stored that have no plain weights, as far as the names of tensors tell."""
+        reader = self._reader
+        return describe_unreadable(
+            unreadable_projections({key: (len(reader.shape(key)), reader.dtype(key)) for key in reader})
+        )
 
     def load(self, keys: Iterable[str], origin: CheckpointReader) -> None:
         """Give the model's tensors the values on disk; keys that it does not have are left out."""
@@ -182,6 +192,10 @@ class StreamedModel:
         converted = {name for group in self._keys.groups.values() for name in group.memory}
         missing = sorted(shapes.keys() - alike.keys() - converted)
         wrong = sorted(n for n, shape in shapes.items() if n in alike and reader.shape(alike[n]) != shape)
+        if (missing or wrong) and (told := self._unreadable()):
+            raise ConfigError(
+                f"the projections of {reader.directory} cannot be read: {told}. {refusal(reader.directory)}"
+            )
         if missing or wrong:
             what = f"lacks {', '.join(missing[:3])}" if missing else f"holds {wrong[0]} in another shape"
             raise StreamingError(
@@ -203,12 +217,10 @@ def _load_config(source: Path) -> Any:
 
 def refuse_quantized(source: Path) -> None:
     """Raise a ConfigError where a checkpoint's config says that it is quantized."""
-    path = source / "config.json"
-    config = read_json(path, "the model's config") if path.exists() else {}
-    if packed_settings(config) is not None:
-        raise ConfigError(f"{source} is packed; {call('export_dense', 'dir, out')} gives the dense checkpoint")
-    if config.get("quantization_config") is not None:
-        raise ConfigError(f"{source} is quantized; prune the checkpoint that it was made from")
+    found = stored_format(source)
+    if found is not None:
+        what = "packed; " if found.method == PACKED else f"{found}: "
+        raise ConfigError(f"{source} is {what}{found.remedy}")
 
 
 def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:

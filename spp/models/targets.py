@@ -8,7 +8,7 @@ routers: they have few rows and decide which expert works.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,32 +16,18 @@ from torch import Tensor, nn
 
 from spp.configs.checks import is_suffix, name_matches
 from spp.errors import ConfigError, TargetError, WrapError, arg
-from spp.models.projection import EXPERT_WEIGHTS, Projection, find_projections, is_linear
+from spp.models.projection import OTHER_PROJECTIONS as OTHER_PROJECTIONS
+from spp.models.projection import PROJECTIONS as PROJECTIONS
+from spp.models.projection import Projection, find_projections, is_linear
+from spp.models.projection import is_projection_key as is_projection_key
 from spp.weights import quantized_kind, read_quantized
 from spp.weights.offload import is_offloaded, values
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The same projections under the names of other architectures, as the last component of the module path.
-OTHER_PROJECTIONS = (
-    *("qkv_proj", "gate_up_proj"),  # Phi-3, fused
-    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
-    *("out_proj", "fc1", "fc2", "fc_in", "fc_out"),  # OPT, Phi, GPT-J
-    *("Wqkv", "c_attn", "c_proj", "c_fc"),  # MPT, GPT-2, StarCoder2
-    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
-    *("w1", "w2", "w3", "in_proj"),  # LFM2; Mamba
-    *("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),  # Qwen3-Next and Qwen3.5, linear attention
-    *("linear_x", "linear_y", "linear_out", "Wi", "Wo"),  # RecurrentGemma; ModernBERT's decoder
-    *("input_linear", "output_linear", "kv_proj"),  # JetMoE, Granite's shared experts
-)
 ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # themselves, or with their linear below them as "layer"
 _OTHER_MODALITIES = ("Vision", "Audio", "Image", "Speech")  # in the name of a config's class
 _NEVER = ("embed", "wte", "wpe", "lm_head", "embed_out", "score", "classifier")
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe|(?!embed_out\.)[^.]*embed[^.]*)\.[^.]*$")
-_NOT_PROJECTION = re.compile(
-    r"(^|\.)(lm_head|embed_out|score|classifier|router(\.layer)?|gate|shared_expert_gate|wte|wpe|[^.]*embed[^.]*|[^.]*norm[^.]*)"
-    r"(\.[^.]*)?$"
-)
 
 
 def require_model(model: object) -> None:
@@ -136,20 +122,6 @@ def other_sides(model: nn.Module) -> list[str]:
     return [path for path, name in named if any(part in name for part in _OTHER_MODALITIES)]
 
 
-def is_projection_key(key: str, ndim: int) -> bool:
-    """Whether a state-dict key names a projection's weight: 2-D or 3-D, no embedding, output head, router or norm.
-
-    Args:
-        key: such as "model.layers.0.mlp.up_proj.weight", in memory or on disk.
-        ndim: number of dimensions of the tensor.
-    """
-    if ndim not in (2, 3) or _NOT_PROJECTION.search(key):
-        return False
-    if ndim == 3 and key.rpartition(".")[2] in EXPERT_WEIGHTS:
-        return True
-    return key.endswith(".weight") and not (ndim == 3 and "conv" in key)
-
-
 def is_other_matrix(key: str, ndim: int, dtype: torch.dtype) -> bool:
     """Whether a key names a 2-D floating weight that is neither a projection by its name nor an embedding."""
     wanted = ndim == 2 and dtype.is_floating_point and key.endswith(".weight")
@@ -216,14 +188,17 @@ def _choose(
 ) -> dict[str, Projection]:
     """Return those of the projections found that the arguments mean."""
     head = output_head(model)
-    chosen = {path: p for path, p in found.items() if _is_target(path, p.module, target_modules, head)}
+    text: list[str] = [""]
+    other: tuple[str, ...] = ()
     if target_modules is None:
         text, other = text_side(model), tuple(f"{side}." for side in other_sides(model))
-        chosen = {
-            path: p
-            for path, p in chosen.items()
-            if any(not t or path.startswith(f"{t}.") for t in text) and not path.startswith(other)
-        }
+
+    def is_meant(path: str, module: nn.Module) -> bool:
+        inside = any(not t or path.startswith(f"{t}.") for t in text) and not path.startswith(other)
+        return inside and _is_target(path, module, target_modules, head)
+
+    chosen = {path: p for path, p in found.items() if is_meant(path, p.module)}
+    _refuse_foreign(model, found, is_meant)
     if exclude_modules is not None:
         excluded = _excluded(found, exclude_modules)
         chosen = {path: p for path, p in chosen.items() if path not in excluded}
@@ -289,6 +264,51 @@ def _refuse_other_method(model: nn.Module) -> None:
             raise WrapError(f"the model is wrapped for another method ({path} is a {type(module).__name__}): {way_out}")
 
 
+def _refuse_foreign(
+    model: nn.Module, found: Mapping[str, Projection], is_meant: Callable[[str, nn.Module], bool]
+) -> None:
+    """Raise where projections that are meant are held by modules of another tool, such as GPTQ's linears.
+
+    Names alone are looked at first: a model of plain linears has none that is not found.
+    """
+    known = {*found, *(path.rpartition(".")[0] for path, one in found.items() if one.name != "weight")}
+    suspects = {
+        path: module
+        for path, module in model.named_modules()
+        if path not in known and (module._parameters or module._buffers) and is_meant(path, module)
+    }
+    suspects = {path: module for path, module in suspects.items() if not _is_inside(path, found)}
+    suspects |= {path: one.module for path, one in found.items() if _lacks_weight(one) and is_meant(path, one.module)}
+    if not suspects:
+        return
+    from spp.models.unreadable import READ_IN_MEMORY, describe_unreadable, unreadable_projections
+
+    tensors = {
+        f"{path}.{name}": (tensor.ndim, tensor.dtype)
+        for path, module in suspects.items()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    forms = {path: how for path, how in unreadable_projections(tensors).items() if path in suspects}
+    if forms:
+        held = {path: f"{how}, in a {type(suspects[path]).__name__}" for path, how in forms.items()}
+        raise TargetError(
+            f"{len(held)} projections are held by modules of another tool: {describe_unreadable(held)}. "
+            f"{READ_IN_MEMORY}, or name the plain ones in {arg('target_modules')}"
+        )
+
+
+def _lacks_weight(projection: Projection) -> bool:
+    """Whether a linear has had its weight taken away, as compressed-tensors does it."""
+    module = projection.module
+    return isinstance(module, nn.Linear) and "weight" not in module._parameters and not hasattr(module, "weight")
+
+
+def _is_inside(path: str, layers: Container[str]) -> bool:
+    """Whether a module is a part of one of some layers."""
+    parts = path.split(".")
+    return any(".".join(parts[:count]) in layers for count in range(1, len(parts)))
+
+
 def _suggestion(names: Mapping[str, Sequence[str]]) -> str:
     """Return the argument to pass: the names that come back in every block, which projections do and heads do not."""
     often = max((len(paths) for paths in names.values()), default=0)
@@ -296,7 +316,7 @@ def _suggestion(names: Mapping[str, Sequence[str]]) -> str:
         {
             name.split(" ", 1)[0]
             for name, paths in names.items()
-            if len(paths) == often and not any(_NOT_PROJECTION.search(f"{path}.weight") for path in paths)
+            if len(paths) == often and all(is_projection_key(f"{path}.weight", 2) for path in paths)
         }
     )
     if not likely or any(name.isdigit() for name in likely):

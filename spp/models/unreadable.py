@@ -5,22 +5,25 @@ bitsandbytes                  weight, of integers, with weight.absmax, … (4 bi
 compressed-tensors            weight_packed, weight_scale, …; of sparse ones compressed, bitmask, …
 torchao, HQQ, AQLM, quanto    _weight_qdata; W_q; codebooks; weight._data
 MXFP4                         experts.gate_up_proj_blocks, experts.gate_up_proj_scales
+fp8                           weight, of float8, with weight_scale_inv or weight_scale
 
-The names of the tensors tell. Where an entry of such a weight is zero, its codes alone do not.
+The names of the tensors tell. Where an entry of such a weight is zero, its codes alone do not; those of float8 do, and
+spp.weights.quantized.disk reads them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
+from pathlib import Path
 
 import torch
 
-from spp.errors import some_of
+from spp.errors import call, some_of
+from spp.files.formats import stored_format
 from spp.files.hashes import dtype_name
-from spp.models.projection import EXPERT_WEIGHTS
-from spp.models.targets import OTHER_PROJECTIONS, PROJECTIONS, is_projection_key
+from spp.models.projection import EXPERT_WEIGHTS, OTHER_PROJECTIONS, PROJECTIONS, is_projection_key
 
 _FORMATS: tuple[tuple[frozenset[str], str], ...] = (  # the first whose parts are all there
     (frozenset({"qweight", "g_idx"}), "GPTQ"),
@@ -39,8 +42,14 @@ _PARTS = sorted({part for parts, _ in _FORMATS for part in parts} - {"blocks"})
 _OF_FORMAT = re.compile(rf"(?P<path>.+)\.(?:{'|'.join(map(re.escape, _PARTS))})")
 _OF_NAME = re.compile(rf"(?P<path>(?:.*\.)?(?:{'|'.join((*PROJECTIONS, *OTHER_PROJECTIONS))}))\..+")
 _OF_EXPERTS = re.compile(rf"(?P<path>(?:.*\.)?experts\.(?:{'|'.join(EXPERT_WEIGHTS)}))_[^.]+")
+_SCALES = ("_scale_inv", "_scale")  # behind the key of a weight of float8: its values are not what it holds
 _BESIDE = frozenset({"bias"})  # what says nothing of how the weight is stored
 
+# What is done about a model in memory, where modules of another tool hold its weights.
+READ_IN_MEMORY = (
+    "Read are linears with plain weights, and those of bitsandbytes (NF4, FP4, 8 bits) and torchao (integer codes): "
+    "load the model with one of these, or dequantized"
+)
 Tensors = Mapping[str, tuple[int, torch.dtype]]
 
 
@@ -63,7 +72,9 @@ def unreadable_projections(tensors: Tensors) -> dict[str, str]:
         parent, _, name = key.rpartition(".")
         children[parent].append(name)
         path = _projection_of(key)
-        if dtype.is_floating_point and is_projection_key(key, ndim):
+        if is_scaled(key, dtype, tensors) and is_projection_key(key, ndim):
+            codes[key.removesuffix(".weight")] = dtype
+        elif dtype.is_floating_point and is_projection_key(key, ndim):
             plain |= {key, key.removesuffix(".weight"), path or key}  # path: of a weight deeper inside, too
         elif dtype.is_floating_point and name == "weight":
             plain.add(parent)  # of a convolution, say
@@ -79,12 +90,32 @@ def unreadable_projections(tensors: Tensors) -> dict[str, str]:
     }
 
 
+def is_scaled(key: str, dtype: torch.dtype, tensors: Container[str]) -> bool:
+    """Whether a tensor holds float8 that a scale beside it makes values of."""
+    return dtype.is_floating_point and dtype.itemsize == 1 and any(f"{key}{scale}" in tensors for scale in _SCALES)
+
+
 def describe_unreadable(unreadable: Mapping[str, str]) -> str:
     """Return for a message how many projections are stored in which form, with the first names of each."""
     groups: dict[str, list[str]] = {}
     for path, form in unreadable.items():
         groups.setdefault(form, []).append(path)
     return "; ".join(f"{len(paths)} stored as {form}: {some_of(paths, 3)}" for form, paths in sorted(groups.items()))
+
+
+def refusal(directory: Path) -> str:
+    """Return what a checkpoint says of how its weights are stored, and what can be done: sentences for a message.
+
+    Args:
+        directory: of a checkpoint with unreadable projections.
+    """
+    found = stored_format(directory)
+    if found is not None:
+        return f"It is {found}: {found.remedy}"
+    return (
+        f"It is quantized or compressed, and config.json does not say how: pass the checkpoint that it was made from, "
+        f"or load it with the tool that made it, dequantize it, and save it with {call('save_model')}"
+    )
 
 
 def _projection_of(key: str) -> str | None:
@@ -105,4 +136,6 @@ def _described(parts: set[str], codes: torch.dtype | None) -> str:
     if codes is not None and parts <= {"weight", *_BESIDE}:
         return f"weight ({dtype_name(codes)})"
     name = next((f" ({name})" for of_format, name in _FORMATS if of_format <= parts), "")
+    if codes is not None and codes.is_floating_point:
+        name = " (fp8)"
     return some_of(parts) + name

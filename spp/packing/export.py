@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from spp.certifying.certificate import Certificate, TensorLayout
 from spp.certifying.save import make_certificate
-from spp.certifying.sources import checkpoint_directory, open_source
+from spp.certifying.sources import checkpoint_directory, open_source, require_projections
 from spp.certifying.verify import header_problems, pruned_matrices, verify
 from spp.errors import CheckpointError, ConfigError, MaskError, call
 from spp.files import (
@@ -42,6 +42,7 @@ from spp.files.header import size_of
 from spp.files.reader import INDEX
 from spp.files.writer import TensorFile
 from spp.masks.patterns import DENSE, UNSTRUCTURED
+from spp.models.streamed import refuse_quantized
 from spp.weights.packed.disk import FORMAT_VERSION, QUANT_METHOD, SUFFIXES, DenseReader, Descriptor, packed_settings
 from spp.weights.packed.layout import INTEGERS, pack_tensor
 from spp.weights.packed.matrix import DTYPES, PackedWeight
@@ -93,8 +94,7 @@ def export_packed(
         config = read_json(reader.directory / "config.json", "the model's config")
         if reader.packed or packed_settings(config) is not None:
             raise ConfigError(f"{base} is packed already; {call('export_dense')} makes it dense")
-        if config.get("quantization_config") is not None:
-            raise ConfigError(f"{base} is quantized, which is small already: it is not packed")
+        refuse_quantized(base)
         carry_files(reader.directory, None, set(reader.shards()), told=False)  # before any work
         packing = _Packing(reader, strict_bits)
         layouts = packing.write(directory)
@@ -133,6 +133,8 @@ def export_dense(
     made = atomic_directory(out_dir, overwrite=overwrite, copies=[base])
     with made as directory, DenseReader(base) as reader:
         if not reader.packed:
+            refuse_quantized(base)
+            require_projections(reader, whole=True)
             raise ConfigError(f"{base} is not packed; {call('export_packed')} packs it")
         config = read_json(reader.directory / "config.json", "the model's config")
         if packed_settings(config) is not None:

@@ -28,6 +28,7 @@ from spp.errors import StreamingError, TargetError
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.carry import carry_files, refuse_overlap
+from spp.files.formats import pickled
 from spp.files.reader import INDEX, SINGLE
 from spp.masks.patterns import Pattern, as_array
 from spp.models.projection import Projection
@@ -174,13 +175,9 @@ class _Streamed(BlockStore):
 
 
 def _require_safetensors(source: Path) -> None:
-    if not (source / SINGLE).exists() and not (source / INDEX).exists():
-        pickled = sorted(path.name for path in source.glob("*.bin*"))
-        if pickled:
-            raise StreamingError(
-                f"{source} has no safetensors, only {pickled[0]}, so it can be pruned in memory, but not block by "
-                f"block from the disk"
-            )
+    sentence = None if (source / SINGLE).exists() or (source / INDEX).exists() else pickled(source)
+    if sentence is not None:
+        raise StreamingError(f"{sentence}; so it can be pruned in memory, but not block by block from the disk")
 
 
 def _blocks(model: nn.Module, plan: PrunePlan) -> tuple[str, list[nn.Module]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from spp.certifying.certificate import SparsityReport, TensorSparsity
-    from spp.certifying.verify import Verification
+    from spp.certifying.verify import Survival, Verification
     from spp.evaluation import TaskResults
     from spp.merging.report import LayerMerge, MergeReport
     from spp.packing.export import ExportReport
@@ -146,6 +146,32 @@ def verdict_table(verification: Verification, *, every: bool = False) -> Table:
         rows.append((kind, str(len(keys)), sparsity, pattern, _verdict(verification, keys)))
     columns = ("projection", "tensors", "sparsity", "pattern", "verdict")
     return Table(f"{name} against {against}", columns, (*rows, *general))
+
+
+def survival_table(verification: Verification, *, every: bool = False) -> Table:
+    """Return what became of the zeros of the weights that are quantized as a table.
+
+    Its columns are zeros: before; survived: of these; came back: the others, which the quantization has filled; more:
+    weights that it rounded to zero. The last row is of all.
+
+    Args:
+        verification: of `spp.certifying.verify.examine`.
+        every: one row a tensor instead of one a kind of projection.
+
+    Example:
+        >>> print(survival_table(examine("pruned", "quantized")).text())  # doctest: +SKIP
+    """
+    groups: dict[str, list[Survival]] = {}
+    for key, one in verification.survival.items():
+        groups.setdefault(key if every else kind_of(key), []).append(one)
+    groups["all"] = list(verification.survival.values())
+    rows = []
+    for name, members in groups.items():
+        zeros, survived = sum(one.zeros for one in members), sum(one.survived for one in members)
+        counts = map(str, (len(members), zeros, survived, zeros - survived, sum(one.more for one in members)))
+        rows.append((name, _joined(one.form for one in members), *counts))
+    columns = ("quantized", "form", "tensors", "zeros", "survived", "came back", "more")
+    return Table(f"zeros of {verification.against} in {verification.name}", columns, tuple(rows))
 
 
 def _found(facts: TensorSparsity) -> tuple[str, str, str]:

@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from spp.certifying.sources import unreadable_in
 from spp.errors import CheckpointError, some_of
-from spp.files import read_json
+from spp.files import CheckpointReader, read_json
+from spp.files.formats import other_weights, stored_format
 from spp.files.hub import local_directory
 from spp.models.streamed import auto_class
+from spp.models.unreadable import describe_unreadable, refusal
 from spp.packing.load import load_packed
 from spp.weights import FLOATS
 from spp.weights.packed.disk import is_packed_directory
@@ -33,17 +36,20 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
     directory = local_directory(name, "model")
     if is_packed_directory(directory):
         return load_packed(name, dtype=FLOATS.get(dtype))
+    _refuse_codes(directory)
     try:
         auto = auto_class(AutoConfig.from_pretrained(directory))
-        model, found = auto.from_pretrained(directory, dtype=FLOATS.get(dtype, dtype), output_loading_info=True)
+        model, loaded = auto.from_pretrained(directory, dtype=FLOATS.get(dtype, dtype), output_loading_info=True)
     except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
-    missing = found["missing_keys"]
+    missing = loaded["missing_keys"]
     if missing:
         kinds = model.config.architectures or []
         mend = "save or fetch it again"
         if kinds and type(model).__name__ not in kinds:
             mend = f"it was saved as {', '.join(kinds)}, and a {type(model).__name__} is needed"
+        found = stored_format(directory)
+        mend = mend if found is None else f"it is {found}: {found.remedy}"
         raise CheckpointError(
             f"{os.fspath(name)} lacks {len(missing)} weights of its model: {some_of(missing)}; {mend}"
         )
@@ -67,11 +73,31 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # as above
         if not any((Path(directory) / file).is_file() for file in _TOKENIZERS):
+            if (foreign := other_weights(directory)) is not None:
+                raise CheckpointError(foreign) from error
             raise CheckpointError(
                 f"{os.fspath(name)} has no tokenizer ({', '.join(_TOKENIZERS)}): save the model's own there, with "
                 "tokenizer.save_pretrained"
             ) from error
         raise _error("tokenizer", name, error) from error
+
+
+def _refuse_codes(directory: Path) -> None:
+    """Raise a CheckpointError where weights are codes, and config.json does not tell transformers to decode them.
+
+    transformers would take codes of the right shape for the weights.
+    """
+    path = directory / "config.json"
+    if path.exists() and read_json(path, "the model's config").get("quantization_config") is not None:
+        return
+    try:
+        with CheckpointReader(directory) as reader:
+            unreadable = unreadable_in(reader)
+    except CheckpointError:  # of files that transformers may read nevertheless, or says itself what is wrong with
+        return
+    if unreadable:
+        stored = describe_unreadable(unreadable)
+        raise CheckpointError(f"the projections of {directory} cannot be read: {stored}. {refusal(directory)}")
 
 
 def _error(what: str, name: str | os.PathLike[str], error: Exception) -> CheckpointError:
@@ -82,6 +108,11 @@ def _error(what: str, name: str | os.PathLike[str], error: Exception) -> Checkpo
             f"{os.fspath(name)} holds an adapter, no model: pass its base, {base or 'a pruned model'}"
         )
     reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    directory = local_directory(name, what)
+    if (foreign := other_weights(directory)) is not None:
+        return CheckpointError(foreign)
+    if what == "model" and (found := stored_format(directory)) is not None:
+        return CheckpointError(f"cannot load {os.fspath(name)}, which is {found}: {reason}\n{found.remedy}")
     return CheckpointError(
         f"cannot load the {what} from {os.fspath(name)}: {reason}\n"
         f"is it a Hugging Face checkpoint (config.json, *.safetensors, tokenizer files)?"

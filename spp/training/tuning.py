@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from spp.configs.tuning import TuneConfig
-from spp.errors import ConfigError, DataError, WrapError, arg
+from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, WrapError, arg, call
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
+from spp.files.formats import other_weights, pickled, stored_format
+from spp.files.hub import local_directory
 from spp.files.rows import read_text
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
@@ -102,6 +105,8 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         >>> spp.merge(result.model)  # doctest: +SKIP
     """
     _check_model(config, model, tokenizer)
+    if model is None:
+        _check_base(local_directory(str(config.model), "model"))
     with RunDirectory(config) as run:
         return _tune(config, run, model, tokenizer)
 
@@ -237,6 +242,23 @@ def _check_model(config: TuneConfig, model: Any, tokenizer: Any) -> None:
         raise WrapError(
             "the model is wrapped already, and tune wraps it itself: pass the pruned model (spp.unwrap), or train the "
             "wrapped one with SPPTrainer"
+        )
+
+
+def _check_base(directory: Path) -> None:
+    """Refuse a base whose format cannot be trained on; warn of one that merging from the disk does not read."""
+    found, foreign = stored_format(directory), other_weights(directory)
+    if foreign is not None:
+        raise CheckpointError(foreign)
+    if found is not None and not found.trainable:
+        raise CheckpointError(f"{directory} is {found}, on which nothing is trained: {found.remedy}")
+    sentence = pickled(directory)
+    if sentence is not None:
+        merge = call("merge_checkpoint", "base, adapter, output")
+        warnings.warn(
+            f"{sentence}. It is trained on as it is, but {merge} needs a base of safetensors: what this converts it to",
+            SPPWarning,
+            stacklevel=3,
         )
 
 

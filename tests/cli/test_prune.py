@@ -69,7 +69,7 @@ def test_a_checkpoint_that_cannot_be_streamed_is_loaded(spp: Call, dense: Path, 
     torch.save(load_file(dense / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     found = ok(spp("prune", pickled, output, "--method", "magnitude"))
-    assert "no safetensors, only pytorch_model.bin" in found.err and ": loading the whole model" in found.err
+    assert "no model.safetensors, only pytorch_model.bin" in found.err and ": loading the whole model" in found.err
     ok(spp("prune", dense, tmp_path / "other", "--method", "magnitude"))
     one, other = (load_file(path / "model.safetensors") for path in (output, tmp_path / "other"))
     assert all(torch.equal(one[key], other[key]) for key in one)

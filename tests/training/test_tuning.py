@@ -526,10 +526,10 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"empty has no tokenizer \(tokenizer.json, "):
             tune(config(text, tmp_path / "run", model=tmp_path / "empty"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(CheckpointError, match=r"no tokenizer directory someone/nothing, and fetching it as a hub"):
+        with pytest.raises(CheckpointError, match=r"no model directory someone/nothing, and fetching it as a hub"):
             tune(config(text, tmp_path / "run", model="someone/nothing"))
         for missing in (tmp_path / "mistyped", "./mistyped", "some/mistyped/path"):
-            with pytest.raises(CheckpointError, match=r"there is no tokenizer directory \S+$"):
+            with pytest.raises(CheckpointError, match=r"there is no model directory \S+$"):
                 tune(config(text, tmp_path / "run", model=missing))
 
     def test_a_dense_model_is_tuned_with_a_warning(self, text: Path, tmp_path: Path) -> None:
