@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from spp.configs.pruning import OWL
 from spp.masks.dsnot import dsnot
-from spp.masks.swaps import swap
 from spp.masks.least_squares import least_squares
 from spp.masks.magnitude import magnitude_mask
 from spp.masks.sparsegpt import sparsegpt
 from spp.masks.stats import InputStats
+from spp.masks.swaps import swap
 from spp.masks.wanda import wanda_mask
 from spp.pruning.model import prune
 from spp.pruning.report import LayerReport, PruneReport

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from spp.configs.pruning import Method
 from spp.masks.dsnot import dsnot
-from spp.masks.swaps import MAX_SWAPS, swap
 from spp.masks.least_squares import fit_kept
 from spp.masks.magnitude import magnitude_mask
 from spp.masks.patterns import Pattern, nonzero_mask
 from spp.masks.select import keep_by_rows, work_dtype
 from spp.masks.sparsegpt import InverseFactor, inverse_factor, sparsegpt_factored
 from spp.masks.stats import StatsCollector
+from spp.masks.swaps import MAX_SWAPS, swap
 from spp.masks.wanda import wanda_score
 from spp.models.projection import Projection, as_matrices
 from spp.pruning.report import LayerReport

@@ -195,7 +195,7 @@ def factor_shapes(m: int, n: int, weight_rank: int, mask_rank: int) -> dict[str,
 
 
 def check_base(linear: nn.Module, pattern: Pattern | None, where: str) -> Survey:
-    """Return what a linear's values are; raise unless it is dense, floating-point, loaded, finite and in whole groups."""
+    """Return what a linear's values are; raise unless it is dense, loaded, finite and in whole groups."""
     if isinstance(linear, PackedLinear) or quantized_kind(linear):
         raise TargetError(f"{where} is packed or quantized; PST learns which weights of a dense linear to prune")
     check_linear(linear, SPPConfig(r=1), where)
