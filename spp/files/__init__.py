@@ -1,7 +1,7 @@
 """Files: atomic directories, the checked safetensors reader, a streaming writer, JSON and hashes."""
 
+from spp.errors import output_error
 from spp.files.atomic import atomic_directory, atomic_file, check_target, require_directory
-from spp.files.failures import output_error
 from spp.files.hashes import content_crc32, content_sha256, dtype_name, mask_sha256, values_sha256
 from spp.files.jsonio import read_json, write_json
 from spp.files.leftovers import recover

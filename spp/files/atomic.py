@@ -26,8 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from spp.errors import OutputError, OutputExistsError, arg
-from spp.files.failures import is_failure_to_write, output_error
+from spp.errors import OutputError, OutputExistsError, arg, is_failure_to_write, output_error
 from spp.files.leftovers import make_temporary, prefix, recover_siblings, remove, require_unlocked
 from spp.files.recognised import ANY_OUTPUT, FileKind, require_replaceable, require_replaceable_file, shown
 

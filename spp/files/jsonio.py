@@ -8,8 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from spp.errors import CheckpointError
-from spp.files.failures import output_error
+from spp.errors import CheckpointError, output_error
 
 LARGEST_JSON = 200_000_000  # bytes; the index of the largest public models is below 10 MB
 DEEPEST_JSON = 64  # objects and arrays inside each other; configs have a handful

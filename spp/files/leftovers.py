@@ -21,8 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from spp.errors import OutputError
-from spp.files.failures import output_error
+from spp.errors import OutputError, output_error
 
 if sys.platform != "win32":
     import fcntl

@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spp.files.output import PAGE
-from spp.files.writer import TensorFile
+from spp.files.writer import PAGE, TensorFile
 
 MOST_THREADS = 8  # more than a disk keeps busy
 _ALERT = 0.2  # seconds after which the main thread looks for a signal that another thread was woken up for

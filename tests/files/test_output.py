@@ -14,16 +14,15 @@ import pytest
 import torch
 
 from spp.errors import CheckpointError, OutputError
-from spp.files import CheckpointReader, output, save_tensors
-from spp.files.output import PAGE, OutputFile
-from spp.files.writer import TensorFile
+from spp.files import CheckpointReader, save_tensors, writer
+from spp.files.writer import PAGE, OutputFile, TensorFile
 
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file goes around the cache, in pieces of a page or more."""
-    monkeypatch.setattr(output, "LARGE", 0)
-    monkeypatch.setattr(output, "_AT_ONCE", PAGE)
+    monkeypatch.setattr(writer, "LARGE", 0)
+    monkeypatch.setattr(writer, "_AT_ONCE", PAGE)
 
 
 def placed(data: bytes, place: int) -> memoryview:
@@ -65,7 +64,7 @@ def test_every_byte_at_its_place(tmp_path: Path, large: None, size: int, aligned
 def test_ends_of_pieces_that_become_many_are_written_on_the_way(
     tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "_MOST_KEPT", 2 * PAGE)
+    monkeypatch.setattr(writer, "_MOST_KEPT", 2 * PAGE)
     data = random.Random(0).randbytes(60 * PAGE)
     file = OutputFile(tmp_path / "file", len(data))
     kept = []

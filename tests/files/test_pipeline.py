@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from spp.files.output import PAGE
 from spp.files.pipeline import Job, Scratch, run
+from spp.files.writer import PAGE
 from tests.helpers.checkpoints import assert_no_threads_at_work
 
 

@@ -16,7 +16,7 @@ import torch
 import spp
 from spp.certifying.verify import verify
 from spp.errors import AdapterError, CheckpointError, OutputError, SPPError, SPPWarning
-from spp.files import output, read_json, save_tensors, write_json
+from spp.files import read_json, save_tensors, write_json, writer
 from spp.merging.disk import merge_checkpoint
 from tests.files.test_atomic import remount_read_only, small_disk  # noqa: F401  a fixture
 from tests.helpers.checkpoints import Q0, contents, make_sources, shard, tensors_of, wrapped_model
@@ -31,8 +31,8 @@ FIRST, LAST = (f"model-{i:05}-of-00003.safetensors" for i in (1, 3))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How files are written."""
     if request.param == "around it":
-        monkeypatch.setattr(output, "LARGE", 0)
-        monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
+        monkeypatch.setattr(writer, "LARGE", 0)
+        monkeypatch.setattr(writer, "_AT_ONCE", writer.PAGE)
     return str(request.param)
 
 

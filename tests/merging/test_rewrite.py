@@ -19,7 +19,7 @@ from spp.certifying.save import save_model
 from spp.certifying.verify import verify
 from spp.comparing.measure import measure_memory
 from spp.errors import CheckpointError, MaskError, NonFiniteError, OutputError, OutputExistsError
-from spp.files import CheckpointReader, output, save_tensors, values_sha256, write_json, write_tensors
+from spp.files import CheckpointReader, save_tensors, values_sha256, write_json, write_tensors, writer
 from spp.files.writer import TensorFile
 from spp.kernels import use_kernels
 from spp.kernels.native import elementwise
@@ -56,8 +56,8 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "PIECE", 4096)
     monkeypatch.setattr("spp.files.hashes.VALUES_PIECE", 4096)
     monkeypatch.setattr("spp.merging.rewrite.PIECE_BYTES", 5000)
-    monkeypatch.setattr(output, "LARGE", 0)
-    monkeypatch.setattr(output, "_AT_ONCE", output.PAGE)
+    monkeypatch.setattr(writer, "LARGE", 0)
+    monkeypatch.setattr(writer, "_AT_ONCE", writer.PAGE)
 
 
 OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
