@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
 import spp
+from spp.kernels.choice import use_kernels
+from spp.kernels.native import elementwise
+from spp.merging import rewrite
+from tests.helpers.checkpoints import make_sources
 from tests.helpers.models import prune_nm_, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,21 +341,62 @@ def test_a_tree_with_every_fault_is_told_each_of_them(tmp_path: Path) -> None:
     assert [c for c in complaints if not any(c in f for f in found)] == []
 
 
-def test_a_wrap_runs_through_few_files() -> None:
-    model, files = prune_nm_(tiny_llama()), set[Path]()
+@contextlib.contextmanager
+def files_run_through() -> Iterator[set[Path]]:
+    """The files of spp, relative to it, whose functions this thread and those that it starts run in the block."""
+    seen, files = set[str](), set[Path]()
 
     def note(frame: FrameType, event: str, argument: object) -> None:
-        files.add(Path(frame.f_code.co_filename))
+        seen.add(frame.f_code.co_filename)
 
-    spp.wrap  # noqa: B018  the root imports it when it is asked for
+    threading.setprofile(note)
     sys.setprofile(note)
     try:
-        spp.wrap(model, r=2)
+        yield files
     finally:
         sys.setprofile(None)
-    touched = [file.relative_to(ROOT / "spp") for file in files if file.is_relative_to(ROOT / "spp")]
+        threading.setprofile(None)
+        files |= {file.relative_to(ROOT / "spp") for file in map(Path, seen) if file.is_relative_to(ROOT / "spp")}
+
+
+def test_a_wrap_runs_through_few_files() -> None:
+    model = prune_nm_(tiny_llama())
+    spp.wrap  # noqa: B018  the root imports it when it is asked for
+    with files_run_through() as touched:
+        spp.wrap(model, r=2)
     assert 10 < len(touched) <= 20, sorted(map(str, touched))
     assert len({file.parent for file in touched}) <= 8
+
+
+@pytest.mark.parametrize(("kernels", "most"), [("auto", (17, 8)), ("torch", (20, 9))])
+def test_a_shard_runs_through_few_files_of_a_merge(
+    kernels: str, most: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a merge on disk, from the first byte of a shard that is read to the last one that is written.
+
+    Around the shards a merge reads adapters, checks the base, copies what is beside it and writes the certificate.
+    """
+    if kernels == "auto" and elementwise.why_not() is not None:
+        pytest.skip(f"nothing compiled: {elementwise.why_not()}")
+    folder = make_sources(tmp_path / "made")
+    write_tensors, touched = rewrite._write_tensors, set[Path]()
+
+    def traced(*given: Any) -> None:
+        nonlocal touched
+        with files_run_through() as touched:
+            write_tensors(*given)
+
+    monkeypatch.setattr(rewrite, "_write_tensors", traced)
+    with use_kernels(kernels):
+        spp.merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "out")
+    assert Path("files/writer.py") in touched and Path("files/reader.py") in touched
+    assert len(touched) <= most[0], sorted(map(str, touched))
+    assert len({file.parent for file in touched}) <= most[1]
+    monkeypatch.undo()
+    with use_kernels(kernels), files_run_through() as whole:
+        spp.merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "again")
+    assert len(touched) < len(whole) <= 37, sorted(map(str, whole))
+    assert len({file.parent for file in whole}) <= 13
 
 
 NOT_LOADED_BY_IMPORT = [

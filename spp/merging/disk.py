@@ -26,12 +26,10 @@ from spp.files import CheckpointReader, dtype_name, mask_sha256, values_sha256
 from spp.files.carry import refuse_overlap
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
-from spp.merging.model import check_rounding, draw_seed
-from spp.merging.parts import AdapterLike, Part, read_parts, sum_of
-from spp.merging.places import Place, find_places
+from spp.merging.places import AdapterLike, Part, Place, find_places, read_parts, sum_of
 from spp.merging.report import LayerMerge, MergeReport, sum_layers
 from spp.merging.rewrite import Hashes, Rewriting, Transform, output, stored_dtype, write_shards
-from spp.merging.weight import layer_merge, merge_weight
+from spp.merging.weight import check_rounding, draw_seed, layer_merge, merge_weight
 from spp.rules.adapter import idle_reason
 from spp.weights import FLOATS
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, gravest

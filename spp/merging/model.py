@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from spp.certifying.certificate import TensorSparsity, fingerprint, make_report
 from spp.certifying.scan import scan_tensor
-from spp.configs.checkpoints import ROUNDINGS
-from spp.configs.checks import check_choice
 from spp.errors import ConfigError, NonFiniteError, arg, call
 from spp.files import dtype_name
 from spp.layers.experts import SPPExperts
 from spp.masks.patterns import all_finite
 from spp.merging.report import LayerMerge, MergeReport
-from spp.merging.weight import merge_cannot_fail, merge_weight, requantized
+from spp.merging.weight import check_rounding, draw_seed, merge_cannot_fail, merge_weight, requantized
 from spp.models.targets import (
     is_other_matrix,
     is_projection_key,
@@ -41,7 +39,6 @@ from spp.wrapping.state import forget_quantizer, uncompiled
 from spp.wrapping.wrap import AdapterLayer, base_verdict, require_layers, unwrap
 
 logger = logging.getLogger(__name__)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge(
@@ -169,22 +166,6 @@ def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMas
             found = replace(found, dtype=dtype_name(dtypes[name]))
         facts[name] = found
     return MergeReport.from_layers(results, make_report(facts), **options)
-
-
-def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
-    """Raise a ConfigError unless the options of a merge make sense."""
-    check_choice("rounding", rounding, ROUNDINGS)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"{arg('dtype')} is {dtype}; a merge stores {', '.join(str(d) for d in DTYPES)}")
-
-
-def draw_seed(rounding: str, seed: int | None) -> int:
-    """Return the seed of a merge: `seed`, or for stochastic rounding without one a draw from torch's generator."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"{arg('seed')} is {seed!r}; expected an integer, or None")
-    if seed is None and rounding == "stochastic":
-        return int(torch.randint(2**62, (1,)))
-    return seed or 0
 
 
 def _key(path: str, layer: AdapterLayer) -> str:

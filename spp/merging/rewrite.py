@@ -51,9 +51,9 @@ from spp.files.writer import TensorFile
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix
 from spp.masks.patterns import all_finite, as_array, count_kept, pack_bits
-from spp.merging.model import DTYPES
 from spp.models.targets import is_other_matrix, is_projection_key
 from spp.rules import rescue_
+from spp.weights import FLOATS
 
 Hashes = Mapping[str, str | None]
 
@@ -90,6 +90,8 @@ class Rewriting:
             certificate of the checkpoint names.
 
     Attributes:
+        weights: keys of the tensors whose zeros the certificate describes.
+        matrices: keys of these and of other matrices, whose zeros stay zeros in another dtype.
         tensors, other: of the certificate, of what has been made.
         by_torch: held by who works on a whole tensor: one at a time is in memory.
     """
@@ -102,15 +104,15 @@ class Rewriting:
         certified: Collection[str],
     ) -> None:
         self.reader, self.transforms, self.dtype = reader, transforms, dtype
-        before = {key for key in certified_keys(reader.directory) if self._is_matrix(key)}
-        self._certified = before.union(certified)
+        ranks = {key: len(reader.shape(key)) for key in reader}
+        named = {k for k in certified_keys(reader.directory) if ranks.get(k) == 2 and reader.dtype(k).is_floating_point}
+        self.weights = {key for key, rank in ranks.items() if is_projection_key(key, rank)}.union(named, certified)
+        others = {key for key, rank in ranks.items() if is_other_matrix(key, rank, reader.dtype(key))}
+        self.matrices = self.weights | others
         self.axes = input_axes(reader)
         self.tensors: dict[str, TensorRecord] = {}
         self.other: dict[str, int] = {}
         self.by_torch = threading.Lock()
-
-    def _is_matrix(self, key: str) -> bool:
-        return key in self.reader and len(self.reader.shape(key)) == 2 and self.reader.dtype(key).is_floating_point
 
     def stored(self, key: str) -> torch.dtype:
         """Return the dtype that a tensor of the output has."""
@@ -119,10 +121,6 @@ class Rewriting:
     def size(self) -> int:
         """Return the bytes of all tensors of the output."""
         return sum(size_of(self.stored(key), self.reader.shape(key)) for key in self.reader)
-
-    def is_weight(self, key: str) -> bool:
-        """Whether the certificate describes the zeros of a tensor."""
-        return key in self._certified or is_projection_key(key, len(self.reader.shape(key)))
 
     def certificate(self, base: str | os.PathLike[str] | None = None) -> Certificate:
         """Return the certificate of what has been made.
@@ -138,7 +136,7 @@ class Rewriting:
 def stored_dtype(reader: CheckpointReader, key: str, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype that a tensor gets where all floating ones are converted to `dtype`, or keep theirs."""
     found = reader.dtype(key)
-    return dtype if dtype is not None and found in DTYPES else found
+    return dtype if dtype is not None and found in FLOATS.values() else found
 
 
 class TensorJob(Job):
@@ -148,7 +146,7 @@ class TensorJob(Job):
         self.rewriting, self.key, self.sink = rewriting, key, sink
         reader = self.reader = rewriting.reader
         self.shape, self.before, self.after = reader.shape(key), reader.dtype(key), rewriting.stored(key)
-        self.is_weight, self.transform = rewriting.is_weight(key), rewriting.transforms.get(key)
+        self.is_weight, self.transform = key in rewriting.weights, rewriting.transforms.get(key)
         self.matrices = self._compiled()
         self.whole = self.transform is not None and not self.matrices
         self.entries = self._cut()
@@ -233,7 +231,7 @@ class TensorJob(Job):
             return
         values = _values(data, self.before)
         result = values.to(self.after)
-        if self.is_weight or is_other_matrix(self.key, len(self.shape), self.before):
+        if self.key in self.rewriting.matrices:
             rescue_(result, values)
         zeros = pack_bits(values) if self.is_weight else None
         self._write(piece, bytes_of(result), zeros, finite_before=all_finite(values))

@@ -14,18 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.errors import MaskError, NonFiniteError
+from spp.configs.checkpoints import ROUNDINGS
+from spp.configs.checks import check_choice
+from spp.errors import ConfigError, MaskError, NonFiniteError, arg
 from spp.kernels.native.elementwise import Found, merge_matrix
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
 from spp.rules import Adapter, rescue_
 from spp.rules.adapter import arithmetic_dtype
 from spp.rules.low_rank import LowRankRule
-from spp.weights import QuantizedWeight
+from spp.weights import FLOATS, QuantizedWeight
 from spp.wrapping.state import layer_generator
 
 _MARGIN = 0.99  # of the largest value: what rounding each step, and up to the next value by chance, adds is less
 BLOCK_ELEMENTS = 2**22  # part of the format: a stochastic merge draws a block of rows after the other
+
+
+def check_rounding(dtype: torch.dtype | None, rounding: str) -> None:
+    """Raise a ConfigError unless the options of a merge make sense."""
+    check_choice("rounding", rounding, ROUNDINGS)
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ConfigError(f"{arg('dtype')} is {dtype}; a merge stores {', '.join(str(d) for d in FLOATS.values())}")
+
+
+def draw_seed(rounding: str, seed: int | None) -> int:
+    """Return the seed of a merge: `seed`, or for stochastic rounding without one a draw from torch's generator."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"{arg('seed')} is {seed!r}; expected an integer, or None")
+    if seed is None and rounding == "stochastic":
+        return int(torch.randint(2**62, (1,)))
+    return seed or 0
 
 
 def merge_tensor(
@@ -186,9 +204,10 @@ def merge_weight(
     *,
     fused: bool,
     transposed: bool,
+    dtype: torch.dtype | None,
+    rounding: str,
     seed: int,
     where: str,
-    **options: Any,
 ) -> tuple[Tensor, LayerMerge]:
     """Merge the weight of a layer, in memory or on disk, in the layout in which it is stored.
 
@@ -196,14 +215,16 @@ def merge_weight(
         matrices: W (m, n), one, or one an expert, each asked for when it is merged.
         adapter: of fused experts its parameters have a leading dimension.
         transposed: whether it is stored (n, m).
+        rounding: "nearest" or "stochastic".
         seed: of stochastic rounding; a layer draws by its name.
         where: the layer's module path.
-        options: dtype and rounding, as for `merge_tensor`.
+        dtype: as for `merge_tensor`.
     """
-    options["generator"] = layer_generator(seed, where)
+    generator = layer_generator(seed, where) if rounding == "stochastic" else None
+    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": generator, "where": where}
     if fused:
-        return merge_experts(matrices, adapter, transposed=transposed, where=where, **options)
-    merged, done = merge_tensor(next(iter(matrices)), adapter, where=where, **options)
+        return merge_experts(matrices, adapter, transposed=transposed, **options)
+    merged, done = merge_tensor(next(iter(matrices)), adapter, **options)
     return merged.T.contiguous() if transposed else merged, done
 
 

@@ -24,9 +24,8 @@ from spp.masks.patterns import all_finite
 from spp.models.disk_keys import DiskKeys, Group
 from spp.models.targets import output_head
 from spp.models.unreadable import describe_unreadable, refusal, unreadable_projections
+from spp.weights import FLOATS
 from spp.weights.packed.disk import DenseReader
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _PARTS = re.compile(r"layer|block|expert|depth")  # names in a config that tell how many modules there are
 _MOST_PARTS = 10_000
@@ -46,8 +45,8 @@ class StreamedModel:
     """
 
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype | None, device: str | torch.device) -> None:
-        if dtype is not None and dtype not in FLOATS:
-            raise ConfigError(f"{arg('dtype')} is {dtype}; known: {', '.join(dtype_name(known) for known in FLOATS)}")
+        if dtype is not None and dtype not in FLOATS.values():
+            raise ConfigError(f"{arg('dtype')} is {dtype}; known: {', '.join(FLOATS)}")
         self._reader = reader
         self._wanted = dtype
         self._device = device
@@ -76,7 +75,7 @@ class StreamedModel:
         """Raise a ConfigError where parameters that are to be pruned are stored as something else than floats."""
         wanted = set(names)
         found = [key for key in self._reader if self.memory_key(key) in wanted]
-        bad = [key for key in found if self._reader.dtype(key) not in FLOATS]
+        bad = [key for key in found if self._reader.dtype(key) not in FLOATS.values()]
         if bad:
             told = self._unreadable()
             raise ConfigError(
@@ -152,7 +151,7 @@ class StreamedModel:
         found, stored = self._tensor(self.memory_key(key)), self._reader.dtype(key)
         if found is not None:
             return found.dtype
-        return self._wanted if self._wanted is not None and stored in FLOATS else stored
+        return self._wanted if self._wanted is not None and stored in FLOATS.values() else stored
 
     def _converted(self, key: str, origin: CheckpointReader, *, copy: bool = True) -> Tensor:
         return self._convert(key, origin.tensor(key), copy=copy)

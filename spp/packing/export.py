@@ -43,9 +43,10 @@ from spp.files.reader import INDEX
 from spp.files.writer import TensorFile
 from spp.masks.patterns import DENSE, UNSTRUCTURED
 from spp.models.streamed import refuse_quantized
+from spp.weights import FLOATS
 from spp.weights.packed.disk import FORMAT_VERSION, QUANT_METHOD, SUFFIXES, DenseReader, Descriptor, packed_settings
 from spp.weights.packed.layout import INTEGERS, pack_tensor
-from spp.weights.packed.matrix import DTYPES, PackedWeight
+from spp.weights.packed.matrix import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class _Packing:
         self._changed: dict[str, tuple[int, str]] = {}  # {key: crc32 and sha256 of the contents without −0.0}
         for key, record in self._certificate.tensors.items():
             dtype = reader.dtype(key)
-            if record.pattern == DENSE or dtype not in DTYPES or record.input_axis < len(record.shape) - 2:
+            if record.pattern == DENSE or dtype not in FLOATS.values() or record.input_axis < len(record.shape) - 2:
                 continue
             kept = record.numel - record.zeros
             descriptor = Descriptor.of(record.shape, record.input_axis, record.pattern, kept, dtype.itemsize)

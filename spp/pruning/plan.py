@@ -21,10 +21,10 @@ from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
 from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning, arg
 from spp.masks.patterns import Pattern, all_finite
 from spp.models.projection import Projection, find_projections
-from spp.models.streamed import FLOATS
 from spp.models.targets import resolve_projections
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids
+from spp.weights import FLOATS
 from spp.wrapping.state import input_embedding
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dic
 def check_layer(layer: Projection) -> None:
     """Raise what speaks against pruning a layer as it is: quantized, not in memory, not finite."""
     weight, name = layer.weight, layer.parameter_path
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in FLOATS.values():
         raise ConfigError(
             f"{name} is {weight.dtype}: a quantized model cannot be pruned; load it in float32, float16 or bfloat16"
         )

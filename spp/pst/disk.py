@@ -19,9 +19,9 @@ from spp.errors import AdapterError, NonFiniteError
 from spp.files import CheckpointReader, content_crc32
 from spp.files.carry import refuse_overlap
 from spp.masks.patterns import Pattern
-from spp.merging.model import check_rounding
 from spp.merging.places import locate
 from spp.merging.rewrite import Rewriting, Transform, output, stored_dtype, write_shards
+from spp.merging.weight import check_rounding
 from spp.pst.files import PSTState, read
 from spp.pst.function import Scales, masked_weight
 from spp.pst.layer import FACTORS, factor_shapes
