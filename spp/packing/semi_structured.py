@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spp.configs.checks import check_choice, check_int
+from spp.configs.pruning import Names
 from spp.errors import ConfigError, WrapError
 from spp.files import dtype_name
 from spp.layers.host import check_packable
 from spp.masks.patterns import detect_pattern, is_nm
 from spp.models.targets import resolve_targets
-from spp.packing.model import Names, packed_layers
+from spp.packing.model import packed_layers
 from spp.weights import quantized_kind
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import is_wrapped
@@ -117,16 +119,14 @@ def to_semi_structured(
         SemiStructuredReport(210 layers sparse, 0 dense; sparse / dense 4096×4096: 0.71, 4096×11008: 0.66)
     """
     model = uncompiled(model)
-    if keep not in KEEP:
-        raise ConfigError(f"keep is {keep!r}; known: {', '.join(KEEP)}")
-    if type(tokens) is not int or tokens < 1:
-        raise ConfigError(f"tokens is {tokens!r}; it must be a whole number, at least 1")
+    check_choice("keep", keep, KEEP)
+    check_int("tokens", tokens, least=1)
     if is_wrapped(model):
         raise WrapError("the model is wrapped: merge first, spp.merge(model); adapters train on dense weights")
     if packed_layers(model):
         raise WrapError("the model is packed: spp.unpack(model) first")
     targets: dict[str, Any] = dict(resolve_targets(model, target_modules, exclude_modules))
-    device = _require_gpu({path: module.weight.device for path, module in targets.items()})
+    device = _require_gpu({module.weight.device for module in targets.values()})
     dense, groups = {}, defaultdict(list)
     for path, module in targets.items():
         if (reason := _unsuited(path, module)) is None:
@@ -140,14 +140,14 @@ def to_semi_structured(
     for paths in groups.values():
         try:
             timings.append(timing := _measure(targets[paths[0]].weight, tokens, len(paths), keep))
-            reason = None if timing.sparse else f"the dense product is faster: sparse / dense {timing.ratio:.2f}"
         except ConfigError as error:
-            reason = str(error)
+            dense |= dict.fromkeys(paths, str(error))
+            continue
+        if not timing.sparse:
+            dense |= dict.fromkeys(paths, f"the dense product is faster: sparse / dense {timing.ratio:.2f}")
+            continue
         for path in paths:
-            if reason is None:
-                targets[path].weight = nn.Parameter(_convert(targets[path].weight), requires_grad=False)
-            else:
-                dense[path] = reason
+            targets[path].weight = nn.Parameter(_convert(targets[path].weight), requires_grad=False)
     if any(timing.sparse for timing in timings) and hasattr(model, "save_pretrained"):
         model.save_pretrained = refuse_to_save  # type: ignore[assignment]
     return SemiStructuredReport(torch.cuda.get_device_name(device), tokens, tuple(timings), dict(sorted(dense.items())))
@@ -208,26 +208,21 @@ def _convert(weight: Tensor) -> Tensor:
         return torch.sparse.to_sparse_semi_structured(weight.detach())
 
 
-def _require_gpu(devices: dict[str, torch.device]) -> torch.device:
+def _require_gpu(devices: set[torch.device]) -> torch.device:
     """Return the device of the target layers; a ConfigError unless it is one GPU that has 2:4 products."""
-    needed = "torch's 2:4 products need an NVIDIA GPU of compute capability 8.0 (Ampere) or later"
-    path, device = next(iter(devices.items()))
-    if len(set(devices.values())) != 1:
-        found = ", ".join(sorted(map(str, set(devices.values()))))
-        raise ConfigError(f"the target layers are on {found}: move them to one GPU")
-    if device.type != "cuda":
-        raise ConfigError(f"{path} is on {device}: {needed}; model.to('cuda') moves a model there")
-    if torch.version.cuda is None:
-        raise ConfigError(f"this torch ({torch.__version__}) is not built for CUDA: {needed}")
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"{name} has compute capability {major}.{minor}: {needed}")
-    return device
+    (device, *others), found = devices, ", ".join(sorted(map(str, devices)))
+    if not others and device.type == "cuda":
+        found = torch.cuda.get_device_name(device)
+        if torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= _CAPABILITY:
+            return device
+    raise ConfigError(
+        f"the target layers are on {found}: torch's 2:4 products need one NVIDIA GPU of compute capability 8.0 "
+        f"(Ampere) or later; model.to('cuda') moves a model there"
+    )
 
 
 def _unsuited(path: str, module: nn.Module) -> str | None:
-    """Return why a layer stays dense; None for one that can be sparse."""
+    """Return why a layer stays dense; None for one that torch may take."""
     if quantized_kind(module):
         return "it is quantized"
     check_packable(module, path)
@@ -236,10 +231,4 @@ def _unsuited(path: str, module: nn.Module) -> str | None:
         return f"its zeros are not 2:4 ({detect_pattern(weight)})"
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype_name(weight.dtype)} weights have no 2:4 product; float16 and bfloat16 have"
-    kinds: Any = torch.sparse
-    cutlass = kinds.SparseSemiStructuredTensor._FORCE_CUTLASS
-    kind = kinds.SparseSemiStructuredTensorCUTLASS if cutlass else kinds.SparseSemiStructuredTensorCUSPARSELT
-    (m, n), limits = weight.shape, kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
-    if m % limits.sparse_min_rows or n % limits.sparse_min_cols:
-        return f"its shape {m} × {n} is no multiple of {limits.sparse_min_rows} × {limits.sparse_min_cols}"
     return None
