@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from spp.merging.model import merge
     from spp.merging.report import MergeReport
     from spp.packing.export import export_dense, export_packed
-    from spp.packing.load import load_packed
-    from spp.packing.model import pack, unpack
+    from spp.packing.model import load_packed, pack, unpack
     from spp.packing.semi_structured import SemiStructuredReport, to_semi_structured
     from spp.pruning import prune
     from spp.pruning.disk import prune_checkpoint
@@ -54,8 +53,7 @@ _HOMES = {
     "spp.merging.model": ("merge",),
     "spp.merging.report": ("MergeReport",),
     "spp.packing.export": ("export_dense", "export_packed"),
-    "spp.packing.load": ("load_packed",),
-    "spp.packing.model": ("pack", "unpack"),
+    "spp.packing.model": ("load_packed", "pack", "unpack"),
     "spp.packing.semi_structured": ("SemiStructuredReport", "to_semi_structured"),
     "spp.pruning": ("prune",),
     "spp.pruning.disk": ("prune_checkpoint",),

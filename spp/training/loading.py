@@ -13,7 +13,7 @@ from spp.files.formats import other_weights, stored_format
 from spp.files.hub import local_directory
 from spp.models.streamed import auto_class
 from spp.models.unreadable import describe_unreadable, refusal
-from spp.packing.load import load_packed
+from spp.packing.model import load_packed
 from spp.weights import FLOATS
 from spp.weights.packed.disk import is_packed_directory
 from spp.wrapping.adapter_files import CONFIG_NAME
