@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spp.packing.semi_structured import SemiStructuredReport, to_semi_structured
     from spp.pruning import prune
     from spp.pruning.disk import prune_checkpoint
-    from spp.pst.disk import convert_checkpoint
+    from spp.pst.files import convert_checkpoint
     from spp.wrapping.adapters import adapter_state_dict, load_adapter, save_adapter
     from spp.wrapping.wrap import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
 
@@ -57,7 +57,7 @@ _HOMES = {
     "spp.packing.semi_structured": ("SemiStructuredReport", "to_semi_structured"),
     "spp.pruning": ("prune",),
     "spp.pruning.disk": ("prune_checkpoint",),
-    "spp.pst.disk": ("convert_checkpoint",),
+    "spp.pst.files": ("convert_checkpoint",),
     "spp.wrapping.adapters": ("adapter_state_dict", "load_adapter", "save_adapter"),
     "spp.wrapping.wrap": ("adapter_parameters", "disabled", "print_trainable_parameters", "unwrap", "wrap"),
 }

@@ -23,7 +23,7 @@ def run(config: MergeConfig) -> None:
     import torch
 
     from spp.merging.disk import merge_checkpoint
-    from spp.pst.disk import convert_checkpoint
+    from spp.pst.files import convert_checkpoint
     from spp.report import merge_table, sparsity_table
     from spp.wrapping.adapter_files import PST_TYPE, method_of
 
