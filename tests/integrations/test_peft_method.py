@@ -14,8 +14,8 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from spp.errors import ConfigError, DependencyError
-from spp.integrations.peft import SPPPeftConfig, SPPPeftModel, method
-from spp.integrations.peft.method import add_member, register
+from spp.integrations import peft as method
+from spp.integrations.peft import SPPPeftConfig, SPPPeftModel, add_member, register
 
 
 class Fruit(str, enum.Enum):

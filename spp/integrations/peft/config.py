@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from peft import PeftConfig
@@ -18,6 +19,7 @@ from spp.files import mask_sha256
 from spp.wrapping.adapter_files import why_malformed
 from spp.wrapping.adapters import base_values
 
+COMBINATIONS = ("stack", "svd")
 _SPP_FIELDS = tuple(field.name for field in fields(SPPConfig))
 
 
@@ -146,3 +148,55 @@ class SPPPeftConfig(PeftConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_owner"}
+
+
+# ---- The config of a weighted sum of adapters.
+
+
+def require_combination(
+    configs: Mapping[str, SPPPeftConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    combination: str,
+    r: int | None,
+) -> None:
+    """Raise a ConfigError unless these adapters can be combined so."""
+    unknown = sorted(set(adapters) - configs.keys())
+    if not adapters or unknown:
+        raise ConfigError(f"adapters: there is no {', '.join(unknown) or 'name given'}; known: {', '.join(configs)}")
+    if len(set(adapters)) < len(adapters):
+        raise ConfigError(f"adapters: a name comes twice in {list(adapters)}; add its weights up")
+    if len(weights) != len(adapters) or not all(math.isfinite(w) for w in weights):
+        raise ConfigError(f"weights are {list(weights)}; they must be {len(adapters)} finite numbers, one an adapter")
+    if name in configs or not name or "." in name:
+        raise ConfigError(f"adapter_name is {name!r}; it must be a new name without dots")
+    if combination not in COMBINATIONS:
+        raise ConfigError(f"combination_type is {combination!r}; known: {', '.join(COMBINATIONS)}")
+    if r is not None and combination != "svd":
+        raise ConfigError("r is given for a stack, which keeps the rank of each adapter; it is for 'svd'")
+    if r is not None:
+        SPPConfig(r=r)
+    saved = [adapter for adapter in adapters if configs[adapter].modules_to_save]
+    if saved:
+        raise ConfigError(f"{', '.join(saved)} also trained modules_to_save as a whole, for which there is no sum")
+
+
+def combined_config(first: SPPPeftConfig, ranks: Mapping[str, int], targets: Sequence[str]) -> SPPPeftConfig:
+    """Return the config of a sum: of the first adapter's kind, with the rank of each layer."""
+    r = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
+    config = replace(
+        first,
+        r=r,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != r} or None,
+        target_modules=set(targets),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        base_masks=None,
+        base_values=None,
+        base_forms=None,
+        seed=None,
+    )
+    config.inference_mode = True
+    return config

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError, MaskError, SPPWarning, TargetError, WrapError, some_of
 from spp.files import mask_sha256
-from spp.integrations.peft.combining import approximate, combined_config, require_combination, stack
-from spp.integrations.peft.config import SPPPeftConfig
-from spp.integrations.peft.experts import FindsAdapters, SPPPeftExperts
-from spp.integrations.peft.layer import Place, SPPPeftLinear
-from spp.integrations.peft.terms import PREFIX, TermsLayer, merged_idle
+from spp.integrations.peft.config import SPPPeftConfig, combined_config, require_combination
+from spp.integrations.peft.layer import FindsAdapters, Place, SPPPeftExperts, SPPPeftLinear
+from spp.integrations.peft.terms import PREFIX, TermsLayer, approximate, merged_idle, stack
 from spp.layers.checks import check_linear, check_values, warn_dense
 from spp.layers.experts import adapt_experts, adapters_of, check_experts, release_experts
 from spp.layers.host import PackedLinear
