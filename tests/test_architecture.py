@@ -256,7 +256,7 @@ def test_imports_go_down_the_levels_without_circles_hidden_names_and_long_files(
         ("training/loading.py", "import spp.report.plot", "level 10 imports spp.report.plot of level 10"),
         ("__init__.py", "from spp import training", "imports the package root"),
         ("__init__.py", "import spp.training", "level 10 imports spp.training of level 10"),
-        ("comparing/cost.py", "import benchmarks.step", "benchmarks is outside of the package"),
+        ("comparing/trial.py", "import benchmarks.step", "benchmarks is outside of the package"),
         ("training/tuning.py", "import rich.table", "rich belongs to cli/"),
         ("training/tuning.py", "def f():\n    import peft", "peft belongs to"),
         ("comparing/methods.py", "import peft", "peft at module level"),

@@ -6,8 +6,7 @@
 
 methods.py      how each contender adapts a pruned model, and how it gives a plain one back
 data.py         training rows, and validation and test rows that share nothing
-trial.py        one contender, learning rate and seed: train, merge, measure
-cost.py         a step's time and memory against SPP's, in processes of their own
+trial.py        one contender, learning rate and seed: train, merge, measure; a step's time and memory against SPP's
 results.py      results.json: atomic, shared by several processes, resumable
 measure.py      interleaved rounds, ratios of medians, peak memory, provenance
 study.py        which trial is next: the search for a learning rate, then more seeds

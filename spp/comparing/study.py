@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spp.certifying.certificate import fingerprint
-from spp.comparing import cost, trial
+from spp.comparing import trial
 from spp.comparing.data import load
 from spp.comparing.measure import weights_fingerprint
 from spp.comparing.methods import PST_KINDS, RULES_OF, require_methods
@@ -283,7 +283,7 @@ def _cost(config: CompareConfig, contender: Contender, results: Results) -> bool
 
     def find() -> dict[str, Any]:
         logger.info("cost of a step of %s …", contender.name)
-        return cost.measure_cost(config, contender)
+        return trial.measure_cost(config, contender)
 
     return results.once("costs", contender.name, find) or contender.name in results.read()["costs"]
 

@@ -1,16 +1,23 @@
-"""One trial: a contender, a learning rate and a seed; trained, merged its own way, and measured as a plain model."""
+"""One trial: a contender, a learning rate and a seed; trained, merged its own way, and measured as a plain model.
+
+And the cost of a contender's step, in a process of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import math
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,14 +28,15 @@ from spp.certifying.scan import report_from_tensors
 from spp.comparing import measure
 from spp.comparing.data import CompareData
 from spp.comparing.methods import Goal, adapt, masks_of
-from spp.configs.comparing import CompareConfig, Contender
-from spp.errors import NonFiniteError
+from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
+from spp.errors import NonFiniteError, SPPError
 from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.models.targets import projection_weights
 from spp.training.loading import load_model
 from spp.training.tuning import training_arguments
 
-logger = logging.getLogger(__name__)
+MEMORY_STEPS = 3  # the first makes the optimizer's state
+WARMUP = 1
 
 
 @dataclass(frozen=True)
@@ -187,3 +195,69 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+# ---- The cost of a contender's step against the reference's: its time in interleaved rounds, its peak memory.
+#
+# One contender is measured in one fresh process: first its memory alone, then the reference beside it for the rounds.
+# Tokens are random; a step is forward, backward, AdamW. Mask updates, which come in one step of many, are not measured.
+
+
+def measure_cost(config: CompareConfig, contender: Contender) -> dict[str, Any]:
+    """Return the entry of a contender, measured in a process of its own."""
+    given = {
+        "model": os.fspath(config.model),
+        "dense": None if config.dense is None else os.fspath(config.dense),
+        "contender": contender.name,
+        "batch_size": config.batch_size,
+        "block_length": config.block_length,
+        "dtype": config.dtype,
+        "rounds": config.cost_rounds,
+        "threads": torch.get_num_threads(),
+        "device": device_of(config),
+    }
+    return measure.in_child("spp.comparing.trial", [json.dumps(given)])
+
+
+class _Step:
+    """A contender and its training step."""
+
+    def __init__(self, options: SimpleNamespace, contender: Contender) -> None:
+        model = load_model(options.model, options.dtype).to(options.device)
+        model.config.use_cache = False
+        self.adapted = adapt(contender, model, 0, dense=options.dense)
+        self.adapted.settle()
+        self.model: Any = self.adapted.model.train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        generator = torch.Generator().manual_seed(0)
+        shape = (options.batch_size, options.block_length)
+        self.tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(options.device)
+
+    def __call__(self) -> None:
+        """Take one."""
+        self.optimizer.zero_grad()
+        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        self.optimizer.step()
+
+
+def cost_of(**given: Any) -> dict[str, Any]:
+    """Return the entry of a contender, measured in this process, of what `measure_cost` gives."""
+    options = SimpleNamespace(**given)
+    torch.set_num_threads(options.threads)
+    contender, reference = parse_contender(options.contender), parse_contender(REFERENCE)
+    step = _Step(options, contender)
+    memory = measure.measure_memory(step, calls=MEMORY_STEPS, device=options.device)
+    steps = {reference.name: step if contender == reference else _Step(options, reference), contender.name: step}
+    samples = measure.interleave(steps, rounds=options.rounds, warmup=WARMUP, device=options.device)
+    row = measure.compare(samples)[contender.name]
+    row |= {"peak_bytes": memory.peak, "rest_bytes": memory.rest, "trainable": step.adapted.trainable()}
+    row["environment"] = measure.environment(options.device, next(step.model.parameters()).dtype).to_dict()
+    return row
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(json.dumps(cost_of(**json.loads(sys.argv[1]))))
+    except SPPError as error:
+        sys.exit(f"error: {error}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import spp
-from spp.comparing import cost, measure
+from spp.comparing import measure, trial
 from spp.comparing.chart import draw
 from spp.comparing.data import load
 from spp.comparing.methods import Goal, adapt, masks_of
@@ -179,8 +179,7 @@ def test_contenders_get_the_same_batches_whatever_they_draw(pruned: Path, tmp_pa
             return batch
 
         (contender,) = given.parsed()
-        trial = Trial(name, 1e-2, 3, 4)
-        run_trial(given, contender, trial, dataclasses.replace(data, collate=record))  # type: ignore[arg-type]
+        run_trial(given, contender, Trial(name, 1e-2, 3, 4), dataclasses.replace(data, collate=record))  # type: ignore[arg-type]
     first, second, third = seen.values()
     assert len(first) >= 4 and first == second == third
 
@@ -355,7 +354,7 @@ def test_divergence_is_a_row(pruned: Path, tmp_path: Path) -> None:
 def test_a_budget_of_time_gives_slow_steps_fewer(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = {"spp": 1.0, "norms": 2.0}
     monkeypatch.setattr(
-        cost,
+        trial,
         "measure_cost",
         lambda _, c: {
             "reference_to_this_wall": {"median": ratios[c.name]},
@@ -406,10 +405,9 @@ def test_norms_train_biases_of_every_name() -> None:
 
 
 @pytest.mark.slow
-def test_cost_of_a_step(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = {"model": pruned, "contender": "norms", "dtype": "float32", "device": "cpu", "batch-size": 1}
-    arguments |= {"block-length": 8, "rounds": 2, "threads": torch.get_num_threads()}
-    cost.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
-    found = json.loads(capsys.readouterr().out)
+def test_cost_of_a_step(pruned: Path) -> None:
+    given = {"model": str(pruned), "dense": None, "contender": "norms", "dtype": "float32", "device": "cpu"}
+    given |= {"batch_size": 1, "block_length": 8, "rounds": 2, "threads": torch.get_num_threads()}
+    found = measure.in_child("spp.comparing.trial", [json.dumps(given)])
     assert found["reference"] == "spp" and found["peak_bytes"] >= found["rest_bytes"] > 0
     assert found["this_to_reference_wall"]["median"] > 0 and found["trainable"] == 3 * 64
