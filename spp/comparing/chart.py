@@ -81,7 +81,7 @@ def _panel(
         axes.set_xlim(low, high)
     points = {number: (x, one) for number, one in enumerate(found, start=1) if (x := position(one)) is not None}
     for x, one in reversed(points.values()):  # the best is drawn last, on top
-        mean = _mean(one)
+        mean = one.perplexity
         spread = [[mean - min(one.perplexities)], [max(one.perplexities) - mean]]
         axes.errorbar(x, mean, yerr=spread, fmt="none", ecolor=_colour(one), capsize=2, elinewidth=1)
         axes.plot(x, mean, "o", color=_colour(one), markersize=_DOT, markeredgecolor="white", markeredgewidth=0.5)
@@ -106,7 +106,7 @@ def _number(axes: Any, points: Points) -> None:
     Call it when the place of the axes is fixed.
     """
     scale = axes.figure.dpi / 72  # pixels of a point of type
-    dots = {number: axes.transData.transform((x, _mean(one))) / scale for number, (x, one) in points.items()}
+    dots = {number: axes.transData.transform((x, one.perplexity)) / scale for number, (x, one) in points.items()}
     taken = [(x, y, _DOT / 2, _DOT / 2) for x, y in dots.values()]  # centre, half of the width and of the height
     turns = [math.radians(degrees) for degrees in (0, 180, 90, 270, 45, 135, 225, 315)]
     for number, (x, one) in points.items():
@@ -123,7 +123,7 @@ def _number(axes: Any, points: Points) -> None:
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
         axes.annotate(
             str(number),
-            (x, _mean(one)),
+            (x, one.perplexity),
             offset,
             textcoords="offset points",
             ha="center",
@@ -146,16 +146,12 @@ def _list(axes: Any, found: Sequence[Summary]) -> None:
     axes.set_axis_off()
     step = min(0.055, 0.8 / len(found))
     for i, one in enumerate(found):
-        text = f"{i + 1:>2}  {one.contender}  {_mean(one):.2f}"
+        text = f"{i + 1:>2}  {one.contender}  {one.perplexity:.2f}"
         axes.text(0, 1 - i * step, text, transform=axes.transAxes, fontsize=8, va="top", color=_colour(one))
     meaning = [("spp", OURS), ("peers that keep the zeros", _PEERS), ("zeros filled or moved", FILLS)]
     present = {_colour(one) for one in found}
     for i, (text, colour) in enumerate(reversed([pair for pair in meaning if pair[1] in present])):
         axes.text(0, 0.05 * i, f"● {text}", transform=axes.transAxes, fontsize=8, color=colour)
-
-
-def _mean(one: Summary) -> float:
-    return sum(one.perplexities) / len(one.perplexities)
 
 
 def _colour(one: Summary) -> str:

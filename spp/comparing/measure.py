@@ -7,13 +7,13 @@ the versions, the dtype and the threads it was measured with.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from spp.files import content_crc32
 from spp.files.provenance import Provenance
 from spp.kernels import native
 from spp.kernels.choice import kernels
+from spp.models.streamed import trim_memory
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,17 @@ def measure_memory(call: Callable[[], object], *, calls: int, device: str = "cpu
     not count; elsewhere it is the peak since the process started.
     """
     gc.collect()
+    synchronise(device)
     if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         rest = torch.cuda.memory_allocated(device)
         for _ in range(calls):
             call()
-        torch.cuda.synchronize(device)
+        synchronise(device)
         return Memory(rest, torch.cuda.max_memory_allocated(device))
-    _reset_peak()
+    trim_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
     rest = _resident("VmRSS:")
     for _ in range(calls):
         call()
@@ -188,15 +191,6 @@ def require_peft(contender: str) -> Any:
             f"the contender {contender} needs peft: pip install 'spp[peft]', or leave it out"
         ) from error
     return peft
-
-
-def _reset_peak() -> None:
-    """Give freed memory back and restart the high-water mark, where the system can."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        pass
 
 
 def _resident(field: str) -> int:

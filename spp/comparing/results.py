@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from spp.configs.checks import is_number
 from spp.errors import CheckpointError, ConfigError, OutputError, OutputExistsError, arg
 from spp.files import atomic_file, check_target, output_error, read_json, write_json
 from spp.files.leftovers import lock
@@ -123,15 +124,8 @@ class Results:
             if found is not None and not (alone and _holds_nothing(found)):
                 _check_conditions(self.path, found["conditions"], conditions)
             else:
-                self._write(
-                    {
-                        "format_version": FORMAT_VERSION,
-                        "conditions": dict(conditions),
-                        "baselines": {},
-                        "rows": {},
-                        "costs": {},
-                    }
-                )
+                empty: dict[str, Any] = {"baselines": {}, "rows": {}, "costs": {}}
+                self._write({"format_version": FORMAT_VERSION, "conditions": dict(conditions), **empty})
             self._conditions = _read(self.path)["conditions"]
 
     def read(self) -> dict[str, Any]:
@@ -213,7 +207,7 @@ def _holds_nothing(contents: Mapping[str, Any]) -> bool:
 
 def _is_row(row: Mapping[str, Any]) -> bool:
     whole = isinstance(row.get("contender"), str) and isinstance(row.get("diverged"), bool)
-    whole &= all(_is_number(row.get(name)) for name in ("lr", "seed", "steps", "trainable"))
+    whole &= all(is_number(row.get(name)) for name in ("lr", "seed", "steps", "trainable"))
     whole &= isinstance(row.get("environment"), Mapping) and _is_measured(row.get("test", _ANY))
     return whole and (row["diverged"] or _is_measured(row.get("validation")))
 
@@ -224,16 +218,12 @@ def _is_baseline(one: Mapping[str, Any]) -> bool:
 
 def _is_cost(one: Mapping[str, Any]) -> bool:
     ratios = (one.get("this_to_reference_wall"), one.get("reference_to_this_wall"))
-    whole = all(isinstance(ratio, Mapping) and _is_number(ratio.get("median")) for ratio in ratios)
-    return whole and _is_number(one.get("peak_bytes")) and isinstance(one.get("environment"), Mapping)
+    whole = all(isinstance(ratio, Mapping) and is_number(ratio.get("median")) for ratio in ratios)
+    return whole and is_number(one.get("peak_bytes")) and isinstance(one.get("environment"), Mapping)
 
 
 def _is_measured(part: object) -> bool:
-    return isinstance(part, Mapping) and all(_is_number(part.get(name)) for name in ("loss", "perplexity"))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(part, Mapping) and all(is_number(part.get(name)) for name in ("loss", "perplexity"))
 
 
 def _open(path: Path) -> int:

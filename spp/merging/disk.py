@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,25 +96,21 @@ def merge_checkpoint(
             write_shards(rewriting, directory, "merging", card=False)  # another model: its card is not the base's
             merging.require_all()
             verdicts = merging.verdicts()
-            _require_values(verdicts, strict=strict_values)
+            others = [verdict.message for verdict in verdicts if verdict.state == OTHER]
+            if strict_values and others:
+                raise AdapterError(f"{'; '.join(others)}; merge it there. Nothing was written")
             certificate = rewriting.certificate(base_dir)
             if directory is not None:
                 certificate.write(directory)
     logger.info("merged %d layers%s", len(merging.merges), "" if dry_run else f" into {out_dir}")
+    for message in others:
+        warnings.warn(message, SPPWarning, stacklevel=2)
     for verdict in verdicts:
-        if verdict.state == OTHER:
-            warnings.warn(verdict.message, SPPWarning, stacklevel=2)
-        elif verdict.state == NOT_COMPARABLE:
+        if verdict.state == NOT_COMPARABLE:
             logger.info(verdict.message)
     idle = idle_reason(merging.layers.values())
     report = MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report(), idle=idle)
     return replace(report, base=gravest(verdicts))
-
-
-def _require_values(verdicts: Sequence[BaseVerdict], *, strict: bool) -> None:
-    others = [verdict.message for verdict in verdicts if verdict.state == OTHER]
-    if strict and others:
-        raise AdapterError(f"{'; '.join(others)}; merge it there. Nothing was written")
 
 
 class _Merging:

@@ -97,7 +97,8 @@ def merge(
                 compute(path, layer)
     if dtype is not None:
         _check_conversion(model, layers, dtype)
-    base = describe_base(model, {_key(path, layer): layer for path, layer in layers.items()})
+    named = {path if isinstance(layer, SPPExperts) else f"{path}.weight": layer for path, layer in layers.items()}
+    base = describe_base(model, named)
     idle = idle_reason(layer.adapter() for layer in layers.values())
     results: dict[str, LayerMerge] = {}
     for path, layer in layers.items():
@@ -166,11 +167,6 @@ def report_merge(model: nn.Module, results: dict[str, LayerMerge], base: BaseMas
             found = replace(found, dtype=dtype_name(dtypes[name]))
         facts[name] = found
     return MergeReport.from_layers(results, make_report(facts), **options)
-
-
-def _key(path: str, layer: AdapterLayer) -> str:
-    """Return the name of a layer's weight in the model."""
-    return path if isinstance(layer, SPPExperts) else f"{path}.weight"
 
 
 def _merge_layer(

@@ -48,10 +48,12 @@ class DiskKeys:
     """
 
     def __init__(self, model: Any, shapes: Mapping[str, Shape], packed: Mapping[str, Tensor] | None = None) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
         self._model = model
         self._shapes = dict(shapes)
         self._state: dict[str, Tensor] = {**model.state_dict(), **(packed or {})}
-        self._conversions = _conversions(model)
+        self._conversions: list[Any] = list(get_model_conversion_mapping(model) or [])  # empty: all names agree
         self._patterns: dict[str, str] = {}  # {disk key: the pattern of its converter}
         self._first: dict[str, str] = {}  # {disk key of a group: the memory key that names it}
         self.memory: dict[str, str] = {}  # {disk key: memory key}, of a group: its first
@@ -67,7 +69,9 @@ class DiskKeys:
     def join(self, group: Group, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the tensors in memory that a group becomes; `get` returns one from disk."""
         name = self._first[group.disk[0]]
-        converter = deepcopy(self._converter(self._patterns[group.disk[0]]))
+        pattern = self._patterns[group.disk[0]]
+        found = next(c for c in self._conversions if hasattr(c, "operations") and pattern in c.source_patterns)
+        converter = deepcopy(found)
         for key in group.disk:
             converter.add_tensor(name, key, self._patterns[key], get(key))
         made = converter.convert(name, model=self._model, config=self._model.config)
@@ -105,11 +109,16 @@ class DiskKeys:
                 self._model._weight_conversions = before
 
     def _read(self, keys: list[str]) -> None:
-        disk: dict[str, list[str]] = {}
-        rename = self._renaming()
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        prefix, disk = self._model.base_model_prefix, dict[str, list[str]]()
         for key in keys:
-            name, pattern = (key, None) if key in self._state else rename(key)
-            if pattern is None:
+            name, pattern = key, None
+            if key not in self._state:
+                name, pattern = rename_source_key(key, renamings, converters, prefix, self._state)
+            if pattern is None or name not in self._state:
                 self.memory[key] = name if name in self._state else key
             else:
                 self.memory[key] = self._first[key] = name
@@ -117,27 +126,8 @@ class DiskKeys:
                 disk.setdefault(name, []).append(key)
         self.groups = {name: Group(tuple(keys), ()) for name, keys in disk.items()}
 
-    def _renaming(self) -> Callable[[str], tuple[str, str | None]]:
-        """Return what gives a disk key's name in memory, and the pattern of the converter that it needs, if any."""
-        try:
-            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-        except ImportError:  # a transformers that loads every key as it is
-            return lambda key: (key, None)
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        prefix = self._model.base_model_prefix
-
-        def rename(key: str) -> tuple[str, str | None]:
-            name, pattern = rename_source_key(key, renamings, converters, prefix, self._state)
-            return name, pattern if name in self._state else None
-
-        return rename
-
     def _without_values(self, key: str) -> Tensor:
         return torch.empty(self._shapes[key], device="meta")
-
-    def _converter(self, pattern: str) -> Any:
-        return next(c for c in self._conversions if hasattr(c, "operations") and pattern in c.source_patterns)
 
     def _check(self, name: str) -> None:
         """Convert a group without its values and back: it must give what the model has, and itself again."""
@@ -156,15 +146,6 @@ class DiskKeys:
                 f"{(wrong or [name])[0]} of the model and back"
             )
         self.groups[name] = Group(group.disk, tuple(made))
-
-
-def _conversions(model: Any) -> list[Any]:
-    """Return transformers' table for a model; empty where all names agree, or where there are no tables."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return []
-    return list(get_model_conversion_mapping(model) or [])
 
 
 def _natural(key: str) -> list[tuple[int, int | str]]:

@@ -203,17 +203,6 @@ class StreamedModel:
             )
 
 
-def _load_config(source: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except Exception as error:  # OSError, ValueError, KeyError, those of configs with code of their own
-        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise StreamingError(f"cannot read the model's config in {source}: {reason}") from error
-    return config
-
-
 def refuse_quantized(source: Path) -> None:
     """Raise a ConfigError where a checkpoint's config says that it is quantized."""
     found = stored_format(source)
@@ -225,16 +214,19 @@ def refuse_quantized(source: Path) -> None:
 def skeleton(reader: CheckpointReader, wanted: torch.dtype | None) -> Any:
     """Return the model without weights, its buffers computed as its own code does."""
     from accelerate import init_empty_weights
+    from transformers import AutoConfig
 
     _refuse_endless(reader)
-    config = _load_config(reader.directory)
-    dtype = wanted or getattr(config, "dtype", None) or _first_dtype(reader)
+    failed = "cannot read the model's config"
     try:
+        config = AutoConfig.from_pretrained(reader.directory)
+        failed = "cannot make a model of the config"
+        dtype = wanted or getattr(config, "dtype", None) or _first_dtype(reader)
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, dtype=dtype)
-    except Exception as error:  # whatever the model's own code meets in a config that makes no sense
+    except Exception as error:  # of the loader, of code of the config's or the model's own
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise StreamingError(f"cannot make a model of the config in {reader.directory}: {reason}") from error
+        raise StreamingError(f"{failed} in {reader.directory}: {reason}") from error
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}  # what stays in float32
     for part, kept in plan.items():
         pattern = re.compile(part.replace("*", ".*"))

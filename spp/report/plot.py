@@ -5,6 +5,7 @@ matplotlib (the extra `plot`) is imported when one is drawn.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,23 +180,16 @@ def _draw(axes: Any, panel: Panel, colours: Any, *, numbers: bool) -> Any:
 
 def _add(cells: dict[tuple[str, str], Cell], row: str, column: str, tensor: TensorSparsity) -> None:
     zeros, count, finite = cells.get((row, column), (0, 0, True))
-    numel = 1
-    for length in tensor.shape:
-        numel *= length
-    cells[row, column] = (zeros + tensor.zeros, count + numel, finite and tensor.valid)
+    cells[row, column] = (zeros + tensor.zeros, count + math.prod(tensor.shape), finite and tensor.valid)
 
 
 def _panel(title: str, cells: dict[tuple[str, str], Cell], across: str) -> Panel:
     rows = sorted({row for row, _ in cells}, key=lambda row: int(row or -1))
-    columns = sorted(dict.fromkeys(column for _, column in cells), key=_number if across else _place)
+    columns = sorted(dict.fromkeys(column for _, column in cells), key=int if across else _place)
     found = [[cells.get((row, column)) for column in columns] for row in rows]
     values = tuple(tuple(None if cell is None else cell[0] / max(1, cell[1]) for cell in row) for row in found)
     wrong = tuple((i, j) for i, row in enumerate(found) for j, cell in enumerate(row) if cell and not cell[2])
     return Panel(title, tuple(rows), tuple(columns), values, wrong, across)
-
-
-def _number(column: str) -> int:
-    return int(column)
 
 
 def _place(column: str) -> tuple[int, str]:
