@@ -97,6 +97,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 _SHARED = ("r", "scaling", "dropout", "dropout_mode")
 REFERENCE = "spp"  # that costs are relative to
+_TRAINING = (  # options that CompareConfig shares with TuneConfig, and all rows of one results.json
+    *("batch_size", "block_length", "dtype", "data_format", "completions_only"),
+    *("weight_decay", "warmup_ratio", "schedule", "max_grad_norm"),
+)
+_OF_A_RUN = ("data", "output_dir", "model", "eval_text", "device", "overwrite", "resume")  # others that it shares
 
 
 @dataclass(frozen=True)
@@ -363,37 +368,15 @@ class CompareConfig:
 
     def recipe(self, lr: float, seed: int, steps: int | None = None) -> TuneConfig:
         """Return the options of one training run; every contender's are the same but for these three."""
-        return TuneConfig(
-            data=self.data,
-            output_dir=self.output_dir,
-            model=self.model,
-            eval_text=self.eval_text,
-            lr=lr,
-            seed=seed,
-            steps=steps or self.steps,
-            batch_size=self.batch_size,
-            block_length=self.block_length,
-            eval_window=self.window,
-            dtype=self.dtype,
-            data_format=self.data_format,
-            completions_only=self.completions_only,
-            weight_decay=self.weight_decay,
-            warmup_ratio=self.warmup_ratio,
-            schedule=self.schedule,
-            max_grad_norm=self.max_grad_norm,
-            device=self.device,
-            overwrite=self.overwrite,
-            resume=self.resume,
-        )
+        same = {name: getattr(self, name) for name in (*_TRAINING, *_OF_A_RUN)}
+        return TuneConfig(**same, lr=lr, seed=seed, steps=steps or self.steps, eval_window=self.window)
 
     def conditions(self) -> dict[str, Any]:
         """Return what all rows of one results.json share, paths by their last part: they differ between machines."""
         recipe = self.recipe(1.0, 0)
-        names = ("budget", "steps", "batch_size", "block_length", "test_windows", "validation_windows", "dtype")
-        shared = ("data_format", "completions_only", "weight_decay", "warmup_ratio", "schedule", "max_grad_norm")
+        names = ("budget", "steps", "test_windows", "validation_windows", "window")
         return {
-            **{name: getattr(self, name) for name in (*names, *shared)},
-            "window": self.window,
+            **{name: getattr(self, name) for name in (*names, *_TRAINING)},
             "model": Path(str(self.model)).name,
             "dense": None if self.dense is None else Path(str(self.dense)).name,
             "data": [Path(name).name for name in recipe.data_files],

@@ -81,10 +81,10 @@ class SPPPackedQuantizer(HfQuantizer):
             raise ConfigError("a packed checkpoint is loaded from its folder, not from a state dict")
         with DenseReader(folders[0]) as reader:
             keys = DiskKeys(model, {key: reader.shape(key) for key in reader})
-            layers = {}
+            layers, modules = {}, dict(model.named_modules(remove_duplicate=False))
             for key, descriptor in reader.packed.items():
                 path = keys.memory[key].removesuffix(".weight")
-                linear = _module(model, path)
+                linear = modules.get(path)
                 if keys.group_of(key) is not None or not _holds(linear, descriptor):
                     raise ConfigError(
                         f"{reader.directory}: {key} is packed, and {type(model).__name__} does not hold it as a "
@@ -109,13 +109,6 @@ class SPPPackedQuantizer(HfQuantizer):
             getattr(module, "config", model.config).__dict__.pop("_is_quantized", None)
         guard_saving(model)
         return model
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _holds(module: nn.Module | None, descriptor: Descriptor) -> bool:

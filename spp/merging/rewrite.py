@@ -341,7 +341,7 @@ def _write_tensors(rewriting: Rewriting, directory: Path | None, task: str) -> N
     A file is closed when its last tensor is done, while threads are at the next one already.
     """
     reader = rewriting.reader
-    left: dict[Job, tuple[ExitStack, list[int]]] = {}  # {job: (its file, how many of its tensors are not done)}
+    closing: dict[Job, ExitStack] = {}  # {the last job of a file: the file}
 
     def jobs() -> Iterator[Job]:
         for name, keys in reader.shards().items():
@@ -352,18 +352,16 @@ def _write_tensors(rewriting: Rewriting, directory: Path | None, task: str) -> N
                 file = own.enter_context(TensorFile(directory / name, layout))
                 names = file.names
             files.push(own)
-            count = [len(names)]
             for key in names:
                 job = TensorJob(rewriting, key, Sink(file, key))
-                left[job] = own, count
+                if key == names[-1]:
+                    closing[job] = own
                 yield job
 
     def done(job: Job) -> None:
         bar.update()
-        own, count = left.pop(job)
-        count[0] -= 1
-        if not count[0]:
-            own.close()
+        if job in closing:
+            closing.pop(job).close()
 
     with ExitStack() as files, tqdm(total=len(reader.keys()), desc=task, unit="tensor", disable=None) as bar:
         run(jobs(), done, waiting=1)

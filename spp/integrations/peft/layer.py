@@ -64,36 +64,29 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
         self.training = base_layer.training
 
     def drop_cache(self) -> None:
-        """Forget W_eff."""
         self._cached = None
 
     def frozen(self) -> Weight:
-        """Return the base weight, merged or not."""
         base = self.base_layer
         return base.held() if isinstance(base, PackedLinear) else parameter_weight(base, input_axis=self.input_axis)
 
     def frozen_bias(self) -> Tensor | None:
-        """Return the base's bias."""
         return None if self.base_layer.bias is None else values(self.base_layer, "bias")
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that holds the base's values."""
         base = self.base_layer
         stored = base.stored_weight if isinstance(base, PackedLinear) else base.weight
         assert isinstance(stored, Tensor)
         return stored
 
     def held_now(self) -> Weight:
-        """Return the base weight, merged or not."""
         return self.frozen()
 
     def is_offloaded(self) -> bool:
-        """Whether accelerate has the weight offloaded."""
         return offloader(self.base_layer) is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute Y (…, m) from x (…, n)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         hook = self.base_layer.__dict__.get("_hf_hook")  # never called itself, the base layer does not align its input
@@ -145,13 +138,11 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             self.base_layer = self.base_layer.restore()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftLinear:
-        """Convert or move; what was set aside by a merge follows."""
         super()._apply(fn, recurse)
         self.convert_before(fn)
         return self
 
     def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.ranks}"
 
 
@@ -187,19 +178,15 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
         return self.active() is None
 
     def active(self) -> Adapter | None:
-        """Return the active adapters' sum, unless they are disabled or merged."""
         return TermsLayer.active(self)
 
     def held_now(self) -> Weight:
-        """Return the weight, merged or not."""
         return ExpertsAdapter.held(self)
 
     def held(self) -> Weight:
-        """Return W as it was before any merge."""
         return TermsLayer.held(self)
 
     def is_offloaded(self) -> bool:
-        """Whether accelerate has the weight offloaded."""
         return is_offloaded(self.projection.module, self.projection.name)
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
@@ -233,13 +220,11 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
             self.weight.data = before.to(self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPPPeftExperts:
-        """Convert or move; what was set aside by a merge follows."""
         super()._apply(fn, recurse)
         self.convert_before(fn)
         return self
 
     def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"num_experts={self.num_experts}, {sizes}, r={self.ranks}"
 
