@@ -25,7 +25,7 @@ from spp.configs.pruning import METHODS
 from spp.errors import ConfigError
 from spp.evaluation import evaluating
 from spp.masks.patterns import Pattern
-from spp.models.targets import resolve_targets
+from spp.models.targets import resolve_projections
 from spp.pruning import prune
 from spp.pruning.blocks import BATCH_TOKENS, Reached, call_model, find_blocks, hidden_name
 from spp.pruning.windows import calibration_windows
@@ -59,7 +59,7 @@ def make_call(options: argparse.Namespace, name: str, model: nn.Module, windows:
 
 def restorer(model: nn.Module) -> Callable[[], None]:
     """Return a call that gives the target layers the weights back that they have now."""
-    weights = [module.get_parameter("weight") for _, module in resolve_targets(model)]
+    weights = [target.module.get_parameter("weight") for target in resolve_projections(model).values()]
     dense = [weight.detach().clone() for weight in weights]
 
     def restore() -> None:
@@ -193,7 +193,7 @@ def forward_passes(model: nn.Module, windows: Tensor) -> Callable[[], None]:
         model: any that `spp.prune` takes.
         windows: token ids (k, L), run in the batches that `spp.prune` makes of them.
     """
-    targets = [path for path, _ in resolve_targets(model)]
+    targets = list(resolve_projections(model))
     root, blocks = find_blocks(model, targets)
     start = len(root) + 1 if root else 0
     blocks = blocks[: 1 + max(int(path[start:].split(".")[0]) for path in targets)]

@@ -27,7 +27,7 @@ from benchmarks import harness
 from benchmarks.models import add_model_options, load_dense, model_arguments
 from spp.errors import ConfigError
 from spp.masks.patterns import Pattern
-from spp.models.targets import resolve_targets
+from spp.models.targets import resolve_projections
 from spp.pruning import magnitude_mask
 from spp.pst import PSTLinear, pst_layers, set_sparsity
 from spp.pst import wrap as wrap_pst
@@ -98,8 +98,8 @@ def quantize(model: nn.Module, form: str) -> nn.Module:
         form: "nf4" or "int8".
     """
     bnb = harness.require_bitsandbytes()
-    for path, module in resolve_targets(model, PROJECTIONS):
-        linear: Any = module
+    for path, target in resolve_projections(model, PROJECTIONS).items():
+        linear: Any = target.module
         weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
         made: Any
         if form == "nf4":
@@ -118,8 +118,8 @@ def load_model(options: argparse.Namespace) -> nn.Module:
     model = load_dense(options)
     pattern = Pattern.parse(options.pattern)
     with torch.no_grad():
-        for _, module in resolve_targets(model, PROJECTIONS):
-            weight: Any = module.weight
+        for target in resolve_projections(model, PROJECTIONS).values():
+            weight: Any = target.module.weight
             if int((weight == 0).sum()) < weight.numel() // 4:  # a model that is pruned already stays as it is
                 weight.mul_(magnitude_mask(weight, pattern))
     return model

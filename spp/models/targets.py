@@ -18,7 +18,7 @@ from spp.configs.checks import is_suffix, name_matches
 from spp.errors import ConfigError, TargetError, WrapError, arg
 from spp.models.projection import OTHER_PROJECTIONS as OTHER_PROJECTIONS
 from spp.models.projection import PROJECTIONS as PROJECTIONS
-from spp.models.projection import Projection, find_projections, is_linear
+from spp.models.projection import Projection, find_projections
 from spp.models.projection import is_projection_key as is_projection_key
 from spp.weights import quantized_kind, read_quantized
 from spp.weights.offload import is_offloaded, values
@@ -37,12 +37,14 @@ def require_model(model: object) -> None:
         raise ConfigError(f"expected a model, a torch.nn.Module, found a {type(model).__name__}{path}")
 
 
-def resolve_targets(
+def resolve_projections(
     model: nn.Module,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
-) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of the modules that are meant, in module order, each module once under its first path.
+) -> dict[str, Projection]:
+    """Return {path: projection} of what is meant, in module order, each module once under its first path.
+
+    Linears, fused expert weights and Conv1D; the path of a fused expert weight ends in the parameter's name.
 
     Args:
         model: any module; a layer that is wrapped already counts as its linear.
@@ -54,22 +56,6 @@ def resolve_targets(
         TargetError: nothing matches (the message lists the linears that there are), or a matched module shares its
             weight with the embedding.
         WrapError: nothing matches, because the model is wrapped for PST.
-    """
-    linears = {p.path: p for p in find_projections(model) if is_linear(p.module)}
-    chosen = _choose(model, linears, target_modules, exclude_modules)
-    if "" in chosen:
-        raise TargetError("the model itself is a linear, which cannot be replaced in place; use spp.SPPLinear(linear)")
-    return [(path, projection.module) for path, projection in chosen.items()]
-
-
-def resolve_projections(
-    model: nn.Module,
-    target_modules: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-) -> dict[str, Projection]:
-    """Return {path: projection} of what is meant, fused expert weights and Conv1D among them, in module order.
-
-    Arguments and errors as for `resolve_targets`; the path of a fused expert weight ends in the parameter's name.
     """
     found = {projection.path: projection for projection in find_projections(model)}
     return _choose(model, found, target_modules, exclude_modules)

@@ -25,7 +25,7 @@ from spp.errors import ConfigError, WrapError
 from spp.files import dtype_name
 from spp.layers.host import check_packable
 from spp.masks.patterns import detect_pattern, is_nm
-from spp.models.targets import resolve_targets
+from spp.models.targets import resolve_projections
 from spp.packing.model import packed_layers
 from spp.weights import quantized_kind
 from spp.wrapping.state import uncompiled
@@ -103,7 +103,7 @@ def to_semi_structured(
         model: pruned to 2:4 and merged, on the GPU, in float16 or bfloat16.
         tokens: rows of X when products are timed: those of the calls that matter. Generation has few, prompts many.
         keep: "faster" keeps the faster form of each shape; "all" makes sparse whatever can be.
-        target_modules, exclude_modules: which linears, as in SPPConfig.
+        target_modules, exclude_modules: which weights, as in SPPConfig; those of plain linears become sparse.
 
     Returns:
         SemiStructuredReport, with the measured times of both forms.
@@ -125,8 +125,9 @@ def to_semi_structured(
         raise WrapError("the model is wrapped: merge first, spp.merge(model); adapters train on dense weights")
     if packed_layers(model):
         raise WrapError("the model is packed: spp.unpack(model) first")
-    targets: dict[str, Any] = dict(resolve_targets(model, target_modules, exclude_modules))
-    device = _require_gpu({module.weight.device for module in targets.values()})
+    projections = resolve_projections(model, target_modules, exclude_modules)
+    device = _require_gpu({projection.operand.device for projection in projections.values()})
+    targets: dict[str, Any] = {path: projection.module for path, projection in projections.items()}
     dense, groups = {}, defaultdict(list)
     for path, module in targets.items():
         if (reason := _unsuited(path, module)) is None:
@@ -223,8 +224,8 @@ def _require_gpu(devices: set[torch.device]) -> torch.device:
 
 def _unsuited(path: str, module: nn.Module) -> str | None:
     """Return why a layer stays dense; None for one that torch may take."""
-    if quantized_kind(module):
-        return "it is quantized"
+    if not isinstance(module, nn.Linear) or quantized_kind(module):
+        return f"it is no plain torch.nn.Linear, but a {type(module).__name__}"
     check_packable(module, path)
     weight = module.get_parameter("weight")
     if not is_nm(weight, 2, 4):

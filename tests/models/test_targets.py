@@ -17,13 +17,12 @@ from spp.models.targets import (
     last_name,
     projection_weights,
     resolve_projections,
-    resolve_targets,
 )
 from tests.helpers.models import tiny_llama
 
 
 def paths(model: nn.Module, *args: object, **kwargs: object) -> list[str]:
-    return [path for path, _ in resolve_targets(model, *args, **kwargs)]  # type: ignore[arg-type]
+    return list(resolve_projections(model, *args, **kwargs))  # type: ignore[arg-type]
 
 
 def test_default_is_the_seven_projections_in_module_order() -> None:
@@ -63,20 +62,20 @@ def test_lists_regexes_exclusions_and_all_linear() -> None:
 
 def test_nothing_matched_lists_what_there_is() -> None:
     with pytest.raises(TargetError, match=r"(?s)target_modules=\['query'\].*q_proj \(64, 64\): 2 ×.*target_modules="):
-        resolve_targets(tiny_llama(), ["query"])
+        resolve_projections(tiny_llama(), ["query"])
     with pytest.raises(TargetError, match="no linear modules"):
-        resolve_targets(nn.Embedding(4, 4))
+        resolve_projections(nn.Embedding(4, 4))
 
 
 def test_a_tied_head_is_refused_by_name() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     assert len(paths(model, "all-linear")) == 14
     with pytest.raises(TargetError, match="tied"):
-        resolve_targets(model, ["lm_head"])
+        resolve_projections(model, ["lm_head"])
     two = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     two["b"].weight = two["a"].weight
     with pytest.raises(TargetError, match="same tensor"):
-        resolve_targets(two, "all-linear")
+        resolve_projections(two, "all-linear")
 
 
 def test_a_module_registered_twice_comes_once() -> None:

@@ -18,7 +18,7 @@ import spp
 from benchmarks import gpu_checks
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.packing import semi_structured
-from tests.helpers.models import prune_nm_, tiny_llama
+from tests.helpers.models import moe_model, prune_nm_, tiny_llama
 from tests.helpers.tolerances import assert_same_bits
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,6 +107,18 @@ def test_what_does_not_fit_stays_dense_and_is_named(gpu: dict[str, Any]) -> None
         "model.layers.0.self_attn.o_proj": "float32 weights have no 2:4 product; float16 and bfloat16 have",
     }
     assert "model.layers.0.self_attn.v_proj" in sparse_layers(model) and len(sparse_layers(model)) == 11
+
+
+def test_what_is_no_plain_linear_stays_dense_and_is_named(gpu: dict[str, Any]) -> None:
+    model = moe_model("mixtral").bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "self_attn" in name:
+                parameter[:, ::2] = 0
+    report = spp.to_semi_structured(model, keep="all")
+    experts = [path for path in report.dense if ".experts." in path]
+    assert experts and all("no plain torch.nn.Linear, but a MixtralExperts" in report.dense[path] for path in experts)
+    assert report.converted == len(sparse_layers(model)) == 8
 
 
 def test_a_conversion_that_fails_or_lies_stays_dense(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
