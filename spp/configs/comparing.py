@@ -212,32 +212,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The options of a comparison.
+    """The options of a comparison: each field has its Option, whose text is the help; those without are TuneConfig's.
 
-    Args:
-        model: directory or hub id of the pruned model.
-        output_dir: where results.json and results.md go.
-        data: training files, as in TuneConfig: text, or instruction rows, of which the answers are learned.
-        contenders: names (KINDS) and groups: main, ranks, dropout, ablations.
-        dense: the model before it was pruned: for a row of its own, for PST to start from, for mask updates; None
-            leaves them out.
-        eval_text: text to measure on; None holds back part of the training data.
-        lr: learning rates: "4e-3" for every contender, "hira=4e-3,1e-2" for one (a name or a kind); what is not named
-            takes those of its kind.
-        extend: how many learning rates beyond the given ones may be tried where the best is the lowest or highest.
-        seeds: of initial values and order of data; learning rates are searched with the first.
-        budget: "steps": each contender gets `steps`; "time": as many as fit into the time of the reference's;
-            "parameters": contenders with a rank get the one whose parameters are nearest to the reference's; others
-            have as many as they have.
-        steps: optimizer steps, of the reference where the budget is time.
-        batch_size, block_length: rows and tokens of a step.
-        window: tokens of a window of text.
-        test_windows, validation_windows: windows of text, or instruction rows, to measure on and to choose by.
-        cost_rounds: interleaved rounds for step times; 0 measures no cost.
-        dtype: to load models in.
-        overwrite: begin anew in an output directory that holds results.
-        resume: go on with the results in the output directory.
-        data_format, completions_only, weight_decay, warmup_ratio, schedule, max_grad_norm, device: as in TuneConfig.
+    With a budget of "steps" each contender gets `steps`; of "time", as many as fit into the time of the reference's; of
+    "parameters", contenders with a rank get the one whose parameters are nearest to the reference's. Learning rates
+    (`lr`) are those of every contender, "4e-3", or of one by its name or kind, "hira=4e-3,1e-2".
 
     Raises:
         ConfigError: an option makes no sense; the message names it.

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spp.files.writer import PAGE, TensorFile
+from spp.files.writer import PAGE
 
 MOST_THREADS = 8  # more than a disk keeps busy
 _ALERT = 0.2  # seconds after which the main thread looks for a signal that another thread was woken up for
@@ -47,26 +47,6 @@ class Scratch(threading.local):
             whole = np.empty(count + 2 * PAGE, np.uint8)
             buffer = self._buffers[tag] = whole[-whole.ctypes.data % PAGE :]
         return buffer[place : place + count]
-
-
-class Sink:
-    """Where the bytes of a tensor go that a job makes: into a file, or nowhere.
-
-    Args:
-        file: that has a tensor of this name; None to throw the bytes away.
-    """
-
-    def __init__(self, file: TensorFile | None, name: str) -> None:
-        self.file, self.name = file, name
-
-    def write(self, start: int, data: npt.NDArray[np.uint8]) -> None:
-        """Take some bytes, from byte `start` of the tensor on."""
-        if self.file is not None:
-            self.file.write(self.name, start, data.data)
-
-    def place(self, start: int) -> int:
-        """Return where in a page of memory the bytes from `start` on had best begin."""
-        return 0 if self.file is None else self.file.place(self.name, start)
 
 
 class Job(ABC):

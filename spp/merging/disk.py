@@ -187,7 +187,6 @@ class _Merging:
         merged, self.merges[path] = merge_weight(
             place.matrices(weight),
             self.layers[path],
-            fused=place.fused,
             transposed=place.transposed,
             dtype=self._dtype,
             rounding=self._rounding,

@@ -181,7 +181,6 @@ def _merge_layer(
     merged, done = merge_weight(
         matrices,
         adapter,
-        fused=isinstance(layer, SPPExperts),
         transposed=layer.input_axis != -1,
         dtype=dtype,
         rounding=rounding,

@@ -45,7 +45,7 @@ from spp.files import CheckpointReader, atomic_directory, check_target, dtype_na
 from spp.files.carry import carry_files, update_config
 from spp.files.hashes import joined_sha256, piece_sha256
 from spp.files.header import size_of
-from spp.files.pipeline import Job, Scratch, Sink, run
+from spp.files.pipeline import Job, Scratch, run
 from spp.files.reader import INDEX
 from spp.files.writer import TensorFile
 from spp.kernels.native import elementwise
@@ -140,10 +140,10 @@ def stored_dtype(reader: CheckpointReader, key: str, dtype: torch.dtype | None) 
 
 
 class TensorJob(Job):
-    """Make one tensor of the output, check it, and hand its bytes to `sink`."""
+    """Make one tensor of the output, check it, and write its bytes into a file, unless that is None."""
 
-    def __init__(self, rewriting: Rewriting, key: str, sink: Sink) -> None:
-        self.rewriting, self.key, self.sink = rewriting, key, sink
+    def __init__(self, rewriting: Rewriting, key: str, file: TensorFile | None) -> None:
+        self.rewriting, self.key, self.file = rewriting, key, file
         reader = self.reader = rewriting.reader
         self.shape, self.before, self.after = reader.shape(key), reader.dtype(key), rewriting.stored(key)
         self.is_weight, self.transform = key in rewriting.weights, rewriting.transforms.get(key)
@@ -207,7 +207,7 @@ class TensorJob(Job):
         each, size = self.matrices[0].count, self.after.itemsize
         first = begin // each * each  # entry that the matrix begins with
         bits = self.bits[begin // 8 : (end + 7) // 8]
-        data = scratch.bytes("out", (end - begin) * size, self.sink.place(begin * size))
+        data = scratch.bytes("out", (end - begin) * size, self._place(begin * size))
         matrix, of_matrix = self.matrices[begin // each], (data.ctypes.data, bits, begin - first, end - first)
         at, stop = begin * self.before.itemsize, end * self.before.itemsize
         if self.hashes:
@@ -219,12 +219,12 @@ class TensorJob(Job):
         else:
             with self.reader.reading(self.key) as (file, start):
                 self.found[piece] = matrix.merge_file(file, start + at, *of_matrix)
-        self.sink.write(begin * size, data)
+        self._put(begin * size, data)
 
     def _convert(self, piece: int, scratch: Scratch) -> None:
         """Copy a piece, or convert it to another dtype; a matrix keeps its zeros."""
         (begin, end), size = self.entries[piece], self.before.itemsize
-        place = self.sink.place(begin * size) if self.before == self.after else 0
+        place = self._place(begin * size) if self.before == self.after else 0
         data = read_piece(self.reader, self.key, begin * size, end * size, scratch, place)
         if self.before == self.after:
             self._write(piece, data)
@@ -256,7 +256,15 @@ class TensorJob(Job):
         if finite_before is not None:
             found = replace(found, finite_before=finite_before)
         self.found[piece] = found
-        self.sink.write(begin * self.after.itemsize, data)
+        self._put(begin * self.after.itemsize, data)
+
+    def _put(self, start: int, data: Bytes) -> None:
+        if self.file is not None:
+            self.file.write(self.key, start, data.data)
+
+    def _place(self, start: int) -> int:
+        """Return where in a page of memory the bytes from `start` on had best begin."""
+        return 0 if self.file is None else self.file.place(self.key, start)
 
     def finish(self) -> None:
         """Check the tensor as a whole and record it."""
@@ -353,7 +361,7 @@ def _write_tensors(rewriting: Rewriting, directory: Path | None, task: str) -> N
                 names = file.names
             files.push(own)
             for key in names:
-                job = TensorJob(rewriting, key, Sink(file, key))
+                job = TensorJob(rewriting, key, file)
                 if key == names[-1]:
                     closing[job] = own
                 yield job

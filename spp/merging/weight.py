@@ -202,54 +202,36 @@ def merge_weight(
     matrices: Iterable[Tensor],
     adapter: Adapter,
     *,
-    fused: bool,
     transposed: bool,
-    dtype: torch.dtype | None,
-    rounding: str,
-    seed: int,
     where: str,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> tuple[Tensor, LayerMerge]:
     """Merge the weight of a layer, in memory or on disk, in the layout in which it is stored.
 
     Args:
         matrices: W (m, n), one, or one an expert, each asked for when it is merged.
-        adapter: of fused experts its parameters have a leading dimension.
-        transposed: whether it is stored (n, m).
-        rounding: "nearest" or "stochastic".
-        seed: of stochastic rounding; a layer draws by its name.
+        adapter: of fused experts its parameters have a leading dimension; they are merged in order, from one generator.
+        transposed: whether it is stored (n, m), or (E, n, m).
         where: the layer's module path.
-        dtype: as for `merge_tensor`.
+        dtype, rounding: as for `merge_tensor`.
+        seed: of stochastic rounding; a layer draws by its name.
     """
     generator = layer_generator(seed, where) if rounding == "stochastic" else None
-    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": generator, "where": where}
-    if fused:
-        return merge_experts(matrices, adapter, transposed=transposed, **options)
-    merged, done = merge_tensor(next(iter(matrices)), adapter, **options)
-    return merged.T.contiguous() if transposed else merged, done
-
-
-def merge_experts(
-    matrices: Iterable[Tensor], adapter: Adapter, *, transposed: bool, where: str, **options: Any
-) -> tuple[Tensor, LayerMerge]:
-    """Merge a fused weight: `merge_tensor` for each expert's matrix (m, n), in order, from one generator.
-
-    Args:
-        matrices: of the experts, each asked for when it is merged.
-        adapter: whose parameters have a leading dimension.
-        transposed: whether the result is to be (E, n, m) instead of (E, m, n).
-        options: of `merge_tensor`.
-    """
-    whole = torch.empty(0)
-    totals: list[LayerMerge] = []
-    adapters = adapter.experts()
+    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "generator": generator}
+    if adapter.params[0].dim() == 2:
+        merged, done = merge_tensor(next(iter(matrices)), adapter, where=where, **options)
+        return merged.T.contiguous() if transposed else merged, done
+    whole, found, adapters = torch.empty(0), list[LayerMerge](), adapter.experts()
     for number, (matrix, of_expert) in enumerate(zip(matrices, adapters, strict=True)):
-        merged, found = merge_tensor(matrix, of_expert, where=f"{where}[{number}]", **options)
+        merged, done = merge_tensor(matrix, of_expert, where=f"{where}[{number}]", **options)
         merged = merged.T if transposed else merged
-        if not totals:
+        if not found:
             whole = merged.new_empty((len(adapters), *merged.shape))
         whole[number] = merged
-        totals.append(found)
-    return whole, sum_layers(totals)
+        found.append(done)
+    return whole, sum_layers(found)
 
 
 class _Totals:

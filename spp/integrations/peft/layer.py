@@ -9,7 +9,7 @@ makes a model's `get_submodule` find the adapter, as transformers' `model.load_a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +19,6 @@ from spp.integrations.peft.terms import TermsLayer
 from spp.layers.adapted import AdaptedLinear
 from spp.layers.experts import ExpertsAdapter, PackedExperts
 from spp.layers.host import PackedLinear, release_parameter, share_hooks
-from spp.merging.report import LayerMerge
-from spp.merging.weight import merge_experts, merge_tensor
 from spp.models.projection import Projection, features, input_axis_of
 from spp.rules import Adapter, get_rule
 from spp.weights import Weight, quantized_kind, read_quantized
@@ -91,21 +89,6 @@ class SPPPeftLinear(TermsLayer, AdaptedLinear):
             self.unmerge()
         hook = self.base_layer.__dict__.get("_hf_hook")  # never called itself, the base layer does not align its input
         return super().forward(x if hook is None else x.to(execution_device(hook) or x.device))
-
-    def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
-        """Return (W_merged, what that did) for some adapters together, in the layout of the base layer.
-
-        None where this layer has none of the adapters.
-
-        Raises:
-            NonFiniteError: an adapter or the result holds NaN or infinity.
-            MaskError: a zero would not stay one, or a kept weight would become one.
-        """
-        active = self.combined(adapters)
-        if active is None:
-            return None
-        merged, done = merge_tensor(self.held().matrix(), active, where=self.spp_name)
-        return (merged if self.input_axis == -1 else merged.T.contiguous()), done
 
     def write_merged(self, weight: Tensor) -> Tensor | PackedLinear:
         """Have the base layer hold a merged weight; in place of a PackedLinear stands what it was made of."""
@@ -188,18 +171,6 @@ class SPPPeftExperts(ExpertsAdapter, TermsLayer):
 
     def is_offloaded(self) -> bool:
         return is_offloaded(self.projection.module, self.projection.name)
-
-    def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
-        """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here.
-
-        Raises:
-            NonFiniteError, MaskError: as for `spp.merge`.
-        """
-        active = self.combined(adapters)
-        if active is None:
-            return None
-        matrices = (one.matrix() for one in self.held().experts())
-        return merge_experts(matrices, active, transposed=self.input_axis == -2, where=self.spp_name)
 
     def write_merged(self, weight: Tensor) -> Tensor | Weight:
         """Have the module hold a merged weight."""

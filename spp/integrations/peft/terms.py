@@ -18,6 +18,7 @@ from spp.configs.adapter import SPPConfig
 from spp.errors import ConfigError
 from spp.files.hashes import content_sha256
 from spp.merging.report import LayerMerge
+from spp.merging.weight import merge_weight
 from spp.rules import Adapter, Rule
 from spp.rules.adapter import arithmetic_dtype, idle_reason
 from spp.rules.terms import TermsRule
@@ -116,8 +117,18 @@ class TermsLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def merged_weight(self, adapters: Sequence[str]) -> tuple[Tensor, LayerMerge] | None:
-        """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here."""
-        raise NotImplementedError
+        """Return (W_merged as it is stored, what that did) for some adapters together; None where none is here.
+
+        Raises:
+            NonFiniteError: an adapter or the result holds NaN or infinity.
+            MaskError: a zero would not stay one, or a kept weight would become one.
+        """
+        active = self.combined(adapters)
+        if active is None:
+            return None
+        held = self.held()
+        matrices = (one.matrix() for one in (held.experts() if hasattr(self, "num_experts") else [held]))
+        return merge_weight(matrices, active, transposed=self.input_axis == -2, where=self.spp_name)
 
     def drop_cache(self) -> None:
         """Forget what was computed from the adapters."""
