@@ -262,6 +262,14 @@ class Certificate:
         return cls.from_dict(read_json(path, "the certificate"), str(path))
 
 
+def certified_keys(directory: Path) -> set[str]:
+    """Return the keys of the tensors of a certificate that is there and can be read."""
+    try:
+        return set(Certificate.read(directory).tensors)
+    except CheckpointError:
+        return set()
+
+
 def fingerprint(masks: Mapping[str, str]) -> str:
     """Return the hex fingerprint of a model from the mask_sha256 of each of its projections by key."""
     digest = hashlib.sha256(b"spp-base-1")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from spp.certifying.certificate import BaseRecord, Certificate, SparsityReport, TensorLayout
+from spp.certifying.certificate import BaseRecord, Certificate, SparsityReport, TensorLayout, certified_keys
 from spp.certifying.scan import scan_reader, scan_source
 from spp.certifying.sources import (
     checkpoint_directory,
@@ -24,7 +24,7 @@ from spp.certifying.sources import (
     same_names,
 )
 from spp.certifying.verify import pruned_matrices, require_same_masks
-from spp.errors import CheckpointError, ConfigError, NonFiniteError, OutputError, SPPWarning, WrapError
+from spp.errors import ConfigError, NonFiniteError, OutputError, SPPWarning, WrapError
 from spp.files import CheckpointReader, atomic_directory, check_target
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.recognised import CERTIFICATE
@@ -188,14 +188,6 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
         content_sha256={key: found[key].sha256 or "" for key in wanted} if deep else None,
         other_layout={key: TensorLayout.of(reader.shape(key), reader.dtype(key)) for key in other},
     )
-
-
-def certified_keys(directory: Path) -> set[str]:
-    """Return the keys of the tensors of a certificate that is there and can be read."""
-    try:
-        return set(Certificate.read(directory).tensors)
-    except CheckpointError:
-        return set()
 
 
 def _with_base(certificate: Certificate, base: Mapping[str, Any], keys: Set[str]) -> Certificate:

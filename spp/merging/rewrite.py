@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spp.certifying.certificate import BaseRecord, Certificate, TensorLayout, TensorRecord
-from spp.certifying.save import certified_keys
+from spp.certifying.certificate import BaseRecord, Certificate, TensorLayout, TensorRecord, certified_keys
 from spp.certifying.scan import (
     PIECE_BYTES,
     Bytes,
