@@ -24,7 +24,7 @@ from spp.certifying.sources import (
     same_names,
 )
 from spp.certifying.verify import pruned_matrices, require_same_masks
-from spp.errors import ConfigError, NonFiniteError, OutputError, SPPWarning, WrapError
+from spp.errors import CheckpointError, ConfigError, NonFiniteError, OutputError, SPPWarning, WrapError
 from spp.files import CheckpointReader, atomic_directory, check_target
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.recognised import CERTIFICATE
