@@ -36,6 +36,7 @@ LEVELS = {
     "files": 2,
     "rules": 2,
     "weights": 3,
+    "data": 4,
     "models": 4,
     "kernels": 4,
     "layers": 5,
@@ -429,7 +430,7 @@ def test_configs_load_nothing_heavy(path: Path) -> None:
 
 def test_what_is_heavy() -> None:
     assert heavy("import math\nfrom spp.errors import arg\nfrom spp.configs.options import Option") == []
-    for bad in ("torch", "spp.files", "spp.files.rows", "typer", "numpy"):
+    for bad in ("torch", "spp.files", "spp.files.hub", "typer", "numpy"):
         assert heavy(f"def f():\n    import {bad}") == [bad]
 
 

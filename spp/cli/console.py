@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from spp.cli.options import Spellings, spoken
-from spp.errors import ConfigError, DataError, OutputExistsError, SPPWarning, arg
+from spp.errors import ConfigError, OutputExistsError, SPPWarning, arg
 
 if TYPE_CHECKING:
     from spp.files.recognised import FileKind
@@ -197,16 +197,3 @@ def check_file(path: Path, overwrite: bool, kind: FileKind) -> None:
         remedy = f"choose another file, or replace it with {arg('overwrite', True)}"
         raise OutputExistsError(f"{path} exists", remedy=remedy)
     check_target(path, overwrite=overwrite, kind=kind)
-
-
-def read_text_file(path: Path) -> str:
-    """Return a text file's contents.
-
-    Raises:
-        DataError: it is not there, or is no UTF-8 text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no UTF-8 text: {error}"
-        raise DataError(f"cannot read the text file {path}: {reason}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import replace
@@ -29,14 +28,16 @@ def run(config: EvalConfig) -> None:
 
     Example: spp eval merged --tasks paper --limit 100
     """
-    from spp.evaluation import evaluate_tasks, load_tasks, perplexity_result
+    from spp.data.encoding import source_tokens
+    from spp.data.parsing import read_measured
+    from spp.evaluation import evaluate_tasks, load_tasks, token_perplexity
     from spp.files.hub import local_directory
     from spp.report import Table, tasks_table
     from spp.training.loading import load_model, load_tokenizer
     from spp.weights.base_values import BaseVerdict
 
     where = console.pick_device(config.device)
-    passage = None if config.text is None else console.read_text_file(config.text)
+    source = None if config.text is None else read_measured(str(config.text))
     console.quiet_libraries()
     loaded = None
     if config.tasks:
@@ -58,11 +59,10 @@ def run(config: EvalConfig) -> None:
             verdict = load_trained(model, config.adapter, config.strict) or verdict
     found, scored = None, None
     start = time.perf_counter()
-    if passage is not None:
-        found = perplexity_result(
+    if source is not None:
+        found = token_perplexity(
             model,
-            tokenizer,
-            passage,
+            source_tokens(tokenizer, source),
             window=config.window,
             batch_size=config.batch_size,
             max_windows=config.max_windows,
@@ -81,7 +81,7 @@ def run(config: EvalConfig) -> None:
     seconds = time.perf_counter() - start
     if config.json:
         values = {} if config.adapter is None else verdict.to_dict()
-        return console.say(json.dumps(to_dict(config, model, where, seconds, passage, found, scored) | values))
+        return console.say(json.dumps(to_dict(config, model, where, seconds, found, scored) | values))
     if found is not None:
         columns = ("model", "adapter", "perplexity", "window", "windows", "tokens")
         adapter = "" if config.adapter is None else str(config.adapter)
@@ -99,20 +99,20 @@ def to_dict(
     model: Any,
     where: str,
     seconds: float,
-    passage: str | None,
     found: PerplexityResult | None,
     scored: TaskResults | None,
 ) -> dict[str, Any]:
     """Return what was measured and where it comes from, as one object of JSON-ready values."""
     from spp.comparing.measure import environment, weights_fingerprint
+    from spp.data.reading import file_sha256
 
     values: dict[str, Any] = {"model": config.model, "adapter": str(config.adapter) if config.adapter else None}
     read = {"model_fingerprint": weights_fingerprint(model)}
     here = environment(where, model.dtype)
     versions = dict(here.versions or {})
-    if passage is not None and found is not None:
+    if config.text is not None and found is not None:
         values |= {"text": str(config.text), **found.to_dict()}
-        read["text_sha256"] = hashlib.sha256(passage.encode()).hexdigest()
+        read["text_sha256"] = file_sha256(config.text)
     if scored is not None:
         values |= scored.to_dict()
         versions |= scored.provenance.versions or {}

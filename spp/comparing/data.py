@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.comparing import CompareConfig
+from spp.data.encoding import read_tokens
 from spp.errors import DataError
-from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
-from spp.files.rows import read_text
+from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.masks.patterns import as_array
 from spp.training.data import Collator, TokenBlocks, TokenRows, TrainingData, batches, load_data
 
@@ -97,7 +97,7 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
     )
     train = found.train
     if config.eval_text is not None:
-        tokens = tokenize(tokenizer, read_text(str(config.eval_text)))
+        tokens = read_tokens(tokenizer, str(config.eval_text))
         return _split(config, found, train, tokens, str(config.eval_text))
     if isinstance(train, TokenRows):
         return _split_rows(config, found, train)

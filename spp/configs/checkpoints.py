@@ -174,7 +174,9 @@ class EvalConfig:
     """
 
     model: Annotated[str, Option("Directory or hub id of the model.", argument=True)]
-    text: Annotated[Path | None, Option("Plain text to measure the perplexity on, the whole file.", EVALUATION)] = None
+    text: Annotated[Path | None, Option("Text or rows to measure the perplexity on, the whole file.", EVALUATION)] = (
+        None
+    )
     window: Annotated[int, Option("Tokens of a window; perplexities compare at equal windows only.", EVALUATION)] = 1024
     batch_size: Annotated[int, Option("Windows, or requests of tasks, of one forward pass.", EVALUATION)] = 1
     max_windows: Annotated[int | None, Option("Measure the first windows only.", EVALUATION, default="all")] = None

@@ -3,8 +3,9 @@
 Beside them the methods by name, OWL (the formula: spp.masks.wanda), the names of calibration data, and the options of
 mask updates, which prune while an adapter trains (spp.training.mask_updates). A name of calibration data is
 
-    text.txt, .text, .md, .raw        plain text, one document
-    rows.json, .jsonl, .ndjson        rows with a field "text", each a document
+    text.txt, .text, .md, .raw, …     plain text, one document
+    rows.json, .jsonl, .ndjson        rows: documents or conversations, as `spp tune` reads them
+    rows.csv, .tsv, .parquet, .arrow  the same
     ids.pt, ids.safetensors           token ids (k, L)
     NAME[:CONFIG[:SPLIT[:FIELD]]]     a data set: an id of the Hugging Face hub (owner/name), or a folder that
                                       `datasets` can load; by default its only config, split train, field text
@@ -190,9 +191,9 @@ class PruneOptions:
     calibration: Annotated[
         Any,  # token ids, texts, or what names them: spp.pruning.windows
         Option(
-            "Data for the methods that look at activations: a text file (.txt, .md, .raw), rows with a field text "
-            "(.json, .jsonl), token ids (.pt, .safetensors), or a data set, NAME[:CONFIG[:SPLIT[:FIELD]]] with a "
-            "folder or hub id as NAME, such as allenai/c4:en.",
+            "Data for the methods that look at activations: a text file (.txt, .md, .raw), rows of text or "
+            "conversations (.json, .jsonl, .csv, .parquet), token ids (.pt, .safetensors), or a data set, "
+            "NAME[:CONFIG[:SPLIT[:FIELD]]] with a folder or hub id as NAME, such as allenai/c4:en.",
             DATA,
             type=str,
         ),
@@ -297,15 +298,15 @@ def check_patterns(pattern: Patterns) -> None:
 
 # ---- Calibration data by name. Only the name is looked at, nothing is read.
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
+ROW_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 TENSOR_SUFFIXES = (".pt", ".safetensors")
-_OTHER_SUFFIXES = tuple(
-    [".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".npy", ".bin", ".html", ".pdf", ".docx"]
-)
+_OTHER_SUFFIXES = (".gz", ".zip", ".zst", ".npy", ".bin", ".html", ".pdf", ".docx")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN = (
-    f"{', '.join(TEXT_SUFFIXES)} (plain text), {', '.join(JSON_SUFFIXES)} (rows with a field text), "
+    f"{', '.join(TEXT_SUFFIXES)} (plain text), {', '.join(ROW_SUFFIXES)} (rows of text or conversations), "
     f"{', '.join(TENSOR_SUFFIXES)} (token ids (k, L)), or a data set: a folder or hub id owner/name, as "
     f"NAME[:CONFIG[:SPLIT[:FIELD]]]"
 )
@@ -345,7 +346,7 @@ def check_source(source: str) -> None:
     """
     path = Path(source)
     if path.is_file():
-        if path.suffix.lower() not in ("", *TEXT_SUFFIXES, *JSON_SUFFIXES, *TENSOR_SUFFIXES):
+        if path.suffix.lower() not in ("", *TEXT_SUFFIXES, *ROW_SUFFIXES, *TENSOR_SUFFIXES):
             raise DataError(f"calibration file {source} ends in {path.suffix}, which is not understood; known: {KNOWN}")
     elif DataSet.parse(source) is None:
         raise DataError(f"{arg('calibration')} is {source[:200]!r}, which is no file; known: {KNOWN}")
@@ -363,7 +364,7 @@ def is_data_set(source: str) -> bool:
 
 def _is_hub_id(name: str) -> bool:
     suffix = Path(name).suffix.lower()
-    is_file = suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TENSOR_SUFFIXES, *_OTHER_SUFFIXES)
+    is_file = suffix in (*TEXT_SUFFIXES, *ROW_SUFFIXES, *TENSOR_SUFFIXES, *_OTHER_SUFFIXES)
     return _HUB_ID.fullmatch(name) is not None and not name.startswith((".", "/", "~")) and not is_file
 
 

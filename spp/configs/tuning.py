@@ -69,18 +69,21 @@ class TuneConfig:
 
     Args:
         method: "spp", an adapter on a pruned model, or "pst", which prunes a dense one while it trains (spp.pst).
-        data: training file (or several): .txt is plain text, .json / .jsonl holds Alpaca rows
+        data: training file (or several): .txt is plain text; .json, .jsonl, .csv and .parquet hold Alpaca rows
             {"instruction", "input", "output"}, chat rows {"messages": [{"role", "content"}]} or
-            {"conversations": [{"from", "value"}]}, or text rows {"text"}. Anything else is an id on the Hugging Face
-            hub and is loaded by `datasets`.
+            {"conversations": [{"from", "value"}]}, {"prompt", "completion"}, or text rows {"text"}
+            (spp.data.parsing). A folder or an id on the Hugging Face hub is loaded by `datasets`.
         output_dir: the run directory: config.json, log.jsonl, eval.json, adapter/, checkpoints/.
         model: directory or hub id of the pruned model, for PST of the dense one; None where `tune` is handed a model.
         data_format: "auto" (by extension and by the fields of the first row), "text", "alpaca" or "chat".
         data_split: split of a hub dataset.
         text_field: field of a row that holds plain text.
         block_length: tokens of a training row; text is packed to exactly this length, instruction rows are cut to it.
+        show_rows: log the first rows as they will be learned before training starts (logger spp, level INFO; the
+            command prints it): special tokens as they are, what is learned in [+ +].
         completions_only: for instruction data, learn the answers only; False learns prompts too.
-        eval_text: plain-text file for the perplexity before and after; None holds back a part of the training text.
+        eval_text: file for the perplexity before and after, text or rows, read as `data` is; None holds back a part of
+            the training text.
         eval_fraction: the part of the training data held back when `eval_text` is None, in [0, 1): the last tokens of
             text (at least one window), or rows of instruction data drawn with `seed`. 0 measures no perplexity.
         eval_window: window of the perplexity, in tokens.
@@ -163,7 +166,8 @@ class TuneConfig:
     data: Annotated[
         str | os.PathLike[str] | tuple[str | os.PathLike[str], ...],
         Option(
-            ".txt, .json, .jsonl (text, Alpaca or chat rows) or a hub id of a dataset; may be repeated.",
+            ".txt, or text, Alpaca, chat or prompt and completion rows (.json, .jsonl, .csv, .parquet), or a folder or "
+            "hub id of a dataset; may be repeated.",
             DATA,
             many=True,
             parse=tuple,
@@ -174,6 +178,9 @@ class TuneConfig:
     text_field: Annotated[str, Option("Field of a row with plain text.", DATA)] = "text"
     block_length: Annotated[int, Option("Tokens of a training row.", DATA)] = 512
     completions_only: Annotated[bool, Option("Learn the answers only, not the prompts.", DATA, negatable=True)] = True
+    show_rows: Annotated[
+        int, Option("Print the first rows as they will be learned, what is learned in [+ +], then train.", DATA)
+    ] = 0
     r: Annotated[int, Option("SPP: rank of the adapter.", ADAPTER)] = SPPConfig.r
     scaling: Annotated[float, Option("SPP: factor s of the adapter.", ADAPTER)] = SPPConfig.scaling
     dropout: Annotated[float, Option("SPP: dropout probability.", ADAPTER)] = SPPConfig.dropout
@@ -321,6 +328,7 @@ class TuneConfig:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least=1)
         check_int("seed", self.seed, least=0)
+        check_int("show_rows", self.show_rows, least=0)
         check_number("lr", self.lr, above=0.0, most=LARGEST_LR)
         check_number("epochs", self.epochs, above=0.0)
         for name in ("weight_decay", "max_grad_norm"):

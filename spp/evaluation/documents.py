@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp.data.reading import read_json_rows
 from spp.errors import DataError, arg, some_of
 from spp.files import read_json
-from spp.files.rows import read_json_rows
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _INFORMATION = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")

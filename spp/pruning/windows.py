@@ -6,17 +6,19 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp.configs.pruning import JSON_SUFFIXES, KNOWN, DataSet, check_source, is_data_set, is_ids
+from spp.configs.pruning import KNOWN, DataSet, check_source, is_data_set, is_ids
+from spp.data.encoding import example_ids
+from spp.data.parsing import Example, Text, read_examples
+from spp.data.tokens import tokens_of
 from spp.errors import CheckpointError, DataError, SPPWarning, arg
 from spp.files import CheckpointReader
-from spp.files.rows import read_dataset_rows, read_json_rows, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def calibration_windows(
 
     Args:
         calibration: token ids (k, L), whose windows are taken as they are; a list of texts, each a document; or a path
-            or the id of a data set (spp.configs.pruning).
+            or the id of a data set (spp.configs.pruning), whose conversations are written by the chat template.
         tokenizer: of the model; needed for text only.
         nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
         seqlen: L of windows cut from text.
@@ -109,11 +111,13 @@ def calibration_windows(
     source = os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
     where = "the list of texts" if source is None else source
     if source is not None and is_data_set(source):
-        whole, texts = True, documents(source, seed)
+        rows = example_ids(tokenizer, read_source_rows(source, seed))
+    elif source is not None:
+        rows = _drawn_ids(list(read_source_rows(source, seed)), tokenizer, seqlen, generator)
     else:
-        listed = list(calibration) if source is None else list(documents(source, seed))  # type: ignore[arg-type]
-        whole, texts = _drawn_texts(listed, seqlen, generator)
-    windows = _cut(texts, whole, where, tokenizer, nsamples, seqlen)
+        listed = [Text(f"text {number}", text) for number, text in enumerate(calibration, start=1)]  # type: ignore[arg-type]
+        rows = _drawn_ids(listed, tokenizer, seqlen, generator)
+    windows = _cut(rows, where, nsamples, seqlen)
     logger.info("%d calibration windows of %d tokens from %s (seed %d)", *windows.shape, where, seed)
     return windows
 
@@ -132,21 +136,26 @@ def _drawn_rows(ids: Tensor, nsamples: int, generator: torch.Generator) -> Tenso
     return ids[torch.randperm(len(ids), generator=generator)[:nsamples].sort().values]
 
 
-def _drawn_texts(texts: list[str], seqlen: int, generator: torch.Generator) -> tuple[bool, Iterator[str]]:
-    """Return whether documents are taken whole, and them, or pieces of the only one, in drawn order."""
-    whole = len(texts) > 1
-    pieces = texts if whole or not texts else list(_pieces(texts[0], _PIECE * seqlen))
-    return whole, (pieces[index] for index in torch.randperm(len(pieces), generator=generator).tolist())
+def _drawn_ids(
+    examples: Sequence[Example], tokenizer: Any, seqlen: int, generator: torch.Generator
+) -> Iterable[list[int]]:
+    """Yield the token ids of examples whole, or of pieces of the only text, in drawn order."""
+    if len(examples) == 1 and isinstance(examples[0], Text):
+        where = examples[0].where
+        pieces = list(_pieces(examples[0].text, _PIECE * seqlen))
+        drawn = [pieces[index] for index in torch.randperm(len(pieces), generator=generator).tolist()]
+        return (tokens_of(tokenizer, text, where=where, special=False).ids for text in drawn if text.strip())
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    return example_ids(tokenizer, (examples[index] for index in order))
 
 
-def _cut(texts: Iterator[str], whole: bool, where: str, tokenizer: Any, nsamples: int, seqlen: int) -> Tensor:
-    """Tokenise texts until there is enough, whole ones with their special tokens; cut what came."""
+def _cut(rows: Iterable[list[int]], where: str, nsamples: int, seqlen: int) -> Tensor:
+    """Take token ids until there is enough; cut what came."""
     tokens: list[int] = []
     empty = True
-    for text in texts:
-        if text.strip():
-            empty = False
-            tokens += tokenizer(text, add_special_tokens=whole, verbose=False)["input_ids"]
+    for ids in rows:
+        empty = False
+        tokens += ids
         if len(tokens) >= nsamples * seqlen:
             break
     if empty:
@@ -204,29 +213,22 @@ def read_ids(source: str) -> Tensor:
     return _only(source, {"": found} if isinstance(found, Tensor) else found)
 
 
-def documents(source: str, seed: int) -> Iterator[str]:
-    """Yield the documents of a text, JSON or data set; those of a data set in drawn order, as they are asked for.
+def read_source_rows(source: str, seed: int) -> Iterator[Example]:
+    """Yield the documents and conversations of a file or data set; those of a data set in drawn order, as asked for.
 
     Raises:
-        DataError: what is named cannot be read, or a row has no text.
+        DataError: what is named cannot be read, or a row is malformed.
         DependencyError: it is a data set, and `datasets` is not installed.
     """
-    path = Path(source)
-    if path.is_file():
-        if path.suffix.lower() not in JSON_SUFFIXES:
-            yield read_text(path)
-            return
-        rows, field = read_json_rows(path), "text"
-    else:
-        data = DataSet.parse(source)
-        assert data is not None
-        rows, field = read_dataset_rows(data.name, data.config, data.split, seed=seed), data.field
-    for where, row in rows:
-        text = row.get(field)
-        if not isinstance(text, str):
-            found = f"{field} is {shown(text)}" if field in row else f"the row has {', '.join(map(str, row)) or 'none'}"
-            raise DataError(f"{where}: expected text in the field {field}; {found}")
-        yield text
+    if Path(source).is_file():
+        yield from read_examples(source)
+        return
+    data = DataSet.parse(source)
+    assert data is not None
+    plain = "auto" if data.field == DataSet.field else "text"  # a field that is named is text
+    yield from read_examples(
+        data.name, data_format=plain, config=data.config, split=data.split, text_field=data.field, seed=seed
+    )
 
 
 def _only(source: str, found: object) -> Tensor:

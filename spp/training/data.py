@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from spp.errors import DataError
-from spp.evaluation import IGNORED, tokenize
+from spp.data.encoding import EncodedRow, Encoder, example_ids, shown_row
+from spp.data.parsing import Source, read_source
+from spp.data.templates import PLAIN_HEADINGS
+from spp.data.tokens import IGNORED
+from spp.errors import DataError, SPPWarning
 from spp.masks.patterns import as_array
-from spp.training.chat import PLAIN_HEADINGS, encode
-from spp.training.rows import Source, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class DataSummary:
         labelled: tokens that are learned.
         truncated: rows that were cut at the block length.
         unlearnable: rows left out because nothing to learn was left of them: an answer beyond the block length.
-        empty: rows left out because they were empty.
+        empty: rows left out because they were empty, or marked as not to be learned.
         held_out: rows, or tokens of text, held out for the perplexity.
         sha256: of the token ids and labels to train on.
     """
@@ -206,17 +208,16 @@ def load_data(
 def _text_data(
     source: Source, tokenizer: Any, names: str, block_length: int, held_out: float, least_held_out: int
 ) -> TrainingData:
-    parts = []
-    for document in source.documents:
-        parts.append(tokenize(tokenizer, document))
-        if len(source.documents) > 1 and tokenizer.eos_token_id is not None:
-            parts.append(torch.tensor([tokenizer.eos_token_id]))
-    tokens = torch.cat(parts)  # (T,)
+    documents = example_ids(tokenizer, source.documents, closed=len(source.documents) > 1)
+    tokens = torch.cat([torch.tensor(ids, dtype=torch.long) for ids in documents])  # (T,)
     held = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
     if len(tokens) - held < block_length:
+        first = source.documents[0].text.strip()
+        begins = first if len(first) <= 40 else first[:39] + "…"
         raise DataError(
-            f"{names}: the text has {len(tokens)} tokens; one block of {block_length} (block_length) and {held} "
-            "held out for the perplexity need more: use more text, shorter blocks, or a text of its own (eval_text)"
+            f"{names}: the text {begins!r} has {len(tokens)} tokens; one block of {block_length} (block_length) and "
+            f"{held} held out for the perplexity need more: use more text, shorter blocks, or a text of its own "
+            "(eval_text)"
         )
     train, rest = tokens.split([len(tokens) - held, held])
     blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
@@ -243,18 +244,14 @@ def _row_data(
     held_out: float,
     seed: int,
 ) -> TrainingData:
-    encoded = [
-        row
-        for where, messages in source.conversations
-        for row in encode(
-            tokenizer, messages, where=where, block_length=block_length, completions_only=completions_only
-        )
-    ]
+    encoder = Encoder(tokenizer, block_length=block_length, completions_only=completions_only)
+    encoded = [row for example in source.conversations for row in encoder.encode(example)]
     usable = [row for row in encoded if row.has_labels]
     if not usable:
         raise DataError(
             f"{names}: in all {len(encoded)} rows the answer begins beyond block_length {block_length}: raise it"
         )
+    _check_ends(usable, names, block_length)
     held = math.ceil(held_out * len(usable))
     if held >= len(usable):
         raise DataError(
@@ -279,6 +276,41 @@ def _row_data(
     return TrainingData(
         TokenRows([(row.input_ids, row.labels) for row in train]), None, rest, summary, Collator(_pad_id(tokenizer))
     )
+
+
+def _check_ends(rows: list[EncodedRow], names: str, block_length: int) -> None:
+    """Name the rows that are cut, and warn where the model learns to end no answer."""
+    cut = list(dict.fromkeys(row.where for row in rows if row.is_cut))
+    if cut:
+        more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
+        logger.info("longer than block_length %d and cut: %s%s", block_length, ", ".join(cut[:3]), more)
+    if not any(row.ends for row in rows):
+        why = "every answer is cut before its end" if cut else "neither the tokenizer nor its chat template has one"
+        warnings.warn(
+            f"{names}: no end token is ever learned ({why}), so the tuned model will not know where to stop: use a "
+            f"tokenizer with an end-of-text token, or a larger block_length for rows that are cut",
+            SPPWarning,
+            stacklevel=4,
+        )
+
+
+def shown_rows(data: TrainingData, tokenizer: Any, count: int) -> list[str]:
+    """Return the first rows to train on as they will be learned.
+
+    Args:
+        data: what `load_data` returns.
+        tokenizer: the same.
+        count: rows at most.
+
+    Returns:
+        Of each row its text on one line: special tokens as they are, what is learned in [+ +].
+
+    Example:
+        >>> print("\\n".join(shown_rows(data, tokenizer, 3)))  # doctest: +SKIP
+        <|user|>Add 1 and 1.</s><|assistant|>[+2</s>+]
+    """
+    rows = (data.train[i] for i in range(min(count, len(data.train))))
+    return [shown_row(tokenizer, row["input_ids"], row["labels"]) for row in rows]
 
 
 def _pad_id(tokenizer: Any) -> int:

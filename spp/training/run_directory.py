@@ -28,7 +28,10 @@ from spp.files.recognised import ADAPTER, MODEL, OWN, TRAININGS
 FORMAT = "spp-tune-1"
 
 # Options that do not change what is computed, and so may differ when a run is resumed.
-_FREE = ("output_dir", "overwrite", "resume", "strict_values", "progress", "log_every", "save_every", "save_limit")
+_FREE = (
+    *("output_dir", "overwrite", "resume", "strict_values", "progress", "log_every", "save_every", "save_limit"),
+    "show_rows",
+)
 
 
 class RunDirectory:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from spp.configs.tuning import TuneConfig
+from spp.data.encoding import read_tokens
 from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, WrapError, arg, call
-from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, tokenize
+from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.files.formats import other_weights, pickled, stored_format
 from spp.files.hub import local_directory
-from spp.files.rows import read_text
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
-from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data
+from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data, shown_rows
 from spp.training.loading import load_model, load_tokenizer
 from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
@@ -114,6 +114,8 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
 def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any) -> TuneResult:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
     data = _load_data(config, tokenizer)
+    for number, row in enumerate(shown_rows(data, tokenizer, config.show_rows), start=1):
+        logger.info("row %d, what is learned in [+ +]: %s", number, row)
     measure = _Measure(config, tokenizer, data)
     model = model if model is not None else load_model(str(config.model), config.dtype)
     method = method_of(config)
@@ -192,7 +194,8 @@ class _Measure:
         self._rows: TokenRows | None = data.held_out_rows
         self.text = f"held out: {data.summary.held_out} {'tokens' if self._rows is None else 'rows'}"
         if config.eval_text is not None:
-            self._tokens, self._rows = tokenize(tokenizer, read_text(str(config.eval_text))), None
+            self._tokens = read_tokens(tokenizer, str(config.eval_text), text_field=config.text_field)
+            self._rows = None
             if self._tokens.numel() < config.eval_window:
                 raise DataError(
                     f"{config.eval_text} has {self._tokens.numel()} tokens, fewer than one window of "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spp.files import rows
+from spp.data import reading
 from spp.kernels.native import compiler
 from tests.cli.conftest import Outcome
 
@@ -107,7 +107,7 @@ def test_a_data_set_where_the_cache_cannot_be_written(
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(5)))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")
-    found = [row["text"] for _, row in rows.read_dataset_rows(str(folder), seed=seed)]
+    found = [row["text"] for _, row in reading.read_dataset_rows(str(folder), seed=seed)]
     assert sorted(found) == [f"row {i}" for i in range(5)]
 
 

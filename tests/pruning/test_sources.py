@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from spp.configs.pruning import DataSet, check_source
 from spp.errors import DataError, DependencyError, SPPWarning
 from spp.pruning import prune
-from spp.pruning.windows import calibration_windows, check_calibration, documents, needs_tokenizer
+from spp.pruning.windows import calibration_windows, check_calibration, needs_tokenizer, read_source_rows
 from tests.helpers.models import tiny_llama, tiny_tokenizer
 
 TEXTS = [f"document {i} says that {i} times {i} is {i * i}." for i in range(60)]
@@ -28,6 +29,10 @@ def _windows(calibration: Any, **options: Any) -> torch.Tensor:
 
 def _text(windows: torch.Tensor) -> str:
     return tiny_tokenizer().decode(windows.flatten(), skip_special_tokens=True)
+
+
+def documents(source: str, seed: int) -> Iterator[str]:
+    return (example.text for example in read_source_rows(source, seed))
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +148,7 @@ def test_names_of_data_sets(text: str, expected: DataSet | None) -> None:
     assert DataSet.parse(text) == expected
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "ids.npy", "page.HTML"])
+@pytest.mark.parametrize("name", ["rows.xls", "rows.jsonl.gz", "ids.npy", "page.HTML"])
 def test_files_that_are_not_understood(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text,label\na,b\n")
     with pytest.raises(DataError, match=r"not understood; known: \.txt.*\.jsonl.*\.safetensors.*CONFIG"):

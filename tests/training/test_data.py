@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from spp.data.encoding import encode
+from spp.data.parsing import Conversation, read_source
 from spp.errors import DataError, DependencyError
 from spp.evaluation import IGNORED
 from spp.training import Collator, TrainingData, load_data
-from spp.training.chat import encode
 from spp.training.data import TokenRows, batches
-from spp.training.rows import read_source
 from tests.helpers.models import tiny_tokenizer
 
 ALPACA = [
@@ -227,7 +227,7 @@ class TestInstructions:
 
         for question in ("ab", "abc"):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "X"}]
-            (row,) = encode(Merging(), messages, where="here", block_length=99)
+            (row,) = encode(Merging(), Conversation("here", messages), block_length=99)
             assert int((row.labels != IGNORED).sum()) == 1
             assert int(row.labels[-1]) == len(row.labels) - 1
 
@@ -361,7 +361,7 @@ class TestBadInput:
                 read_source([path])
 
     def test_text_where_rows_were_promised(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="is no JSON file"):
+        with pytest.raises(DataError, match="is no file of rows"):
             read_source([write(tmp_path / "a.txt", "abc")], data_format="alpaca")
 
     def test_a_role_that_the_plain_prompt_does_not_know(self, tmp_path: Path) -> None:
@@ -392,4 +392,4 @@ class TestBadInput:
 
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         with pytest.raises(DataError, match="Slow cannot say which characters"):
-            encode(Slow(), messages, where="here", block_length=9)
+            encode(Slow(), Conversation("here", messages), block_length=9)

@@ -1,11 +1,16 @@
-"""Rows of data: text files, JSON arrays, JSON Lines, and data sets that the package `datasets` can load.
+"""Rows of data: text files, JSON arrays, JSON Lines, tables, and data sets that the package `datasets` can load.
 
-Every row comes with where it is from, for messages; what is malformed is a DataError with the file and the line.
+Every row comes with where it is from, for messages; what is malformed is a DataError with the file and the line. The
+file's extension says how it is read; an extension that is not known is an error, never text.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +20,12 @@ from typing import Any
 
 import torch
 
+from spp.configs.pruning import JSON_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES
 from spp.errors import DataError, DependencyError
 
+logger = logging.getLogger(__name__)
+
+_LONGEST_CELL = 1 << 30  # characters of a field of a CSV file; Python's own limit is 131,072
 _BUFFER = 10_000  # rows of a stream that are shuffled at a time
 
 Row = dict[str, Any]
@@ -39,6 +48,40 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the hash of what is read of a file: of the text of a text file, without a byte order mark, else of all."""
+    text = Path(path).suffix.lower() in ("", *TEXT_SUFFIXES)
+    return hashlib.sha256(read_text(path).encode() if text else Path(path).read_bytes()).hexdigest()
+
+
+def read_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row | str]]:
+    """Yield (where, row) for each row of a file; of a text file (where, text), once.
+
+    Args:
+        path: .txt and the like or without extension: plain text; .json, .jsonl; .csv and .tsv, whose values all are
+            strings; .parquet, .arrow.
+
+    Raises:
+        DataError: another extension, or the file cannot be read, is empty or malformed.
+        DependencyError: pyarrow is needed and not installed.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in ("", *TEXT_SUFFIXES):
+        yield str(path), read_text(path)
+    elif suffix in JSON_SUFFIXES:
+        yield from read_json_rows(path)
+    elif suffix in (".csv", ".tsv"):
+        yield from _table_rows(path, "," if suffix == ".csv" else "\t")
+    elif suffix in ROW_SUFFIXES:
+        yield from _arrow_rows(path)
+    else:
+        raise DataError(
+            f"{path} ends in {suffix}, which is not understood",
+            remedy=f"text is {', '.join(TEXT_SUFFIXES)}, rows are {', '.join(ROW_SUFFIXES)}: convert the file, or "
+            f"rename it if it is one of them",
+        )
+
+
 def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) for each row of a JSON array or a JSON Lines file, told apart by the first character."""
     text = read_text(path)
@@ -47,12 +90,15 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: {_beyond(error)}") from None
         if not rows:
             raise DataError(f"{path} is an empty JSON array")
         for number, row in enumerate(rows, start=1):
             yield _checked(f"{path}, row {number}", row)
         return
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.lstrip("\ufeff")  # of a file that was appended to another
         if line.strip():
             try:
                 row = json.loads(line)
@@ -61,6 +107,8 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
                     f"{path}, line {number}, column {error.colno}: not JSON: {error.msg} "
                     "(a file holds one JSON array, or one JSON object a line)"
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: {_beyond(error)}") from None
             yield _checked(f"{path}, line {number}", row)
 
 
@@ -105,6 +153,58 @@ def shown(value: object) -> str:
     """Return a value's type and what it looks like, cut short."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"
+
+
+def _beyond(error: Exception) -> str:
+    # Valid JSON that Python does not read: an integer of thousands of digits, brackets a thousand deep.
+    return "values are nested too deep" if isinstance(error, RecursionError) else f"not read as JSON: {error}"
+
+
+def _table_rows(path: str | os.PathLike[str], delimiter: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a table with a line of headings: every value as the text that it is."""
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not {Path(path).suffix[1:].upper()}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    (_, names), *rest = lines
+    logger.info("%s is read as %s, with the fields %s", path, Path(path).suffix[1:].lower(), ", ".join(names))
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise DataError(f"{path}, line 1: the headings must be names that differ; found {shown(names)}")
+    if not rest:
+        raise DataError(f"{path} has headings and no row")
+    for number, cells in rest:
+        if len(cells) != len(names):
+            raise DataError(f"{path}, line {number}: {len(cells)} values under {len(names)} headings")
+        yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
+
+
+def _arrow_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
+    try:
+        from pyarrow import ArrowInvalid, ipc, memory_map, parquet
+    except ImportError:
+        raise DependencyError(f"to read {path} the package datasets is needed: pip install 'spp[train]'") from None
+    number = 0
+    try:
+        if Path(path).suffix.lower() == ".parquet":
+            batches = parquet.ParquetFile(path).iter_batches()
+        else:  # the streaming format, which `datasets` writes, or the file format
+            try:
+                batches = iter(ipc.open_stream(memory_map(str(path))))
+            except ArrowInvalid:
+                batches = iter(ipc.open_file(memory_map(str(path))).read_all().to_batches())
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (OSError, ValueError) as error:  # Arrow's own are these
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{path} cannot be read as {Path(path).suffix[1:]}: {reason}") from None
+    if not number:
+        raise DataError(f"{path} holds no row")
 
 
 def _rows(datasets: Any, name: str, config: str | None, split: str, seed: int | None) -> Iterator[Any]:
