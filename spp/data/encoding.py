@@ -209,8 +209,8 @@ class Encoder:
         if self._completions_only:
             # A token that holds the last character of the prompt and the first of the answer is part of the answer.
             labels[~_inside(tokens, spans)] = IGNORED
-            last = [span.end for span in spans if span.ends]
-            ends = any(end in last for _, end in tokens.offsets[:kept])
+            last = {span.end for span in spans if span.ends}
+            ends = not last.isdisjoint(end for _, end in tokens.offsets[:kept])
         if asides:
             labels[_inside(tokens, asides)] = IGNORED
         return EncodedRow(ids[:kept], labels[:kept], len(ids), where, ends)
@@ -224,7 +224,11 @@ class Encoder:
 
 
 def _inside(tokens: Tokens, spans: Sequence[_Span]) -> Tensor:
-    return torch.tensor([any(a < s.end and b > s.start for s in spans) for a, b in tokens.offsets], dtype=torch.bool)
+    offsets = torch.tensor(tokens.offsets, dtype=torch.long).view(-1, 2)  # (T, 2)
+    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    for span in spans:
+        inside |= (offsets[:, 0] < span.end) & (offsets[:, 1] > span.start)
+    return inside
 
 
 def encode(

@@ -26,6 +26,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from spp.configs.checkpoints import check_windows
+from spp.data.tokens import tokens_of
 from spp.errors import DataError, NonFiniteError, SPPWarning
 from spp.models.targets import require_model
 from spp.supported import require_supported
@@ -146,8 +147,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """
     if not isinstance(text, str):
         raise DataError(f"the text is a {type(text).__name__}; it must be a str (read the file first)")
-    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(tokens_of(tokenizer, text).ids, dtype=torch.long)
 
 
 def token_perplexity(

@@ -252,11 +252,11 @@ def test_what_does_not_fit_the_model(
 def test_calibration_text_that_is_short_or_empty(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "table.csv").write_text("a,b\n")
+    (tmp_path / "table.xls").write_text("a,b\n")
     arguments = ("prune", dense, tmp_path / "out", "--calibration")
     refused(spp(*arguments, tmp_path / "short.txt", "--seqlen", 64), "too short", "--seqlen 64; pass more text")
     refused(spp(*arguments, tmp_path / "empty.txt"), "empty.txt is empty")
-    refused(spp(*arguments, tmp_path / "table.csv"), "table.csv ends in .csv", "known: .txt")
+    refused(spp(*arguments, tmp_path / "table.xls"), "table.xls ends in .xls", "known: .txt")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         found = ok(spp(*arguments, text, "--seqlen", 128))
