@@ -248,15 +248,16 @@ def example_ids(tokenizer: Any, examples: Iterable[Example], *, closed: bool = T
 
     Args:
         tokenizer: the model's.
-        examples: what is tokenised; those without text are passed over.
+        examples: what is tokenised; those that are empty, or marked as not to be learned, are left out.
         closed: end each document with the end-of-text token: another follows.
     """
     encoder = Encoder(tokenizer, block_length=None, completions_only=False)
     for example in examples:
+        if example.is_empty:
+            continue
         if not isinstance(example, Text):
-            for row in encoder.encode(example):
-                yield row.input_ids.tolist()
-        elif example.text.strip():
+            yield from (row.input_ids.tolist() for row in encoder.encode(example))
+        else:
             yield document_ids(tokenizer, example.text, where=example.where, closed=closed)
 
 

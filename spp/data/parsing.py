@@ -62,6 +62,11 @@ class Text:
     where: str
     text: str
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing but white space."""
+        return not self.text.strip()
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -70,6 +75,11 @@ class Completion:
     where: str
     prompt: str
     completion: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be learned."""
+        return not self.completion
 
 
 @dataclass(frozen=True)
@@ -144,20 +154,19 @@ def read_source(
     empty = 0
     for path in paths:
         for example in read_examples(path, data_format=data_format, split=split, text_field=text_field):
-            if isinstance(example, Text):
-                documents += [example] if example.text.strip() else []
-                empty += not example.text.strip()
+            if example.is_empty:
+                empty += 1
+            elif isinstance(example, Text):
+                documents.append(example)
             else:
                 rows.append(example)
         if documents and rows:
             raise DataError(f"{path} and what comes before it mix plain text and instruction rows; tune on one kind")
-    answered = [row for row in rows if (row.completion if isinstance(row, Completion) else not row.is_empty)]
-    empty += len(rows) - len(answered)
-    if not documents and not answered:
+    if not documents and not rows:
         raise DataError(
             f"{', '.join(paths)}: no training data: all {empty} rows are empty, or marked as not to be learned"
         )
-    return Source(tuple(documents), tuple(answered), empty)
+    return Source(tuple(documents), tuple(rows), empty)
 
 
 def read_measured(path: str, *, text_field: str = "text") -> Source:
@@ -219,7 +228,7 @@ def read_examples(
         if others and not told:
             told = True
             logger.warning(
-                "%s: rows hold %s and %s; %s is read (data_format chooses)", where, kind, " and ".join(others), kind
+                "%s: the row can be read as %s and as %s: it is read as %s", where, kind, " and ".join(others), kind
             )
         yield _parse(row, where, kind, text_field)
 

@@ -207,7 +207,12 @@ class ChatTemplate:
                 )
             )
         except Exception as error:  # jinja2 raises its own, and whatever the template's expressions raise
-            raise DataError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from error
+            held = sorted({key for message in messages for key in message} - {"role", "content"}) + sorted(options)
+            more = f" (it holds {', '.join(held)} beside role and content)" if held else ""
+            raise DataError(
+                f"{where}: the tokenizer's chat template refuses this conversation{more}: {error}",
+                remedy="mend the row, or use a tokenizer whose template takes it" if held else None,
+            ) from error
 
 
 def _calls_of(messages: Sequence[Message]) -> list[Any]:

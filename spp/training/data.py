@@ -195,7 +195,8 @@ def load_data(
         logger.info("the tokenizer has no chat template: turns begin with %s", ", ".join(PLAIN_HEADINGS.values()))
     if s.truncated or s.unlearnable or s.empty:
         logger.warning(
-            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers begin beyond it, %d empty ones",
+            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers begin beyond it, %d that are "
+            "empty or marked as not to be learned",
             names,
             s.truncated,
             block_length,
@@ -208,6 +209,13 @@ def load_data(
 def _text_data(
     source: Source, tokenizer: Any, names: str, block_length: int, held_out: float, least_held_out: int
 ) -> TrainingData:
+    if len(source.documents) > 1 and tokenizer.eos_token_id is None:
+        warnings.warn(
+            f"{names}: no end token is ever learned: the tokenizer has none, so {len(source.documents)} documents run "
+            "into each other",
+            SPPWarning,
+            stacklevel=3,
+        )
     documents = example_ids(tokenizer, source.documents, closed=len(source.documents) > 1)
     tokens = torch.cat([torch.tensor(ids, dtype=torch.long) for ids in documents])  # (T,)
     held = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0

@@ -240,6 +240,8 @@ def test_tools_and_their_calls_and_results(tmp_path: Path) -> None:
     (text,) = shown
     said = '[+<tool_call>\\n{"name": "weather", "arguments": {"city": "Rome"}}\\n</tool_call><|im_end|>+]'
     assert said in text and "[+Tao<|im_end|>+]" in text and '"description": "d"' in text and "None" not in text
+    with pytest.raises(DataError, match=r"line 1: .* refuses this conversation \(it holds .*tool_calls, tools beside"):
+        load_data([str(path)], made("{{ raise_exception('no tools') if tools }}" + CHATML), block_length=999)
     with pytest.raises(DataError, match=r"line 1: .* does not write tools"):
         load_data([str(path)], made(CHATML.replace("{% if tools %}", "{% if false %}"), "<|im_end|>"), block_length=999)
 
@@ -287,6 +289,9 @@ def test_a_run_that_learns_no_end_says_so(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.add_special_tokens([])
     with pytest.warns(SPPWarning, match=r"no end token is ever learned \(neither the tokenizer nor its chat template"):
         load_data([str(tmp_path / "d.jsonl")], tokenizer, block_length=99)
+    (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    with pytest.warns(SPPWarning, match="no end token is ever learned: the tokenizer has none, so 2 documents"):
+        load_data([str(tmp_path / "t.jsonl")], tokenizer, block_length=3)
     with pytest.warns(SPPWarning, match=r"no end token is ever learned \(every answer is cut"):
         load_data([str(tmp_path / "d.jsonl")], made(GEMMA3, "<end_of_turn>"), block_length=45, completions_only=False)
 
