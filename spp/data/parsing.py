@@ -253,7 +253,7 @@ def _parse(row: Mapping[str, Any], where: str, kind: str, text_field: str) -> Ex
     lost += [n for n in _TOKEN_MASKS if not _is_empty(row.get(n)) and (kind != "text" or isinstance(row[n], list))]
     if kind != "text":
         lost += [name for name in ("history", "choices", "functions") if not _is_empty(row.get(name))]
-    if kind == "text" or (kind == "completion" and not isinstance(_decoded(row.get("prompt")), list)):
+    if kind == "text" or (kind == "completion" and not isinstance(_turns_in(row.get("prompt")), list)):
         lost += [name for name in ("tools", "chat_template_kwargs") if not _is_empty(_decoded(row.get(name)))]
     if lost:
         raise DataError(
@@ -272,7 +272,7 @@ def _parse(row: Mapping[str, Any], where: str, kind: str, text_field: str) -> Ex
 
 
 def _completion(row: Mapping[str, Any], where: str) -> Completion | Conversation:
-    prompt, completion = _decoded(row.get("prompt")), _decoded(row.get("completion"))
+    prompt, completion = _turns_in(row.get("prompt")), _turns_in(row.get("completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         messages, learn = _turns({"messages": [*prompt, *completion]}, where)
         return _conversation(row, where, messages, [i >= len(prompt) and flag for i, flag in enumerate(learn)])
@@ -466,6 +466,13 @@ def _decoded(value: Any) -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _turns_in(value: Any) -> Any:
+    """Return the list of messages that a string holds as JSON; anything else, JSON or not, as it is."""
+    found = _decoded(value)
+    is_turns = isinstance(found, list) and bool(found) and all(isinstance(x, dict) and "role" in x for x in found)
+    return found if is_turns else value
 
 
 def _is_empty(value: object) -> bool:

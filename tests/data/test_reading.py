@@ -48,7 +48,9 @@ PAIR = [("user", "q"), ("assistant", "a")]
     ("row", "expected"),
     [
         ({"prompt": "q", "completion": "a"}, ("q", "a")),  # TRL's and OpenAI's
+        ({"prompt": "[1]", "completion": '[{"a": 1}]'}, ("[1]", '[{"a": 1}]')),
         ({"prompt": [Q], "completion": [A]}, PAIR),
+        ({"prompt": json.dumps([Q]), "completion": json.dumps([A])}, PAIR),
         ({"messages": [{**Q, "content": [{"type": "text", "text": "q"}]}, {**A, "name": None}]}, PAIR),
         ({"messages": json.dumps([Q, A])}, PAIR),
         ({"conversations": [Q, A]}, PAIR),
