@@ -210,7 +210,7 @@ def read_examples(
         rows: Iterable[tuple[str, Any]] = read_file(path)
         if data_format not in ("auto", "text") and Path(path).suffix.lower() in ("", *TEXT_SUFFIXES):
             raise DataError(
-                f"{path} is no file of rows; data_format {data_format!r} needs one ({', '.join(ROW_SUFFIXES)})"
+                f"{path} is no file of rows; {arg('data_format')} {data_format!r} needs one ({', '.join(ROW_SUFFIXES)})"
             )
     else:
         like_a_file = Path(path).suffix.lower() in (*TEXT_SUFFIXES, *ROW_SUFFIXES, *TENSOR_SUFFIXES)

@@ -222,20 +222,22 @@ def _rows(datasets: Any, name: str, config: str | None, split: str, seed: int | 
             return iter(rows)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         return (rows[index] for index in order.tolist())
-    place = _cache(datasets.config.HF_DATASETS_CACHE)
+    place = _place(getattr(getattr(datasets, "config", None), "HF_DATASETS_CACHE", None))
     if seed is None:
-        return iter(datasets.load_dataset(name, config, split=split, cache_dir=place))
-    found = datasets.load_dataset(name, config, split=split, streaming=True, cache_dir=place)
+        return iter(datasets.load_dataset(name, config, split=split, **place))
+    found = datasets.load_dataset(name, config, split=split, streaming=True, **place)
     return iter(found.shuffle(seed, buffer_size=_BUFFER))
 
 
-def _cache(usual: str | os.PathLike[str]) -> str | None:
-    """Return where prepared data go: None for the usual folder, or a temporary one where that cannot be written."""
+def _place(usual: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Say where prepared data go: nothing for the usual folder, a temporary one where that cannot be written."""
     try:
-        os.makedirs(usual, exist_ok=True)
+        if usual is not None:
+            os.makedirs(usual, exist_ok=True)
     except OSError:
-        return _temporary().name
-    return None if os.access(usual, os.W_OK | os.X_OK) else _temporary().name
+        return {"cache_dir": _temporary().name}
+    writable = usual is None or os.access(usual, os.W_OK | os.X_OK)
+    return {} if writable else {"cache_dir": _temporary().name}
 
 
 @cache

@@ -23,7 +23,7 @@ from spp.data.encoding import EncodedRow, Encoder, example_ids, shown_row
 from spp.data.parsing import Source, read_source
 from spp.data.templates import PLAIN_HEADINGS
 from spp.data.tokens import IGNORED
-from spp.errors import DataError, SPPWarning
+from spp.errors import DataError, SPPWarning, arg
 from spp.masks.patterns import as_array
 
 logger = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ def _check_ends(rows: list[EncodedRow], names: str, block_length: int) -> None:
         why = "every answer is cut before its end" if cut else "neither the tokenizer nor its chat template has one"
         warnings.warn(
             f"{names}: no end token is ever learned ({why}), so the tuned model will not know where to stop: use a "
-            f"tokenizer with an end-of-text token, or a larger block_length for rows that are cut",
+            f"tokenizer with an end-of-text token, or a larger {arg('block_length')} for rows that are cut",
             SPPWarning,
             stacklevel=4,
         )
