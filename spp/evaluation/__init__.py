@@ -6,10 +6,10 @@ documents.py    the documents of tasks, from the hub or from local files
 scores.py       TaskResults, made of what lm-eval returns
 """
 
+from spp.data.tokens import IGNORED
 from spp.evaluation.harness import LoadedTasks, evaluate_tasks, load_tasks, tasks
 from spp.evaluation.scores import TaskFacts, TaskResults
 from spp.evaluation.windows import (
-    IGNORED,
     PerplexityResult,
     evaluating,
     mean_loss,

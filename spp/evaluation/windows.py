@@ -26,7 +26,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from spp.configs.checkpoints import check_windows
-from spp.data.tokens import tokens_of
+from spp.data.tokens import IGNORED, tokens_of
 from spp.errors import DataError, NonFiniteError, SPPWarning
 from spp.models.targets import require_model
 from spp.supported import require_supported
@@ -35,7 +35,6 @@ require_supported()
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token that is not predicted; PyTorch's and transformers' convention
 _LOSS_ELEMENTS = 1 << 24  # logits turned to float32 at a time: 64 MiB
 
 
