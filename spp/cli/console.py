@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from spp.cli.options import Spellings, spoken
 from spp.errors import ConfigError, OutputExistsError, SPPWarning, arg
@@ -197,3 +199,113 @@ def check_file(path: Path, overwrite: bool, kind: FileKind) -> None:
         remedy = f"choose another file, or replace it with {arg('overwrite', True)}"
         raise OutputExistsError(f"{path} exists", remedy=remedy)
     check_target(path, overwrite=overwrite, kind=kind)
+
+
+# ---- Standard output and error, which no letter, closed pipe or missing terminal makes fail.
+
+_PLAIN = {
+    "…": "...",
+    "×": "x",
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "→": "->",
+    "≥": ">=",
+    "≤": "<=",
+    "α": "alpha",
+    "β": "beta",
+}
+_LETTERS = "spp.letters"  # the way in which letters are replaced that an encoding lacks
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """Return what is printed for letters that an encoding lacks, and where they end."""
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    plain = (_PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in letters)
+    return "".join(plain), error.end
+
+
+codecs.register_error(_LETTERS, _replaced)
+
+
+class _Stream:
+    """A stream that takes every text: letters that its encoding lacks are replaced, what nobody reads is dropped.
+
+    Attributes:
+        failure: why text could not be written that somebody would have read: a disk is full.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.failure: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stream"], name)
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        with suppress(ValueError):  # it is closed
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+    def write(self, text: str) -> int:
+        """Write a text, as far as it can be."""
+        if self._stream is not None:
+            try:
+                self._stream.write(text.encode(self.encoding, _LETTERS).decode(self.encoding))
+            except (OSError, ValueError) as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError | ValueError) -> None:
+        """Drop all that follows: the stream is closed, or its reader is gone, or it cannot be written to."""
+        stream, self._stream = self._stream, None
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            self.failure = error
+        if stream is not None and any(stream is own for own in (sys.__stdout__, sys.__stderr__)):
+            with suppress(OSError, ValueError):  # what waits in its buffer would fail again when Python ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+
+
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Let printing never fail, and give the two streams back as they were: a context manager.
+
+    Where results could not be written that somebody waits for, exit code 0 becomes 1 with a message.
+    """
+    before = sys.stdout, sys.stderr
+    out, err = _Stream(before[0]), _Stream(before[1])
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield
+        _report(out)
+    except SystemExit as stop:
+        stop.code = stop.code or (1 if _report(out) else stop.code)
+        raise
+    finally:
+        err.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _report(out: _Stream) -> bool:
+    """Return whether standard output could not be written, and say so."""
+    out.flush()
+    if out.failure is not None:
+        note(f"error: standard output cannot be written: {out.failure.strerror or out.failure}")
+    return out.failure is not None

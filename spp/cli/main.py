@@ -59,13 +59,14 @@ def options(
 
 def main() -> None:
     """Run the program; an error of spp is one message and exit code 1, an interruption exit code 130."""
-    try:
-        app(prog_name="spp")
-    except SPPError as error:
-        if _debug:
-            raise
-        console.note(f"error: {console.said(error)}")
-        sys.exit(1)
-    except KeyboardInterrupt as interruption:
-        console.note(console.said(interruption) or "interrupted")
-        sys.exit(130)
+    with console.safe_streams():
+        try:
+            app(prog_name="spp")
+        except SPPError as error:
+            if _debug:
+                raise
+            console.note(f"error: {console.said(error)}")
+            sys.exit(1)
+        except KeyboardInterrupt as interruption:
+            console.note(console.said(interruption) or "interrupted")
+            sys.exit(130)

@@ -162,7 +162,7 @@ def in_child(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         SPPError: the child failed; its last words are in the message.
     """
     command = [sys.executable, "-m", module, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode != 0:
         words = (run.stderr or run.stdout).strip().splitlines()[-1:]
         raise SPPError(f"{' '.join(command)} failed with exit code {run.returncode}: {' '.join(words)}")

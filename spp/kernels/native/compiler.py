@@ -125,7 +125,7 @@ def _compiled(source: Source) -> Path:
     processor = _processor(source.required)
     compiler = _compiler()
     flags = (*FLAGS, *source.flags)
-    identity = "\n".join([source.path.read_text(), compiler, _version(compiler), *flags, processor])
+    identity = "\n".join([source.path.read_text(encoding="utf-8"), compiler, _version(compiler), *flags, processor])
     name = f"{source.name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     folder = _folder()
     target = folder / name
@@ -141,6 +141,7 @@ def _compiled(source: Source) -> Path:
             [compiler, *flags, "-o", partial, str(source.path)],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=SECONDS,
             env={**os.environ, "TMPDIR": str(folder)},  # the usual one may be small
         )
@@ -181,7 +182,9 @@ def _compiler() -> str:
 
 def _version(compiler: str) -> str:
     try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Refused(f"{compiler} --version: {error}") from error
     return done.stdout.partition("\n")[0]
