@@ -89,10 +89,13 @@ def load_and_prune(config: PruneConfig, device: str) -> PruneReport:
     from spp.files.carry import refuse_overlap
     from spp.files.hub import local_directory
     from spp.models.streamed import refuse_quantized
-    from spp.pruning import prune
+    from spp.pruning.model import prune_by
+    from spp.pruning.plan import tell_patterns
     from spp.pruning.windows import needs_tokenizer
     from spp.training.loading import load_model, load_tokenizer
 
+    if config.in_memory:  # else the first attempt has
+        tell_patterns(config.pattern)
     directory = local_directory(config.model, "model")
     refuse_overlap(config.output, directory, "the model")
     refuse_quantized(directory)
@@ -105,6 +108,6 @@ def load_and_prune(config: PruneConfig, device: str) -> PruneReport:
             raise
         console.note(f"no tokenizer is saved: {console.said(error).splitlines()[0]}")
     loaded = load_model(directory, config.dtype).to(device)
-    report = prune(loaded, **config.arguments(), tokenizer=tokenizer)
+    report = prune_by(loaded, config, tokenizer)
     save_model(loaded, config.output, tokenizer=tokenizer, overwrite=config.overwrite)
     return report

@@ -14,7 +14,8 @@ from spp.data.encoding import read_tokens
 from spp.errors import DataError
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.masks.patterns import as_array
-from spp.training.data import Collator, TokenBlocks, TokenRows, TrainingData, batches, load_data
+from spp.models.tokens import check_ids, check_length
+from spp.training.data import Collator, TokenBlocks, TokenRows, TrainingData, batches, check_data, load_data
 
 _TOKENS = 1024  # of one forward pass of a measurement: bounds its logits
 _SPLIT_SEED = 0  # of the instruction rows held out: the same for every seed of a study
@@ -70,6 +71,16 @@ class CompareData:
     collate: Collator
     kind: str
     sha256: str
+
+    def check(self, model: nn.Module, config: CompareConfig, tokenizer: Any) -> None:
+        """Raise a DataError where the model cannot read all of the data, before anything is trained."""
+        check_data(model, self.train, self.collate, "the training data", "block_length", tokenizer)
+        for name, part in (("validation", self.validation), ("test", self.test)):
+            if part.rows is not None:
+                check_data(model, part.rows, self.collate, f"the {name} rows", "block_length", tokenizer)
+            elif part.tokens is not None:
+                check_ids(model, part.tokens, f"the {name} text", tokenizer)
+                check_length(model, config.window, "windows", "window")
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes of all data and of each held-out part."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,8 +128,9 @@ def compare(config: CompareConfig) -> Results:
         require_methods(contenders)
     require_directory(path.parent, "the results need")
     refuse_existing(path, resume=config.resume, overwrite=config.overwrite)
-    data = load(config, load_tokenizer(str(config.model)))
-    contenders, hashes = _examine(config, contenders)
+    tokenizer = load_tokenizer(str(config.model))
+    data = load(config, tokenizer)
+    contenders, hashes = _examine(config, contenders, lambda model: data.check(model, config, tokenizer))
     hashes = {**data.hashes(), **hashes}
     conditions = {**config.conditions(), "kind": data.kind, **Provenance(hashes=hashes).to_dict()}
     with Presence(path.parent) as present:
@@ -164,9 +165,16 @@ def _fill(config: CompareConfig, contenders: list[Contender], data: Any, results
         )
 
 
-def _examine(config: CompareConfig, contenders: list[Contender]) -> tuple[list[Contender], dict[str, str]]:
-    """Check the models and the ranks; return the contenders, with the ranks of the budget, and the models' hashes."""
+def _examine(
+    config: CompareConfig, contenders: list[Contender], check_data: Callable[[Any], None]
+) -> tuple[list[Contender], dict[str, str]]:
+    """Check the models and the ranks; return the contenders, with the ranks of the budget, and the models' hashes.
+
+    Args:
+        check_data: raises where a model cannot read the data.
+    """
     model = load_model(config.model, config.dtype)
+    check_data(model)
     _require_finite(model, config.model)
     masks = _masks(model)
     if all(count_kept(bits) == math.prod(shape) for shape, bits in masks.values()):
@@ -181,6 +189,7 @@ def _examine(config: CompareConfig, contenders: list[Contender]) -> tuple[list[C
     del model  # one model at a time is in memory
     if config.dense is not None:
         dense = load_model(config.dense, config.dtype)
+        check_data(dense)
         _require_finite(dense, config.dense)
         _require_unpruned(config, _masks(dense), masks)
         hashes["dense_weights"] = weights_fingerprint(dense)
@@ -315,7 +324,7 @@ def _check_ranks(contenders: Sequence[Contender], model: Any) -> None:
             rule, r = get_rule(RULES_OF[contender.kind]), contender.options["r"]
             for path, projection in projections.items():
                 where = f"contender {contender.name!r}: {path}"
-                rule.check_rank(projection.out_features, projection.in_features, r, where)
+                rule.check_rank(projection.out_features, projection.in_features, r, where, "lower the contender's r")
 
 
 def _require_finite(model: Any, name: object) -> None:

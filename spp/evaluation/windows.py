@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,8 +26,9 @@ from tqdm.auto import tqdm
 
 from spp.configs.checkpoints import check_windows
 from spp.data.tokens import IGNORED, tokens_of
-from spp.errors import DataError, NonFiniteError, SPPWarning
+from spp.errors import DataError, NonFiniteError, arg
 from spp.models.targets import require_model
+from spp.models.tokens import check_ids, check_length, warn_length
 from spp.supported import require_supported
 
 require_supported()
@@ -118,9 +118,11 @@ def perplexity_result(
         >>> perplexity_result(model, tokenizer, text, window=1024).windows  # doctest: +SKIP
         312
     """
+    tokens = tokenize(tokenizer, text)
+    check_ids(model, tokens, "the text", tokenizer)
     return token_perplexity(
         model,
-        tokenize(tokenizer, text),
+        tokens,
         window=window,
         batch_size=batch_size,
         max_windows=max_windows,
@@ -181,7 +183,9 @@ def token_perplexity(
             f"the text has {len(tokens)} tokens, fewer than one window of {window}: "
             "use a longer text or a shorter window"
         )
-    _check_positions(model, window)
+    check_ids(model, tokens, "the text")
+    check_length(model, window, "windows", "window")
+    warn_length(model, window, arg("window"), stacklevel=4)
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]  # (k, window)
     batches = ({"input_ids": rows, "labels": rows} for rows in windows.split(batch_size))
     loss, count = mean_loss(model, batches, total=math.ceil(len(windows) / batch_size), progress=progress)
@@ -247,11 +251,7 @@ def mean_loss(
     bar = tqdm(batches, total=total, desc="perplexity", disable=not (progress and sys.stderr.isatty()), leave=False)
     with evaluating(model), bar:
         for number, batch in enumerate(bar):
-            if isinstance(weight, Tensor) and int(batch["input_ids"].max()) >= len(weight):
-                raise DataError(
-                    f"token id {int(batch['input_ids'].max())} is beyond the model's {len(weight)} embeddings: "
-                    "is this another model's tokenizer?"
-                )
+            check_ids(model, batch["input_ids"], f"batch {number}")
             inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
             logits = model(**inputs, use_cache=False).logits  # (B, T, V)
             part, predicted = _sum_loss(logits, batch["labels"].to(logits.device))
@@ -306,13 +306,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _check_positions(model: nn.Module, window: int) -> None:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and window > positions:
-        warnings.warn(
-            f"window is {window}, but the model was made for {positions} positions: the perplexity says little",
-            SPPWarning,
-            stacklevel=4,
-        )

@@ -83,6 +83,15 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return the module that makes hidden states of token ids; None where the model does not say."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def text_side(model: nn.Module) -> list[str]:
     """Return the paths of the modules that hold a model's text side: [""], the whole, unless it has several modalities.
 

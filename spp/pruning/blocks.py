@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spp.errors import NonFiniteError, TargetError, arg
 from spp.masks.patterns import all_finite
-from spp.wrapping.state import input_embedding
+from spp.models.targets import input_embedding
 
 BATCH_TOKENS = 2048  # windows are run together up to this many tokens
 

@@ -35,7 +35,7 @@ from spp.models.projection import Projection
 from spp.models.streamed import StreamedModel
 from spp.pruning.blocks import BlockRunner, find_blocks
 from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
-from spp.pruning.plan import PrunePlan, check_layer, make_plan
+from spp.pruning.plan import PrunePlan, check_layer, make_plan, tell_patterns
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import Calibration, check_calibration
 from spp.pruning.work import Work
@@ -93,6 +93,7 @@ def prune_checkpoint(
     )
     if calibration is not None:
         check_calibration(calibration)
+    tell_patterns(pattern)
     target = Path(os.path.realpath(out))
     source = checkpoint_directory(directory)
     refuse_overlap(target, source, "the model")

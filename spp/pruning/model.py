@@ -15,7 +15,7 @@ from spp.packing.model import packed_layers
 from spp.pruning.blocks import BlockRunner, find_blocks
 from spp.pruning.layer import prune_layer
 from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
-from spp.pruning.plan import check_layer, make_plan
+from spp.pruning.plan import check_layer, make_plan, tell_patterns
 from spp.pruning.report import PruneReport
 from spp.pruning.windows import Calibration, check_calibration
 from spp.wrapping.wrap import is_wrapped
@@ -75,12 +75,18 @@ def prune(
         >>> report.sparsity  # doctest: +SKIP
         0.5
     """
-    started = time.perf_counter()
     options = PruneOptions(
         method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl, keep_zeros
     )
     if calibration is not None:
         check_calibration(calibration)
+    tell_patterns(pattern)
+    return prune_by(model, options, tokenizer)
+
+
+def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> PruneReport:
+    """Prune as `prune`, by options that are checked and told."""
+    started = time.perf_counter()
     if is_wrapped(model):
         raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then prune")
     if packed_layers(model):
@@ -89,8 +95,9 @@ def prune(
     for layer in plan.layers.values():
         check_layer(layer)
     if not plan.calibrated:
-        bar = tqdm(plan.layers.items(), desc=f"pruning ({method})", unit="layer", disable=None)
-        done = {path: prune_layer(layer, None, plan.method, plan.patterns[path], keep_zeros) for path, layer in bar}
+        keep = options.keep_zeros
+        bar = tqdm(plan.layers.items(), desc=f"pruning ({options.method})", unit="layer", disable=None)
+        done = {path: prune_layer(layer, None, plan.method, plan.patterns[path], keep) for path, layer in bar}
         return plan.report(done, started)
     root, blocks = find_blocks(model, list(plan.layers))
     of_block = layers_by_block(plan.layers, root, len(blocks))

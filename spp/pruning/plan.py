@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from spp.configs.checks import name_matches
 from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
-from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, SPPWarning, arg
+from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
 from spp.masks.patterns import Pattern, all_finite
 from spp.models.projection import Projection, find_projections
 from spp.models.targets import resolve_projections
+from spp.models.tokens import check_ids, check_length, position_limit, trained_length, warn_length
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids
 from spp.weights import FLOATS
-from spp.wrapping.state import input_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,23 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
         data = load_ids(options.calibration)
         length = fitting_seqlen(model, data, options.seqlen)
         windows = calibration_windows(data, tokenizer, nsamples=options.nsamples, seqlen=length, seed=options.seed)
-        check_ids(model, windows)
+        where = describe_calibration(options.calibration)
+        check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)
     return PrunePlan(options, get_method(options.method), layers, patterns, windows)
+
+
+def tell_patterns(pattern: Patterns) -> None:
+    """Log what every N:M pattern means, before any work: N is what stays, and some read it as what goes."""
+    values = pattern.values() if isinstance(pattern, Mapping) else [pattern]
+    for one in dict.fromkeys(map(Pattern.parse, values)):
+        if one.kept is None or one.group is None:
+            continue
+        told = f"{one}: {one.kept} of every {one.group} weights are kept, {100 * one.sparsity:.3g} % are pruned"
+        if 2 * one.kept > one.group:
+            other = f"{one.group - one.kept}:{one.group}"
+            logger.warning("%s; to prune %d of every %d, the pattern is %s", told, one.kept, one.group, other)
+        else:
+            logger.info(told)
 
 
 def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dict[str, Pattern]:
@@ -132,17 +147,26 @@ def check_layer(layer: Projection) -> None:
 
 
 def fitting_seqlen(model: nn.Module, calibration: Calibration, seqlen: int) -> int:
-    """Return seqlen, or what the model's positions allow; windows that are given must fit as they are."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
+    """Return the tokens of a window; the usual number is lowered to what a model was made for.
+
+    Another number was asked for, and token ids are taken as they are: a model that computes its positions takes them
+    with a warning.
+
+    Raises:
+        DataError: the model has no positions for so many.
+    """
+    given = isinstance(calibration, Tensor)
+    length = calibration.shape[-1] if isinstance(calibration, Tensor) else seqlen
+    limit, trained = position_limit(model), trained_length(model)
+    usual = min(limit or length, trained or length)
+    if length <= usual:
         return seqlen
-    if isinstance(calibration, Tensor):
-        if calibration.dim() == 2 and calibration.shape[1] > positions:
-            raise DataError(f"calibration windows have {calibration.shape[1]} tokens; the model takes {positions}")
-        return seqlen
-    if seqlen > positions:
-        logger.info("seqlen %d is more than the model's %d positions: windows of %d", seqlen, positions, positions)
-    return min(seqlen, positions)
+    if not given and seqlen == PruneOptions.seqlen:
+        logger.info("the model was made for %d positions: windows of %d tokens, not of %d", usual, usual, seqlen)
+        return usual
+    check_length(model, length, "calibration windows", None if given else "seqlen")
+    warn_length(model, length, "the length of a calibration window" if given else arg("seqlen"), stacklevel=5)
+    return seqlen
 
 
 def warn_of_experts(model: nn.Module) -> None:
@@ -156,19 +180,6 @@ def warn_of_experts(model: nn.Module) -> None:
             SPPWarning,
             stacklevel=4,
         )
-
-
-def check_ids(model: nn.Module, windows: Tensor) -> None:
-    """Raise a DataError for token ids that the model's embedding does not have."""
-    embedding = input_embedding(model)
-    if isinstance(embedding, nn.Embedding):
-        low, high = int(windows.min()), int(windows.max())
-        if low < 0 or high >= embedding.num_embeddings:
-            bad = low if low < 0 else high
-            raise DataError(
-                f"calibration holds token id {bad}; the model's vocabulary has {embedding.num_embeddings}: was it made "
-                f"with another tokenizer?"
-            )
 
 
 def share_of(layers: Mapping[str, LayerReport], field: str) -> float:

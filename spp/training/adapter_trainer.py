@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.errors import CheckpointError, ConfigError, MaskError, WrapError
+from spp.errors import CheckpointError, ConfigError, DataError, MaskError, WrapError
 from spp.files import output_error
+from spp.models.tokens import check_ids, embedding_rows, position_limit, refuse_ids
 from spp.training.causal_loss import captured_states, check_form, loss_of_states
 from spp.training.checkpoints import (
     last_complete,
@@ -30,6 +32,7 @@ from spp.training.checkpoints import (
     unmark,
     why_not_written,
 )
+from spp.training.data import TokenBlocks, TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class AdapterTrainer(Trainer):
             raise ConfigError(
                 f"{type(self).__name__} does not support DeepSpeed or FSDP yet; use one device or plain DDP"
             )
+        self.data_collator: Any = _Readable(self.data_collator)
         self.begin(self._bare_model())
 
     @abstractmethod
@@ -127,6 +131,34 @@ class AdapterTrainer(Trainer):
     @abstractmethod
     def sparsity(self) -> float:
         """The fraction of zeros in the weights that the method adapts, in [0, 1]."""
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches to train on; a DataError comes before the first, or from the loader of a stream."""
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for rows in (self.train_dataset, *held_out):
+            self._check_tokens(rows)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches to evaluate on; errors as for training."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._check_tokens(self.eval_dataset[rows] if isinstance(rows, str) else rows)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches to predict; errors as for training."""
+        self._check_tokens(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _check_tokens(self, rows: Any) -> None:
+        """Raise a DataError where the model cannot read some of the rows, as far as they can be looked at before."""
+        model = self._bare_model()
+        readable = self.data_collator
+        if isinstance(readable, _Readable):
+            readable.rows, readable.positions = embedding_rows(model), position_limit(model)
+        ids = _all_ids(rows)
+        if ids is not None:
+            check_ids(model, ids, "the data", self.processing_class)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
         """Compute the loss; with `loss_chunk`, without the logits of the whole batch."""
@@ -238,6 +270,57 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.read(self._bare_model(), require_complete(self.state.best_model_checkpoint))
+
+
+class _Readable:
+    """A collator whose batches a model can read: it has an embedding and a position for every token.
+
+    Batches are looked at where they are made, on the CPU and in the process that loads data: a stream has no other
+    place, and padding is made there.
+
+    Args:
+        collate: makes the batches.
+
+    Attributes:
+        rows, positions: of the model's embedding, and how many it has; None leaves that unchecked.
+    """
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+        self.rows: int | None = None
+        self.positions: int | None = None
+
+    def __call__(self, items: Any) -> Any:
+        """Return one batch."""
+        batch = self.collate(items)
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if isinstance(ids, Tensor) and ids.ndim:
+            if self.rows is not None:
+                refuse_ids(self.rows, ids, "a batch of the data")
+            if self.positions is not None and ids.shape[-1] > self.positions:
+                raise DataError(
+                    f"a batch of the data has rows of {ids.shape[-1]} tokens; the model has {self.positions} positions "
+                    f"and cannot compute more: cut the rows"
+                )
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collate":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+
+def _all_ids(rows: Any) -> Tensor | list[Tensor] | None:
+    """Return the token ids of a data set whose rows are in memory or in a table; None of any other."""
+    if isinstance(rows, TokenBlocks):
+        return rows.blocks
+    if isinstance(rows, TokenRows):
+        return [ids for ids, _ in rows.rows]
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        return [torch.as_tensor(row["input_ids"]) for row in rows]
+    if "input_ids" in (getattr(rows, "column_names", None) or ()) and hasattr(rows, "__len__"):  # of `datasets`
+        return [torch.as_tensor(ids) for ids in rows["input_ids"]]
+    return None
 
 
 def _check_loss_chunk(chunk: object, args: Any, options: Mapping[str, Any]) -> None:

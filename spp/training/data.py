@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -25,6 +25,7 @@ from spp.data.templates import PLAIN_HEADINGS
 from spp.data.tokens import IGNORED
 from spp.errors import DataError, SPPWarning, arg
 from spp.masks.patterns import as_array
+from spp.models.tokens import check_ids, check_length
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,26 @@ class Collator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
+
+
+def check_data(
+    model: nn.Module, rows: TokenBlocks | TokenRows, collate: Collator, where: str, option: str, tokenizer: Any = None
+) -> None:
+    """Raise unless a model has an embedding for every token of some rows and their padding, and positions for them.
+
+    Args:
+        where: what the rows are, for the message.
+        option: the argument that says how long they may be.
+
+    Raises:
+        DataError: as `check_ids` and `check_length` (spp.models.tokens).
+    """
+    ids = rows.blocks if isinstance(rows, TokenBlocks) else [row for row, _ in rows.rows]
+    check_ids(model, ids, where, tokenizer)
+    lengths = {len(row) for row in ids}
+    if len(lengths) > 1:
+        check_ids(model, torch.tensor([collate.pad_token_id]), f"the padding of {where}", tokenizer)
+    check_length(model, max(lengths, default=0), "training rows", option)
 
 
 def batches(rows: TokenBlocks | TokenRows, collate: Collator, batch_size: int) -> Iterator[Batch]:

@@ -21,9 +21,11 @@ from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, Wrap
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.files.formats import other_weights, pickled, stored_format
 from spp.files.hub import local_directory
+from spp.models.tokens import check_ids, check_length
+from spp.pruning.plan import tell_patterns
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
-from spp.training.data import DataSummary, TokenRows, TrainingData, batches, load_data, shown_rows
+from spp.training.data import DataSummary, TokenRows, TrainingData, batches, check_data, load_data, shown_rows
 from spp.training.loading import load_model, load_tokenizer
 from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
@@ -107,6 +109,8 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
     _check_model(config, model, tokenizer)
     if model is None:
         _check_base(local_directory(str(config.model), "model"))
+    if config.pattern is not None:
+        tell_patterns(config.pattern)
     with RunDirectory(config) as run:
         return _tune(config, run, model, tokenizer)
 
@@ -118,6 +122,7 @@ def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any) -> 
         logger.info("row %d, what is learned in [+ +]: %s", number, row)
     measure = _Measure(config, tokenizer, data)
     model = model if model is not None else load_model(str(config.model), config.dtype)
+    _check_tokens(config, model, tokenizer, data, measure)
     method = method_of(config)
     method.prepare(model)
     try:
@@ -184,21 +189,35 @@ def _run(
     )
 
 
+def _check_tokens(config: TuneConfig, model: nn.Module, tokenizer: Any, data: TrainingData, measure: _Measure) -> None:
+    """Raise a DataError where the model cannot read all of the data: padding too, which stands beside shorter rows."""
+    check_data(model, data.train, data.collate, "the training data", "block_length", tokenizer)
+    if measure.rows is not None:
+        check_data(model, measure.rows, data.collate, "the held-out rows", "block_length", tokenizer)
+    elif measure.tokens is not None:
+        check_ids(model, measure.tokens, "the text of the perplexity", tokenizer)
+        check_length(model, config.eval_window, "windows", "eval_window")
+
+
 class _Measure:
-    """Measures the perplexity on the held-out text, which it prepares first so that too short a text fails early."""
+    """Measures the perplexity on the held-out text, which it prepares first so that too short a text fails early.
+
+    Attributes:
+        tokens, rows: what it measures on; one of them is None, or both are.
+    """
 
     def __init__(self, config: TuneConfig, tokenizer: Any, data: TrainingData) -> None:
         self._config = config
         self._collate = data.collate
-        self._tokens: Tensor | None = data.held_out_tokens
-        self._rows: TokenRows | None = data.held_out_rows
-        self.text = f"held out: {data.summary.held_out} {'tokens' if self._rows is None else 'rows'}"
+        self.tokens: Tensor | None = data.held_out_tokens
+        self.rows: TokenRows | None = data.held_out_rows
+        self.text = f"held out: {data.summary.held_out} {'tokens' if self.rows is None else 'rows'}"
         if config.eval_text is not None:
-            self._tokens = read_tokens(tokenizer, str(config.eval_text), text_field=config.text_field)
-            self._rows = None
-            if self._tokens.numel() < config.eval_window:
+            self.tokens = read_tokens(tokenizer, str(config.eval_text), text_field=config.text_field)
+            self.rows = None
+            if self.tokens.numel() < config.eval_window:
                 raise DataError(
-                    f"{config.eval_text} has {self._tokens.numel()} tokens, fewer than one window of "
+                    f"{config.eval_text} has {self.tokens.numel()} tokens, fewer than one window of "
                     f"{config.eval_window}: give a longer text, or a smaller {arg('eval_window')}"
                 )
             self.text = str(config.eval_text)
@@ -206,18 +225,18 @@ class _Measure:
     def __call__(self, model: nn.Module) -> dict[str, Any] | None:
         """Return the fields of a PerplexityResult, or None where nothing is held out."""
         found: PerplexityResult
-        if self._rows is not None:
+        if self.rows is not None:
             size = max(1, _EVAL_TOKENS // self._config.block_length)
             found = rows_perplexity(
                 model,
-                batches(self._rows, self._collate, size),
-                total=math.ceil(len(self._rows) / size),
+                batches(self.rows, self._collate, size),
+                total=math.ceil(len(self.rows) / size),
                 progress=self._config.progress is not False,
             )
-        elif self._tokens is not None:
+        elif self.tokens is not None:
             found = token_perplexity(
                 model,
-                self._tokens,
+                self.tokens,
                 window=self._config.eval_window,
                 batch_size=max(1, _EVAL_TOKENS // self._config.eval_window),
                 max_windows=self._config.eval_windows,

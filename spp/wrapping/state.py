@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spp.errors import ConfigError, TargetError, WrapError
 from spp.models.projection import Projection
-from spp.models.targets import require_model, resolve_projections
+from spp.models.targets import input_embedding, require_model, resolve_projections
 from spp.weights import quantized_kind
 from spp.weights.base_values import BaseVerdict
 
@@ -233,15 +233,6 @@ class InputGradients:
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         if self.model.training and torch.is_grad_enabled() and checkpointing:
             output.requires_grad_(True)
-
-
-def input_embedding(model: Any) -> nn.Module | None:
-    """Return the module that makes hidden states of token ids; None where the model does not say."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None
 
 
 # ---- Models that transformers quantized: which are adapted, and what becomes of their marks when they no longer are.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import spp
 from spp.errors import ConfigError, DataError, NonFiniteError, PatternError, TargetError, WrapError
@@ -16,6 +17,11 @@ from tests.helpers.models import prune_nm_, tiny_llama
 
 def _ids(windows: int = 5, length: int = 24) -> torch.Tensor:
     return torch.randint(3, 96, (windows, length), generator=torch.Generator().manual_seed(1))
+
+
+def _learned() -> nn.Module:
+    """A model that has learned its 512 positions one by one."""
+    return AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=512))
 
 
 def _bad_layer(model: nn.Module, value: float) -> nn.Module:
@@ -38,7 +44,11 @@ def _bad_layer(model: nn.Module, value: float) -> nn.Module:
         (TargetError, "lm_head", lambda m: prune(m, "wanda", "2:4", _ids(), target_modules=["lm_head", "up_proj"])),
         (DataError, "id 256.*256", lambda m: prune(m, "wanda", "2:4", torch.full((2, 8), 256))),
         (DataError, "id -1", lambda m: prune(m, "wanda", "2:4", torch.full((2, 8), -1))),
-        (DataError, "513 tokens.*512", lambda m: prune(m, "wanda", "2:4", torch.ones(1, 513, dtype=torch.int64))),
+        (
+            DataError,
+            "513 tokens.*512",
+            lambda m: prune(_learned(), "wanda", "2:4", torch.ones(1, 513, dtype=torch.int64)),
+        ),
         (DataError, "tokenizer", lambda m: prune(m, "wanda", "2:4", ["some text"])),
         (NonFiniteError, r"layers\.1\.mlp\.up_proj", lambda m: prune(_bad_layer(m, torch.nan), "magnitude", "2:4")),
         (NonFiniteError, r"layers\.1\.mlp\.up_proj", lambda m: prune(_bad_layer(m, torch.inf), "wanda", 0.5, _ids())),

@@ -177,9 +177,13 @@ def test_a_model_is_pruned_with_a_file_of_ids_as_with_the_ids(tmp_path: Path) ->
     report = prune(other, "wanda", "2:4", tmp_path / "ids.pt")
     assert (report.windows, report.seqlen) == (5, 24)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-    torch.save(torch.ones(1, 513, dtype=torch.int64), tmp_path / "ids.pt")
-    with pytest.raises(DataError, match=r"513 tokens.*512"):
+    torch.save(torch.full((3, 5), 256), tmp_path / "ids.pt")
+    with pytest.raises(DataError, match=r"ids\.pt, row 1: token id 256 is beyond the model's 256 embeddings"):
         prune(other, "wanda", "2:4", tmp_path / "ids.pt")
+    # It computes its positions, so that it takes more of them than it was made for.
+    torch.save(torch.randint(3, 96, (1, 513)), tmp_path / "ids.pt")
+    with pytest.warns(SPPWarning, match="513, but the model was made for 512 positions"):
+        assert prune(other, "wanda", "2:4", tmp_path / "ids.pt").seqlen == 513
 
 
 class _Code:
