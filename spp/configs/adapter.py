@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,6 +24,21 @@ DROPOUT_MODES = ("input", "alpha")
 INITS = ("paper",)  # what files may say of the start: W_α Kaiming-uniform with a = √5, W_β zero
 RULES = ("spp", "hira", "masked_lora")  # the names of spp.rules.RULES
 ACTIVATIONS = ("full", "bfloat16")  # what layers keep of their inputs for backward
+
+
+def parse_ranks(values: Sequence[str]) -> dict[str, int]:
+    """Return what `--rank-pattern` means: the rank of each NAME=R.
+
+    Raises:
+        ConfigError: one is not of this form, or a name comes twice.
+    """
+    ranks: dict[str, int] = {}
+    for value in values:
+        name, _, r = value.rpartition("=")
+        if not name or name in ranks or not r.strip().isdecimal():
+            raise ConfigError(f"{arg('rank_pattern')} {value} is not understood; write NAME=R, each name once")
+        ranks[name] = int(r)
+    return ranks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from spp.configs.adapter import ACTIVATIONS, DROPOUT_MODES, RULES, SPPConfig
+from spp.configs.adapter import ACTIVATIONS, DROPOUT_MODES, RULES, SPPConfig, parse_ranks
 from spp.configs.checks import (
     AUTO_DTYPES,
     check_choice,
@@ -52,7 +52,7 @@ PST_RECIPES: Recipes = {
 
 # Options that one method alone has.
 _OWN = {
-    "spp": ("r", "scaling", "dropout", "dropout_mode", "rule", "saved_activations", "strict_values"),
+    "spp": ("r", "rank_pattern", "scaling", "dropout", "dropout_mode", "rule", "saved_activations", "strict_values"),
     "pst": (
         *("pattern", "initial_sparsity", "initial_warmup", "final_warmup"),
         *("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale"),
@@ -90,7 +90,8 @@ class TuneConfig:
         eval_windows: measure at most this many windows; None for all.
         target_modules: None, "all-linear", names, or a regular expression.
         exclude_modules: names, or a regular expression.
-        r: SPP: rank of the adapter; see SPPConfig for this and the next four.
+        r: SPP: rank of the adapter; see SPPConfig for this and the next five.
+        rank_pattern: SPP: {name suffix or regular expression: r}.
         scaling: SPP: s.
         dropout: SPP: probability in [0, 1).
         dropout_mode: SPP: "input" or "alpha".
@@ -182,6 +183,17 @@ class TuneConfig:
         int, Option("Print the first rows as they will be learned, what is learned in [+ +], then train.", DATA)
     ] = 0
     r: Annotated[int, Option("SPP: rank of the adapter.", ADAPTER)] = SPPConfig.r
+    rank_pattern: Annotated[
+        Mapping[str, int] | None,
+        Option(
+            "SPP: rank of layers by name suffix or regular expression, such as lm_head=4; may be repeated.",
+            ADAPTER,
+            metavar="NAME=R",
+            type=str,
+            many=True,
+            parse=parse_ranks,
+        ),
+    ] = None
     scaling: Annotated[float, Option("SPP: factor s of the adapter.", ADAPTER)] = SPPConfig.scaling
     dropout: Annotated[float, Option("SPP: dropout probability.", ADAPTER)] = SPPConfig.dropout
     dropout_mode: Annotated[str, Option("SPP: input or alpha.", ADAPTER, choices=DROPOUT_MODES)] = (
@@ -306,6 +318,8 @@ class TuneConfig:
         adapter = self.adapter_config() if self.method == "spp" else self.pst_config()  # raises for r, scaling, …
         if self.rule not in RULES:
             raise ConfigError(f"there is no rule {self.rule!r}; known: {', '.join(sorted(RULES))}", option="rule")
+        if self.rank_pattern is not None:
+            object.__setattr__(self, "rank_pattern", dict(sorted(self.rank_pattern.items())))
         object.__setattr__(self, "target_modules", adapter.target_modules)
         object.__setattr__(self, "exclude_modules", adapter.exclude_modules)
 
@@ -379,6 +393,7 @@ class TuneConfig:
         """Return the options of SPP's adapter; its initial values are drawn from `seed`."""
         return SPPConfig(
             r=self.r,
+            rank_pattern=self.rank_pattern,
             scaling=self.scaling,
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,

@@ -14,6 +14,7 @@ from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, arg
 from spp.layers.host import PackedLinear, refuse_parametrization
 from spp.masks.patterns import all_finite, nonzero_mask
 from spp.models.projection import Projection, features, is_conv1d
+from spp.models.targets import last_name
 from spp.rules import get_rule
 from spp.weights import DTYPES, QuantizedWeight, quantized_kind, read_quantized
 from spp.weights.offload import offloader
@@ -55,7 +56,7 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     if is_quantized:
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
-        get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
+        check_rank(config, features(linear), where, r)
         if packed is None:
             read_quantized(linear, f"{where}.weight")
         return
@@ -68,7 +69,17 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
         raise ConfigError(f"{where} is offloaded by accelerate, and what is packed stays in memory: packed=False")
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
-    get_rule(config.rule).check_rank(*features(linear), r or config.r, where)
+    check_rank(config, features(linear), where, r)
+
+
+def check_rank(config: SPPConfig, shape: tuple[int, int], where: str, r: int | None = None) -> None:
+    """Raise unless r fits a layer of out_features × in_features; one of a model may have its own, a layer alone not."""
+    rule, asked = get_rule(config.rule), r or config.r
+    most = rule.largest_rank(*shape)
+    if asked > most:
+        own = arg("rank_pattern", {last_name(where): max(1, most)})
+        others = "" if r is None else f", or give layers of this name their own: {own}"
+        rule.check_rank(*shape, asked, where, f"lower {arg('r')}{others}")
 
 
 def check_values(target: Projection) -> Survey | None:

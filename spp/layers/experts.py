@@ -14,7 +14,7 @@ from spp.errors import ConfigError, TargetError
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
 from spp.layers.adapted import HoldsAdapter
-from spp.layers.checks import check_values
+from spp.layers.checks import check_rank, check_values
 from spp.layers.host import Opaque, check_packable_weight, refuse_parametrization
 from spp.models.expert_products import ExpertProducts, plain_experts
 from spp.models.projection import Projection
@@ -333,4 +333,4 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
         raise TargetError(f"{where} is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights")
     if config.packed and (weight.is_meta if projection.packed else projection.operand.is_meta):
         raise ConfigError(f"{where} is on the meta device and has no values to pack; load the model first")
-    get_rule(config.rule).check_rank(projection.out_features, projection.in_features, r, where)
+    check_rank(config, (projection.out_features, projection.in_features), where, r)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spp.errors import AdapterError
+from spp.errors import AdapterError, ConfigError, arg
 
 KAIMING_A = math.sqrt(5)  # U(−1/√n, 1/√n), as nn.Linear and the paper initialise
 Params = Sequence[Tensor]  # θ, in the rule's order
@@ -44,8 +44,22 @@ class Rule(ABC):
         return params[0].shape[0]
 
     @abstractmethod
-    def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
-        """Raise a ConfigError that names `where` unless r fits the layer."""
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        """Return the largest r that fits a layer; 1 is the smallest."""
+
+    def check_rank(
+        self, out_features: int, in_features: int, r: int, where: str, remedy: str = f"lower {arg('r')}"
+    ) -> None:
+        """Raise a ConfigError that names `where`, and says what to do, unless r fits the layer."""
+        most = self.largest_rank(out_features, in_features)
+        if not 1 <= r <= most:
+            whose = f"its {most} rows" if self.largest_rank(out_features, 0) else f"{most}"  # rows alone count
+            raise ConfigError(
+                f"{where}: r = {r} does not fit a weight of shape ({out_features}, {in_features}): r must be between "
+                f"1 and {whose}",
+                option="r",
+                remedy=remedy,
+            )
 
     def init_(self, params: Params, generator: torch.Generator | None) -> None:
         """Fill the parameters in place: the first is drawn, the other zeros; `generator` None is torch's global one."""

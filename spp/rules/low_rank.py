@@ -19,7 +19,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spp.errors import ConfigError
 from spp.masks.patterns import nonzero_mask
 from spp.rules.base import Grads, Params, Rule
 
@@ -48,12 +47,8 @@ class LowRankRule(Rule):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         return (r, in_features), (out_features, r)
 
-    def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
-        if not 1 <= r <= min(out_features, in_features):
-            raise ConfigError(
-                f"{where}: r = {r} does not fit a weight of shape ({out_features}, {in_features}): r must be between "
-                f"1 and {min(out_features, in_features)}; lower r, or give this module its own in rank_pattern"
-            )
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        return min(out_features, in_features)
 
     def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> LowRankFactors:
         a, b = (p.detach().to(dtype) for p in params)

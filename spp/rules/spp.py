@@ -19,7 +19,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spp.errors import ConfigError
 from spp.rules.base import Grads, Params, Rule
 
 GROUP_ROWS = 16  # on average; blocks of fewer rows are not worth an operation each
@@ -51,12 +50,8 @@ class SPPRule(Rule):
     def shapes(self, out_features: int, in_features: int, r: int) -> tuple[tuple[int, int], ...]:
         return (r, in_features), (out_features, 1)
 
-    def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
-        if not 1 <= r <= out_features:
-            raise ConfigError(
-                f"{where}: r = {r} does not fit a weight of shape ({out_features}, {in_features}): r must be between "
-                f"1 and its {out_features} rows; lower r, or give this module its own in rank_pattern"
-            )
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        return out_features
 
     def prepare(self, params: Params, scaling: float, out_features: int, dtype: torch.dtype) -> Factors:
         alpha, beta = (p.detach().to(dtype) for p in params)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spp.errors import ConfigError
+from spp.errors import ConfigError, arg
 from spp.rules.base import Grads, Params, Rule
 
 
@@ -58,9 +58,14 @@ class TermsRule(Rule):
     def rank(self, params: Params) -> int:
         return sum(self.rule.rank(part) for part in self.split(params))
 
-    def check_rank(self, out_features: int, in_features: int, r: int, where: str) -> None:
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        return len(self.ranks) * self.rule.largest_rank(out_features, in_features)
+
+    def check_rank(
+        self, out_features: int, in_features: int, r: int, where: str, remedy: str = f"lower {arg('r')}"
+    ) -> None:
         for rank in self.ranks:
-            self.rule.check_rank(out_features, in_features, rank, where)
+            self.rule.check_rank(out_features, in_features, rank, where, remedy)
 
     def init_(self, params: Params, generator: torch.Generator | None) -> None:
         for part in self.split(params):

@@ -30,6 +30,7 @@ IN_WORDS = {
     "target_modules",
     "exclude_modules",
     "overwrite",
+    "rank_pattern",
     "resume",
     "strict_values",
 }
