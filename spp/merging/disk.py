@@ -31,7 +31,7 @@ from spp.merging.rewrite import Hashes, Rewriting, Transform, output, stored_dty
 from spp.merging.weight import check_rounding, draw_seed, layer_merge, merge_weight
 from spp.rules.adapter import idle_reason
 from spp.weights import FLOATS
-from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, gravest
+from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, gravest, where_it_belongs
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def merge_checkpoint(
     for part in parts:
         refuse_overlap(Path(out_dir), part.files.source, "the adapter")
     with CheckpointReader(base) as reader:
-        merging = _Merging(reader, parts, dtype, rounding, draw_seed(rounding, seed))
+        merging = _Merging(reader, parts, dtype, rounding, draw_seed(rounding, seed), base_dir)
         rewriting = Rewriting(reader, merging.transforms, dtype, certified=merging.transforms)
         with output(rewriting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
             write_shards(rewriting, directory, "merging", card=False)  # another model: its card is not the base's
@@ -98,7 +98,7 @@ def merge_checkpoint(
             verdicts = merging.verdicts()
             others = [verdict.message for verdict in verdicts if verdict.state == OTHER]
             if strict_values and others:
-                raise AdapterError(f"{'; '.join(others)}; merge it there. Nothing was written")
+                raise AdapterError(f"{'; '.join(others)}. Nothing was written")
             certificate = rewriting.certificate(base_dir)
             if directory is not None:
                 certificate.write(directory)
@@ -120,6 +120,7 @@ class _Merging:
         reader: of the base.
         parts: the adapters.
         dtype, rounding, seed: as for `merge_checkpoint`.
+        given: the base, as it was passed.
 
     Attributes:
         layers: {module path: the adapters' sum there}.
@@ -128,13 +129,20 @@ class _Merging:
     """
 
     def __init__(
-        self, reader: CheckpointReader, parts: list[Part], dtype: torch.dtype | None, rounding: str, seed: int
+        self,
+        reader: CheckpointReader,
+        parts: list[Part],
+        dtype: torch.dtype | None,
+        rounding: str,
+        seed: int,
+        given: str | os.PathLike[str],
     ) -> None:
         self.reader, self.parts, self.layers = reader, parts, sum_of(parts)
         self.places = find_places(reader, parts)
-        self._dtype, self._rounding, self._seed = dtype, rounding, seed
+        self._dtype, self._rounding, self._seed, self._given = dtype, rounding, seed, os.fspath(given)
         self._comparisons = [
-            BaseComparison(f.base_values, f.base_forms, f.source, f.base_name) for f in (part.files for part in parts)
+            BaseComparison(f.base_values, f.base_forms, f.source, f.base_name, given)
+            for f in (part.files for part in parts)
         ]
         self.merges: dict[str, LayerMerge] = {}
         self._ready: dict[str, Tensor] = {}  # merged tensors on disk of a group whose other tensors were asked for
@@ -250,6 +258,6 @@ class _Merging:
         ]
         raise MaskError(
             f"the zeros of {self.reader.directory} are not those that the adapter in {part.files.source} was trained "
-            f"on in {len(differing)} layers: {some_of(differing)}. It belongs to "
-            f"{part.files.base_name or 'another base'}: pass that one"
+            f"on in {len(differing)} layers: {some_of(differing)}; "
+            f"{where_it_belongs(part.files.base_name, self._given)}"
         )

@@ -32,6 +32,7 @@ from spp.pst.model import config_of, is_wrapped, require_layers, trained_paramet
 from spp.rules import rescue_
 from spp.rules.adapter import arithmetic_dtype
 from spp.weights import FLOATS
+from spp.weights.base_values import where_it_belongs
 from spp.wrapping.adapter_files import (
     CONFIG_NAME,
     PST_TYPE,
@@ -258,7 +259,7 @@ def convert_checkpoint(
     refuse_overlap(Path(out_dir), base, "the base")
     refuse_overlap(Path(out_dir), state.source, "the PST state")
     with CheckpointReader(base) as reader:
-        converting = _Converting(reader, state, dtype)
+        converting = _Converting(reader, state, dtype, base_dir)
         rewriting = Rewriting(reader, converting.transforms, dtype, certified=converting.layers)
         with output(rewriting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
             write_shards(rewriting, directory, "converting")
@@ -277,8 +278,14 @@ class _Converting:
         transforms: of these, and of modules that trained as a whole.
     """
 
-    def __init__(self, reader: CheckpointReader, state: PSTState, dtype: torch.dtype | None) -> None:
-        self.reader, self.state, self.dtype = reader, state, dtype
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        state: PSTState,
+        dtype: torch.dtype | None,
+        given: str | os.PathLike[str],
+    ) -> None:
+        self.reader, self.state, self.dtype, self.given = reader, state, dtype, os.fspath(given)
         paths = list(state.sparsity)
         places = locate(reader, paths)
         keys = {f"{path}.{name}": (path, name) for path in paths for name in FACTORS}
@@ -319,7 +326,7 @@ class _Converting:
         if content_crc32(weight) != state.base_crc32[path]:
             raise AdapterError(
                 f"{key} of {self.reader.directory} is not the weight that {state.source} was trained on; the mask "
-                f"would be another. It belongs to {state.base_name or 'another base'}: pass that one"
+                f"would be another; {where_it_belongs(state.base_name, self.given)}"
             )
         arithmetic = arithmetic_dtype(weight.dtype)
         factors = tuple(state.tensors[f"{path}.{name}"].to(arithmetic) for name in FACTORS)

@@ -14,6 +14,7 @@ Only "other" is worth a warning: a base that was quantized or converted since is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class BaseComparison:
         hashes, forms: of the adapter, by module path; None where it does not say.
         source: where it was read from.
         base_name: where its base came from, or None.
+        given: where the base at hand came from, or None.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class BaseComparison:
         forms: Mapping[str, str] | None,
         source: object = "the adapter",
         base_name: str | None = None,
+        given: object = None,
     ) -> None:
         self._hashes, self._forms = hashes or {}, forms or {}
-        self._source, self._base_name = str(source), base_name or "another base"
+        self._source, self._home = str(source), where_it_belongs(base_name, given)
         self._states: dict[str, str] = {}
         self._unlike: dict[str, None] = {}
 
@@ -118,13 +121,33 @@ class BaseComparison:
             differing = [path for path, one in self._states.items() if one == OTHER]
             first = min(differing, key=lambda path: [p.zfill(9) if p.isdigit() else p for p in path.split(".")])
             layers = f"{len(differing)} of {len(self._states)} layers, first in {first}"
-            note = f"they differ in {layers}; the adapter belongs to {self._base_name}"
+            note = f"they differ in {layers}; {self._home}"
         elif state == NOT_COMPARABLE:
             note = "; ".join(sorted(self._unlike))
         return BaseVerdict(state, note, self._source)
 
 
 UNSAID = BaseVerdict(UNKNOWN)
+
+
+def where_it_belongs(recorded: str | None, given: object) -> str:
+    """Return what can be done where a base has not what an adapter was trained on.
+
+    Args:
+        recorded: where the adapter's base came from, as its files say, or None.
+        given: where the base at hand came from, or None: the recorded place, or another.
+    """
+    if recorded is None:
+        return (
+            "the adapter belongs to another base, and its files do not say which: pass the one that it was trained on"
+        )
+    if given is not None and os.path.realpath(str(given)) == os.path.realpath(recorded):
+        return (
+            f"the adapter belongs to {recorded} as it was in training; this one is from there too, and was changed "
+            f"since: bring the earlier one back, or train an adapter on this one"
+        )
+    gone = "" if os.path.exists(recorded) or not os.path.isabs(recorded) else ", which is no longer there"
+    return f"the adapter belongs to {recorded}{gone}: pass that one"
 
 
 def gravest(verdicts: Iterable[BaseVerdict]) -> BaseVerdict:

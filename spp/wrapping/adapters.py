@@ -20,7 +20,7 @@ from spp.models.targets import resolve_projections
 from spp.rules import get_rule
 from spp.rules.adapter import effect_of, idle_reason, no_update_text, rounded_away_text
 from spp.weights import Weight
-from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict
+from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, where_it_belongs
 from spp.wrapping.adapter_files import (
     PEFT_TYPE,
     PREFIX,
@@ -205,15 +205,16 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     Example:
         >>> model = load_adapter(pruned, "adapter")  # doctest: +SKIP
     """
-    given, model = model, uncompiled(model)
+    passed, model = model, uncompiled(model)
     files = read_adapter(path)
     wrapped = is_wrapped(model)
     targets: Targets = require_layers(model) if wrapped else _targets(model, files)
     if wrapped:
         _check_same_config(adapter_config(model), files)
     _check_keys(targets, files, strict=strict)
-    same_zeros = _check_masks(targets, files, strict=strict)
-    verdict = _check_values(targets, files, strict=strict_values, quiet=not same_zeros)
+    given = name_of_base(model)
+    same_zeros = _check_masks(targets, files, given, strict=strict)
+    verdict = _check_values(targets, files, given, strict=strict_values, quiet=not same_zeros)
     if not wrapped:
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
             held_packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
@@ -223,7 +224,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     fields = {"base_values": files.base_values, "base_forms": files.base_forms}
     set_loaded(model, verdict, {name: value for name, value in fields.items() if value is not None})
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
-    return given
+    return passed
 
 
 @torch.no_grad()
@@ -284,7 +285,7 @@ def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
         warnings.warn(does_not_fit(what, keys, "was loaded in part"), SPPWarning, stacklevel=3)
 
 
-def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool:
+def _check_masks(targets: Targets, files: AdapterFiles, given: str | None, *, strict: bool) -> bool:
     """Return whether the base has the zeros that the adapter was trained on, as far as it says."""
     files.warn_unchecked()
     masks = files.base_masks or {}
@@ -295,23 +296,25 @@ def _check_masks(targets: Targets, files: AdapterFiles, *, strict: bool) -> bool
         return True
     message = (
         f"the zeros of the base differ from those that the adapter in {files.source} was trained on, in "
-        f"{len(differing)} layers: {some_of(differing)}. It belongs to {files.base_name or 'another base'}"
+        f"{len(differing)} layers: {some_of(differing)}; {where_it_belongs(files.base_name, given)}"
     )
     if strict:
-        remedy = f"load it there, or pass {arg('strict', False)} to load it all the same"
+        remedy = f"or pass {arg('strict', False)} to load it all the same"
         raise MaskError(message, remedy=remedy)
     warnings.warn(message, SPPWarning, stacklevel=3)
     return False
 
 
-def _check_values(targets: Targets, files: AdapterFiles, *, strict: bool, quiet: bool) -> BaseVerdict:
+def _check_values(
+    targets: Targets, files: AdapterFiles, given: str | None, *, strict: bool, quiet: bool
+) -> BaseVerdict:
     """Compare the values of the base with those that the adapter was trained on; warn of others, unless `quiet`."""
-    comparison = BaseComparison(files.base_values, files.base_forms, files.source, files.base_name)
+    comparison = BaseComparison(files.base_values, files.base_forms, files.source, files.base_name, given)
     for path, target in targets.items():
         comparison.add_held(path, target.held(), anew=strict)  # a known hash has a blind spot
     verdict = comparison.verdict()
     if verdict.state == OTHER and strict:
-        raise AdapterError(f"{verdict.message}; load it there")
+        raise AdapterError(verdict.message)
     if verdict.state == OTHER and not quiet:
         warnings.warn(verdict.message, SPPWarning, stacklevel=3)
     elif verdict.state == NOT_COMPARABLE:

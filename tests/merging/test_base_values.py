@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import spp
 from spp.certifying import scan
-from spp.errors import AdapterError, CheckpointError, SPPWarning
+from spp.errors import AdapterError, CheckpointError, MaskError, SPPWarning
 from spp.files.hashes import VALUES_PIECE
 from spp.kernels import use_kernels
 from spp.merging.disk import merge_checkpoint
@@ -82,13 +82,31 @@ def test_other_values_are_said_and_refused_if_asked(
     lie(base)
     out = tmp_path / "out"
     with use_kernels(kernels):
-        with pytest.raises(AdapterError, match=rf"trained on: .* {layers} layers, .*the/base; merge it there"):
+        with pytest.raises(AdapterError, match=rf"trained on: .* {layers} layers, .*the/base: pass that one"):
             merge_checkpoint(base, adapter, out, dry_run=dry_run, strict_values=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
         with pytest.warns(SPPWarning, match=rf"{layers} layers, first in .*the/base") as caught:
             report = merge_checkpoint(base, adapter, out, dry_run=dry_run)
     assert len(caught) == 1 and out.exists() != dry_run
     assert report.base.state == OTHER and layers in report.base.line
+
+
+def test_the_base_that_was_passed_is_not_offered_again(base: Path, adapter: Path, tmp_path: Path) -> None:
+    edit(adapter, base_model_name_or_path=str(base))
+    first = tensors_of(base)[Q0]
+    rewrite(base, {Q0: first.masked_fill(first == first[first != 0][0], 0)})  # at its own path, pruned again
+    with pytest.raises(MaskError, match=rf"1 layers: .*q_proj; .*{base} as it was in training; this one is from") as e:
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert "changed since" in str(e.value) and "pass that one" not in str(e.value)
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    with pytest.raises(MaskError, match=rf"the adapter belongs to {base}: pass that one"):
+        merge_checkpoint(other, adapter, tmp_path / "out")
+    edit(adapter, base_model_name_or_path="/no/such")
+    with pytest.raises(MaskError, match="belongs to /no/such, which is no longer there"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    edit(adapter, base_model_name_or_path=None)
+    with pytest.raises(MaskError, match="do not say which: pass the one that it was trained on"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
 
 
 def test_an_overwritten_output_stays_where_values_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from spp.layers.host import PackedLinear
 from spp.merging.model import describe_base, report_merge
 from spp.models.projection import Projection
 from spp.models.targets import name_targets, resolve_projections
-from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison
+from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, where_it_belongs
 from spp.weights.offload import check_offloading
+from spp.wrapping.adapters import name_of_base
 from spp.wrapping.state import check_quantizer, dtype_of_model, forget_quantizer
 from spp.wrapping.wrap import check_rank_pattern, is_wrapped
 
@@ -68,9 +69,9 @@ class SPPPeftModel(BaseTuner):
             module = target.module.base_layer if isinstance(target.module, SPPPeftLinear) else target.module
             assert isinstance(module, nn.Module)
             check_linear(module, config, target.path, config.rank_for(target.path))
-        _check_masks(chosen, peft_config)
+        _check_masks(chosen, peft_config, name_of_base(model))
         if peft_config.base_masks is not None:
-            _check_values(chosen, peft_config)
+            _check_values(chosen, peft_config, name_of_base(model))
         warn_dense({target.path: check_values(target) for target in fresh}, "pack" if config.packed else "train")
         peft_config.target_modules = set(name_targets(model, [target.path for target in chosen]))
         self._dtype = dtype_of_model(model)
@@ -328,7 +329,7 @@ def _targets(model: nn.Module, peft_config: SPPPeftConfig, config: SPPConfig) ->
     return kept
 
 
-def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
+def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig, given: str | None) -> None:
     """Raise where the config says which zeros the adapter was trained on, and the base has others."""
     differing = []
     for target in targets:
@@ -342,15 +343,16 @@ def _check_masks(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
     if differing:
         raise MaskError(
             f"the zeros of the base differ from those that the adapter was trained on, in {len(differing)} layers: "
-            f"{some_of(differing)}. It belongs to "
-            f"{config.base_model_name_or_path or 'another base'}; load it there, or take its config with "
+            f"{some_of(differing)}; {where_it_belongs(config.base_model_name_or_path, given)}; or take its config with "
             f"PeftConfig.from_pretrained, set base_masks to None and pass it as config="
         )
 
 
-def _check_values(targets: Sequence[Projection], config: SPPPeftConfig) -> None:
+def _check_values(targets: Sequence[Projection], config: SPPPeftConfig, given: str | None) -> None:
     """Warn where the config says which values the adapter was trained on, and the base has others."""
-    comparison = BaseComparison(config.base_values, config.base_forms, base_name=config.base_model_name_or_path)
+    comparison = BaseComparison(
+        config.base_values, config.base_forms, base_name=config.base_model_name_or_path, given=given
+    )
     for target in targets:
         layer = layer_of(target)
         comparison.add_held(target.path, (target if layer is None else layer).held())
