@@ -7,12 +7,14 @@ import inspect
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from spp import errors
+from spp.cli.main import COMMANDS
 from spp.errors import ConfigError, Marked, SPPError, SPPWarning, arg, call, render
 from spp.training import TrainingInterrupted
 
@@ -66,6 +68,44 @@ def test_a_warning_shows_python_too() -> None:
 def test_an_interruption_carries_its_remedy() -> None:
     stop = TrainingInterrupted(2, Path("run/checkpoints/3"), 3)
     assert str(stop).endswith("saved run/checkpoints/3; run the same again with resume=True to continue")
+
+
+OPTIONS = {name for command in COMMANDS.values() for name in command.spellings}
+ANSWERS = r"\w*(Error|Warning)|warnings\.warn|logger\.\w+"  # what takes a message
+
+
+def spelled_as_python(source: str) -> list[str]:
+    """The messages of a file that spell an option of a command as Python does, outside of `arg` and `call`.
+
+    `block_length=8` and, in a sentence, `block_length` are what nobody can type; arg("block_length", 8) is.
+    """
+
+    def texts(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("arg", "call"):
+            return
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        answers = isinstance(node, ast.Call) and re.fullmatch(ANSWERS, ast.unparse(node.func))
+        for text in texts(node) if answers or isinstance(node, ast.Raise) else ():
+            words = re.findall(r"(?<![\w./\['])([a-z]\w*)\b(=(?!=))?(?!\()", text) if " " in text else []
+            found |= {text for word, equals in words if word in OPTIONS and (equals or "_" in word)}
+    return sorted(found)
+
+
+def test_no_message_spells_an_option_as_python_does() -> None:
+    assert spelled_as_python("raise E(f'lower {n} (block_length) or so')") == [" (block_length) or so"]
+    assert spelled_as_python("warnings.warn('pass overwrite=True to it', W)") == ["pass overwrite=True to it"]
+    right = "raise E(f\"lower {arg('block_length')}, {config['block_length']} of a == b\")"
+    assert spelled_as_python(right) == []
+    for path in ROOT.rglob("*.py"):
+        if (where := path.relative_to(ROOT).as_posix()).startswith("integrations/"):
+            continue  # no command calls these
+        assert spelled_as_python(path.read_text(encoding="utf-8")) == [], where
 
 
 def spelled_for_the_command_line(source: str) -> list[str]:

@@ -67,6 +67,12 @@ def main() -> None:
                 raise
             console.note(f"error: {console.said(error)}")
             sys.exit(1)
+        except OSError as error:  # of a path that no check before it stumbled over
+            if _debug:
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            console.note(f"error: {where}{error.strerror or error}")
+            sys.exit(1)
         except KeyboardInterrupt as interruption:
             console.note(console.said(interruption) or "interrupted")
             sys.exit(130)

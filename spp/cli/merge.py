@@ -52,6 +52,7 @@ def run(config: MergeConfig) -> None:
                 overwrite=config.overwrite,
                 dry_run=config.dry_run,
                 strict_values=config.strict_values,
+                dense=config.dense,
             )
         console.show(merge_table(report, every=config.every))
         if report.base.line:
@@ -66,6 +67,8 @@ def _check_pst(name: str, config: MergeConfig) -> None:
     """Refuse what does not go with an output of PST."""
     if len(config.adapters) > 1 or config.adapters[0][1] != 1:
         raise ConfigError(f"{name} is what PST trained: it is merged alone, and without a weight")
+    if config.dense is not None:
+        raise ConfigError(f"{arg('dense')} is for checkpoints of runs with mask updates; what PST trained needs none")
     if config.rounding != "nearest" or config.seed is not None:
         raise ConfigError(
             f"{arg('rounding')} and {arg('seed')} are for adapters of SPP; what PST trained is rounded to nearest"

@@ -186,7 +186,7 @@ def _said(mention: Mention, spellings: Spellings | None) -> str:
     spelling = _option(name) if spellings is None else spellings.get(name)
     if spelling is None:  # no option of this command
         return " ".join(filter(None, (name, "" if not value else _plain(value))))
-    return _typed(spelling, value) or mention.python()
+    return _typed(spelling, value) or f"no {spelling.on}"  # False or None, of what is only ever switched on
 
 
 def _option(name: str) -> Spelling:

@@ -27,6 +27,7 @@ def run(config: PruneConfig) -> None:
     """
     from spp.files import atomic_file, write_json
     from spp.files.recognised import PRUNE_REPORT
+    from spp.pruning.plan import tell_patterns
     from spp.report import pattern_text, prune_lines, prune_table
 
     where, overwrite = console.pick_device(config.device), config.overwrite
@@ -36,6 +37,7 @@ def run(config: PruneConfig) -> None:
     console.quiet_libraries()
     told = f"pruning {config.model} by {config.method} to {pattern_text(config.described)}"
     with console.step(told), console.log():
+        tell_patterns(config.pattern)
         found = None if config.in_memory else stream(config, where)
         found = found or load_and_prune(config, where)
     console.show(prune_table(found, every=config.every))
@@ -53,7 +55,7 @@ def stream(config: PruneConfig, device: str) -> PruneReport | None:
     import torch
 
     from spp.files.hub import local_directory
-    from spp.pruning.disk import prune_checkpoint
+    from spp.pruning.disk import prune_checkpoint_by
     from spp.pruning.windows import needs_tokenizer
     from spp.pruning.work import work_folder
     from spp.training.loading import load_tokenizer
@@ -63,10 +65,10 @@ def stream(config: PruneConfig, device: str) -> PruneReport | None:
     if config.calibration is not None and needs_tokenizer(config.calibration):
         tokenizer = load_tokenizer(directory)
     try:
-        return prune_checkpoint(
+        return prune_checkpoint_by(
             directory,
             config.output,
-            **config.arguments(),
+            config,
             tokenizer=tokenizer,
             dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
             device=device,
@@ -90,12 +92,9 @@ def load_and_prune(config: PruneConfig, device: str) -> PruneReport:
     from spp.files.hub import local_directory
     from spp.models.streamed import refuse_quantized
     from spp.pruning.model import prune_by
-    from spp.pruning.plan import tell_patterns
     from spp.pruning.windows import needs_tokenizer
     from spp.training.loading import load_model, load_tokenizer
 
-    if config.in_memory:  # else the first attempt has
-        tell_patterns(config.pattern)
     directory = local_directory(config.model, "model")
     refuse_overlap(config.output, directory, "the model")
     refuse_quantized(directory)

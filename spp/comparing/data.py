@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spp.configs.comparing import CompareConfig
 from spp.data.encoding import read_tokens
-from spp.errors import DataError
+from spp.errors import DataError, arg
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.masks.patterns import as_array
 from spp.models.tokens import check_ids, check_length
@@ -116,7 +116,7 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
     if blocks >= len(train):
         raise DataError(
             f"{', '.join(recipe.data_files)}: too short to hold back {_needed(config)} tokens for validation and test "
-            "and train on the rest: use more text, fewer windows, or a text of its own (eval_text)"
+            f"and train on the rest: use more text, fewer windows, or a text of its own ({arg('eval_text')})"
         )
     rest = train.blocks[len(train) - blocks :].flatten()
     train = TokenBlocks(train.blocks[: len(train) - blocks])

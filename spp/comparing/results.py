@@ -239,7 +239,7 @@ def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str,
     names = {*found, *wanted} - (_NEWER - found.keys())
     names -= {name for name, content in _NAMED.items() if content in found and content in wanted}
     differing = [
-        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+        f"{arg(name)}: {found.get(name)!r} there, {wanted.get(name)!r} now"
         for name in sorted(names)
         if found.get(name) != wanted.get(name)
     ]

@@ -83,6 +83,14 @@ class MergeConfig:
     ] = None
     rounding: Annotated[str, Option("nearest or stochastic.", METHOD, choices=ROUNDINGS)] = "nearest"
     seed: Annotated[int | None, Option("Of stochastic rounding.", METHOD)] = None
+    dense: Annotated[
+        str | None,
+        Option(
+            "Dense model of a run with mask updates, to merge one of its checkpoints.",
+            MODEL,
+            default="the one that the checkpoint names",
+        ),
+    ] = None
     every: Annotated[bool, Option("List every layer in the table.", RUN, name="--all")] = False
     dry_run: Annotated[bool, Option("Check everything and print the table, but write nothing.", RUN)] = False
     strict_values: Annotated[

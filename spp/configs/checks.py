@@ -13,12 +13,14 @@ from spp.errors import ConfigError, arg
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO_DTYPES = ("auto", *DTYPES)  # auto is the checkpoint's own
 DEVICES = ("auto", "cpu", "cuda")
+LARGEST_INT = 2**63 - 1  # that tensors and iterators count to
+LARGEST_SEED = 2**32 - 1  # of NumPy, which transformers seeds too
 CHARTS = ("png", "svg", "pdf")
 
 
 def check_path(name: str, value: object) -> str:
     """Return a path or an id as a str."""
-    if not isinstance(value, (str, Path, os.PathLike)) or not os.fspath(value):
+    if not isinstance(value, (str, Path, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
         raise ConfigError(f"{arg(name)} is {value!r}; it must be a path or an id")
     return str(os.fspath(value))
 
@@ -41,10 +43,12 @@ def check_flag(name: str, value: object) -> None:
         raise ConfigError(f"{arg(name)} is {value!r}; it must be True or False")
 
 
-def check_int(name: str, value: object, *, least: int) -> None:
-    """Raise unless a value is an int of at least `least`."""
+def check_int(name: str, value: object, *, least: int, most: int = LARGEST_INT) -> None:
+    """Raise unless a value is an int of at least `least`, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{arg(name)} is {value!r}; it must be an int of at least {least}")
+    if value > most:
+        raise ConfigError(f"{arg(name)} is {value!r}; it must be an int of at most {most}")
 
 
 def check_seed(value: object) -> None:

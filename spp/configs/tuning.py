@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from spp.configs.adapter import ACTIVATIONS, DROPOUT_MODES, RULES, SPPConfig, parse_ranks
 from spp.configs.checks import (
     AUTO_DTYPES,
+    LARGEST_SEED,
     check_choice,
     check_flag,
     check_int,
@@ -341,7 +342,7 @@ class TuneConfig:
         for name in ("eval_windows", "steps", "save_every", "loss_chunk"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least=1)
-        check_int("seed", self.seed, least=0)
+        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
         check_int("show_rows", self.show_rows, least=0)
         check_number("lr", self.lr, above=0.0, most=LARGEST_LR)
         check_number("epochs", self.epochs, above=0.0)

@@ -36,13 +36,17 @@ def local_directory(name_or_path: str | os.PathLike[str], what: str) -> Path:
             or is not followed.
     """
     path = Path(name_or_path)
-    if path.is_dir():
-        _check_links(path)
-        return path
     text = os.fspath(name_or_path)
-    if path.is_symlink():
-        check_link(path, path.parent)  # which says where it leads, if that is nothing
-    if path.exists():
+    try:
+        if path.is_dir():
+            _check_links(path)
+            return path
+        if path.is_symlink():
+            check_link(path, path.parent)  # which says where it leads, if that is nothing
+        exists = path.exists()
+    except OSError as error:  # permission denied, a name that is too long
+        raise CheckpointError(f"the {what} directory {text} cannot be read: {error.strerror}") from error
+    if exists:
         if path.suffix == ".gguf":
             raise CheckpointError(other_weights(path.parent) or f"{text} is GGUF, which is not read")
         raise CheckpointError(f"{what} {text} is a file; pass the directory that holds it")

@@ -40,7 +40,7 @@ def recover(target: str | os.PathLike[str]) -> None:
 
     Leftovers of live writers stay. Nothing is raised: on a disk that is read-only there is nothing to recover.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
         recover_siblings(Path(os.path.realpath(target)))
 
 

@@ -43,7 +43,7 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     packed = linear.held() if isinstance(linear, PackedLinear) else None
     is_quantized = isinstance(packed, QuantizedWeight) or quantized_kind(linear) is not None
     if packed is not None and not is_quantized and not config.packed:
-        raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
+        raise ConfigError(f"{where} is packed: pass {arg('packed', True)}, or call spp.unpack(model) first")
     if not isinstance(linear, (nn.Linear, PackedLinear)) and not is_conv1d(linear):
         raise TargetError(
             f"{where} is a {type(linear).__name__}; SPP adapts torch.nn.Linear, its subclasses and transformers' Conv1D"
@@ -55,7 +55,7 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     refuse_parametrization(linear, where)
     if is_quantized:
         if config.packed:
-            raise ConfigError(f"{where} is quantized, which is small already: it is not packed; packed=False")
+            raise ConfigError(f"{where} is quantized, which is small already: pass {arg('packed', False)}")
         check_rank(config, features(linear), where, r)
         if packed is None:
             read_quantized(linear, f"{where}.weight")
@@ -66,7 +66,9 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
             f"{where}.weight is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights"
         )
     if config.packed and packed is None and offloader(linear) is not None:
-        raise ConfigError(f"{where} is offloaded by accelerate, and what is packed stays in memory: packed=False")
+        raise ConfigError(
+            f"{where} is offloaded by accelerate, and what is packed stays in memory: pass {arg('packed', False)}"
+        )
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
     check_rank(config, features(linear), where, r)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
-from spp.errors import ConfigError, TargetError
+from spp.errors import ConfigError, TargetError, arg
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
 from spp.layers.adapted import HoldsAdapter
@@ -18,7 +18,7 @@ from spp.layers.checks import check_rank, check_values
 from spp.layers.host import Opaque, check_packable_weight, refuse_parametrization
 from spp.models.expert_products import ExpertProducts, plain_experts
 from spp.models.projection import Projection
-from spp.rules import Adapter, get_rule
+from spp.rules import Adapter
 from spp.weights import DTYPES, HoldsWeight, PackedStack, Weight
 from spp.weights.holder import PACKED
 from spp.weights.offload import let_go_on_error, parameter_weight
@@ -327,7 +327,7 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
     """Raise unless the form of a fused weight can be adapted: floating-point matrices that r fits."""
     where, weight = projection.path, projection.held()
     if projection.packed is not None and not config.packed:
-        raise ConfigError(f"{where} is packed: pass packed=True, or call spp.unpack(model) first")
+        raise ConfigError(f"{where} is packed: pass {arg('packed', True)}, or call spp.unpack(model) first")
     refuse_parametrization(projection.module, where)
     if weight.dtype not in DTYPES:
         raise TargetError(f"{where} is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights")

@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,12 @@ import torch
 from torch import Tensor
 
 from spp.certifying.sources import checkpoint_directory
-from spp.errors import AdapterError, MaskError, SPPWarning, some_of
+from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, arg, some_of
 from spp.files import CheckpointReader, dtype_name, mask_sha256, values_sha256
 from spp.files.carry import refuse_overlap
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
+from spp.merging.masks import MovedMasks
 from spp.merging.places import AdapterLike, Part, Place, find_places, read_parts, sum_of
 from spp.merging.report import LayerMerge, MergeReport, sum_layers
 from spp.merging.rewrite import Hashes, Rewriting, Transform, output, stored_dtype, write_shards
@@ -47,6 +50,7 @@ def merge_checkpoint(
     overwrite: bool = False,
     dry_run: bool = False,
     strict_values: bool = False,
+    dense: str | os.PathLike[str] | None = None,
 ) -> MergeReport:
     """Merge an adapter into a pruned checkpoint; the output appears whole, checked and certified, or not at all.
 
@@ -67,6 +71,9 @@ def merge_checkpoint(
         strict_values: refuse a base whose values are known not to be those that an adapter was trained on, instead of
             warning. One that is quantized or of another dtype than in training, so that there is nothing to compare,
             and an adapter that does not say are never refused (spp.weights.base_values).
+        dense: of a checkpoint of a run with mask updates, directory or hub id of the dense model, whose values came
+            back; None is the one that the checkpoint names. `base_dir` is the model that the run began with then, and
+            the output has the checkpoint's zeros.
 
     Returns:
         MergeReport, its layers by module path; `base` says whether the base has the values that were trained on.
@@ -77,7 +84,8 @@ def merge_checkpoint(
         MaskError: the base's zeros are not those that an adapter was trained on, or a merge would change one.
         NonFiniteError: NaN or infinity in an adapter, a projection or a result.
         CheckpointError: files are bad, or projections of the base are stored so that their zeros cannot be read.
-        ConfigError: `out_dir` is, contains or lies inside a source, or an option or an adapter's config is wrong.
+        ConfigError: `out_dir` is, contains or lies inside a source, or an option or an adapter's config is wrong;
+            `dense` without such a checkpoint.
         OutputError: `out_dir` exists, or cannot be written.
 
     Example:
@@ -89,8 +97,13 @@ def merge_checkpoint(
     refuse_overlap(Path(out_dir), base, "the base")
     for part in parts:
         refuse_overlap(Path(out_dir), part.files.source, "the adapter")
-    with CheckpointReader(base) as reader:
-        merging = _Merging(reader, parts, dtype, rounding, draw_seed(rounding, seed), base_dir)
+    with ExitStack() as opened:
+        reader = opened.enter_context(CheckpointReader(base))
+        moving = [part.files for part in parts if part.files.has_moved_masks]
+        if dense is not None:
+            _check_dense(dense, out_dir, moving)
+        moved = MovedMasks(moving[0], None if dense is None else os.fspath(dense), opened) if moving else None
+        merging = _Merging(reader, parts, dtype, rounding, draw_seed(rounding, seed), base_dir, moved)
         rewriting = Rewriting(reader, merging.transforms, dtype, certified=merging.transforms)
         with output(rewriting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
             write_shards(rewriting, directory, "merging", card=False)  # another model: its card is not the base's
@@ -99,7 +112,7 @@ def merge_checkpoint(
             others = [verdict.message for verdict in verdicts if verdict.state == OTHER]
             if strict_values and others:
                 raise AdapterError(f"{'; '.join(others)}. Nothing was written")
-            certificate = rewriting.certificate(base_dir)
+            certificate = rewriting.certificate(base_dir if moved is None else None)  # whose zeros they may not be
             if directory is not None:
                 certificate.write(directory)
     logger.info("merged %d layers%s", len(merging.merges), "" if dry_run else f" into {out_dir}")
@@ -113,6 +126,17 @@ def merge_checkpoint(
     return replace(report, base=gravest(verdicts))
 
 
+def _check_dense(dense: str | os.PathLike[str], out_dir: str | os.PathLike[str], moving: Sequence[object]) -> None:
+    """Refuse a dense model that nothing needs, or that the output would be written into."""
+    if not moving:
+        raise ConfigError(
+            f"{arg('dense')} is {os.fspath(dense)}, but no adapter is a checkpoint of a run with mask updates: leave "
+            f"it out"
+        )
+    if os.path.isdir(dense):
+        refuse_overlap(Path(out_dir), Path(dense), "the dense model")
+
+
 class _Merging:
     """The transform of each weight into which adapters are merged, and what was done.
 
@@ -121,6 +145,7 @@ class _Merging:
         parts: the adapters.
         dtype, rounding, seed: as for `merge_checkpoint`.
         given: the base, as it was passed.
+        moved: the masks of a checkpoint, which the base is brought to first.
 
     Attributes:
         layers: {module path: the adapters' sum there}.
@@ -136,10 +161,12 @@ class _Merging:
         rounding: str,
         seed: int,
         given: str | os.PathLike[str],
+        moved: MovedMasks | None,
     ) -> None:
         self.reader, self.parts, self.layers = reader, parts, sum_of(parts)
         self.places = find_places(reader, parts)
         self._dtype, self._rounding, self._seed, self._given = dtype, rounding, seed, os.fspath(given)
+        self._moved = moved
         self._comparisons = [
             BaseComparison(f.base_values, f.base_forms, f.source, f.base_name, given)
             for f in (part.files for part in parts)
@@ -152,6 +179,7 @@ class _Merging:
                 partial(self._compiled, place),
                 partial(self._done, place),
                 hashed=self._recorded(place.path),
+                keeps_zeros=moved is None,
             )
             for place in self.places
             for key in place.keys
@@ -190,8 +218,11 @@ class _Merging:
     def _merge(self, place: Place, weight: Tensor) -> Tensor:
         """Return the merged weight of a layer, in the layout of `weight`."""
         path = place.path
+        if self._moved is not None:
+            weight = self._moved.weight(place, weight, self._given)
         hashes = {dtype_name(dtype): values_sha256(weight, dtype) for dtype in self._recorded(path)}
-        self._check_base(path, weight.dtype, mask_sha256(weight), hashes)
+        mask = mask_sha256(weight)
+        self._check_base(path, weight.dtype, mask, hashes)
         merged, self.merges[path] = merge_weight(
             place.matrices(weight),
             self.layers[path],
@@ -201,6 +232,8 @@ class _Merging:
             seed=self._seed,
             where=path,
         )
+        if self._moved is not None and mask_sha256(merged) != mask:
+            raise MaskError(f"{path}: the merge would change its zeros; nothing was written")
         return merged
 
     def _compiled(self, place: Place, key: str) -> list[Matrix] | None:
@@ -209,7 +242,14 @@ class _Merging:
         library = elementwise.compiled(before, after)
         by_chance = self._rounding == "stochastic" and after in (torch.bfloat16, torch.float16)
         splits_a_byte = place.fused and shape[1] * shape[2] % 8 != 0  # in which an expert's packed bits would begin
-        if library is None or by_chance or splits_a_byte or place.group is not None or 0 in shape:
+        if (
+            self._moved is not None
+            or library is None
+            or by_chance
+            or splits_a_byte
+            or place.group is not None
+            or 0 in shape
+        ):
             return None
         layer, (rows, cols) = self.layers[place.path], shape[-2:]
         outputs = cols if place.transposed else rows

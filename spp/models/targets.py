@@ -246,10 +246,8 @@ def _nothing_matched(found: Mapping[str, Projection], wanted: object, excluded: 
         suffixes.setdefault(name, []).append(path)
     listing = "\n".join(f"  {name}: {len(paths)} ×, such as {paths[0]}" for name, paths in sorted(suffixes.items()))
     without = f" without {arg('exclude_modules', excluded)}" if excluded is not None else ""
-    return (
-        f"{arg('target_modules', wanted)}{without} matches no linear module. The model has these:\n{listing}\n"
-        f"{_suggestion(suffixes)}"
-    )
+    what = "the default" if wanted is None else arg("target_modules", wanted)
+    return f"{what}{without} matches no linear module. The model has these:\n{listing}\n{_suggestion(suffixes)}"
 
 
 def _refuse_other_method(model: nn.Module) -> None:

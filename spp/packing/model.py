@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import Names
-from spp.errors import ConfigError, TargetError, WrapError
+from spp.errors import ConfigError, TargetError, WrapError, call
 from spp.layers.checks import survey, warn_dense
 from spp.layers.experts import PackedExperts, adapt_experts, check_packable_experts, release_experts
 from spp.layers.host import PackedLinear, check_packable
@@ -57,7 +57,9 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
     """
     given, model = model, uncompiled(model)
     if is_wrapped(model):
-        raise WrapError("the model is wrapped: wrap it with spp.wrap(model, packed=True), or spp.unwrap(model) first")
+        raise WrapError(
+            f"the model is wrapped: wrap it with {call('wrap', 'model', packed=True)}, or spp.unwrap(model) first"
+        )
     targets = resolve_projections(model, target_modules, exclude_modules)
     if "" in targets:
         raise TargetError("the model itself is a linear, which cannot be replaced in place; use PackedLinear(linear)")

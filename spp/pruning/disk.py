@@ -87,13 +87,29 @@ def prune_checkpoint(
     Example:
         >>> report = prune_checkpoint("model", "pruned", "magnitude", "2:4")  # doctest: +SKIP
     """
-    started = time.perf_counter()
     options = PruneOptions(
         method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl, keep_zeros
     )
     if calibration is not None:
         check_calibration(calibration)
     tell_patterns(pattern)
+    return prune_checkpoint_by(
+        directory, out, options, tokenizer=tokenizer, dtype=dtype, device=device, overwrite=overwrite
+    )
+
+
+def prune_checkpoint_by(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: PruneOptions,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+) -> PruneReport:
+    """Prune as `prune_checkpoint`, by options that are checked and told."""
+    started = time.perf_counter()
     target = Path(os.path.realpath(out))
     source = checkpoint_directory(directory)
     refuse_overlap(target, source, "the model")

@@ -11,7 +11,7 @@ from torch import nn
 from spp.certifying.verify import PRUNED_FROM
 from spp.configs.checks import is_suffix
 from spp.configs.pst import PSTConfig, check_pattern
-from spp.errors import TargetError
+from spp.errors import TargetError, arg
 from spp.models.projection import Projection
 from spp.models.targets import text_side
 from spp.pst.layer import PSTLinear, check_base
@@ -94,7 +94,9 @@ def wrap(
     parsed, sparse = check_pattern(config.pattern), 0
     for path, target in targets.items():
         if target.fused:
-            raise TargetError(f"{path} holds fused experts, which PST does not prune; leave it out (exclude_modules)")
+            raise TargetError(
+                f"{path} holds fused experts, which PST does not prune; leave it out with {arg('exclude_modules')}"
+            )
         if any(path == name or path.startswith(f"{name}.") for name in whole):
             raise TargetError(f"{path} is among the targets and in modules_to_save; it can only be one of them")
         found = check_base(target.module, parsed, path)

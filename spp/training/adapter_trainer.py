@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.errors import CheckpointError, ConfigError, DataError, MaskError, WrapError
+from spp.errors import CheckpointError, ConfigError, DataError, MaskError, WrapError, arg
 from spp.files import output_error
 from spp.models.tokens import check_ids, embedding_rows, position_limit, refuse_ids
 from spp.training.causal_loss import captured_states, check_form, loss_of_states
@@ -325,9 +325,13 @@ def _all_ids(rows: Any) -> Tensor | list[Tensor] | None:
 
 def _check_loss_chunk(chunk: object, args: Any, options: Mapping[str, Any]) -> None:
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ConfigError(f"loss_chunk is {chunk!r}; it must be None or an int of at least 1: tokens at a time")
+        raise ConfigError(
+            f"{arg('loss_chunk')} is {chunk!r}; it must be None or an int of at least 1: tokens at a time"
+        )
     clashes = [name for name in ("compute_loss_func", "compute_metrics") if options.get(name) is not None]
     if getattr(args, "label_smoothing_factor", 0):
         clashes.append("label_smoothing_factor")
     if clashes:
-        raise ConfigError(f"loss_chunk does not go together with {', '.join(clashes)}: there are no logits for it")
+        raise ConfigError(
+            f"{arg('loss_chunk')} does not go together with {', '.join(clashes)}: there are no logits for it"
+        )

@@ -63,8 +63,9 @@ class LogFile(TrainerCallback):
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
         if bad:
             raise NonFiniteError(
-                f"{bad[0]} is {logs[bad[0]]} at step {state.global_step}: training diverged; use a lower lr, "
-                "a max_grad_norm above 0, or bf16 / float32 instead of float16. Earlier checkpoints are intact"
+                f"{bad[0]} is {logs[bad[0]]} at step {state.global_step}: training diverged; use a lower "
+                f"{arg('lr')}, {arg('max_grad_norm')} above 0, or bf16 / float32 instead of float16. "
+                f"Earlier checkpoints are intact"
             )
         entry: dict[str, float] = {ours: logs[theirs] for theirs, ours in _FIELDS.items() if theirs in logs}
         line = json.dumps({"step": state.global_step, **entry, "seconds": self.seconds})

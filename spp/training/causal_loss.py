@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spp.errors import ConfigError
+from spp.errors import ConfigError, arg
 from spp.evaluation import IGNORED, evaluating
 
 CHECKED_TOKENS = 16  # of the first row, on which the two ways are compared
@@ -105,7 +105,7 @@ def loss_of_states(
     if len(states) != 1:
         raise ConfigError(
             f"{type(unwrapped(model)).__name__} used its output head {len(states)} times in one forward; its loss "
-            "cannot be taken in chunks: leave loss_chunk out"
+            f"cannot be taken in chunks: leave {arg('loss_chunk')} out"
         )
     form = _forms[unwrapped(model)]
     return _loss(output_head(model), states[0], F.pad(labels, (0, 1), value=IGNORED)[..., 1:], chunk, num_items, form)
@@ -140,7 +140,7 @@ def check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         losses = ", ".join(f"{loss:.4f}" for loss in found.values())
         raise ConfigError(
             f"the loss of {type(bare).__name__} is not the cross-entropy of its head's logits ({expected:.4f}, not "
-            f"{losses}), so it cannot be taken in chunks: leave loss_chunk out"
+            f"{losses}), so it cannot be taken in chunks: leave {arg('loss_chunk')} out"
         )
     _forms[bare] = fitting[0]
 
@@ -150,7 +150,7 @@ def output_head(model: nn.Module) -> nn.Module:
     bare: Any = unwrapped(model)
     head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
-        raise ConfigError(f"{type(bare).__name__} has no output head that is known; leave loss_chunk out")
+        raise ConfigError(f"{type(bare).__name__} has no output head that is known; leave {arg('loss_chunk')} out")
     return head
 
 

@@ -216,7 +216,7 @@ def load_data(
         logger.info("the tokenizer has no chat template: turns begin with %s", ", ".join(PLAIN_HEADINGS.values()))
     if s.truncated or s.unlearnable or s.empty:
         logger.warning(
-            "%s: %d rows were cut at block_length %d; left out: %d rows whose answers begin beyond it, %d that are "
+            "%s: %d rows were cut at %d tokens; left out: %d rows whose answers begin beyond it, %d that are "
             "empty or marked as not to be learned",
             names,
             s.truncated,
@@ -244,9 +244,9 @@ def _text_data(
         first = source.documents[0].text.strip()
         begins = first if len(first) <= 40 else first[:39] + "…"
         raise DataError(
-            f"{names}: the text {begins!r} has {len(tokens)} tokens; one block of {block_length} (block_length) and "
-            f"{held} held out for the perplexity need more: use more text, shorter blocks, or a text of its own "
-            "(eval_text)"
+            f"{names}: the text {begins!r} has {len(tokens)} tokens; one block of {block_length} "
+            f"({arg('block_length')}) and {held} held out for the perplexity need more: use more text, shorter blocks, "
+            f"or a text of its own ({arg('eval_text')})"
         )
     train, rest = tokens.split([len(tokens) - held, held])
     blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
@@ -278,14 +278,15 @@ def _row_data(
     usable = [row for row in encoded if row.has_labels]
     if not usable:
         raise DataError(
-            f"{names}: in all {len(encoded)} rows the answer begins beyond block_length {block_length}: raise it"
+            f"{names}: in all {len(encoded)} rows the answer begins beyond {arg('block_length')} {block_length}: "
+            f"raise it"
         )
     _check_ends(usable, names, block_length)
     held = math.ceil(held_out * len(usable))
     if held >= len(usable):
         raise DataError(
             f"{names}: {len(usable)} rows are too few to hold out {held} for the perplexity and train on the "
-            "rest: use more rows, a text of its own (eval_text), or eval_fraction 0"
+            f"rest: use more rows, a text of its own ({arg('eval_text')}), or {arg('eval_fraction')} 0"
         )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
     aside = set(order[:held])

@@ -108,6 +108,8 @@ def _error(what: str, name: str | os.PathLike[str], error: Exception) -> Checkpo
             f"{os.fspath(name)} holds an adapter, no model: pass its base, {base or 'a pruned model'}"
         )
     reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    if "ignore_mismatched_sizes" in reason:  # no option of ours
+        reason = "the shapes of some weights are not those of its config.json, as the report above has them"
     directory = local_directory(name, what)
     if (foreign := other_weights(directory)) is not None:
         return CheckpointError(foreign)

@@ -20,20 +20,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from spp.errors import CheckpointError, ConfigError, SPPWarning
-from spp.files import CheckpointReader, content_crc32, mask_sha256, read_json, save_tensors, write_json
+from spp.errors import CheckpointError, ConfigError, SPPWarning, arg
+from spp.files import CheckpointReader, content_crc32, mask_sha256, save_tensors, write_json
 from spp.files.hub import local_directory
 from spp.layers.linear import SPPLinear
 from spp.masks.patterns import all_finite, as_array, nonzero_mask, pack_bits, unpack_bits
 from spp.masks.select import group_of
+from spp.merging.masks import FORMAT_VERSION, read_masks
 from spp.merging.places import locate
 from spp.models.projection import find_projections
 from spp.weights import PackedWeight, QuantizedLayout
+from spp.wrapping.adapter_files import MASKS_NAME, MASKS_STATE_NAME
 from spp.wrapping.wrap import adapter_layers, require_layers
 
-MASKS_NAME = "masks.safetensors"
-STATE_NAME = "masks.json"
-FORMAT_VERSION = 1
 RELATED = 0.5  # the cosine of pruned and dense weights, over what is kept, below which they are hardly one model's
 
 DenseSource = str | os.PathLike[str] | nn.Module
@@ -121,7 +120,8 @@ class MaskState:
         for path, layer in require_layers(model).items():
             if not isinstance(layer, SPPLinear):
                 raise ConfigError(
-                    f"the masks of fused experts cannot be updated, such as {path}; leave them out with exclude_modules"
+                    f"the masks of fused experts cannot be updated, such as {path}; leave them out with "
+                    f"{arg('exclude_modules')}"
                 )
             if isinstance(layer.packed_layout, QuantizedLayout):
                 raise ConfigError(f"the masks of quantized weights cannot be updated, such as {path}")
@@ -176,7 +176,9 @@ class MaskState:
     def save(self, directory: Path) -> None:
         """Write the masks as they were written last, and what they belong to, into a directory that exists."""
         save_tensors(directory / MASKS_NAME, {path: torch.from_numpy(one.bits) for path, one in self.layers.items()})
-        write_json(directory / STATE_NAME, {"format_version": FORMAT_VERSION, "dense": self.name, **self._origin()})
+        write_json(
+            directory / MASKS_STATE_NAME, {"format_version": FORMAT_VERSION, "dense": self.name, **self._origin()}
+        )
 
     def _origin(self) -> dict[str, dict[str, Any]]:
         return {
@@ -190,11 +192,7 @@ class MaskState:
         Raises:
             CheckpointError: the files are bad or missing, or belong to another pruned or another dense model.
         """
-        values = read_json(directory / STATE_NAME, "state of the mask updates")
-        if values.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{directory / STATE_NAME} has format_version {values.get('format_version')!r}, not {FORMAT_VERSION}"
-            )
+        values, masks = read_masks(directory)
         for (name, now), what in zip(self._origin().items(), ("pruned", "dense"), strict=True):
             found = values.get(name)
             found = found if isinstance(found, dict) else {}
@@ -204,12 +202,10 @@ class MaskState:
                     f"{directory} was written by a run from another {what} model: {len(differing)} layers differ, such "
                     f"as {differing[0]}; resume with the models that the run began with"
                 )
-        with CheckpointReader(directory, file=MASKS_NAME) as reader:
-            if set(reader.keys()) != self.layers.keys():
-                raise CheckpointError(f"{directory / MASKS_NAME} does not hold the masks of this model's layers")
-            masks = {path: reader.load(path) for path in self.layers}
+        if masks.keys() != self.layers.keys():
+            raise CheckpointError(f"{directory / MASKS_NAME} does not hold the masks of this model's layers")
         for path, layer in self.layers.items():
-            if masks[path].dtype != torch.uint8 or masks[path].shape != layer.start_bits.shape:
+            if masks[path].shape != layer.start_bits.shape:
                 raise CheckpointError(f"{directory / MASKS_NAME}: the mask of {path} has another shape or dtype")
         self.write({path: as_array(bits) for path, bits in masks.items()})
         self.changed = True

@@ -160,7 +160,7 @@ class RunDirectory:
         defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run
         before, now = {**defaults, **dict(earlier.get("tune") or {})}, self.config.to_dict()
         differing = [
-            f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+            f"{arg(name)}: {before.get(name)!r} then, {now.get(name)!r} now"
             for name in sorted(set(before) | set(now))
             if name not in _FREE and before.get(name) != now.get(name)
         ]

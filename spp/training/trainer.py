@@ -12,8 +12,8 @@ from torch import nn
 from spp.errors import CheckpointError, ConfigError, WrapError, arg
 from spp.masks.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
-from spp.training.mask_state import STATE_NAME
 from spp.training.mask_updates import MaskUpdates
+from spp.wrapping.adapter_files import MASKS_STATE_NAME
 from spp.wrapping.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import adapter_layers, adapter_parameters, is_wrapped
@@ -104,7 +104,7 @@ class SPPTrainer(AdapterTrainer):
 
     def read(self, model: nn.Module, directory: Path) -> None:
         """Load the adapter, after the masks that it was trained on."""
-        has_masks = (directory / STATE_NAME).exists()
+        has_masks = (directory / MASKS_STATE_NAME).exists()
         if has_masks != (self.mask_updates is not None):
             raise CheckpointError(
                 f"{directory} was written {'with' if has_masks else 'without'} mask updates; resume it likewise "

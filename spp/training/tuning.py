@@ -253,12 +253,14 @@ def _check_model(config: TuneConfig, model: Any, tokenizer: Any) -> None:
         missing = "tokenizer" if tokenizer is None else "model"
         raise ConfigError(f"tune was given only one of model and tokenizer; give the {missing} too, or neither")
     if model is None and config.model is None:
-        raise ConfigError("there is no model: set TuneConfig(model=…) to a directory or hub id, or pass model= to tune")
+        raise ConfigError(
+            f"there is no model: give TuneConfig {arg('model', ...)}, a directory or hub id, or tune a model in memory"
+        )
     if model is not None and config.model is not None:
-        raise ConfigError(f"two models: TuneConfig(model={config.model!r}) and model= of tune; give one of them")
+        raise ConfigError(f"two models: {arg('model', config.model)} of TuneConfig and one in memory; give one of them")
     if model is not None and config.dtype != "auto":
         raise ConfigError(
-            f"dtype={config.dtype!r} is for a model that tune loads; this one is in memory: use model.to()"
+            f"{arg('dtype', config.dtype)} is for a model that tune loads; this one is in memory: use model.to()"
         )
     if model is not None and is_wrapped(model):
         raise WrapError(

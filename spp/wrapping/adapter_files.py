@@ -44,6 +44,7 @@ PST_TYPE = "PST"  # what spp.pst.save writes
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
+MASKS_NAME, MASKS_STATE_NAME = "masks.safetensors", "masks.json"  # beside a checkpoint's, where masks are updated
 _LOADERS = {PEFT_TYPE: "spp.load_adapter", PST_TYPE: "spp.pst.load, on the dense model"}
 PREFIX = "base_model.model."
 _AUTHORS_KEY = re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.(?P<what>weight|weight_col)(?:\.default)?$")
@@ -79,6 +80,11 @@ class AdapterFiles:
         if missing:
             raise AdapterError(f"{self.source}: the adapter lacks {', '.join(missing)}; save or fetch it again")
         return {path: tuple(self.tensors[f"{path}.{name}"] for name in names) for path in sorted(paths)}
+
+    @property
+    def has_moved_masks(self) -> bool:
+        """Whether this is a checkpoint of a run that moves its masks: its base is nowhere on the disk."""
+        return (self.source / MASKS_STATE_NAME).is_file()
 
     def warn_unchecked(self) -> None:
         """Log of which layers the files do not say which zeros they were trained on."""

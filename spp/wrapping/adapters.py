@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
-from spp.errors import AdapterError, MaskError, SPPWarning, TargetError, arg, some_of
+from spp.errors import AdapterError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
 from spp.models.projection import Projection
 from spp.models.targets import resolve_projections
@@ -294,9 +294,13 @@ def _check_masks(targets: Targets, files: AdapterFiles, given: str | None, *, st
     )
     if not differing:
         return True
+    home = where_it_belongs(files.base_name, given)
+    if files.has_moved_masks:
+        made = call("merge_checkpoint", "base, checkpoint, out")
+        home = f"it is a checkpoint of a run that moves its masks, and {made} makes the model that it belongs to"
     message = (
         f"the zeros of the base differ from those that the adapter in {files.source} was trained on, in "
-        f"{len(differing)} layers: {some_of(differing)}; {where_it_belongs(files.base_name, given)}"
+        f"{len(differing)} layers: {some_of(differing)}; {home}"
     )
     if strict:
         remedy = f"or pass {arg('strict', False)} to load it all the same"

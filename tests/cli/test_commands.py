@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spp._version import __version__
@@ -263,3 +264,38 @@ def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
     assert rows["parameters"] == [str(2 * sum(4 * n + m for m, n in shapes))]
     assert rows["self_attn.k_proj.spp_beta"] == ["2", "32×1", "64"]
+
+
+def test_a_rank_of_its_own(spp: Callable[..., Outcome], pruned: Path, text: Path, tmp_path: Path) -> None:
+    options = (
+        "--data",
+        text,
+        "--block-length",
+        32,
+        "--window",
+        32,
+        "--steps",
+        2,
+        "--warmup-ratio",
+        0,
+        "--lr",
+        0.1,
+        "--r",
+        40,
+    )
+    refused = spp("tune", pruned, tmp_path / "run", *options)
+    assert refused.code == 1
+    assert "k_proj: r = 40 does not fit a weight of shape (32, 64): r must be between 1 and its 32 rows" in refused.err
+    remedy = "lower --r, or give layers of this name their own: --rank-pattern k_proj=32"
+    assert remedy in refused.err and not (tmp_path / "run").exists()
+    taken = spp("tune", pruned, tmp_path / "run", *options, "--rank-pattern", "k_proj=32", "--rank-pattern", "v_proj=4")
+    assert taken.code == 0, taken.err
+    ranks = {name: shape for name, shape in shapes(tmp_path / "run" / "adapter").items() if ".0.self_attn" in name}
+    assert {name.split(".")[-2]: r for name, (r, _) in ranks.items() if name.endswith("alpha")} == {
+        "q_proj": 40, "k_proj": 32, "v_proj": 4, "o_proj": 40
+    }
+
+
+def shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an adapter."""
+    return {name: tuple(tensor.shape) for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}

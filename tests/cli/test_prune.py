@@ -297,3 +297,17 @@ def test_dead_input_features_are_pruned_first(spp: Call, dense: Path, text: Path
         weight = load_file(tmp_path / method / "model.safetensors")[KEY.format(0, "self_attn.q_proj")]
         assert (weight[:, ::4] == 0).all()
         assert torch.equal((weight != 0).view(64, -1, 4).sum(-1), torch.full((64, 16), 2))
+
+
+@pytest.mark.parametrize(("pattern", "told"), [("3:4", "25"), ("2:4", "50"), ("1:3", "66.7")])
+@pytest.mark.parametrize("where", [(), ("--in-memory",)])
+def test_what_a_pattern_keeps_is_told_before_any_work(
+    spp: Callable[..., Outcome], tmp_path: Path, pattern: str, told: str, where: tuple[str, ...]
+) -> None:
+    # Many read 3:4 as 75 % pruned: N:M is said as zeros in some papers, as kept weights in others.
+    n, m = pattern.split(":")
+    line = f"{pattern}: {n} of every {m} weights are kept, {told} % are pruned"
+    found = spp("prune", "/no/such/model", tmp_path / "out", "--method", "magnitude", "--pattern", pattern, *where)
+    assert found.code == 1 and found.err.count(line) == 1
+    assert ("warning: " + line in found.err) == (pattern == "3:4")
+    assert ("to prune 3 of every 4, the pattern is 1:4" in found.err) == (pattern == "3:4")

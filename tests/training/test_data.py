@@ -195,7 +195,7 @@ class TestInstructions:
         assert [len(data.train[i]["input_ids"]) for i in range(len(data.train))] == [20, 6]
         s = data.summary
         assert (s.rows, s.truncated, s.unlearnable, s.empty) == (2, 1, 1, 1)
-        assert "1 rows were cut at block_length 20" in caplog.text
+        assert "1 rows were cut at 20 tokens" in caplog.text
 
     def test_rows_are_held_out_by_seed(self, tmp_path: Path) -> None:
         rows = [{"instruction": f"{i}", "output": f"out {i}"} for i in range(20)]

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import spp
-from spp.errors import CheckpointError, ConfigError, SPPWarning, WrapError
+from spp.errors import CheckpointError, ConfigError, MaskError, SPPWarning, WrapError
 from spp.masks.patterns import is_nm
 from spp.training import MaskUpdates, SPPTrainer
-from spp.training.mask_state import MASKS_NAME, STATE_NAME, LayerMask, MaskState
+from spp.training.mask_state import LayerMask, MaskState
+from spp.wrapping.adapter_files import MASKS_NAME
+from spp.wrapping.adapter_files import MASKS_STATE_NAME as STATE_NAME
 from spp.wrapping.wrap import adapter_layers, adapter_parameters
 from tests.helpers.models import moe_model, projections, prune_nm_, tiny_llama
 from tests.helpers.tolerances import assert_same_bits, assert_same_zeros
@@ -243,8 +245,7 @@ def test_merge_and_verify_with_the_final_masks(tmp_path: Path) -> None:
     made.save_model(str(tmp_path / "adapter"))
     weights = weights_of(made.model)
     effective = {path: layer.effective_weight() for path, layer in adapter_layers(made.model).items()}
-    with pytest.raises(spp.errors.MaskError, match="not those"):
-        spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "wrong")
+    spp.merge_checkpoint(tmp_path / "pruned", tmp_path / "adapter", tmp_path / "merged from the start")
     final = pruned()
     with torch.no_grad():
         for path, module in projections(final).items():
@@ -255,6 +256,7 @@ def test_merge_and_verify_with_the_final_masks(tmp_path: Path) -> None:
         assert_same_bits(module.weight.detach(), effective[path], path)
         assert_same_zeros(module.weight.detach(), weights[path], path)
     spp.save_model(made.model, tmp_path / "merged")
+    spp.verify(tmp_path / "merged", tmp_path / "merged from the start")
     assert spp.verify(tmp_path / "merged").pattern == "2:4"
     with pytest.raises(spp.errors.MaskError):
         spp.verify(tmp_path / "pruned", tmp_path / "merged")
@@ -401,3 +403,56 @@ def test_a_dense_model_that_has_nothing_to_bring_back_is_refused(tmp_path: Path)
     for model, dense in ((pruned(), pruned()), (tiny_llama(), tiny_llama())):
         with pytest.raises(ConfigError, match=r"no weight could ever come back: .* has the zeros of the model"):
             MaskUpdates(dense, every=2).attach(spp.wrap(model, r=4))
+
+
+class TestMergingACheckpoint:
+    """`spp merge PRUNED RUN/checkpoints/checkpoint-N OUT`: the base that a checkpoint belongs to is nowhere on disk."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> tuple[Path, SPPTrainer]:
+        """A checkpoint in a folder that has the pruned and the dense model too, and the run that wrote it."""
+        tiny_llama().save_pretrained(tmp_path / "dense")
+        BASES["2:4"]().save_pretrained(tmp_path / "pruned")
+        made = updated(tmp_path / "run", dense=tmp_path / "dense", save_strategy="steps", save_steps=6)
+        made.model.config._name_or_path = str(tmp_path / "pruned")
+        made.train()
+        return tmp_path / "run" / "checkpoint-6", made
+
+    def test_it_is_the_model_in_memory(self, run: tuple[Path, SPPTrainer], tmp_path: Path) -> None:
+        checkpoint, made = run
+        report = spp.merge_checkpoint(tmp_path / "pruned", checkpoint, tmp_path / "out", strict_values=True)
+        assert report.base.state == "same"
+        merged = made.model
+        spp.merge(merged)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        for path, module in projections(found).items():
+            assert_same_bits(module.weight, projections(merged)[path].weight)
+            assert is_nm(module.weight, 2, 4), path
+        spp.verify(tmp_path / "out")  # its certificate, which names no base
+        with pytest.raises(MaskError):  # the check can fail: masks moved
+            spp.verify(tmp_path / "pruned", tmp_path / "out")
+
+    @pytest.mark.slow
+    def test_what_is_not_there_or_another_is_said(self, run: tuple[Path, SPPTrainer], tmp_path: Path) -> None:
+        checkpoint, pruned_path, dense, out = run[0], tmp_path / "pruned", tmp_path / "dense", tmp_path / "out"
+        with pytest.raises(
+            MaskError, match=r"moves its masks, and spp\.merge_checkpoint\(base, checkpoint, out\) makes"
+        ):
+            spp.load_adapter(BASES["2:4"](), checkpoint)
+        moved = dense.rename(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError, match=rf"with values of {dense}: there is no .*pass dense= with the dense"):
+            spp.merge_checkpoint(pruned_path, checkpoint, out)
+        spp.merge_checkpoint(pruned_path, checkpoint, tmp_path / "by option", dense=moved)
+        halved().save_pretrained(tmp_path / "other")
+        with pytest.raises(CheckpointError, match="other is another dense model than the run"):
+            spp.merge_checkpoint(pruned_path, checkpoint, out, dense=tmp_path / "other")
+        with pytest.raises(
+            MaskError, match=rf"neither those of the checkpoint .*belongs to {pruned_path}: pass that one"
+        ):
+            spp.merge_checkpoint(tmp_path / "other", checkpoint, out, dense=moved)
+        with pytest.raises(ConfigError, match=r"lies inside|is the dense model|contains"):
+            spp.merge_checkpoint(pruned_path, checkpoint, moved / "out", dense=moved)
+        (checkpoint / "masks.json").unlink()
+        with pytest.raises(ConfigError, match="no adapter is a checkpoint of a run with mask updates"):
+            spp.merge_checkpoint(pruned_path, checkpoint, out, dense=moved)
+        assert not out.exists()
