@@ -292,7 +292,10 @@ def test_a_rank_of_its_own(spp: Callable[..., Outcome], pruned: Path, text: Path
     assert taken.code == 0, taken.err
     ranks = {name: shape for name, shape in shapes(tmp_path / "run" / "adapter").items() if ".0.self_attn" in name}
     assert {name.split(".")[-2]: r for name, (r, _) in ranks.items() if name.endswith("alpha")} == {
-        "q_proj": 40, "k_proj": 32, "v_proj": 4, "o_proj": 40
+        "q_proj": 40,
+        "k_proj": 32,
+        "v_proj": 4,
+        "o_proj": 40,
     }
 
 
