@@ -33,6 +33,7 @@ from spp.evaluation.scores import MEAN_OF, TaskFacts, TaskResults, facts_of, mea
 from spp.evaluation.windows import evaluating
 from spp.files.provenance import Provenance, installed
 from spp.models.targets import require_model
+from spp.models.tokens import refuse_ids
 from spp.supported import numbers
 
 # Names of several tasks, and the number of examples in their prompts.
@@ -447,12 +448,8 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_foreign_tokens(embedding: Any, arguments: tuple[Any, ...]) -> None:
-    rows = len(embedding.weight)
-    if arguments and int(arguments[0].max()) >= rows:
-        raise DataError(
-            f"token id {int(arguments[0].max())} is beyond the model's {rows} embeddings: "
-            "is this another model's tokenizer?"
-        )
+    if arguments:
+        refuse_ids(len(embedding.weight), arguments[0], "a task")
 
 
 def _refuse_nan(head: Any, arguments: object, logits: Any) -> None:
