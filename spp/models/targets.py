@@ -264,7 +264,7 @@ def _refuse_foreign(
 
     Names alone are looked at first: a model of plain linears has none that is not found.
     """
-    known = {*found, *(path.rpartition(".")[0] for path, one in found.items() if one.name != "weight")}
+    known = {*found, *(path.rpartition(".")[0] for path, one in found.items() if one.fused or one.name != "weight")}
     suspects = {
         path: module
         for path, module in model.named_modules()

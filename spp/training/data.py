@@ -313,7 +313,7 @@ def _check_ends(rows: list[EncodedRow], names: str, block_length: int) -> None:
     cut = list(dict.fromkeys(row.where for row in rows if row.is_cut))
     if cut:
         more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
-        logger.warning("longer than block_length %d and cut: %s%s", block_length, ", ".join(cut[:3]), more)
+        logger.warning("longer than %d tokens and cut: %s%s", block_length, ", ".join(cut[:3]), more)
     if not any(row.ends for row in rows):
         why = "every answer is cut before its end" if cut else "neither the tokenizer nor its chat template has one"
         warnings.warn(
