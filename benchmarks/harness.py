@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.cli.options import spoken
+from spp.cli.spelling import spoken
 from spp.comparing.measure import (
     Memory,
     Sample,

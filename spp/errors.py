@@ -22,7 +22,7 @@ The second base class is the built-in one that a caller who knows nothing of spp
 
 A message names arguments by `arg` and functions by `call`. Python shows them as Python writes them, `overwrite=True`
 and `spp.certify(dir)`; the command line renders the same message with its own spelling, `--overwrite` and
-`spp certify DIRECTORY` (spp.cli.options).
+`spp certify DIRECTORY` (spp.cli.spelling).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Marked:
         marked: the whole message before it is rendered.
         option: the name of the argument at fault, as in Python; None where there is none.
         remedy: what to do about it, as Python spells it; None where the message says all.
+        marked_remedy: the same before it is rendered.
     """
 
     def __init__(self, message: object = "", *, option: str | None = None, remedy: str | None = None) -> None:
@@ -127,6 +128,7 @@ class Marked:
         first = _MENTION.match(self.marked)
         self.option = option or (first[1].split(_NEXT)[2] if first and first[1].startswith(_NEXT) else None)
         self.remedy = None if remedy is None else render(remedy)
+        self.marked_remedy = remedy
         super().__init__(render(self.marked))  # type: ignore[call-arg]  # of the exception beside this class
 
 

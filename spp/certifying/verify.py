@@ -6,7 +6,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -366,6 +367,26 @@ class Verification:
     def of(self, key: str) -> list[Problem]:
         """Return the problems of one tensor."""
         return [problem for problem in self.problems if problem.key == key]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole as JSON-ready values: of what was found, whether that is as it should be or not."""
+        found = make_report({key: tensor for key, tensor in self.tensors.items() if tensor is not None})
+        values = replace(found, zeros_added=self.report.zeros_added).to_dict()
+        unread = {key: None for key, tensor in self.tensors.items() if tensor is None and key}
+        return {
+            "name": self.name,
+            "against": self.against,
+            "ok": self.ok,
+            "problems": [asdict(problem) for problem in self.problems],
+            **values,
+            "tensors": {**values["tensors"], **unread},
+            "survival": {key: asdict(survival) for key, survival in self.survival.items()},
+        }
 
     def require(self) -> SparsityReport:
         """Return the report.

@@ -24,5 +24,6 @@ def run(config: CertifyConfig) -> None:
     console.check_file(certificate, config.overwrite, CERTIFICATE)
     with console.step(f"certifying {config.directory}"):
         report = certify(config.directory, config.base, deep=config.deep)
+    console.answer(report.to_dict())
     console.show(sparsity_table(report, every=config.every))
     console.wrote(certificate)

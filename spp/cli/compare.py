@@ -23,6 +23,8 @@ def _show_all(wanted: bool) -> None:
         return
     from spp.report import Table
 
+    told = {name: {"summary": one.summary, "options": one.options, "lrs": one.lrs} for name, one in KINDS.items()}
+    console.answer({"contenders": told, "groups": GROUPS})
     rows = []
     for name, kind in KINDS.items():
         options = ", ".join(f"{option}={value}" for option, value in kind.options.items())
@@ -83,8 +85,10 @@ def show(results: Results, plot: Path | None, *, overwrite: bool) -> None:
     from spp.comparing.tables import main_table, notes, verdict
 
     contents = results.read()
+    ranking, lines = verdict(contents), notes(contents)
+    console.answer({**contents, "verdict": ranking, "notes": lines})
     console.show(main_table(contents))
-    for line in filter(None, (verdict(contents), *notes(contents))):
+    for line in filter(None, (ranking, *lines)):
         console.say(line)
     console.wrote(results.path)
     console.wrote(results.path.with_name(REPORT))

@@ -1,20 +1,23 @@
-"""Shared by the commands: printing tables and paths, warnings on one line, progress, the choice of a device."""
+"""Shared by the commands: printing tables and paths, or JSON; warnings on one line, progress, choice of a device."""
 
 from __future__ import annotations
 
+import atexit
 import codecs
+import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from spp.cli.options import Spellings, spoken
-from spp.errors import ConfigError, OutputExistsError, SPPWarning, arg
+from spp.cli.spelling import Spellings, spoken
+from spp.errors import ConfigError, Marked, OutputExistsError, SPPError, SPPWarning, arg
 
 if TYPE_CHECKING:
     from spp.files.recognised import FileKind
@@ -36,8 +39,9 @@ def said(message: object) -> str:
 
 
 def say(text: str = "") -> None:
-    """Print a line of results."""
-    print(text, flush=True)
+    """Print a line of results; with --json they are in the answer."""
+    if not in_json():
+        print(text, flush=True)
 
 
 def note(text: str) -> None:
@@ -47,6 +51,8 @@ def note(text: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table: drawn on a terminal that is wide enough, else in plain aligned columns."""
+    if in_json():
+        return None
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -67,6 +73,131 @@ def show(table: Table) -> None:
 def wrote(path: Path | str) -> None:
     """Say where an output is."""
     say(f"wrote {path}")
+    if _answer is not None:
+        _answer.wrote.append(str(path))
+
+
+# ---- With --json: no tables, and one object on one line, which is the last that is printed.
+
+
+class _Answer:
+    """The answer of a command.
+
+    Attributes:
+        values: its report, and of a failure the error; None before there is either.
+        wrote: the paths of its outputs.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] | None = None
+        self.wrote: list[str] = []
+
+
+_answer: _Answer | None = None  # of the command that runs; None without --json
+
+
+def in_json() -> bool:
+    """Whether the command that runs is to answer in JSON."""
+    return _answer is not None
+
+
+def speak_json(wanted: bool) -> None:
+    """Set whether the command that runs is to answer in JSON; nothing is answered yet."""
+    global _answer
+    _answer = _Answer() if wanted else None
+
+
+def answer(values: Mapping[str, Any]) -> None:
+    """Add to what the command answers with --json."""
+    if _answer is not None:
+        _answer.values = {**(_answer.values or {}), **values}
+
+
+def fail(error: BaseException) -> None:
+    """Answer, with --json, that the command failed: "error", "type", and "option" and "remedy" where they are known."""
+    if _answer is None or "error" in (_answer.values or {}):
+        return
+    answer({"error": told(error), "type": type(error).__name__})
+    if isinstance(error, Marked):
+        known = (_spellings or {}).get(error.option or "")
+        if known is not None:
+            answer({"option": known.on})
+        if error.marked_remedy:
+            answer({"remedy": said(SPPError(error.marked_remedy))})
+    names = getattr(getattr(error, "param", None), "opts", None) or [getattr(error, "option_name", None)]
+    if names[0] is not None:  # of a mistake in what was typed
+        answer({"option": max(names, key=len)})
+
+
+def told(error: BaseException) -> str:
+    """Return the message of an error as the program prints it."""
+    if isinstance(error, KeyboardInterrupt):
+        return said(error) or "interrupted"
+    if isinstance(error, OSError) and not isinstance(error, SPPError):  # of a path that no check came to
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror or error}"
+    typed = getattr(error, "format_message", None)
+    return str(typed()) if typed is not None else said(error) or type(error).__name__
+
+
+@contextmanager
+def answering(wanted: bool) -> Iterator[None]:
+    """Run a command; with --json an error becomes its answer, and what libraries print goes to standard error."""
+    speak_json(wanted)
+    if not wanted:
+        yield
+        return
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except BaseException as error:
+        fail(error)
+        raise
+    answer({})
+
+
+def print_answer() -> None:
+    """Print the answer, if there is one, as the last that this process prints."""
+    if _answer is None or _answer.values is None:
+        return
+    line = json_line({**_answer.values, "wrote": _answer.wrote})
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    print(line, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Stream):
+            stream.end()
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Return an object as one line of JSON in ASCII, with null for what JSON has no number for.
+
+    Args:
+        values: JSON-ready values. A number that is NaN or infinite becomes null, and "non_finite" says which it was,
+            by its JSON pointer (RFC 6901).
+
+    Example:
+        >>> json_line({"loss": {"dense": 2.5, "pruned": float("inf")}})
+        '{"loss": {"dense": 2.5, "pruned": null}, "non_finite": {"/loss/pruned": "Infinity"}}'
+    """
+    non_finite: dict[str, str] = {}
+
+    def finite(value: Any, pointer: str) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): finite(one, f"{pointer}/{_escaped(str(key))}") for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(one, f"{pointer}/{i}") for i, one in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            non_finite[pointer] = json.dumps(value)
+            return None
+        return value
+
+    found = finite(values, "")
+    return json.dumps({**found, **({"non_finite": non_finite} if non_finite else {})}, allow_nan=False, default=str)
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 @contextmanager
@@ -271,16 +402,32 @@ class _Stream:
             except (OSError, ValueError) as error:
                 self._lose(error)
 
+    def end(self) -> None:
+        """Drop what libraries write when Python ends: bars that were left open, warnings."""
+        if self._stream is not None and _is_own(self._stream):
+            atexit.register(_discard, self._stream)  # the last to register is the first to run
+
     def _lose(self, error: OSError | ValueError) -> None:
         """Drop all that follows: the stream is closed, or its reader is gone, or it cannot be written to."""
-        stream, self._stream = self._stream, None
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             self.failure = error
-        if stream is not None and any(stream is own for own in (sys.__stdout__, sys.__stderr__)):
-            with suppress(OSError, ValueError):  # what waits in its buffer would fail again when Python ends
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+        stream, self._stream = self._stream, None
+        if stream is not None and _is_own(stream):  # what waits in its buffer would fail again when Python ends
+            _discard(stream, flush=False)
+
+
+def _is_own(stream: TextIO) -> bool:
+    return any(stream is own for own in (sys.__stdout__, sys.__stderr__))
+
+
+def _discard(stream: TextIO, *, flush: bool = True) -> None:
+    """Let all that is written to a stream from now on, by whomever, go nowhere."""
+    with suppress(OSError, ValueError):
+        if flush:
+            stream.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 @contextmanager

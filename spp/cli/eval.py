@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -79,9 +78,9 @@ def run(config: EvalConfig) -> None:
             progress=True,
         )
     seconds = time.perf_counter() - start
-    if config.json:
+    if console.in_json():
         values = {} if config.adapter is None else verdict.to_dict()
-        return console.say(json.dumps(to_dict(config, model, where, seconds, found, scored) | values))
+        return console.answer(to_dict(config, model, where, seconds, found, scored) | values)
     if found is not None:
         columns = ("model", "adapter", "perplexity", "window", "windows", "tokens")
         adapter = "" if config.adapter is None else str(config.adapter)

@@ -27,6 +27,7 @@ def run(config: ExportConfig) -> None:
             report = export_packed(directory, output, strict_bits=config.strict_bits, overwrite=overwrite)
         else:
             report = export_dense(directory, output, overwrite=overwrite)
+    console.answer(report.to_dict())
     console.show(export_table(report, every=config.every))
     console.say(f"all weights: {byte_text(report.dense_bytes)} dense, {byte_text(report.packed_bytes)} packed")
     console.wrote(output)

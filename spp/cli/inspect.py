@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spp.cli import console
 from spp.cli.options import command
@@ -12,7 +12,9 @@ from spp.configs.checkpoints import InspectConfig
 from spp.errors import ConfigError, arg
 
 if TYPE_CHECKING:
+    from spp.pst.files import PSTState
     from spp.report import Table
+    from spp.wrapping.adapter_files import AdapterFiles
 
 NAME = "inspect"
 
@@ -36,11 +38,14 @@ def run(config: InspectConfig) -> None:
     if (directory / "adapter_config.json").exists():
         if config.plot is not None:
             raise ConfigError(f"{arg('plot')} draws the zeros of a model; {config.path} is an adapter")
-        for table in adapter_tables(directory, every=config.every):
+        adapter = _read(directory)
+        console.answer(adapter_dict(adapter))
+        for table in adapter_tables(adapter, directory, every=config.every):
             console.show(table)
         return
     with console.step(f"reading {config.path}"):
         report = sparsity(directory)
+    console.answer({"kind": "model", **report.to_dict()})
     console.show(sparsity_table(report, every=config.every))
     if config.plot is not None:
         plot_sparsity(report, config.path, config.plot, overwrite=config.overwrite)
@@ -52,13 +57,37 @@ def _held(forms: Mapping[str, str]) -> str:
     return f"{len(forms)} ({', '.join(sorted(set(forms.values())))})" if forms else "unknown"
 
 
-def adapter_tables(directory: Path, *, every: bool) -> list[Table]:
-    """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
+def _read(directory: Path) -> AdapterFiles | PSTState:
     from spp.pst.files import read
-    from spp.report import Table, byte_text, kind_of
-    from spp.wrapping.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles, method_of, read_adapter
+    from spp.wrapping.adapter_files import PST_TYPE, method_of, read_adapter
 
-    adapter = read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
+    return read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
+
+
+def adapter_dict(adapter: AdapterFiles | PSTState) -> dict[str, Any]:
+    """Return what is in an adapter, but its values, as JSON-ready values."""
+    from spp.files import dtype_name
+    from spp.wrapping.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles
+
+    tensors = {
+        name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
+        for name, tensor in adapter.tensors.items()
+    }
+    values: dict[str, Any] = {"kind": "adapter", "config": adapter.config.to_dict(), "base": adapter.base_name}
+    if isinstance(adapter, AdapterFiles):
+        values |= {"method": PEFT_TYPE, "base_masks": adapter.base_masks, "base_forms": adapter.base_forms}
+    else:
+        values |= {"method": PST_TYPE, "sparsity": adapter.sparsity}
+    values["parameters"] = sum(tensor.numel() for tensor in adapter.tensors.values())
+    values["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
+    return values | {"tensors": tensors}
+
+
+def adapter_tables(adapter: AdapterFiles | PSTState, directory: Path, *, every: bool) -> list[Table]:
+    """Return the options of an adapter, and its tensors by kind of module or, with `every`, one by one."""
+    from spp.report import Table, byte_text, kind_of
+    from spp.wrapping.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles
+
     options = [("method", PEFT_TYPE if isinstance(adapter, AdapterFiles) else PST_TYPE)]
     options += [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     tensors = adapter.tensors.values()

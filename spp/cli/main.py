@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +19,11 @@ app = typer.Typer(
     help="Fine-tune pruned language models and keep every zero.\n\n"
     "A model is a directory or the id of a model on the Hugging Face hub. An output is a new directory; --overwrite "
     "replaces an earlier output of spp, and nothing else. The usual order: prune, tune, merge, verify.",
-    epilog="spp COMMAND --help explains a command, with an example. To complete names with the Tab key: "
+    epilog="With --json a command prints one JSON object on one line of standard output, and nothing after it: its "
+    'report, with the paths of its outputs under "wrote". If it fails, the exit code is the usual one, and the object '
+    'has "error", the message, and "type", with "option" and "remedy" where they are known. A number that is not '
+    'finite is null; "non_finite" says where, and what it was.\n\n'
+    "spp COMMAND --help explains a command, with an example. To complete names with the Tab key: "
     "spp --install-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -60,19 +65,22 @@ def options(
 def main() -> None:
     """Run the program; an error of spp is one message and exit code 1, an interruption exit code 130."""
     with console.safe_streams():
+        console.speak_json(False)
+        code: Any = 1
         try:
             app(prog_name="spp")
-        except SPPError as error:
-            if _debug:
-                raise
-            console.note(f"error: {console.said(error)}")
-            sys.exit(1)
-        except OSError as error:  # of a path that no check before it stumbled over
-            if _debug:
-                raise
-            where = "" if error.filename is None else f"{error.filename}: "
-            console.note(f"error: {where}{error.strerror or error}")
-            sys.exit(1)
+        except SystemExit as stop:
+            code = stop.code
         except KeyboardInterrupt as interruption:
-            console.note(console.said(interruption) or "interrupted")
-            sys.exit(130)
+            console.note(console.told(interruption))
+            code = 130
+        except Exception as error:
+            if _debug or not isinstance(error, (SPPError, OSError)):
+                if not console.in_json():
+                    raise
+                traceback.print_exc()
+            else:
+                console.note(f"error: {console.told(error)}")
+        console.print_answer()  # when the frames of an error are gone, and with them the bars that it left open
+        console.speak_json(False)
+        sys.exit(code)

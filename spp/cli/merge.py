@@ -38,6 +38,7 @@ def run(config: MergeConfig) -> None:
             zeros = convert_checkpoint(
                 base, of_pst[0], output, dtype=dtype, overwrite=config.overwrite, dry_run=config.dry_run
             )
+        console.answer({"dry_run": config.dry_run, "sparsity_report": zeros.to_dict()})
         console.show(sparsity_table(zeros, every=config.every))
     else:
         names = [name if weight == 1 else f"{name}:{weight:g}" for name, weight in adapters]
@@ -54,6 +55,7 @@ def run(config: MergeConfig) -> None:
                 strict_values=config.strict_values,
                 dense=config.dense,
             )
+        console.answer({"dry_run": config.dry_run, **report.to_dict()})
         console.show(merge_table(report, every=config.every))
         if report.base.line:
             console.say(report.base.line)

@@ -1,59 +1,31 @@
-"""The options and the help of a command, made of the fields of a config; messages of the library in its spelling.
+"""The options and the help of a command, made of the fields of a config.
 
     @command(EvalConfig)
     def run(config: EvalConfig) -> None: …
 
 `run` then takes the value of every option as typer passes it, None where an option was not given, and hands the config
-that they make to the function. A message of the library names arguments (spp.errors.arg); the command line says
-`--overwrite` where Python says `overwrite=True`.
+that they make to the function.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from spp.configs.options import FOLLOW_LINKS, GROUPS, RUN, Field, options_of
-from spp.errors import ConfigError, Marked, Mention, arg, render
+from spp.cli import console
+from spp.cli.spelling import Spelling
+from spp.configs.options import FOLLOW_LINKS, GROUPS, JSON, RUN, Field, options_of
+from spp.errors import ConfigError, arg
 from spp.supported import require_supported
 
-# Functions of the package root that are commands: what is typed for a call of one.
-_COMMANDS = {
-    "prune": "prune MODEL OUTPUT",
-    "certify": "certify DIRECTORY",
-    "verify": "verify BEFORE AFTER",
-    "export_dense": "export DIRECTORY OUTPUT --dense",
-    "export_packed": "export DIRECTORY OUTPUT --packed",
-    "merge_checkpoint": "merge BASE ADAPTER OUTPUT",
-}
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How a command spells an argument.
-
-    Attributes:
-        on: the option, or the place of an argument, such as OUTPUT.
-        off: the option that switches it off, if there is one.
-        placed: whether it is an argument, whose value is typed alone.
-    """
-
-    on: str
-    off: str | None = None
-    placed: bool = False
-
-
-Spellings = Mapping[str, Spelling]
 
 
 def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[Callable[..., None]], Any]:
@@ -78,15 +50,16 @@ def command(config: type, build: Callable[..., Any] | None = None) -> Callable[[
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            require_supported()
             follow = values.pop(FOLLOW_LINKS.name)
-            given = {field.name: value for field in made for value in _values(field, values)}
-            extra = {p.name: values[p.name] for p in others}
-            extra |= {field.name: value for field in own for value in _values(field, values)}
-            with _following_links() if follow else nullcontext():
-                function((build or config)(**given), **extra)
+            with console.answering(bool(values.pop(JSON.name))):
+                require_supported()
+                given = {field.name: value for field in made for value in _values(field, values)}
+                extra = {p.name: values[p.name] for p in others}
+                extra |= {field.name: value for field in own for value in _values(field, values)}
+                with _following_links() if follow else nullcontext():
+                    function((build or config)(**given), **extra)
 
-        fields = sorted((*made, *own, FOLLOW_LINKS), key=_place)
+        fields = sorted((*made, *own, FOLLOW_LINKS, JSON), key=_place)
         parameters = [_typer_parameter(part) for field in fields for part in (field, *field.nested)] + others
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -157,77 +130,23 @@ def spellings_of(fields: Iterable[Field]) -> dict[str, Spelling]:
     return {part.name: Spelling(part.spelling, part.off, part.option.argument) for part in every}
 
 
-def spoken(message: object, spellings: Spellings | None) -> str:
-    """Return a message as a command says it.
-
-    Args:
-        message: an exception or a warning, whose mentions are spelled; of anything else its str.
-        spellings: those of the command; None spells every argument as an option of its name.
-
-    Example:
-        >>> from spp.errors import arg
-        >>> spoken(ConfigError(f"pass {arg('overwrite', True)}"), {"overwrite": Spelling("--overwrite")})
-        'pass --overwrite'
-    """
-    if not isinstance(message, Marked):
-        return str(message)
-    return render(message.marked, lambda mention: _said(mention, spellings))
-
-
-def _said(mention: Mention, spellings: Spellings | None) -> str:
-    if mention.function:
-        if mention.function == FOLLOW_LINKS.name:
-            return FOLLOW_LINKS.spelling
-        if mention.function not in _COMMANDS:
-            return mention.python()
-        options = [_typed(_option(name), value) or "" for name, value in mention.options]
-        return " ".join(filter(None, [f"spp {_COMMANDS[mention.function]}", *options]))
-    ((name, value),) = mention.options
-    spelling = _option(name) if spellings is None else spellings.get(name)
-    if spelling is None:  # no option of this command
-        return " ".join(filter(None, (name, "" if not value else _plain(value))))
-    return _typed(spelling, value) or f"no {spelling.on}"  # False or None, of what is only ever switched on
-
-
-def _option(name: str) -> Spelling:
-    return Spelling(f"--{name.replace('_', '-')}")
-
-
-def _typed(spelling: Spelling, value: str | None) -> str | None:
-    """Return an option with the value of which this is the repr, as one types it; None where there is no way to."""
-    if not value:
-        return spelling.on
-    try:
-        meant = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return f"{spelling.on} {_plain(value)}"
-    if spelling.placed:
-        return str(meant)
-    if meant is True:
-        return spelling.on
-    if meant is False or meant is None:
-        return spelling.off if meant is False else None
-    if isinstance(meant, Mapping):
-        return _repeated(spelling.on, (f"{name}={part}" for name, part in meant.items()))
-    return _repeated(spelling.on, meant if isinstance(meant, (list, tuple)) else [meant])
-
-
-def _plain(value: str) -> str:
-    """Return a value as one types it: `float32` of torch.float32, `a` of 'a'."""
-    return value.removeprefix("torch.").strip("'\"")
-
-
-def _repeated(option: str, values: Iterable[object]) -> str:
-    return " ".join(f"{option} {value}" for value in values)
-
-
 # ---- The help of a command: its text, then a panel for each group of options, on a terminal of any width.
 
 ARGUMENTS = "Arguments"
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own class, wherever typer has it
 
 
 class Command(TyperCommand):
     """A command whose help shows every option in full; a name that is cut off helps nobody."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what was typed; with --json a mistake in it is answered as any other."""
+        console.speak_json(JSON.spelling in args)
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            console.fail(error)
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what follows the name of the command: its arguments under the names that the help explains."""

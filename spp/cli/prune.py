@@ -26,6 +26,7 @@ def run(config: PruneConfig) -> None:
     Example: spp prune MODEL pruned --method wanda --pattern 2:4 --calibration texts.txt
     """
     from spp.files import atomic_file, write_json
+    from spp.files.provenance import Provenance
     from spp.files.recognised import PRUNE_REPORT
     from spp.pruning.plan import tell_patterns
     from spp.report import pattern_text, prune_lines, prune_table
@@ -40,6 +41,7 @@ def run(config: PruneConfig) -> None:
         tell_patterns(config.pattern)
         found = None if config.in_memory else stream(config, where)
         found = found or load_and_prune(config, where)
+    console.answer({**Provenance.here(where).to_dict(), **found.to_dict()})
     console.show(prune_table(found, every=config.every))
     for line in prune_lines(found):
         console.say(line)

@@ -26,6 +26,7 @@ def run(config: PushConfig) -> None:
     directory, repo_id = options.pop("directory"), options.pop("repo_id")
     with console.step(f"{'checking' if config.dry_run else 'pushing'} {directory}"):
         report = push(directory, repo_id, **options)
+    console.answer({"dry_run": config.dry_run, **report.to_dict()})
     if config.dry_run and report.card is not None:
         console.say(report.card)
     if report.card is None:

@@ -38,8 +38,11 @@ def run(config: TuneConfig) -> None:
 
 def show(result: Any) -> None:
     """Print the perplexities, and where the run is."""
+    from spp.files.provenance import Provenance
     from spp.report import Table, time_text
 
+    here = Provenance.here(str(result.model.device), result.model.dtype)
+    console.answer({**here.to_dict(), **result.to_dict()})
     columns = ("perplexity before", "after", "window", "steps", "time", "sparsity")
     perplexities = [
         "–" if value is None else f"{value:.4f}" for value in (result.perplexity_before, result.perplexity_after)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spp.cli import console
 from spp.cli.options import command
 from spp.configs.checkpoints import VerifyConfig
+
+if TYPE_CHECKING:
+    from spp.certifying.verify import Verification
 
 NAME = "verify"
 
@@ -27,22 +31,30 @@ def run(config: VerifyConfig) -> None:
     from spp.files.carry import CERTIFICATE_NAME
 
     before, after = config.pair
-    _check(before, after, config.deep and after is None, config.every, more=config.more_zeros_allowed)
+    found = _examined(before, after, config.deep and after is None, more=config.more_zeros_allowed)
+    console.answer({**found.to_dict(), "certificate": None})
+    _tell(found, before, after, config.every)
     if after is None:
         return
     if (Path(after) / CERTIFICATE_NAME).is_file():
-        _check(after, None, config.deep, config.every)
+        values = _examined(after, None, config.deep)
+        console.answer({"ok": values.ok, "certificate": values.to_dict()})
+        _tell(values, after, None, config.every)
     else:
         console.say(f"{after} has no {CERTIFICATE_NAME}: its values were not checked")
 
 
-def _check(before: str, after: str | None, deep: bool, every: bool, *, more: bool = False) -> None:
-    """Show what was found, and raise what is wrong."""
+def _examined(before: str, after: str | None, deep: bool, *, more: bool = False) -> Verification:
     from spp.certifying.verify import examine
-    from spp.report import survival_table, verdict_table
 
     with console.step("verifying" if after is not None else "verifying contents"):
-        found = examine(before, after, deep=deep, more_zeros_allowed=more)
+        return examine(before, after, deep=deep, more_zeros_allowed=more)
+
+
+def _tell(found: Verification, before: str, after: str | None, every: bool) -> None:
+    """Show what was found, and raise what is wrong."""
+    from spp.report import survival_table, verdict_table
+
     console.show(verdict_table(found, every=every))
     if found.survival:
         console.show(survival_table(found, every=every))

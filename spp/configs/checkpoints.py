@@ -237,7 +237,6 @@ class EvalConfig:
         str, Option("auto (the checkpoint's own), float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)
     ] = "auto"
     device: Annotated[str, Option("auto, cpu or cuda.", MODEL, choices=DEVICES)] = "auto"
-    json: Annotated[bool, Option("Print one JSON object instead of a table.", RUN)] = False
 
     def __post_init__(self) -> None:
         check_path("model", self.model)

@@ -122,6 +122,13 @@ FOLLOW_LINKS = Field(
     False,
     Option("Follow links out of a downloaded folder, and copy what they lead to, whatever that is."),
 )
+# Of every command: its report as JSON (spp.cli.console.answer).
+JSON = Field(
+    "json",
+    bool,
+    False,
+    Option("Print no tables, and in the end one JSON object on one line: the report, or the error (see spp --help)."),
+)
 
 
 def options_of(source: Any) -> tuple[Field, ...]:

@@ -41,7 +41,8 @@ def spp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         captured = capsys.readouterr()
         if code == 1:
-            assert not PYTHON.search(captured.err), f"Python's spelling on the command line: {captured.err}"
+            said = captured.err.partition("Traceback (most recent")[0]
+            assert not PYTHON.search(said), f"Python's spelling on the command line: {said}"
         return Outcome(code, captured.out, captured.err)
 
     return call

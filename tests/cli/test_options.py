@@ -16,7 +16,8 @@ import torch
 import typer
 
 from spp.cli.main import COMMANDS, app
-from spp.cli.options import Spelling, command, spoken
+from spp.cli.options import command
+from spp.cli.spelling import Spelling, spoken
 from spp.configs.options import GROUPS, MODEL, Option
 from spp.errors import ConfigError, SPPWarning, arg, call
 from tests.cli.conftest import Outcome
@@ -204,7 +205,7 @@ def test_a_builder_has_options_too() -> None:
         got.append(config)
 
     assert list(inspect.signature(run).parameters) == [
-        *("place", "kind", "names", "good", "extra", "extra_size", "base", "follow_links"),
+        *("place", "kind", "names", "good", "extra", "extra_size", "base", "follow_links", "json"),
     ]
     run(**{**dict.fromkeys(inspect.signature(run).parameters), "place": "p", "base": "c"})
     assert got == [_Config(place="c/p")]

@@ -37,7 +37,7 @@ IN_WORDS = {
 
 
 def test_every_field_is_an_option() -> None:
-    assert set(PARAMETERS) - {"recipe", "follow_links"} == {f.name for f in fields(TuneConfig)}
+    assert set(PARAMETERS) - {"recipe", "follow_links", "json"} == {f.name for f in fields(TuneConfig)}
 
 
 @pytest.mark.parametrize("field", [f for f in fields(TuneConfig) if f.default is not MISSING], ids=lambda f: f.name)

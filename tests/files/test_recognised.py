@@ -461,7 +461,7 @@ def test_names_are_shown_on_one_line(tmp_path: Path, name: str, said: str) -> No
 
 
 def test_the_names_of_a_message_are_no_options(tmp_path: Path) -> None:
-    from spp.cli.options import spoken
+    from spp.cli.spelling import spoken
 
     make(tmp_path / "out", {"seed=0": "mine"})
     with pytest.raises(OutputExistsError) as caught:
