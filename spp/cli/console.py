@@ -6,7 +6,6 @@ import atexit
 import codecs
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from spp.cli.spelling import Spellings, spoken
+from spp.configs.checks import finite
 from spp.errors import ConfigError, Marked, OutputExistsError, SPPError, SPPWarning, arg
 
 if TYPE_CHECKING:
@@ -173,31 +173,13 @@ def json_line(values: Mapping[str, Any]) -> str:
     """Return an object as one line of JSON in ASCII, with null for what JSON has no number for.
 
     Args:
-        values: JSON-ready values. A number that is NaN or infinite becomes null, and "non_finite" says which it was,
-            by its JSON pointer (RFC 6901).
+        values: JSON-ready values; of numbers that are not finite see spp.configs.checks.finite.
 
     Example:
         >>> json_line({"loss": {"dense": 2.5, "pruned": float("inf")}})
         '{"loss": {"dense": 2.5, "pruned": null}, "non_finite": {"/loss/pruned": "Infinity"}}'
     """
-    non_finite: dict[str, str] = {}
-
-    def finite(value: Any, pointer: str) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): finite(one, f"{pointer}/{_escaped(str(key))}") for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(one, f"{pointer}/{i}") for i, one in enumerate(value)]
-        if isinstance(value, float) and not math.isfinite(value):
-            non_finite[pointer] = json.dumps(value)
-            return None
-        return value
-
-    found = finite(values, "")
-    return json.dumps({**found, **({"non_finite": non_finite} if non_finite else {})}, allow_nan=False, default=str)
-
-
-def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")
+    return json.dumps(finite(values), allow_nan=False, default=str)
 
 
 @contextmanager

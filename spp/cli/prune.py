@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spp.cli import console
 from spp.cli.options import command
+from spp.configs.checks import finite
 from spp.configs.pruning import PruneConfig
 from spp.errors import CheckpointError, StreamingError
 
@@ -48,7 +49,7 @@ def run(config: PruneConfig) -> None:
     console.wrote(config.output)
     if config.report is not None:
         with atomic_file(config.report, overwrite=overwrite, kind=PRUNE_REPORT) as path:
-            write_json(path, found.to_dict())
+            write_json(path, finite(found.to_dict()))
         console.wrote(config.report)
 
 

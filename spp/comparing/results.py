@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spp.configs.checks import is_number
+from spp.configs.checks import finite, is_number
 from spp.errors import CheckpointError, ConfigError, OutputError, OutputExistsError, arg
 from spp.files import atomic_file, check_target, output_error, read_json, write_json
 from spp.files.leftovers import lock
@@ -167,7 +167,7 @@ class Results:
 
     def _write(self, contents: Mapping[str, Any]) -> None:
         with atomic_file(self.path, overwrite=True, kind=OWN) as temporary:
-            write_json(temporary, contents)
+            write_json(temporary, finite(contents))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -1,12 +1,13 @@
-"""Checks of options, each a ConfigError that names the option, what it is and what it must be."""
+"""Checks of options, each a ConfigError that names the option, what it is and what it must be; numbers in JSON."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spp.errors import ConfigError, arg
 
@@ -130,3 +131,62 @@ def is_suffix(path: str, name: str) -> bool:
 def name_matches(path: str, name: str) -> bool:
     """Whether `name` means the module at `path`: as `is_suffix`, or a regular expression for the whole path."""
     return is_suffix(path, name) or any(re.fullmatch(name, p) for p in (path, path.removesuffix(".weight")))
+
+
+# ---- Numbers that JSON does not have: null in their place, and in "non_finite" {JSON pointer (RFC 6901): name}.
+
+NON_FINITE = "non_finite"
+_NAMES = ("NaN", "Infinity", "-Infinity")
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON-ready values with null for NaN and infinity; "non_finite" says where which of them was.
+
+    Example:
+        >>> finite({"loss": {"dense": 2.5, "pruned": float("inf")}})
+        {'loss': {'dense': 2.5, 'pruned': None}, 'non_finite': {'/loss/pruned': 'Infinity'}}
+    """
+    found: dict[str, str] = {}
+
+    def stored(value: Any, pointer: str) -> Any:
+        if isinstance(value, Mapping):
+            parts = {str(key): one for key, one in value.items()}
+            return {key: stored(one, f"{pointer}/{_escaped(key)}") for key, one in parts.items()}
+        if isinstance(value, (list, tuple)):
+            return [stored(one, f"{pointer}/{i}") for i, one in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            found[pointer] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+            return None
+        return value
+
+    made: dict[str, Any] = stored(values, "")
+    return {**made, NON_FINITE: found} if found else made
+
+
+def with_non_finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what `finite` was given.
+
+    Raises:
+        ValueError: "non_finite" names a place that there is not, or where a number is.
+    """
+    found = values.get(NON_FINITE)
+    if not isinstance(found, dict) or not all(name in _NAMES for name in found.values()):
+        return values
+    for pointer, name in found.items():
+        *path, last = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]] or [""]
+        place: Any = values
+        try:
+            for part in path:
+                place = place[int(part) if isinstance(place, list) else part]
+            key: Any = int(last) if isinstance(place, list) else last
+            empty = place[key] is None
+        except (KeyError, IndexError, TypeError, ValueError):
+            empty = False
+        if not empty:
+            raise ValueError(f"{NON_FINITE} names {pointer!r}, where no null is")
+        place[key] = float(name)
+    return {name: value for name, value in values.items() if name != NON_FINITE}
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")

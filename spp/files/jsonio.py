@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from spp.configs.checks import with_non_finite
 from spp.errors import CheckpointError, output_error
 
 LARGEST_JSON = 200_000_000  # bytes; the index of the largest public models is below 10 MB
@@ -24,7 +25,7 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file, with the numbers in it that spp.configs.checks.finite has taken out.
 
     Args:
         path: the file.
@@ -44,7 +45,11 @@ def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} is missing: {path}") from None
     except OSError as error:
         raise CheckpointError(f"{what} cannot be read: {path}: {error.strerror}") from error
-    return parse_object(data, f"{what} ({path})")
+    found = parse_object(data, f"{what} ({path})")
+    try:
+        return with_non_finite(found)
+    except ValueError as error:
+        raise CheckpointError(f"{what} ({path}) is malformed: {error}") from None
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:

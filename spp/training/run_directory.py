@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spp._version import __version__
+from spp.configs.checks import finite
 from spp.configs.tuning import TuneConfig
 from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, output_error, read_json, require_directory, require_replaceable, write_json
@@ -122,7 +123,7 @@ class RunDirectory:
 
     def _write(self, path: Path, values: dict[str, Any]) -> None:
         with atomic_file(path, overwrite=True, kind=OWN) as temporary:
-            write_json(temporary, values)
+            write_json(temporary, finite(values))
 
     def _check(self) -> dict[str, Any] | None:
         """Return config.json of the run that is here already, or None."""

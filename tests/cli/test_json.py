@@ -16,6 +16,9 @@ import pytest
 
 from spp.cli import console
 from spp.cli.main import COMMANDS
+from spp.comparing.results import Results
+from spp.configs.checks import with_non_finite
+from spp.errors import CheckpointError
 from spp.files import CheckpointReader, save_tensors
 from tests.cli.conftest import PYTHON, Outcome
 from tests.cli.test_compare import QUICK
@@ -239,14 +242,33 @@ def test_help_stays_help(spp: Call) -> None:
     assert "one JSON object on one line" in " ".join(spp("--help").out.split())
 
 
-def test_numbers_that_json_has_not() -> None:
-    values = {"a": math.inf, "b/c": {"d~": [1.5, -math.inf]}, "e": (math.nan, None, True, 2), "f": Path("x\udc80ü")}
+def test_numbers_that_json_has_not(tmp_path: Path) -> None:
+    values = {"a": math.inf, "b/c": {"d~": [1.5, -math.inf]}, "e": [math.nan, None, True, 2], "f": "x\udc80ü\n"}
     line = console.json_line(values)
     found = json.loads(line, parse_constant=constant)
     assert line.isascii() and "\n" not in line
-    assert found.pop("non_finite") == {"/a": "Infinity", "/b~1c/d~0/1": "-Infinity", "/e/0": "NaN"}
-    assert found == {"a": None, "b/c": {"d~": [1.5, None]}, "e": [None, None, True, 2], "f": "x\udc80ü"}
-    assert "non_finite" not in console.json_line({"a": 1.0})
+    assert found["non_finite"] == {"/a": "Infinity", "/b~1c/d~0/1": "-Infinity", "/e/0": "NaN"}
+    assert found["b/c"] == {"d~": [1.5, None]} and found["e"] == [None, None, True, 2] and found["f"] == values["f"]
+    assert "non_finite" not in console.json_line({"a": 1.0, "path": tmp_path})
+    assert repr(with_non_finite(found)) == repr(values)
+    for wrong in ("/b", "/a/b", "a", "", "/e/9", "/e/x"):
+        with pytest.raises(ValueError, match="where no null is"):
+            with_non_finite({"a": 1.0, "e": [None], "non_finite": {wrong: "NaN"}})
+    assert with_non_finite({"non_finite": 3}) == {"non_finite": 3}  # another's
+
+
+def test_files_of_results_are_json_too(tmp_path: Path) -> None:
+    results = Results(tmp_path, {"seed": 0})
+    measured = {"loss": 800.0, "perplexity": math.inf}
+    results.add("baselines", "pruned", {"pattern": "2:4", "validation": measured, "test": measured})
+    stored = json.loads(results.path.read_text(), parse_constant=constant)
+    assert stored["baselines"]["pruned"]["test"]["perplexity"] is None and len(stored["non_finite"]) == 2
+    assert results.read()["baselines"]["pruned"]["test"] == measured and "non_finite" not in results.read()
+    again = Results(tmp_path, {"seed": 0}, resume=True)
+    assert again.read() == results.read()
+    results.path.write_text(json.dumps({**stored, "non_finite": {"/baselines/x": "NaN"}}))
+    with pytest.raises(CheckpointError, match="'/baselines/x', where no null is"):
+        again.read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text")
