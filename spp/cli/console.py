@@ -157,8 +157,8 @@ def answering(wanted: bool) -> Iterator[None]:
 
 
 def print_answer() -> None:
-    """Print the answer, if there is one, as the last that this process prints."""
-    if _answer is None or _answer.values is None:
+    """Print the answer, if there is one, as the last that this process prints; of several processes, the first does."""
+    if _answer is None or _answer.values is None or os.environ.get("RANK", "0") != "0":
         return
     line = json_line({**_answer.values, "wrote": _answer.wrote})
     if sys.stderr is not None:

@@ -202,6 +202,7 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path
 
     inspected = ok(spp("inspect", run / "adapter")).out
     assert all(word in inspected for word in ("method", "PST", "weight_rank", "0.75", "self_attn.q_proj.score_R"))
+    assert json.loads(ok(spp("inspect", run / "adapter", "--json")).out)["method"] == "PST"
     refused = spp("merge", dense, run / "adapter", sparse, "--rounding", "stochastic")
     assert refused.code == 1 and "--rounding" in refused.err
     for adapters in ((f"{run / 'adapter'}:0.5",), (run / "adapter", adapter)):
@@ -209,7 +210,8 @@ def test_the_whole_road_by_pst(spp: Call, dense: Path, adapter: Path, text: Path
         assert refused.code == 1 and "is merged alone, and without a weight" in refused.err
     tried = ok(spp("merge", dense, run / "adapter", sparse, "--dry-run")).out
     assert "0.7500" in tried and "nothing was written" in tried and not sparse.exists()
-    assert f"wrote {sparse}" in ok(spp("merge", dense, run / "adapter", sparse)).out
+    found = json.loads(ok(spp("merge", dense, run / "adapter", sparse, "--json")).out)
+    assert found["sparsity_report"]["sparsity"] == 0.75 and found["wrote"] == [str(sparse)]
     assert "1:4" in ok(spp("verify", sparse)).out
     measure = ("--text", text, "--window", 128, "--json")
     unmerged = json.loads(ok(spp("eval", dense, "--adapter", run / "adapter", *measure)).out)

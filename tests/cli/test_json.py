@@ -237,6 +237,13 @@ def test_what_libraries_print_is_no_answer(spp: Call, pruned: Path, monkeypatch:
     assert "a library prints" in spp("inspect", pruned).out
 
 
+def test_of_several_processes_one_answers(spp: Call, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert spp("inspect", pruned, "--json").out == ""
+    monkeypatch.setenv("RANK", "0")
+    answer(spp("inspect", pruned, "--json"))
+
+
 def test_help_stays_help(spp: Call) -> None:
     assert spp("inspect", "--json", "--help").out == spp("inspect", "--help").out != ""
     assert "one JSON object on one line" in " ".join(spp("--help").out.split())
