@@ -124,9 +124,12 @@ def fail(error: BaseException) -> None:
             answer({"option": known.on})
         if error.marked_remedy:
             answer({"remedy": said(SPPError(error.marked_remedy))})
-    names = getattr(getattr(error, "param", None), "opts", None) or [getattr(error, "option_name", None)]
-    if names[0] is not None:  # of a mistake in what was typed
-        answer({"option": max(names, key=len)})
+    typed: Any = getattr(error, "param", None)  # of a mistake in what was typed
+    if typed is not None:
+        placed = typed.param_type_name == "argument"
+        answer({"option": typed.metavar or typed.name.upper() if placed else max(typed.opts, key=len)})
+    elif unknown := getattr(error, "option_name", None):
+        answer({"option": unknown})
 
 
 def told(error: BaseException) -> str:

@@ -32,7 +32,7 @@ def test_compare(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
     assert "rows" not in again.err  # said before the data is tokenized
     assert "lr 0.02" not in spp(*arguments, "--resume").err
     other = spp("compare", pruned, out, "--data", text, *QUICK, "--contenders", "norms", "--resume", "--batch-size", 3)
-    assert other.code == 1 and "batch_size: 2 there, 3 now" in other.err
+    assert other.code == 1 and "--batch-size: 2 there, 3 now" in other.err
 
 
 def test_mistakes(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
