@@ -7,15 +7,16 @@
                  {"conversations": [{"from": "human" | "gpt" | …, "value": str}, …]}
     completion   {"prompt": str, "completion": str}, joined as they are; or both lists of messages
 
-A field that is null, as where data sets were merged, is not there. Messages go whole to the chat template. A turn that
-the data mark as not to be learned ("weight": 0, "train": false, …) is not; a mark of unclear meaning is an error, and
-so is whatever cannot be read as meant (images, say). Other fields of a row (id, source, …) are ignored.
+A field that is null or NaN, as where data sets were merged, is not there. Messages go whole to the chat template. A
+turn that the data mark as not to be learned ("weight": 0, "train": false, …) is not; a mark of unclear meaning is an
+error, and so is whatever cannot be read as meant (images, say). Other fields of a row (id, source, …) are ignored.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,7 +237,7 @@ def read_examples(
 def _kinds(row: Mapping[str, Any], where: str, text_field: str) -> list[str]:
     """Return what a row can be read as, the first of which it is; null and empty fields count where no other does."""
     kinds = (*_KINDS, ("text", (text_field,)))
-    there = {name for name, value in row.items() if value is not None}
+    there = {name for name, value in row.items() if not _is_null(value)}
     for names in ({name for name in there if row[name] not in ("", [])}, there, set(row)):
         found = list(dict.fromkeys(kind for kind, fields in kinds if names.issuperset(fields)))
         if found:
@@ -248,7 +249,7 @@ def _kinds(row: Mapping[str, Any], where: str, text_field: str) -> list[str]:
 
 
 def _parse(row: Mapping[str, Any], where: str, kind: str, text_field: str) -> Example:
-    row = {name: value for name, value in row.items() if value is not None or name == text_field}
+    row = {name: value for name, value in row.items() if not _is_null(value) or name == text_field}
     lost = [name for name in _MEDIA if not _is_empty(row.get(name))]
     lost += [n for n in _TOKEN_MASKS if not _is_empty(row.get(n)) and (kind != "text" or isinstance(row[n], list))]
     if kind != "text":
@@ -338,7 +339,7 @@ def _turns(row: Mapping[str, Any], where: str) -> tuple[list[Message], list[bool
         at = f"{where}, message {number}"
         keys = ("from", "value") if name == "conversations" else ("role", "content")
         if isinstance(turn, Mapping):
-            turn = {str(key): value for key, value in turn.items() if value is not None}
+            turn = {str(key): value for key, value in turn.items() if not _is_null(value)}
             if (keys[0] not in turn and "role" in turn) or (keys[0] not in turn and "from" in turn):
                 keys = ("role", "content") if "role" in turn else ("from", "value")
         else:
@@ -475,8 +476,13 @@ def _turns_in(value: Any) -> Any:
     return found if is_turns else value
 
 
+def _is_null(value: object) -> bool:
+    """Whether a table's cell is empty: null, or NaN, which pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
+    return _is_null(value) or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _string(row: Mapping[str, Any], name: str, where: str) -> str:

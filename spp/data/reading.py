@@ -67,7 +67,10 @@ def read_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row | str]]:
     """
     suffix = Path(path).suffix.lower()
     if suffix in ("", *TEXT_SUFFIXES):
-        yield str(path), read_text(path)
+        text = read_text(path)
+        if _is_json(text):
+            logger.warning("%s holds JSON, and its name says plain text, as which it is read: for rows, .jsonl", path)
+        yield str(path), text
     elif suffix in JSON_SUFFIXES:
         yield from read_json_rows(path)
     elif suffix in (".csv", ".tsv"):
@@ -87,7 +90,7 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = _loaded(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
         except (ValueError, RecursionError) as error:
@@ -101,7 +104,7 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
         line = line.lstrip("\ufeff")  # of a file that was appended to another
         if line.strip():
             try:
-                row = json.loads(line)
+                row = _loaded(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number}, column {error.colno}: not JSON: {error.msg} "
@@ -155,6 +158,29 @@ def shown(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"
 
 
+def _loaded(text: str) -> Any:
+    """Return what JSON says; a key that an object has twice is a ValueError: one of the values would be lost."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Row:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"an object has the key {twice!r} twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text begins with a row as JSON, or an array of rows."""
+    try:
+        found = json.JSONDecoder().raw_decode(text.lstrip())[0]
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found[0] if isinstance(found, list) and found else found, dict)
+
+
 def _beyond(error: Exception) -> str:
     # Valid JSON that Python does not read: an integer of thousands of digits, brackets a thousand deep.
     return "values are nested too deep" if isinstance(error, RecursionError) else f"not read as JSON: {error}"
@@ -172,14 +198,15 @@ def _table_rows(path: str | os.PathLike[str], delimiter: str) -> Iterator[tuple[
         csv.field_size_limit(limit)
     (_, names), *rest = lines
     logger.info("%s is read as %s, with the fields %s", path, Path(path).suffix[1:].lower(), ", ".join(names))
-    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+    named = [name for name in names if name.strip()]  # pandas writes its index below an empty heading
+    if len(set(named)) < len(named) or not named:
         raise DataError(f"{path}, line 1: the headings must be names that differ; found {shown(names)}")
     if not rest:
         raise DataError(f"{path} has headings and no row")
     for number, cells in rest:
         if len(cells) != len(names):
             raise DataError(f"{path}, line {number}: {len(cells)} values under {len(names)} headings")
-        yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
+        yield f"{path}, line {number}", {n: c for n, c in zip(names, cells, strict=True) if n.strip()}
 
 
 def _arrow_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ PAIR = [("user", "q"), ("assistant", "a")]
         ({"text": "whole", "messages": None, "instruction": None, "prompt": None}, "whole"),
         ({"text": None, "messages": [Q, A], "weight": None}, PAIR),
         ({"text": "whole", "messages": []}, "whole"),
+        ({"text": "whole", "messages": math.nan, "prompt": math.nan}, "whole"),  # as pandas has it
+        ({"text": math.nan, "messages": [{**Q, "name": math.nan}, A], "weight": math.nan}, PAIR),
         ({"instruction": "q", "input": None, "output": "a"}, PAIR),
         ({"instruction": "q", "context": "c", "response": "a"}, [("user", "q\n\nc"), ("assistant", "a")]),
         ({"question": "q", "answer": "a", "id": 7, "source": "s"}, PAIR),
@@ -131,6 +134,8 @@ def test_tables_are_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     (tmp_path / "d.arrow").write_bytes(next((tmp_path / "set").glob("*.arrow")).read_bytes())
     for name in ("d.csv", "d.tsv", "d.parquet", "d.arrow"):
         assert read(str(tmp_path / name)) == expected, name
+    (tmp_path / "index.csv").write_text(",instruction,output\n0,q,a\n")  # pandas' index
+    assert read(str(tmp_path / "index.csv")) == [PAIR]
     for content, message in (
         ("text,b\n1,2\n1\n", "line 3: 1 values under 2 headings"),
         ('a,b\n"1,2\n', "line 2: not CSV"),
@@ -155,6 +160,20 @@ def test_an_extension_that_is_not_known_is_not_text(name: str, tmp_path: Path) -
         read_tokens(tiny_tokenizer(), str(tmp_path / name))
 
 
+def test_a_text_that_holds_rows_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, content in (("d.txt", json.dumps(CHAT)), ("d", json.dumps([CHAT]))):
+        (tmp_path / name).write_text("\n" + content)
+        caplog.clear()
+        assert read(str(tmp_path / name)) == ["\n" + content]
+        assert caplog.messages == [
+            f"{tmp_path / name} holds JSON, and its name says plain text, as which it is read: for rows, .jsonl"
+        ]
+    for content in ("words", "[1] is a footnote", "{braces}", "[]"):
+        (tmp_path / "d.txt").write_text(content)
+        caplog.clear()
+        assert read(str(tmp_path / "d.txt")) == [content] and not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -163,6 +182,8 @@ def test_an_extension_that_is_not_known_is_not_text(name: str, tmp_path: Path) -
         (r'{"prompt": "q", "completion": "\ud83d"}', "half of a character"),
         ('{"text": ' + "[" * 100_000 + "}", "nested too deep"),
         ('{"text": ' + "1" * 5000 + "}", "not read as JSON"),
+        ('{"text": "a", "text": "b"}', "an object has the key 'text' twice"),
+        ('{"messages": [{"role": "user", "role": "x", "content": "q"}]}', "an object has the key 'role' twice"),
     ],
 )
 def test_what_is_no_text_names_its_line(line: str, message: str, tmp_path: Path) -> None:
