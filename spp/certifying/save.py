@@ -136,7 +136,7 @@ def certify(
         >>> certify("merged", base="pruned").sparsity  # doctest: +SKIP
         0.5
     """
-    directory = checkpoint_directory(dir)
+    directory = checkpoint_directory(dir, copied=False)
     here = os.stat(directory)
     check_target(directory / CERTIFICATE_NAME, overwrite=True, kind=CERTIFICATE)
     with ExitStack() as opened:

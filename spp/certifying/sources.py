@@ -68,8 +68,13 @@ class Source:
         return self.axes.get(key, self.matrices.get(key))
 
 
-def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "model") -> Path:
+def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "model", *, copied: bool = True) -> Path:
     """Return a local directory for a path or a hub id, after finishing what a killed writer had begun there.
+
+    Args:
+        name_or_path: what is asked for.
+        what: what it is, for the message.
+        copied: whether more is read there than weights and their config: its tokenizer goes into an output.
 
     Raises:
         CheckpointError: it is none, cannot be fetched, or holds an adapter and no model.
@@ -78,7 +83,7 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], what: str = "mode
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise ConfigError(f"expected the path of a {what}, found a {type(name_or_path).__name__}")
     recover(name_or_path)
-    directory = local_directory(name_or_path, what)
+    directory = local_directory(name_or_path, what, weights_only=not copied)
     if not any((directory / name).exists() for name in (SINGLE, INDEX)):
         for adapter in (directory, directory / "adapter"):
             if (adapter / CONFIG_NAME).is_file():
@@ -184,7 +189,7 @@ def open_source(what: ModelOrPath, *, dequantize: bool = False) -> Iterator[Sour
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
-    directory = checkpoint_directory(what)
+    directory = checkpoint_directory(what, copied=False)
     with (DequantizedReader if dequantize else DenseReader)(directory) as reader:
         all_axes = input_axes(reader)
         unreadable = require_projections(reader, whole=False)

@@ -130,7 +130,7 @@ def examine(
         raise ConfigError(
             f"a model in memory has no certificate; pass what to compare it with: {call('verify', 'before, after')}"
         )
-    return _examine_directory(checkpoint_directory(before), deep)
+    return _examine_directory(checkpoint_directory(before, copied=False), deep)
 
 
 def require_same_masks(before: Source, after: Source, keys: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ def run(config: InspectConfig) -> None:
     from spp.report import sparsity_table
     from spp.report.plot import check_plot, plot_sparsity
 
-    directory = local_directory(config.path, "model or adapter")
+    directory = local_directory(config.path, "model or adapter", weights_only=True)
     if config.plot is not None:
         check_plot(config.plot)
         console.check_file(config.plot, config.overwrite, PICTURE)

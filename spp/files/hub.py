@@ -12,6 +12,7 @@ from spp.files.places import check_link
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 # What transformers and spp read in a folder: of each line the first that is there.
+_CONFIG = r"(adapter_)?config\.json"
 _CONFIGS = (r"(generation_|adapter_|tokenizer_)?config\.json|special_tokens_map\.json|chat_template\.(jinja|json)",)
 _TOKENIZER = (r"tokenizer\.json", r"tokenizer\.model|added_tokens\.json|vocab\.(json|txt)|merges\.txt")
 _ADAPTER = (r"adapter_model\.safetensors", r"adapter_model\.bin")
@@ -22,7 +23,7 @@ _MODEL = (
 )
 
 
-def local_directory(name_or_path: str | os.PathLike[str], what: str) -> Path:
+def local_directory(name_or_path: str | os.PathLike[str], what: str, *, weights_only: bool = False) -> Path:
     """Return a directory as it is; fetch a hub id into the hub's cache and return that directory.
 
     Of its links, those that are needed are looked at (spp.files.places.check_link).
@@ -30,6 +31,7 @@ def local_directory(name_or_path: str | os.PathLike[str], what: str) -> Path:
     Args:
         name_or_path: a directory, or an id such as "owner/name".
         what: "model", "adapter", … for the message.
+        weights_only: whether no tokenizer and no other config than that of the weights is read there.
 
     Raises:
         CheckpointError: there is no such directory, and it is no id or cannot be fetched; or a link in it leads nowhere
@@ -39,7 +41,7 @@ def local_directory(name_or_path: str | os.PathLike[str], what: str) -> Path:
     text = os.fspath(name_or_path)
     try:
         if path.is_dir():
-            _check_links(path)
+            _check_links(path, weights_only)
             return path
         if path.is_symlink():
             check_link(path, path.parent)  # which says where it leads, if that is nothing
@@ -63,11 +65,11 @@ def local_directory(name_or_path: str | os.PathLike[str], what: str) -> Path:
             f"there is no {what} directory {text}, and fetching it as a hub id failed: {reason}. Check the spelling "
             f"and the network, or pass a local directory"
         ) from error
-    _check_links(path)
+    _check_links(path, weights_only)
     return path
 
 
-def _check_links(directory: Path) -> None:
+def _check_links(directory: Path, weights_only: bool) -> None:
     """Raise a CheckpointError for a link of a folder that is needed and may not be read, or leads nowhere."""
     try:
         with os.scandir(directory) as entries:
@@ -75,7 +77,8 @@ def _check_links(directory: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
     weights = _ADAPTER if "adapter_config.json" in links else _MODEL
-    for patterns in (_CONFIGS, weights, _TOKENIZER) if any(links.values()) else ():
+    needed = ((_CONFIG,), weights) if weights_only else (_CONFIGS, weights, _TOKENIZER)
+    for patterns in needed if any(links.values()) else ():
         found = ([name for name in links if re.fullmatch(pattern, name)] for pattern in patterns)
         for name in next(filter(None, found), []):
             if links[name]:

@@ -111,7 +111,7 @@ class MovedMasks:
         """Return the dense model's files, and where the layers are in them; opened when they are needed."""
         if self._found is None:
             try:
-                directory = local_directory(self.dense, "dense model")
+                directory = local_directory(self.dense, "dense model", weights_only=True)
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{self.files.source} is from a run with mask updates, whose weights came back with values of "

@@ -219,7 +219,7 @@ def _dense_weights(source: DenseSource, paths: Sequence[str], name: str) -> dict
             if projection.path in paths and not projection.fused:
                 found[projection.path] = lambda p=projection: p.matrices()[0]  # type: ignore[misc]
     else:
-        reader = CheckpointReader(local_directory(source, "dense model"))
+        reader = CheckpointReader(local_directory(source, "dense model", weights_only=True))
         for path, place in locate(reader, paths).items():
             if place.group is None and not place.fused:
                 found[path] = lambda p=place: p.matrices(p.weight(reader))[0]  # type: ignore[misc]

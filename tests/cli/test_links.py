@@ -48,6 +48,18 @@ def test_every_command_reads_a_folder_of_links(
     for name in ("pruned-out", "merged", "packed"):
         assert not [path for path in out[name].iterdir() if path.is_symlink()]
         assert AutoTokenizer.from_pretrained(out[name])("a b").input_ids == tiny_tokenizer()("a b").input_ids
+    tokenizer = made["pruned"] / "tokenizer.json"
+    tokenizer.unlink()
+    tokenizer.symlink_to("nowhere")  # which those that look at weights do not read
+    for arguments in (
+        ("inspect", made["pruned"]),
+        ("verify", made["pruned"], made["pruned"]),
+        ("certify", made["pruned"], "--overwrite"),
+    ):
+        assert spp(*arguments).code == 0, arguments
+    for arguments in (("merge", made["pruned"], made["adapter"], tmp_path / "x"), ("eval", made["pruned"])):
+        outcome = spp(*arguments, *(("--text", text) if arguments[0] == "eval" else ()))
+        assert outcome.code == 1 and "tokenizer.json is a symbolic link to nowhere, which does not" in outcome.err
     with CheckpointReader(out["merged"]) as reader:
         assert reader.config()["model_type"] == "llama"
 

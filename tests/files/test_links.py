@@ -107,6 +107,11 @@ def test_a_link_that_leads_to_no_file(tmp_path: Path, name: str) -> None:
         if name == "model.safetensors":
             with pytest.raises(CheckpointError, match=message):
                 CheckpointReader(folder)
+        if name == "tokenizer.json":  # which a command that reads the weights alone does not read
+            assert local_directory(folder, "model", weights_only=True) == folder
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                local_directory(folder, "model", weights_only=True)
         link.unlink()
 
 
