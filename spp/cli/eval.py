@@ -31,6 +31,7 @@ def run(config: EvalConfig) -> None:
     from spp.data.parsing import read_measured
     from spp.evaluation import evaluate_tasks, load_tasks, token_perplexity
     from spp.files.hub import local_directory
+    from spp.models.tokens import check_ids
     from spp.report import Table, tasks_table
     from spp.training.loading import load_model, load_tokenizer
     from spp.weights.base_values import BaseVerdict
@@ -59,9 +60,11 @@ def run(config: EvalConfig) -> None:
     found, scored = None, None
     start = time.perf_counter()
     if source is not None:
+        tokens = source_tokens(tokenizer, source)
+        check_ids(model, tokens, str(config.text), tokenizer)
         found = token_perplexity(
             model,
-            source_tokens(tokenizer, source),
+            tokens,
             window=config.window,
             batch_size=config.batch_size,
             max_windows=config.max_windows,

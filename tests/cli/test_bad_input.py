@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from spp.errors import OutputExistsError
 from tests.cli.conftest import Outcome
+from tests.helpers.models import tiny_tokenizer
 
 Call = Callable[..., Outcome]
 
@@ -167,6 +168,13 @@ def test_eval_of_a_text_that_is_missing_or_short_or_no_text(spp: Call, pruned: P
     refused(spp("eval", pruned, "--text", tmp_path / "short.txt", "--window", 64), "64")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     refused(spp("eval", pruned, "--text", tmp_path / "binary.txt"), "binary.txt", "UTF-8")
+    grown = tmp_path / "grown"  # tokens were added, and no rows for them
+    shutil.copytree(pruned, grown)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"zq{i:03}" for i in range(200)])
+    tokenizer.save_pretrained(grown)
+    (tmp_path / "new.txt").write_text("zq199 " * 99)
+    refused(spp("eval", grown, "--text", tmp_path / "new.txt", "--window", 64), "new.txt: token id", "('zq199')")
 
 
 def test_devices_and_dtypes(spp: Call, pruned: Path, adapter: Path, text: Path, tmp_path: Path) -> None:
