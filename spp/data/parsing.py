@@ -49,8 +49,8 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("alpaca", ("instruction",)),
     *(("alpaca", (question, answer)) for question in _QUESTIONS for answer in _ANSWERS),
 )
-_MASKS = ("weight", "train", "train_on_turn", "loss", "mask", "loss_mask")  # 0 or False: not learned
-_TOKEN_MASKS = ("labels", "completion_mask", "assistant_mask", "assistant_masks")  # of tokens: not ours
+_MASKS = ("weight", "train", "train_on_turn", "loss", "loss_mask")  # 0 or False: not learned
+_TOKEN_MASKS = ("labels", "completion_mask", "assistant_mask", "assistant_masks", "mask")  # of tokens, or of either sense
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _BOOKKEEPING = ("id", "index", "timestamp", "created_at")  # of a message: says nothing of what was said
 _OPTIONS = ("tools", "documents", "chat_template_kwargs")  # of a row: go to the template

@@ -86,7 +86,8 @@ def test_rows_that_are_read(row: dict[str, Any], expected: Any, tmp_path: Path) 
         ({"messages": [Q, {**A, "weight": 0.5}]}, r"message 2: weight is float 0\.5"),
         ({"messages": [{**Q, "train": True}, A]}, "message 1: train is True on a message of user"),
         ({**CHAT, "labels": [1, 2]}, "the field labels would be lost"),
-        ({**CHAT, "mask": [1, 1]}, "mask of message 1: mask is 1 on a message of user"),
+        ({**CHAT, "loss_mask": [1, 1]}, "loss_mask of message 1: loss_mask is 1 on a message of user"),
+        ({**CHAT, "mask": [0, 1]}, "the field mask would be lost"),  # of what is learned, or of what is not
         ({**CHAT, "loss": 2.5}, r"loss is float 2\.5"),
         ({"messages": [Q, {**A, "function_call": {"name": "f"}}]}, "function_call is OpenAI's earlier form"),
         ({"messages": [Q, {**A, "tool_calls": "f"}]}, "tool_calls is str 'f'"),
@@ -109,9 +110,9 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path) -> None:
         return found.learned
 
     assert marked() == marked(weight=1) == [1, 3]
-    for marks in ({"weight": 0}, {"train": False}, {"train_on_turn": "false"}, {"loss": 0}, {"weight": 1, "mask": 0}):
+    for marks in ({"weight": 0}, {"train": False}, {"train_on_turn": "false"}, {"loss": 0}, {"weight": 1, "loss_mask": 0}):
         assert marked(**marks) == [3]
-    row = {"messages": [Q, A, Q, A], "mask": [0, 0, 0, 1]}
+    row = {"messages": [Q, A, Q, A], "loss_mask": [0, 0, 0, 1]}
     (found,) = read_source([written(tmp_path / "d.jsonl", row)]).conversations
     assert isinstance(found, Conversation) and found.learned == [3]
     prompt = {"prompt": [Q, A, Q], "completion": [A]}
