@@ -50,7 +50,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     *(("alpaca", (question, answer)) for question in _QUESTIONS for answer in _ANSWERS),
 )
 _MASKS = ("weight", "train", "train_on_turn", "loss", "loss_mask")  # 0 or False: not learned
-_TOKEN_MASKS = ("labels", "completion_mask", "assistant_mask", "assistant_masks", "mask")  # of tokens, or of either sense
+_TOKEN_MASKS = ("labels", "completion_mask", "assistant_mask", "assistant_masks", "mask")  # not ours
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _BOOKKEEPING = ("id", "index", "timestamp", "created_at")  # of a message: says nothing of what was said
 _OPTIONS = ("tools", "documents", "chat_template_kwargs")  # of a row: go to the template

@@ -110,7 +110,7 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path) -> None:
         return found.learned
 
     assert marked() == marked(weight=1) == [1, 3]
-    for marks in ({"weight": 0}, {"train": False}, {"train_on_turn": "false"}, {"loss": 0}, {"weight": 1, "loss_mask": 0}):
+    for marks in ({"weight": 0}, {"train": False}, {"train_on_turn": "false"}, {"loss": 0}, {"loss_mask": 0}):
         assert marked(**marks) == [3]
     row = {"messages": [Q, A, Q, A], "loss_mask": [0, 0, 0, 1]}
     (found,) = read_source([written(tmp_path / "d.jsonl", row)]).conversations
