@@ -31,7 +31,7 @@ from spp.files.recognised import CERTIFICATE
 from spp.models.targets import require_model
 from spp.weights import quantized_kind
 from spp.weights.packed.disk import DenseReader
-from spp.wrapping.state import forget_quantizer, quantization_method
+from spp.wrapping.state import forget_quantizer, parts_uncompiled, quantization_method
 from spp.wrapping.wrap import is_wrapped
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ def save_model(
     config = getattr(model, "config", None)
     sources = [getattr(config, "_name_or_path", None), getattr(tokenizer, "name_or_path", None)]
     with atomic_directory(dir, overwrite=overwrite, copies=[name for name in sources if name]) as directory:
-        model.save_pretrained(directory)  # type: ignore[operator]  # nn.Module says every attribute may be a tensor
+        with parts_uncompiled(model):
+            model.save_pretrained(directory)  # type: ignore[operator]  # nn.Module says every attribute may be a tensor
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         with open_source(model) as memory, CheckpointReader(directory) as reader:

@@ -34,6 +34,7 @@ from spp.weights import QuantizedLayout, quantized_kind
 from spp.weights.packed.disk import DenseReader
 from spp.weights.quantized.disk import DequantizedReader
 from spp.wrapping.adapter_files import CONFIG_NAME
+from spp.wrapping.state import parts_uncompiled, uncompiled
 
 _FORMS = {"4bit": "bitsandbytes' 4 bits", "8bit": "bitsandbytes' 8 bits"}  # of a linear in memory
 ModelOrPath = nn.Module | str | os.PathLike[str]
@@ -153,39 +154,8 @@ def open_source(what: ModelOrPath, *, dequantize: bool = False) -> Iterator[Sour
         ConfigError: `what` is neither a model nor a path; or a model on the meta device, which has no values.
     """
     if isinstance(what, nn.Module):
-        packed: dict[str, Any] = packed_modules(what)
-        parameters, projections = dict(what.named_parameters()), projection_axes(what)
-        empty = sorted(name for name in projections if name not in packed and not has_values(what, name))
-        empty += sorted(name for name, module in packed.items() if module.stored_weight.is_meta)
-        if empty:
-            raise ConfigError(f"the model is on the meta device and has no values, such as {empty[0]}; load it first")
-        name = f"the {type(what).__name__}"
-        axes = {
-            key: axis % (packed_ndim(packed[key]) if key in packed else max(parameters[key].ndim, 2))
-            for key, axis in projections.items()
-            if key in packed or parameters[key].numel()
-        }
-        others = [n for n, p in parameters.items() if is_other_matrix(n, p.ndim, p.dtype) and has_values(what, n)]
-        others += [n for n in packed if n not in axes and is_other_matrix(n, 2, torch.float32)]
-        unreadable = _unreadable_of(what, axes)
-        if not axes:
-            how = f"its parameters are {some_of(parameters, 4) or 'none'}"
-            if unreadable:
-                how = f"{describe_unreadable(unreadable)}. {READ_IN_MEMORY}"
-            raise TargetError(f"{name} has no projection weight that can be read: {how}")
-        kinds = {path: kind for path, module in what.named_modules() if (kind := quantized_kind(module))}
-        forms = {f"{path}.weight": _FORMS.get(kind, kind) for path, kind in kinds.items()}
-        layouts = {key: module.packed_layout for key, module in packed.items()}
-        forms |= {key: str(layout) for key, layout in layouts.items() if isinstance(layout, QuantizedLayout)}
-        yield Source(
-            name,
-            axes,
-            dict.fromkeys(others, 1),
-            partial(weight_of, what),
-            model=what,
-            unreadable=unreadable,
-            quantized={key: form for key, form in forms.items() if key in axes},
-        )
+        with parts_uncompiled(what):
+            yield _of_model(uncompiled(what))
         return
     if not isinstance(what, (str, os.PathLike)):
         raise ConfigError(f"expected a model or the path of a checkpoint, found a {type(what).__name__}")
@@ -198,6 +168,42 @@ def open_source(what: ModelOrPath, *, dequantize: bool = False) -> Iterator[Sour
         matrices = {key: all_axes[key] for key in keys}
         forms = {key: one.form for key, one in getattr(reader, "quantized", {}).items()}
         yield Source(str(directory), axes, matrices, reader.tensor, reader, unreadable=unreadable, quantized=forms)
+
+
+def _of_model(what: nn.Module) -> Source:
+    packed: dict[str, Any] = packed_modules(what)
+    parameters, projections = dict(what.named_parameters()), projection_axes(what)
+    empty = sorted(name for name in projections if name not in packed and not has_values(what, name))
+    empty += sorted(name for name, module in packed.items() if module.stored_weight.is_meta)
+    if empty:
+        raise ConfigError(f"the model is on the meta device and has no values, such as {empty[0]}; load it first")
+    name = f"the {type(what).__name__}"
+    axes = {
+        key: axis % (packed_ndim(packed[key]) if key in packed else max(parameters[key].ndim, 2))
+        for key, axis in projections.items()
+        if key in packed or parameters[key].numel()
+    }
+    others = [n for n, p in parameters.items() if is_other_matrix(n, p.ndim, p.dtype) and has_values(what, n)]
+    others += [n for n in packed if n not in axes and is_other_matrix(n, 2, torch.float32)]
+    unreadable = _unreadable_of(what, axes)
+    if not axes:
+        how = f"its parameters are {some_of(parameters, 4) or 'none'}"
+        if unreadable:
+            how = f"{describe_unreadable(unreadable)}. {READ_IN_MEMORY}"
+        raise TargetError(f"{name} has no projection weight that can be read: {how}")
+    kinds = {path: kind for path, module in what.named_modules() if (kind := quantized_kind(module))}
+    forms = {f"{path}.weight": _FORMS.get(kind, kind) for path, kind in kinds.items()}
+    layouts = {key: module.packed_layout for key, module in packed.items()}
+    forms |= {key: str(layout) for key, layout in layouts.items() if isinstance(layout, QuantizedLayout)}
+    return Source(
+        name,
+        axes,
+        dict.fromkeys(others, 1),
+        partial(weight_of, what),
+        model=what,
+        unreadable=unreadable,
+        quantized={key: form for key, form in forms.items() if key in axes},
+    )
 
 
 def _unreadable_of(model: nn.Module, axes: Mapping[str, int]) -> dict[str, str]:

@@ -161,6 +161,7 @@ class HoldsAdapter(HoldsWeight):
     in_features: int
     _adapter_names: tuple[str, ...] = ()
 
+    @torch.inference_mode(False)  # what is made inside it could never be trained
     def add_adapter(self, config: SPPConfig, where: str, weight: Weight, generator: torch.Generator | None) -> None:
         """Make the adapter of W, drawn on the CPU, whatever the device, from a generator or torch's global one."""
         self.spp_rule: Rule = get_rule(config.rule)

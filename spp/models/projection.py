@@ -183,6 +183,16 @@ def as_matrices(weight: Tensor, *, transposed: bool) -> list[Tensor]:
     return [matrix.T for matrix in stored] if transposed else stored
 
 
+def plain_name(name: str) -> str:
+    """Return the path of a module, or the name of a parameter, without what torch.compile(module) puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_compiled(module: object) -> bool:
+    """Whether this is what torch.compile returned for a module: it holds that module, and only calls it."""
+    return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is nn.Linear (or a subclass), or a layer of ours around one."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -216,8 +226,9 @@ def find_projections(model: nn.Module) -> list[Projection]:
     """Return every linear, Conv1D and fused expert weight of a model, in module order, each once."""
     found: list[Projection] = []
     inside = "\0"
-    for path, module in model.named_modules():
-        if path.startswith(inside):
+    for name, module in model.named_modules():
+        path = plain_name(name)
+        if path.startswith(inside) or is_compiled(module):
             continue
         if is_linear(module) or is_conv1d(module):
             found.append(Projection(path, module, input_axis=input_axis_of(module)))

@@ -18,7 +18,7 @@ from spp.configs.checks import is_suffix, name_matches
 from spp.errors import ConfigError, TargetError, WrapError, arg
 from spp.models.projection import OTHER_PROJECTIONS as OTHER_PROJECTIONS
 from spp.models.projection import PROJECTIONS as PROJECTIONS
-from spp.models.projection import Projection, find_projections
+from spp.models.projection import Projection, find_projections, is_compiled, plain_name
 from spp.models.projection import is_projection_key as is_projection_key
 from spp.weights import quantized_kind, read_quantized
 from spp.weights.offload import is_offloaded, values
@@ -143,9 +143,9 @@ def projection_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 def dense_projections(model: nn.Module) -> dict[str, int]:
     """Return {parameter name: input axis} of the projections that are not packed."""
     axes = {id(p.module._parameters.get(p.name)): p.input_axis for p in find_projections(model)}
-    quantized = {f"{path}.weight" for path, module in model.named_modules() if quantized_kind(module)}
+    quantized = {plain_name(f"{path}.weight") for path, module in model.named_modules() if quantized_kind(module)}
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((plain_name(name), parameter) for name, parameter in model.named_parameters()):
         readable = name in quantized or parameter.is_floating_point()  # other integers are codes
         if readable and is_projection_key(name, 2 if name in quantized else parameter.ndim):
             found[name] = axes.get(id(parameter), -1)
@@ -158,19 +158,24 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     One on the meta device comes as it is.
     """
     path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = _module_at(model, path)
     for holder in (module if last == "weight" else None, module._modules.get(last)):
         if getattr(holder, "packed_layout", None) is not None:
-            return holder.weight  # type: ignore[union-attr, return-value]
-    if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:  # type: ignore[union-attr]
+            return holder.weight  # type: ignore[union-attr]
+    if quantized_kind(module) and last == "weight" and not module._parameters[last].is_meta:
         return read_quantized(module, name).dense()
     return values(module, last).detach()
+
+
+def _module_at(model: nn.Module, path: str) -> Any:
+    module: Any = model.get_submodule(path)
+    return module._orig_mod if is_compiled(module) else module
 
 
 def has_values(model: nn.Module, name: str) -> bool:
     """Whether a parameter of a model is materialised: not on meta, or offloaded by accelerate."""
     path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = _module_at(model, path)
     held = module._parameters[last]
     return held is not None and (not held.is_meta or is_offloaded(module, last))
 
@@ -206,7 +211,7 @@ def _choose(
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return {name of the weight: module} of the modules whose frozen weight is packed, in module order."""
-    packed = {p: m for p, m in model.named_modules() if getattr(m, "packed_layout", None) is not None}
+    packed = {plain_name(p): m for p, m in model.named_modules() if getattr(m, "packed_layout", None) is not None}
     return {p if packed_ndim(m) == 3 else f"{p}.weight" if p else "weight": m for p, m in packed.items()}
 
 
@@ -265,9 +270,10 @@ def _refuse_foreign(
     Names alone are looked at first: a model of plain linears has none that is not found.
     """
     known = {*found, *(path.rpartition(".")[0] for path, one in found.items() if one.fused or one.name != "weight")}
+    named = ((plain_name(path), module) for path, module in model.named_modules() if not is_compiled(module))
     suspects = {
         path: module
-        for path, module in model.named_modules()
+        for path, module in named
         if path not in known and (module._parameters or module._buffers) and is_meant(path, module)
     }
     suspects = {path: module for path, module in suspects.items() if not _is_inside(path, found)}

@@ -16,7 +16,7 @@ from spp.errors import ConfigError, TargetError, WrapError, call
 from spp.layers.checks import survey, warn_dense
 from spp.layers.experts import PackedExperts, adapt_experts, check_packable_experts, release_experts
 from spp.layers.host import PackedLinear, check_packable
-from spp.models.projection import Projection, find_projections
+from spp.models.projection import Projection, find_projections, plain_name
 from spp.models.streamed import StreamedModel
 from spp.models.targets import resolve_projections
 from spp.weights import PackedStack, PackedWeight
@@ -81,6 +81,7 @@ def pack(model: Model, *, target_modules: Names = None, exclude_modules: Names =
     return given
 
 
+@torch.inference_mode(False)  # what is made inside it could never be trained
 def unpack(model: Model) -> Model:
     """Make every packed weight dense again, in place; the modules that had been packed return.
 
@@ -115,7 +116,7 @@ def unpack(model: Model) -> Model:
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedExperts]:
     """Return {path: layer} of what is packed without an adapter, in module order; experts by their parameter's path."""
     found = uncompiled(model).named_modules()
-    return {path: module for path, module in found if isinstance(module, PackedLinear | PackedExperts)}
+    return {plain_name(path): module for path, module in found if isinstance(module, PackedLinear | PackedExperts)}
 
 
 # ---- A pruned checkpoint, plain or packed, straight into packed weights: the dense model never exists.

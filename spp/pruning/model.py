@@ -18,6 +18,7 @@ from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
 from spp.pruning.plan import check_layer, make_plan, tell_patterns
 from spp.pruning.report import PruneReport
 from spp.pruning.windows import Calibration, check_calibration
+from spp.wrapping.state import parts_uncompiled
 from spp.wrapping.wrap import is_wrapped
 
 
@@ -99,9 +100,9 @@ def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> 
         bar = tqdm(plan.layers.items(), desc=f"pruning ({options.method})", unit="layer", disable=None)
         done = {path: prune_layer(layer, None, plan.method, plan.patterns[path], keep) for path, layer in bar}
         return plan.report(done, started)
-    root, blocks = find_blocks(model, list(plan.layers))
-    of_block = layers_by_block(plan.layers, root, len(blocks))
-    with evaluating(model):
+    with evaluating(model), parts_uncompiled(model):
+        root, blocks = find_blocks(model, list(plan.layers))
+        of_block = layers_by_block(plan.layers, root, len(blocks))
         try:
             done = prune_blocks(plan, of_block, lambda: BlockRunner(model, root, blocks, plan.windows), BlockStore())
         except NonFiniteError as error:

@@ -33,6 +33,7 @@ from spp.files import CheckpointReader, read_json, save_tensors, write_json
 from spp.files.hub import local_directory
 from spp.files.places import check_link
 from spp.masks.patterns import all_finite
+from spp.models.projection import plain_name
 from spp.rules import Adapter, get_rule
 from spp.rules.adapter import idle_reason, no_update_text
 from spp.weights import FLOATS
@@ -143,6 +144,7 @@ def read_files(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor
             tensors = {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
     else:
         tensors = _read_old(old)
+    tensors = {plain_name(key): tensor for key, tensor in tensors.items()}  # of a model with compiled parts
     wrong = sorted(f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in FLOATS.values())
     if wrong:
         raise AdapterError(f"{directory}: not floating-point: {', '.join(wrong)}")

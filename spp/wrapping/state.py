@@ -8,8 +8,9 @@ A layer that no checkpoint can hold says so in `save_refusal`: save_pretrained i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.errors import ConfigError, TargetError, WrapError
-from spp.models.projection import Projection
+from spp.models.projection import Projection, is_compiled, plain_name
 from spp.models.targets import input_embedding, require_model, resolve_projections
 from spp.weights import quantized_kind
 from spp.weights.base_values import BaseVerdict
@@ -47,8 +48,8 @@ class WrapState:
     def restore_flags(self, model: nn.Module) -> None:
         """Give the parameters the flags that they had."""
         for name, parameter in model.named_parameters():
-            if name in self.requires_grad:
-                parameter.requires_grad_(self.requires_grad[name])
+            if plain_name(name) in self.requires_grad:
+                parameter.requires_grad_(self.requires_grad[plain_name(name)])
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Wrapping(Generic[Config, Layer]):
 
     def layers(self, model: nn.Module) -> dict[str, Layer]:
         """Return {path: layer} in module order."""
-        return {path: module for path, module in uncompiled(model).named_modules() if isinstance(module, self.kinds)}
+        found = uncompiled(model).named_modules()
+        return {plain_name(path): module for path, module in found if isinstance(module, self.kinds)}
 
     def is_in(self, model: nn.Module) -> bool:
         """Whether a model holds any of the layers."""
@@ -131,6 +133,7 @@ class Wrapping(Generic[Config, Layer]):
             )
         return found
 
+    @torch.inference_mode(False)  # what is made inside it could never be trained
     def put_in(
         self,
         model: nn.Module,
@@ -148,7 +151,7 @@ class Wrapping(Generic[Config, Layer]):
         Returns:
             {path: layer}; those of fused experts are not in the model yet.
         """
-        state = WrapState(config, {name: p.requires_grad for name, p in model.named_parameters()})
+        state = WrapState(config, {plain_name(name): p.requires_grad for name, p in model.named_parameters()})
         made: dict[str, Any] = {}
         try:
             for path, target in targets.items():
@@ -181,18 +184,31 @@ class Wrapping(Generic[Config, Layer]):
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, Any]) -> None:
-    """Exchange submodules by identity, under every name that they have."""
+    """Exchange submodules by identity, under every name that they have; one that was compiled alone is so no longer."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
+            key = id(uncompiled(child))
+            if key in replacements:
+                parent._modules[name] = replacements[key]
 
 
 def uncompiled(model: Any) -> Any:
     """Return the model inside of torch.compile(model), any other model as it is: names and state are its own."""
     require_model(model)
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
+    return model._orig_mod if is_compiled(model) else model
+
+
+@contextlib.contextmanager
+def parts_uncompiled(model: nn.Module) -> Iterator[None]:
+    """Have the modules that torch.compile was given in the place of what it returned, so that names are the model's."""
+    places = [(parent, *item) for parent in model.modules() for item in parent._modules.items() if is_compiled(item[1])]
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = uncompiled(child)
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def layer_generator(seed: int, path: str) -> torch.Generator:
