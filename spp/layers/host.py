@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spp.errors import ConfigError, TargetError
+from spp.errors import ConfigError, TargetError, some_of
 from spp.kernels import base_linear
 from spp.models.projection import features, input_axis_of, is_conv1d
 from spp.weights import (
@@ -235,6 +235,12 @@ def check_packable(linear: nn.Module, where: str) -> None:
 
 def refuse_parametrization(module: nn.Module, where: str) -> None:
     """Raise a TargetError for a module that computes its weight from other parameters."""
+    if isinstance(module.__dict__.get("weight"), Tensor):  # set by a hook before each call
+        parts = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n.startswith("weight_")]
+        raise TargetError(
+            f"{where}.weight is computed from {some_of(parts)} before each call; make it permanent first with "
+            f"torch.nn.utils.prune.remove(module, 'weight'), remove_weight_norm or remove_spectral_norm"
+        )
     if torch.nn.utils.parametrize.is_parametrized(module):
         names = [name for name, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]
         raise TargetError(

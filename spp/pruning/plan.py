@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spp.configs.checks import name_matches
 from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
 from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
+from spp.layers.host import refuse_parametrization
 from spp.masks.patterns import Pattern, all_finite
 from spp.models.projection import Projection, find_projections
 from spp.models.targets import resolve_projections
@@ -134,7 +135,8 @@ def resolve_patterns(layers: Mapping[str, Projection], pattern: Patterns) -> dic
 
 
 def check_layer(layer: Projection) -> None:
-    """Raise what speaks against pruning a layer as it is: quantized, not in memory, not finite."""
+    """Raise what speaks against pruning a layer as it is: a computed weight, quantized, not in memory, not finite."""
+    refuse_parametrization(layer.module, layer.path)
     weight, name = layer.weight, layer.parameter_path
     if weight.dtype not in FLOATS.values():
         raise ConfigError(
