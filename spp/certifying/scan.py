@@ -76,7 +76,7 @@ def scan_piece(data: Bytes, dtype: torch.dtype, bits: Bytes) -> Found:
     library = elementwise.compiled(dtype)
     if library is not None:
         return elementwise.scan(library, data.ctypes.data, dtype, data.size // dtype.itemsize, bits)
-    values = torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype)
+    values = torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype, device="cpu")
     bits[:] = pack_bits(values)
     finite = all_finite(values)
     return Found(kept=-1, finite_before=finite, finite_after=finite, crc=zlib.crc32(data.data), size=data.size)

@@ -142,7 +142,7 @@ def _split(
 
 
 def _split_rows(config: CompareConfig, found: TrainingData, rows: TokenRows) -> CompareData:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED), device="cpu").tolist()
     first, second = config.test_windows, config.test_windows + config.validation_windows
     if second >= len(rows):
         raise DataError(

@@ -60,7 +60,9 @@ class Memory:
 
 def spread(values: Sequence[float]) -> Spread:
     """Return the median, 20th and 80th percentile of `values`, linearly interpolated."""
-    quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    quantiles = torch.tensor(values, dtype=torch.float64, device="cpu").quantile(
+        torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64, device="cpu")
+    )
     median, p20, p80 = quantiles.tolist()
     return Spread(median, p20, p80)
 

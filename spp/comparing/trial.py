@@ -232,7 +232,9 @@ class _Step:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
         generator = torch.Generator().manual_seed(0)
         shape = (options.batch_size, options.block_length)
-        self.tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(options.device)
+        self.tokens = torch.randint(model.config.vocab_size, shape, generator=generator, device="cpu").to(
+            options.device
+        )
 
     def __call__(self) -> None:
         """Take one."""

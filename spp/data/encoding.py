@@ -203,7 +203,7 @@ class Encoder:
         if told:
             self._require_offsets()
         tokens = tokens_of(self._tokenizer, text, where=where, special=special, offsets=told)
-        ids = torch.tensor(tokens.ids, dtype=torch.long)  # (T,)
+        ids = torch.tensor(tokens.ids, dtype=torch.long, device="cpu")  # (T,)
         kept = len(ids) if self._length is None else self._length
         labels, ends = ids.clone(), any(span.ends for span in spans) and len(ids) <= kept
         if self._completions_only:
@@ -224,8 +224,8 @@ class Encoder:
 
 
 def _inside(tokens: Tokens, spans: Sequence[_Span]) -> Tensor:
-    offsets = torch.tensor(tokens.offsets, dtype=torch.long).view(-1, 2)  # (T, 2)
-    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    offsets = torch.tensor(tokens.offsets, dtype=torch.long, device="cpu").view(-1, 2)  # (T, 2)
+    inside = torch.zeros(len(offsets), dtype=torch.bool, device="cpu")
     for span in spans:
         inside |= (offsets[:, 0] < span.end) & (offsets[:, 1] > span.start)
     return inside
@@ -281,7 +281,7 @@ def read_tokens(tokenizer: Any, path: str, *, text_field: str = "text") -> Tenso
 def source_tokens(tokenizer: Any, source: Source) -> Tensor:
     """Return what was read as one sequence of tokens (T,), as `read_tokens` does."""
     rows = example_ids(tokenizer, source.documents or source.conversations, closed=len(source.documents) > 1)
-    return torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return torch.tensor([token for row in rows for token in row], dtype=torch.long, device="cpu")
 
 
 def shown_row(tokenizer: Any, input_ids: Tensor, labels: Tensor) -> str:

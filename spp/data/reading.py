@@ -247,7 +247,7 @@ def _rows(datasets: Any, name: str, config: str | None, split: str, seed: int | 
             raise DataError(f"{name} was saved by datasets and has no splits; found {split!r}")
         if seed is None:
             return iter(rows)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
         return (rows[index] for index in order.tolist())
     place = _place(getattr(getattr(datasets, "config", None), "HF_DATASETS_CACHE", None))
     if seed is None:

@@ -148,7 +148,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """
     if not isinstance(text, str):
         raise DataError(f"the text is a {type(text).__name__}; it must be a str (read the file first)")
-    return torch.tensor(tokens_of(tokenizer, text).ids, dtype=torch.long)
+    return torch.tensor(tokens_of(tokenizer, text).ids, dtype=torch.long, device="cpu")
 
 
 def token_perplexity(
@@ -272,7 +272,7 @@ def _sum_loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
     labels = labels[:, 1:].flatten()  # (B (T - 1),)
     kept = labels != IGNORED
     rows = max(1, _LOSS_ELEMENTS // logits.shape[-1])
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for some, wanted in zip(logits.split(rows), labels.split(rows), strict=True):
         # Sums of float32 losses in float64: a long text has 10⁵ of them.
         losses = functional.cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="none")

@@ -151,7 +151,7 @@ class CheckpointReader:
         """
         entry = self._entry(key)
         if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         if self._file_of[key] not in self._maps and len(_with_descriptor) >= 4 * self._most:
             return self.load(key)  # tensors of so many files are in use that half of what may be open is
         view = memoryview(self._map(self._file_of[key]))[entry.begin : entry.end]
@@ -161,7 +161,7 @@ class CheckpointReader:
     def load(self, key: str) -> Tensor:
         """Return a tensor in memory of its own."""
         entry = self._entry(key)
-        loaded = torch.empty(entry.shape, dtype=entry.dtype)
+        loaded = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         if loaded.numel():
             self.read(key, 0, as_array(loaded.view(-1).view(torch.uint8)).data)
         return loaded

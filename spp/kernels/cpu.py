@@ -226,7 +226,7 @@ def onednn_is_faster() -> bool:
     """Whether this is an AMD CPU with AVX-512, and torch's oneDNN product works as expected."""
     if vendor() != AMD or not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available():
         return False
-    x, weight = torch.ones(2, 3), torch.arange(12.0).view(4, 3)
+    x, weight = torch.ones(2, 3, device="cpu"), torch.arange(12.0, device="cpu").view(4, 3)
     try:
         with torch.inference_mode():
             found = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -66,7 +66,7 @@ def _keep_groups(weight: Tensor, kept: int, group: int) -> Tensor:
     """Keep the `kept` largest of every `group`; on a CPU by ranks that each pair of slices adds to."""
     if weight.device.type != "cpu" or group > _LONGEST_COMPARED_GROUP:
         return keep_groups(magnitude_bits(weight), kept, group)
-    mask = torch.empty(weight.shape, dtype=torch.bool)
+    mask = torch.empty(weight.shape, dtype=torch.bool, device="cpu")
     out = as_array(mask.view(-1, group))
     groups = weight.detach().reshape(-1, group)  # (groups, M)
     step = max(1, _SCORES // group)

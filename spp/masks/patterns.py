@@ -82,7 +82,7 @@ def nonzero_mask(t: Tensor) -> Tensor:
     view = t.detach().view(bits)
     if t.device.type != "cpu" or not t.is_contiguous():
         return view.ne(0).logical_and_(view.ne(torch.iinfo(bits).min))
-    mask = torch.empty(t.shape, dtype=torch.bool)
+    mask = torch.empty(t.shape, dtype=torch.bool, device="cpu")
     flat, out = as_array(view.reshape(-1)), as_array(mask.view(-1))
     for start in range(0, len(flat), _CHUNK):
         _nonzero(flat[start : start + _CHUNK], out[start : start + _CHUNK])

@@ -84,9 +84,9 @@ class StatsCollector:
         # tokens can be larger than all others by orders of magnitude.
         self._stride = max(1, expected // sample) | 1 if sample else 0
         self._rows: list[Tensor] = []
-        self._square = torch.zeros(())  # becomes (n,)
-        self._mean = torch.zeros(())
-        self._deviation = torch.zeros(())
+        self._square = torch.zeros((), device="cpu")  # becomes (n,)
+        self._mean = torch.zeros((), device="cpu")
+        self._deviation = torch.zeros((), device="cpu")
 
     def add(self, x: Tensor) -> None:
         """Take in a batch of inputs x (…, n)."""
@@ -147,7 +147,7 @@ class StatsCollector:
 
     def sample(self) -> Tensor:
         """Return the sampled inputs (about `sample`, n), in the dtype that came."""
-        return torch.cat(self._rows) if self._rows else torch.empty(0, self.features)
+        return torch.cat(self._rows) if self._rows else torch.empty(0, self.features, device="cpu")
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

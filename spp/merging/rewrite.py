@@ -307,7 +307,7 @@ def bytes_of(tensor: Tensor) -> Bytes:
 
 def _values(data: Bytes, dtype: torch.dtype) -> Tensor:
     """Return bytes as values, not copied."""
-    return torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype, device="cpu")
 
 
 @contextmanager
@@ -378,9 +378,9 @@ def _write_index(rewriting: Rewriting, directory: Path) -> None:
     reader = rewriting.reader
     if reader.index is None:
         return
-    if rewriting.dtype is None:
+    metadata: Any = reader.index.get("metadata")
+    if rewriting.dtype is None and isinstance(metadata, dict):
         shutil.copyfile(reader.directory / INDEX, directory / INDEX)
         return
-    metadata: Any = reader.index.get("metadata")
     metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": rewriting.size()}
     write_json(directory / INDEX, {**reader.index, "metadata": metadata})

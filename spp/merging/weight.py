@@ -192,7 +192,7 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     low_value = low.view(dtype).to(exact.dtype).abs()
     high_value = (low + 1).view(dtype).to(exact.dtype).abs()
     share = (exact.abs() - low_value) / (high_value - low_value)
-    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float32).to(exact.device)
+    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float32, device="cpu").to(exact.device)
     rounded = (low + (draw < share).to(torch.int16)).view(dtype)
     nearest = bits.view(dtype)
     return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
@@ -223,7 +223,7 @@ def merge_weight(
     if adapter.params[0].dim() == 2:
         merged, done = merge_tensor(next(iter(matrices)), adapter, where=where, **options)
         return merged.T.contiguous() if transposed else merged, done
-    whole, found, adapters = torch.empty(0), list[LayerMerge](), adapter.experts()
+    whole, found, adapters = torch.empty(0, device="cpu"), list[LayerMerge](), adapter.experts()
     for number, (matrix, of_expert) in enumerate(zip(matrices, adapters, strict=True)):
         merged, done = merge_tensor(matrix, of_expert, where=f"{where}[{number}]", **options)
         merged = merged.T if transposed else merged

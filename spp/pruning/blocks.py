@@ -231,4 +231,4 @@ def hidden_name(kwargs: dict[str, Any]) -> str:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    return next((input_embedding(model) or model).parameters(), torch.empty(0)).device
+    return next((input_embedding(model) or model).parameters(), torch.empty(0, device="cpu")).device

@@ -87,7 +87,7 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     for path, layer in layers.items():
         patterns[path].require_fit(layer.in_features, path, common=common)
     warn_of_experts(model)
-    windows = torch.empty(0, 0, dtype=torch.int64)
+    windows = torch.empty(0, 0, dtype=torch.int64, device="cpu")
     if options.calibration is not None:
         data = load_ids(options.calibration)
         length = fitting_seqlen(model, data, options.seqlen)

@@ -133,7 +133,7 @@ def _drawn_rows(ids: Tensor, nsamples: int, generator: torch.Generator) -> Tenso
     if len(ids) <= nsamples:
         return ids
     logger.info("drawing %d of the %d calibration windows", nsamples, len(ids))
-    return ids[torch.randperm(len(ids), generator=generator)[:nsamples].sort().values]
+    return ids[torch.randperm(len(ids), generator=generator, device="cpu")[:nsamples].sort().values]
 
 
 def _drawn_ids(
@@ -143,9 +143,9 @@ def _drawn_ids(
     if len(examples) == 1 and isinstance(examples[0], Text):
         where = examples[0].where
         pieces = list(_pieces(examples[0].text, _PIECE * seqlen))
-        drawn = [pieces[index] for index in torch.randperm(len(pieces), generator=generator).tolist()]
+        drawn = [pieces[index] for index in torch.randperm(len(pieces), generator=generator, device="cpu").tolist()]
         return (tokens_of(tokenizer, text, where=where, special=False).ids for text in drawn if text.strip())
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator, device="cpu").tolist()
     return example_ids(tokenizer, (examples[index] for index in order))
 
 
@@ -173,7 +173,7 @@ def _cut(rows: Iterable[list[int]], where: str, nsamples: int, seqlen: int) -> T
             SPPWarning,
             stacklevel=5,
         )
-    return torch.tensor(tokens[: windows * seqlen]).view(windows, seqlen)
+    return torch.tensor(tokens[: windows * seqlen], device="cpu").view(windows, seqlen)
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

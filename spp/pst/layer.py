@@ -96,7 +96,7 @@ class PSTLinear(LinearHost):
         dtype = arithmetic_dtype(weight.dtype)
         shapes = factor_shapes(self.out_features, self.in_features, weight_rank, mask_rank)
         for name, shape in shapes.items():
-            value = torch.zeros(shape, dtype=dtype)
+            value = torch.zeros(shape, dtype=dtype, device="cpu")
             if name in ("weight_U", "score_A"):
                 value.normal_(generator=generator)
             self.register_parameter(name, nn.Parameter(value.to(weight.device)))

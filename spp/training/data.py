@@ -158,7 +158,7 @@ def check_data(
     check_ids(model, ids, where, tokenizer)
     lengths = {len(row) for row in ids}
     if len(lengths) > 1:
-        check_ids(model, torch.tensor([collate.pad_token_id]), f"the padding of {where}", tokenizer)
+        check_ids(model, torch.tensor([collate.pad_token_id], device="cpu"), f"the padding of {where}", tokenizer)
     check_length(model, max(lengths, default=0), "training rows", option)
 
 
@@ -238,7 +238,7 @@ def _text_data(
             stacklevel=3,
         )
     documents = example_ids(tokenizer, source.documents, closed=len(source.documents) > 1)
-    tokens = torch.cat([torch.tensor(ids, dtype=torch.long) for ids in documents])  # (T,)
+    tokens = torch.cat([torch.tensor(ids, dtype=torch.long, device="cpu") for ids in documents])  # (T,)
     held = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
     if len(tokens) - held < block_length:
         first = source.documents[0].text.strip()
@@ -288,7 +288,7 @@ def _row_data(
             f"{names}: {len(usable)} rows are too few to hold out {held} for the perplexity and train on the "
             f"rest: use more rows, a text of its own ({arg('eval_text')}), or {arg('eval_fraction')} 0"
         )
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     aside = set(order[:held])
     train = [row for i, row in enumerate(usable) if i not in aside]
     summary = DataSummary(

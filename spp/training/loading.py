@@ -108,6 +108,11 @@ def _error(what: str, name: str | os.PathLike[str], error: Exception) -> Checkpo
             f"{os.fspath(name)} holds an adapter, no model: pass its base, {base or 'a pruned model'}"
         )
     reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    if "custom code" in reason:
+        return CheckpointError(
+            f"{os.fspath(name)} holds Python code of its own, which runs only where you allow it: answer y to the "
+            f"question in a terminal, or load the {what} in Python with trust_remote_code=True and pass it to spp"
+        )
     if "ignore_mismatched_sizes" in reason:  # no option of ours
         reason = "the shapes of some weights are not those of its config.json, as the report above has them"
     directory = local_directory(name, what)

@@ -118,7 +118,7 @@ class HoldsWeight(HookedAdapter):
         with converting(self, self.resident_names(), fn):
             super()._apply(fn, recurse)
             if isinstance(layout := self.packed_layout, QuantizedLayout):
-                self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype)).dtype)
+                self.packed_layout = replace(layout, dtype=fn(torch.empty(0, dtype=layout.dtype, device="cpu")).dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -203,7 +203,7 @@ class TermsLayer(BaseTunerLayer):
         generator = None if config.seed is None else layer_generator(config.seed, self.spp_name)
         experts = (self.num_experts,) if hasattr(self, "num_experts") else ()
         shapes = [(*experts, *shape) for shape in self.spp_rule.shapes(self.out_features, self.in_features, r)]
-        params = [torch.empty(shape, dtype=arithmetic) for shape in shapes]
+        params = [torch.empty(shape, dtype=arithmetic, device="cpu") for shape in shapes]
         with torch.no_grad():
             for one in zip(*params, strict=True) if experts else [params]:  # expert after expert
                 self.spp_rule.init_(one, generator)

@@ -237,7 +237,7 @@ def merge_matrix(rule: Rule, weight: Tensor, factors: Any, stored_as: torch.dtyp
         return None
     rows, cols = stored.shape
     matrix = Matrix(compiled, rows, cols, weight.dtype, stored_as, terms, transposed=transposed)
-    merged = torch.empty(stored.shape, dtype=stored_as)
+    merged = torch.empty(stored.shape, dtype=stored_as, device="cpu")
     bits, found = np.empty(PIECE // 8, np.uint8), Found()
     for begin in range(0, matrix.count, PIECE):
         end = min(begin + PIECE, matrix.count)
@@ -284,14 +284,23 @@ def _declare_and_probe(library: Any) -> None:
     rule, m, n = get_rule("spp"), 37, 75
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = torch.randn(m, n, generator=generator) * (torch.rand(m, n, generator=generator) < 0.5)
+        weight = torch.randn(m, n, generator=generator, device="cpu") * (
+            torch.rand(m, n, generator=generator, device="cpu") < 0.5
+        )
         weight[0] = torch.finfo(dtype).smallest_normal  # scaled by a small factor, these are rescued
         weight = weight.to(dtype)
-        params = [torch.randn(5, n, generator=generator), torch.randn(m, 1, generator=generator)]
+        params = [
+            torch.randn(5, n, generator=generator, device="cpu"),
+            torch.randn(m, 1, generator=generator, device="cpu"),
+        ]
         params[0][0], params[1][0] = 0.25, 1.0
         params[0][0, :9] = -0.5  # M = 0
         expected = effective_weight(weight, Adapter(rule, params, 2.0))
-        update, out, bits = torch.empty(m, n), torch.empty_like(weight), np.empty((m * n + 7) // 8, np.uint8)
+        update, out, bits = (
+            torch.empty(m, n, device="cpu"),
+            torch.empty_like(weight),
+            np.empty((m * n + 7) // 8, np.uint8),
+        )
         matrix = Matrix(library, m, n, dtype, dtype, [rule.prepare(params, 2.0, m, torch.float32)])
         found = matrix.merge(weight.data_ptr(), out.data_ptr(), bits, 0, m * n)
         data = as_array(expected.view(torch.uint8)).tobytes()

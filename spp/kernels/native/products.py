@@ -130,7 +130,7 @@ class Products:
 def empty_sums(update: Update) -> Tensor:
     """Return zeros (sums, m, terms) for `Products.reduce`: as many sums as the shape of U says, whoever adds them."""
     cols = update.right.shape[1]
-    return torch.zeros(math.ceil(math.ceil(cols / KEYS) / _span(cols)), *update.left.shape)
+    return torch.zeros(math.ceil(math.ceil(cols / KEYS) / _span(cols)), *update.left.shape, device="cpu")
 
 
 def block_of(weight: Tensor, first: int, all_rows: int, update: Update, form: int, rounded_to: torch.dtype) -> Block:
@@ -195,12 +195,15 @@ def probe(library: Any) -> None:
     tokens, m, n = SHAPE
     generator = torch.Generator().manual_seed(0)
     x, dy, weight = (
-        torch.randint(-3, 4, size, generator=generator).float() for size in ((tokens, n), (tokens, m), (m, n))
+        torch.randint(-3, 4, size, generator=generator, device="cpu").float()
+        for size in ((tokens, n), (tokens, m), (m, n))
     )
-    y, d_x = torch.empty(tokens, m), torch.empty(tokens, n)
+    y, d_x = torch.empty(tokens, m, device="cpu"), torch.empty(tokens, n, device="cpu")
     products = Products(library)
     x_tiles, dy_tiles = products.tiles("x", x), products.tiles("dy", dy)
-    update = Update(torch.ones(m, 2), torch.tensor([[1.0], [2.0]]).expand(2, n).contiguous())
+    update = Update(
+        torch.ones(m, 2, device="cpu"), torch.tensor([[1.0], [2.0]], device="cpu").expand(2, n).contiguous()
+    )
     block = block_of(weight, 0, m, update, FROZEN, torch.float32)
     products.product(x_tiles, block, y, transposed=False, add=False)
     products.product(dy_tiles, block, d_x, transposed=True, add=False)
@@ -265,7 +268,7 @@ class Native(Backend):
         self, operation: Operation, x: Tensor, dropped: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, None]:
         """Return Y (T, m); with input dropout two products, of W and of W′ = W_eff − W."""
-        y = torch.empty(len(x), operation.weight.shape[0])
+        y = torch.empty(len(x), operation.weight.shape[0], device="cpu")
         if not len(x):
             return y, None
         products, update = Products(library()), _update(operation)
@@ -309,7 +312,7 @@ def _times_weight(
     products: Products, dy: Tiles | None, shape: torch.Size, operation: Operation, update: Update, form: int
 ) -> Tensor:
     """Return dY times a form of W (T, n)."""
-    out = torch.zeros(shape)
+    out = torch.zeros(shape, device="cpu")
     rounded_to = operation.dtype if form == EFFECTIVE else operation.weight.dtype
     if dy is not None:
         for first, block in _blocks(operation.weight, update, form, rounded_to):

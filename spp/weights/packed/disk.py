@@ -95,7 +95,7 @@ class Descriptor:
         """Return what is stored under the tensor's own key."""
         layout = self.layout
         numbers = (FORMAT_VERSION, self.input_axis, layout.kept, layout.group, 0, *self.shape)
-        return torch.tensor(numbers, dtype=torch.int64)
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the tensor as the matrix (m, n) that is packed: a view, or of transposed experts a copy."""
@@ -121,13 +121,13 @@ class Descriptor:
         rows = max(1, _TOGETHER // max(1, self.layout.cols) if last else self.shape[-1])
         for first in range(0, self.layout.rows, rows):
             part = slice(first, min(first + rows, self.layout.rows))
-            piece = torch.empty(part.stop - part.start, self.layout.cols, dtype=packed.dtype)
+            piece = torch.empty(part.stop - part.start, self.layout.cols, dtype=packed.dtype, device="cpu")
             piece = packed.decode(part, slice(None), piece)
             yield piece if last else piece.T.contiguous()
 
     def dense(self, packed: PackedWeight) -> Tensor:
         """Return the tensor of a packed matrix."""
-        out = torch.empty(self.shape, dtype=packed.dtype)
+        out = torch.empty(self.shape, dtype=packed.dtype, device="cpu")
         if packed.numel == 0:
             return out
         for index, matrix in enumerate(out.unbind(0) if out.dim() == 3 else [out]):
@@ -136,7 +136,7 @@ class Descriptor:
             if target.is_contiguous():
                 packed.decode(rows, slice(None), target)
             else:
-                target.copy_(packed.decode(rows, slice(None), torch.empty(target.shape, dtype=out.dtype)))
+                target.copy_(packed.decode(rows, slice(None), torch.empty(target.shape, dtype=out.dtype, device="cpu")))
         return out
 
 

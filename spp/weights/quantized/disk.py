@@ -87,7 +87,7 @@ class _BitsAndBytes(Stored):
         scales = get(f"{self._key}.absmax") if self.form != "int8" else get(self.parts[1])
         if f"{self._key}.nested_absmax" in self.parts:
             table, inner = get(f"{self._key}.nested_quant_map"), get(f"{self._key}.nested_absmax")
-            offset = torch.tensor([float(said["nested_offset"])])
+            offset = torch.tensor([float(said["nested_offset"])], device="cpu")
             nested = torch.cat([table.float(), offset, inner.float()]).view(torch.int32)
             size = int(said["nested_blocksize"])
         else:
@@ -101,7 +101,9 @@ class _BitsAndBytes(Stored):
             weight.check(where)
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
-        return lambda rows: weight.decode(rows, slice(0, n), torch.empty(rows.stop - rows.start, n, dtype=self.dtype))
+        return lambda rows: weight.decode(
+            rows, slice(0, n), torch.empty(rows.stop - rows.start, n, dtype=self.dtype, device="cpu")
+        )
 
 
 class _Scaled(Stored):
@@ -157,10 +159,10 @@ class _Affine(Stored):
         if int(zeros.max()) >= 2**bits:
             raise CheckpointError(f"{where}: {self.parts[1]} holds zero points beyond the {bits} bits of a code")
         groups = scales.shape[0]
-        of = index[0].long() if index else torch.arange(n) // (n // groups)
+        of = index[0].long() if index else torch.arange(n, device="cpu") // (n // groups)
         if int(of.min()) < 0 or int(of.max()) >= groups:
             raise CheckpointError(f"{where}: {self.parts[3]} names groups that have no scales: {groups} have")
-        shifts = torch.arange(each, dtype=torch.int32) * bits
+        shifts = torch.arange(each, dtype=torch.int32, device="cpu") * bits
 
         def decode(rows: slice) -> Tensor:
             if self._along_inputs:
@@ -176,9 +178,9 @@ class _Affine(Stored):
     def _columns(self, packed: Tensor, wanted: slice) -> Tensor:
         """Return columns of a matrix whose int32 hold several columns each."""
         each = 32 // self._bits
-        order = torch.arange(each) if self._along_inputs else torch.tensor(_AWQ_ORDER)
-        places = torch.empty(each, dtype=torch.int32)
-        places[order] = torch.arange(each, dtype=torch.int32) * self._bits
+        order = torch.arange(each, device="cpu") if self._along_inputs else torch.tensor(_AWQ_ORDER, device="cpu")
+        places = torch.empty(each, dtype=torch.int32, device="cpu")
+        places[order] = torch.arange(each, dtype=torch.int32, device="cpu") * self._bits
         first, last = wanted.start // each, -(-wanted.stop // each)
         codes = (packed[:, first:last, None] >> places) & (2**self._bits - 1)
         return codes.reshape(packed.shape[0], -1)[:, wanted.start - first * each : wanted.stop - first * each]
