@@ -72,9 +72,7 @@ def merge_tensor(
     """
     dtype = dtype or weight.dtype
     adapter, rule = adapter.on(weight.device), adapter.rule
-    for name, parameter in zip(rule.attribute_names(), adapter.params, strict=True):
-        if not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(f"{where}.{name} holds NaN or infinity; nothing was merged")
+    require_finite(adapter, where)
     arithmetic, factors = arithmetic_dtype(weight.dtype), adapter.factors(weight.shape[0], weight.dtype)
     by_chance = rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16)
     compiled = None if by_chance else merge_matrix(rule, weight, factors, dtype)
@@ -99,6 +97,13 @@ def merge_tensor(
             rescue_(alone := block.to(dtype), block)
         totals.add(block, alone, merged[rows], exact, kept, int(torch.count_nonzero(rescued)))
     return merged, layer_merge(totals)
+
+
+def require_finite(adapter: Adapter, where: str) -> None:
+    """Raise a NonFiniteError where a parameter of an adapter, of the layer `where`, holds NaN or infinity."""
+    for name, parameter in zip(adapter.rule.attribute_names(), adapter.params, strict=True):
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"{where}.{name} holds NaN or infinity; nothing was merged")
 
 
 def merge_cannot_fail(

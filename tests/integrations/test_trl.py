@@ -142,6 +142,63 @@ def test_arguments_that_belong_elsewhere(tmp_path: Path) -> None:
         SPPSFTTrainer(spp.wrap(pruned(), 4), loss_chunk=8)
 
 
+# A template that says what the assistant wrote, which TRL asks for.
+ASSISTANT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m['content'] }}</s>"
+    "{% endgeneration %}{% else %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+CHATS = [
+    {"messages": [{"role": "user", "content": f"after {i}?"}, {"role": "assistant", "content": f"{i + 1}. " * i}]}
+    for i in range(1, 9)
+]
+WAYS: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "packing": ([{"text": text} for text in TEXTS], {"packing": True}),
+    "padding_free": ([{"text": text} for text in TEXTS], {"padding_free": True, "max_length": None}),
+    "assistant_only": (CHATS, {"assistant_only_loss": True, "max_length": 96}),
+    "assistant_only, packed": (CHATS, {"assistant_only_loss": True, "packing": True, "max_length": 96}),
+    "checkpointing": (
+        CHATS,
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_batching_and_masking(way: str, tmp_path: Path) -> None:
+    """huggingface/trl#3910, #2834, #3279: a packed or masked batch has another loss, or none, with an adapter.
+
+    The first loss, with β = 0, is the pruned model's own on that batch; later ones are those through PEFT.
+    """
+    rows, others = WAYS[way]
+
+    def run(model: Any, make: Any, directory: Path, config: Any = None) -> Any:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = ASSISTANT
+        keywords = {} if config is None else {"peft_config": config}
+        args = trl.SFTConfig(**options(directory, data_seed=3, **others))
+        data = Dataset.from_list(rows)
+        made = make(model=model, args=args, train_dataset=data, processing_class=tokenizer, **keywords)
+        made.remove_callback(PrinterCallback)
+        batch = next(iter(made.get_train_dataloader()))
+        assert (batch["labels"] != -100).any()
+        made.train()
+        return losses(made), batch
+
+    ours, batch = run(spp.wrap(pruned(), 4, seed=0), SPPSFTTrainer, tmp_path / "ours")
+    theirs, same = run(pruned(), trl.SFTTrainer, tmp_path / "theirs", SPPPeftConfig(r=4, seed=0, task_type="CAUSAL_LM"))
+    assert ours == theirs and ours[-1] < ours[0]
+    assert torch.equal(batch["labels"], same["labels"])
+    if "assistant" in way:
+        answers = batch["labels"][batch["labels"] != -100].tolist()
+        assert 0 < len(answers) < batch["labels"].numel()
+        said = tiny_tokenizer().decode(answers)
+        assert "after" not in said and "." in said
+    if "pack" in way or way == "padding_free":
+        assert (batch["position_ids"] == 0).sum() > 1  # each row counts its own places
+
+
 def dpo(model: Any, directory: Path, config: Any = None, **others: Any) -> Any:
     made = trl.DPOTrainer(
         model=model,

@@ -23,6 +23,7 @@ from spp.layers.checks import check_linear, check_values, warn_dense
 from spp.layers.experts import adapt_experts, adapters_of, check_experts, release_experts
 from spp.layers.host import PackedLinear
 from spp.merging.model import describe_base, report_merge
+from spp.merging.weight import require_finite
 from spp.models.projection import Projection
 from spp.models.targets import name_targets, resolve_projections
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, where_it_belongs
@@ -199,15 +200,14 @@ class SPPPeftModel(BaseTuner):
 
         Args:
             adapter_names: merged together, with one rounding.
-            safe_merge: compute every layer once before the first is written, so that an error leaves the model as it
-                was. Each layer is checked in any case.
+            safe_merge: compute every layer once before the first is written, so that any error leaves the model as it
+                was, not only one about an adapter's values. Each layer is checked in any case.
 
         Raises:
             NonFiniteError, MaskError: as for `spp.merge`.
         """
         self._check_in_memory()
-        if safe_merge:
-            self._check_merge(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
     def _unload_and_optionally_merge(
@@ -221,8 +221,7 @@ class SPPPeftModel(BaseTuner):
         linears = {path: layer for path, layer in layers.items() if isinstance(layer, SPPPeftLinear)}
         if merge:
             self._check_in_memory()
-            if safe_merge:
-                self._check_merge(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         else:
             for linear in linears.values():
                 linear.unpack_base()
@@ -268,10 +267,15 @@ class SPPPeftModel(BaseTuner):
                 f"merge on disk: `spp merge BASE ADAPTER OUT` (spp.merge_checkpoint) reads PEFT's directories"
             )
 
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what speaks against merging any layer: its adapters, or with safe_merge the result as well."""
         for layer in tuner_layers(self.model).values():
             names = layer.active_names() if adapter_names is None else adapter_names
-            layer.merged_weight([*layer.merged_adapters, *(n for n in names if n not in layer.merged_adapters)])
+            names = [*layer.merged_adapters, *(n for n in names if n not in layer.merged_adapters)]
+            if safe_merge:
+                layer.merged_weight(names)
+            elif (adapter := layer.combined(names)) is not None:
+                require_finite(adapter, layer.spp_name)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
