@@ -110,3 +110,33 @@ def test_a_linear_that_is_compiled_alone() -> None:
     assert spp.adapter_state_dict(model).keys() == spp.adapter_state_dict(plain).keys()
     assert_same_bits(model(IDS).logits, plain(IDS).logits)
     assert type(spp.unwrap(model).get_submodule("model.layers.0.mlp.up_proj")) is nn.Linear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_block_of_changing_lengths_and_modes(packed: bool) -> None:
+    """huggingface/peft#1199, #3020: graphs of one length, mode or adapter that are used for others."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    model = spp.wrap(pruned(), r=4, seed=0, packed=packed, dropout=0.1)
+    mlp, parameters = model.get_submodule("model.layers.0.mlp"), spp.adapter_parameters(model)
+    used = list(mlp.parameters())
+    fast = torch.compile(mlp, backend="aot_eager", dynamic=True)
+    for length in (16, 9):
+        x = torch.randn(2, length, 64, generator=generator)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            model.eval()
+            assert_same_bits(fast(x), mlp(x))
+            with spp.disabled(model):
+                assert_same_bits(fast(x), mlp(x))
+        model.train()
+        gradients = []
+        for run in (fast, mlp):
+            torch.manual_seed(1)
+            run(x).square().sum().backward()
+            gradients.append([p.grad for p in used if p.requires_grad])
+            model.zero_grad()
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
