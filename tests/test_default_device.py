@@ -51,7 +51,7 @@ IN_MEMORY: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("what", IN_MEMORY)
 def test_models_are_changed_alike(what: str, files: Path) -> None:
     expected, model = pruned_model(num_hidden_layers=1), pruned_model(num_hidden_layers=1)
@@ -61,6 +61,7 @@ def test_models_are_changed_alike(what: str, files: Path) -> None:
     assert_same_model(model, expected)
 
 
+@pytest.mark.slow
 def test_files_are_written_alike(files: Path, tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         folder.mkdir()

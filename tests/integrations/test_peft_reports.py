@@ -23,6 +23,7 @@ def tuned(**options: Any) -> Any:
     return scatter(get_peft_model(pruned(), SPPPeftConfig(**{"r": 4, "target_modules": TARGETS, **options})))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_merge_that_fails_changes_nothing(safe: bool) -> None:
     """huggingface/peft#3682, #3705, #3706: NaN gets into the base, or half of it is overwritten when it is found."""
@@ -37,6 +38,7 @@ def test_a_merge_that_fails_changes_nothing(safe: bool) -> None:
         assert_same_bits(model.get_parameter(name).detach(), tensor, name)
 
 
+@pytest.mark.slow
 def test_merged_twice_and_taken_out_again() -> None:
     """huggingface/peft#2502: another text after merge_and_unload than before."""
     model = tuned()
@@ -61,6 +63,7 @@ def test_fields_that_a_later_version_writes(tmp_path: Path) -> None:
     assert_same_bits(logits(spp.load_adapter(pruned(), tmp_path)), logits(model))
 
 
+@pytest.mark.slow
 def test_a_combination_with_a_rank_pattern_loads_again(tmp_path: Path) -> None:
     """huggingface/peft#3737 and #3761: combined adapters that do not load, or that are other ones."""
     model = tuned(rank_pattern={"up_proj": 2})
@@ -79,6 +82,7 @@ def test_a_combination_with_a_rank_pattern_loads_again(tmp_path: Path) -> None:
     assert_same_bits(logits(loaded), combined)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     """huggingface/transformers#42489, huggingface/peft#1142, huggingface/trl#3089: no gradient, or none at all."""

@@ -43,7 +43,7 @@ def loads(folder: Path) -> None:
     assert not found["missing_keys"] and not found["unexpected_keys"]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", [None, {}, {"producer": "another tool"}])
 def test_files_without_the_format_in_their_metadata(metadata: Any, base: Path, sources: Path, tmp_path: Path) -> None:
     """safetensors/safetensors#549, ml-explore/mlx#743: other loaders stop at files that do not say "pt"."""

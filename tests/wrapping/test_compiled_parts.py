@@ -89,7 +89,7 @@ def test_unwrap_restores_the_flags_of_a_model_that_was_compiled_since() -> None:
     assert after == before and len(set(after.values())) == 2
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 def test_pruned_as_the_model_that_is_not_compiled(method: str) -> None:
     ids = torch.randint(3, 250, (4, 32), generator=torch.Generator().manual_seed(5))

@@ -60,6 +60,7 @@ USES: Ways = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_computed_weights_are_refused_with_the_way_out(hook: str, use: str) -> None:
@@ -73,6 +74,7 @@ def test_computed_weights_are_refused_with_the_way_out(hook: str, use: str) -> N
         assert_same_bits(model.state_dict()[name], tensor, name)
 
 
+@pytest.mark.slow
 def test_a_mask_of_torch_that_was_made_permanent_is_kept() -> None:
     model = pruned()
     linear: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
@@ -118,6 +120,7 @@ def test_every_kind_of_layer_made_in_inference_mode_trains(kind: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_model_that_lives_in_inference_mode_generates_and_merges() -> None:
     expected = stirred(pruned())
     with torch.inference_mode():
@@ -131,7 +134,7 @@ def test_a_model_that_lives_in_inference_mode_generates_and_merges() -> None:
 # ---- Another vocabulary after the wrap.
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_resized_after_the_wrap(tied: bool, tmp_path: Path) -> None:
     """huggingface/transformers#45127, huggingface/peft#2018: tied heads that a merge or a save tears apart."""
@@ -188,7 +191,7 @@ def test_an_average_of_wrapped_models_merges_with_every_zero() -> None:
     assert spp.verify(pruned(), inner).pattern == "2:4"
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("half_after", [False, True])
 def test_scaled_gradients_of_a_half_precision_model(half_after: bool) -> None:
     """huggingface/transformers#30559: gradients in float16 cannot be unscaled; those of the adapter are float32."""
