@@ -38,6 +38,7 @@ from spp.errors import CheckpointError, call, some_of
 from spp.files import atomic_file, dtype_name, read_json, write_json
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.recognised import CERTIFICATE
+from spp.files.tables import Table, grouped, joined, spread
 from spp.masks.patterns import DENSE
 
 FORMAT_VERSION = 1
@@ -96,6 +97,10 @@ class SparsityReport:
         if self.zeros_added is None:
             del values["zeros_added"]
         return values
+
+    def _repr_html_(self) -> str:
+        """Return the table of the zeros, for notebooks."""
+        return sparsity_table(self).html()
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,41 @@ def make_report(tensors: dict[str, TensorSparsity]) -> SparsityReport:
     patterns = {t.pattern for t in tensors.values()} or {DENSE}
     pattern = patterns.pop() if len(patterns) == 1 else MIXED
     return SparsityReport(sparsity=zeros / numel if numel else 0.0, pattern=pattern, tensors=tensors)
+
+
+def sparsity_table(report: SparsityReport, *, every: bool = False) -> Table:
+    """Return the zeros of a model's projections as a table.
+
+    Args:
+        report: of `spp.sparsity`, `spp.verify` or `spp.certify`.
+        every: one row a tensor instead of one a kind of projection.
+
+    Example:
+        >>> print(sparsity_table(spp.sparsity("pruned")).text())  # doctest: +SKIP
+    """
+    if every:
+        columns = ("tensor", "shape", "dtype", "zeros", "sparsity", "pattern")
+        return Table("sparsity", columns, tuple(_tensor_row(name, t) for name, t in report.tensors.items()))
+    rows = []
+    for kind, group in grouped(report.tensors).items():
+        rows.append(
+            (
+                kind,
+                str(len(group)),
+                joined("×".join(map(str, t.shape)) for t in group),
+                joined(t.dtype for t in group),
+                spread([t.sparsity for t in group], "{:.4f}".format),
+                joined(t.pattern for t in group),
+            )
+        )
+    total = ("all", str(len(report.tensors)), "", "", f"{report.sparsity:.4f}", report.pattern)
+    columns = ("projection", "tensors", "shape", "dtype", "sparsity", "pattern")
+    return Table("sparsity", columns, (*rows, total))
+
+
+def _tensor_row(name: str, tensor: TensorSparsity) -> tuple[str, ...]:
+    shape = "×".join(map(str, tensor.shape))
+    return name, shape, tensor.dtype, str(tensor.zeros), f"{tensor.sparsity:.4f}", tensor.pattern
 
 
 def _as_objects(records: Mapping[str, TensorRecord | TensorLayout]) -> dict[str, dict[str, Any]]:

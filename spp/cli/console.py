@@ -21,7 +21,7 @@ from spp.errors import ConfigError, Marked, OutputExistsError, SPPError, SPPWarn
 
 if TYPE_CHECKING:
     from spp.files.recognised import FileKind
-    from spp.report import Table
+    from spp.files.tables import Table
 
 _FOR_DEVELOPERS = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)  # nothing that a user can mend
 _spellings: Spellings | None = {}  # of the command that runs
@@ -188,10 +188,10 @@ def json_line(values: Mapping[str, Any]) -> str:
 @contextmanager
 def step(text: str) -> Iterator[None]:
     """Say on standard error that something long begins, and how long it took."""
-    from spp.report import time_text
-
     note(f"{text} …")
     start = time.perf_counter()
+    from spp.files.tables import time_text  # after the line: it may be the first to load torch
+
     try:
         yield
     except KeyboardInterrupt:  # typer turns it into exit code 130 and says nothing

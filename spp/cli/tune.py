@@ -39,17 +39,10 @@ def run(config: TuneConfig) -> None:
 def show(result: Any) -> None:
     """Print the perplexities, and where the run is."""
     from spp.files.provenance import Provenance
-    from spp.report import Table, time_text
 
     here = Provenance.here(str(result.model.device), result.model.dtype)
     console.answer({**here.to_dict(), **result.to_dict()})
-    columns = ("perplexity before", "after", "window", "steps", "time", "sparsity")
-    perplexities = [
-        "–" if value is None else f"{value:.4f}" for value in (result.perplexity_before, result.perplexity_after)
-    ]
-    window = "rows" if result.eval_window is None else str(result.eval_window)
-    row = (*perplexities, window, str(result.steps), time_text(result.seconds), f"{result.sparsity:.4f}")
-    console.show(Table("tuned", columns, (row,)))
+    console.show(result.table())
     console.wrote(result.run_dir)
     console.wrote(result.adapter_dir)
     if result.base_dir is not None:

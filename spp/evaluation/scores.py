@@ -10,6 +10,7 @@ from typing import Any
 from spp.errors import NonFiniteError
 from spp.evaluation.documents import Documents
 from spp.files.provenance import Provenance
+from spp.files.tables import Table
 
 MEAN_OF = "acc"
 
@@ -62,6 +63,37 @@ class TaskResults:
         """Return everything as JSON-ready values, the provenance under its own keys."""
         values = {name: value for name, value in asdict(self).items() if name != "provenance"}
         return values | self.provenance.to_dict()
+
+    def _repr_html_(self) -> str:
+        """Return the table of the scores, for notebooks."""
+        return tasks_table(self).html()
+
+
+def tasks_table(results: TaskResults, model: str = "") -> Table:
+    """Return scores on tasks as a table, each with its standard error; the last row has the mean of `acc`.
+
+    Args:
+        results: of `spp.evaluation.tasks`.
+        model: its name, for the title.
+
+    Example:
+        >>> print(tasks_table(tasks(model, tokenizer, "paper")).text())  # doctest: +SKIP
+    """
+    metrics = tuple(dict.fromkeys(metric for scores in results.scores.values() for metric in scores))
+    rows = []
+    for name, scores in results.scores.items():
+        facts, errors = results.tasks[name], results.stderr.get(name, {})
+        cells = [
+            f"{scores[m]:.4f}" + (f" ± {errors[m]:.4f}" if m in errors else "") if m in scores else "–" for m in metrics
+        ]
+        shots = "–" if facts.num_fewshot is None else str(facts.num_fewshot)
+        rows.append((name, shots, str(facts.items), facts.split or "", *cells))
+    if results.mean is not None and len(results.scores) > 1:
+        rows.append(("mean", "", "", "", *(f"{results.mean:.4f}" if m == "acc" else "" for m in metrics)))
+    limit = f", the first {results.limit} documents of each task" if results.limit else ""
+    source = f" from {results.data_dir}" if results.data_dir else ""
+    columns = ("task", "examples", "documents", "split", *metrics)
+    return Table(f"tasks{f' of {model}' if model else ''}{source}{limit}", columns, tuple(rows))
 
 
 def metrics_of(task: str, found: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

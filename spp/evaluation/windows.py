@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from spp.configs.checkpoints import check_windows
 from spp.data.tokens import IGNORED, tokens_of
 from spp.errors import DataError, NonFiniteError, arg
+from spp.files.tables import fields_table
 from spp.models.targets import require_model
 from spp.models.tokens import check_ids, check_length, warn_length
 from spp.supported import require_supported
@@ -59,6 +60,10 @@ class PerplexityResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """Return a table of the fields, for notebooks."""
+        return fields_table("perplexity", self.to_dict()).html()
 
 
 def perplexity(

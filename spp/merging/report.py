@@ -19,6 +19,7 @@ import torch
 
 from spp.certifying.certificate import SparsityReport
 from spp.errors import SPPWarning, arg
+from spp.files.tables import Table, grouped, spread
 from spp.rules.adapter import no_update_text, rounded_away_text
 from spp.weights.base_values import UNSAID, BaseVerdict
 
@@ -170,6 +171,57 @@ class MergeReport:
             **self.base.to_dict(),
             "sparsity_report": self.sparsity_report.to_dict(),
         }
+
+    def _repr_html_(self) -> str:
+        """Return the table of the merge, for notebooks."""
+        return merge_table(self).html()
+
+
+def merge_table(report: MergeReport, *, every: bool = False) -> Table:
+    """Return the changes that a merge made to the weights as a table.
+
+    Its columns are kept: non-zero weights; rescued: those that rounding would have turned to zero; survived: the share
+    of the update that is stored, "no update" where there is none; largest change: of a weight, relative to it. Where
+    weights were quantized again, lost: those that this turned to zero; error: of the stored values, relative to the
+    update.
+
+    Args:
+        report: of `spp.merge` or `spp.merge_checkpoint`.
+        every: one row a layer instead of one a kind of layer.
+
+    Example:
+        >>> print(merge_table(spp.merge(model)).text())  # doctest: +SKIP
+    """
+    columns: tuple[str, ...] = ("layer", "layers", "kept", "rescued", "survived", "largest change")
+    groups = {name: [layer] for name, layer in report.layers.items()} if every else grouped(report.layers)
+    rows = [_merge_row(name, layers) for name, layers in groups.items()]
+    total = _merge_row("all", list(report.layers.values()))
+    rows.append((*total[:4], _share(report.survived), total[5], total[6], _share(report.requantize_error, "–")))
+    if any(layer.requantize_error is not None for layer in report.layers.values()):
+        columns = (*columns, "lost", "error")
+    return Table("merge", columns, tuple(row[: len(columns)] for row in rows))
+
+
+def _merge_row(name: str, layers: Sequence[LayerMerge]) -> tuple[str, ...]:
+    return (
+        name,
+        str(len(layers)),
+        str(sum(layer.kept for layer in layers)),
+        str(sum(layer.rescued for layer in layers)),
+        _shares([layer.survived for layer in layers], "no update"),
+        f"{max((layer.max_relative_change for layer in layers), default=0.0):.3f}",
+        str(sum(layer.lost for layer in layers)),
+        _shares([layer.requantize_error for layer in layers], "–"),
+    )
+
+
+def _share(value: float | None, none: str = "no update") -> str:
+    return none if value is None else f"{value:.4f}"
+
+
+def _shares(values: Sequence[float | None], none: str) -> str:
+    """The lowest and the highest of those that are there."""
+    return spread([value for value in values if value is not None], "{:.4f}".format) or none
 
 
 def _warning(total: LayerMerge, idle: str | None, requantized: bool) -> str | None:

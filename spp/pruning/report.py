@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from spp.files.tables import Table, count_text, grouped, spread, time_text
 from spp.masks.patterns import Pattern
 
 
@@ -92,3 +93,100 @@ class PruneReport:
         for layer in values["layers"].values():
             layer["shape"] = list(layer["shape"])
         return values
+
+    def _repr_html_(self) -> str:
+        """Return the table of the pruning, for notebooks."""
+        return prune_table(self).html()
+
+
+def prune_table(report: PruneReport, *, every: bool = False) -> Table:
+    """Return the results of pruning as a table.
+
+    Its columns are error: ‖(W − W_pruned) X‖ / ‖W X‖ on the calibration data, where there is any; seconds: without the
+    forward passes; notes: where something was out of the ordinary.
+
+    Args:
+        report: of `spp.prune` or `spp.prune_checkpoint`.
+        every: one row a layer instead of one a kind of layer.
+
+    Example:
+        >>> print(prune_table(spp.prune(model, "magnitude", "2:4")).text())  # doctest: +SKIP
+    """
+    columns: tuple[str, ...] = ("layer", "layers", "sparsity", "pattern", "error", "seconds", "notes")
+    groups = {name: [layer] for name, layer in report.layers.items()} if every else grouped(report.layers)
+    everything = list(report.layers.values())
+    rows: list[tuple[str, ...]] = []
+    for name, layers in [*groups.items(), ("all", everything)]:
+        errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
+        rows.append(
+            (
+                name,
+                str(len(layers)),
+                spread([layer.sparsity for layer in layers], "{:.4f}".format),
+                _patterns([layer.pattern for layer in layers]),
+                spread(errors, "{:.4f}".format),
+                f"{sum(layer.seconds for layer in layers):.1f}",
+                _notes([layer.note for layer in layers]),
+            )
+        )
+    rows[-1] = (*rows[-1][:2], f"{report.sparsity:.4f}", *rows[-1][3:])
+    if not any(layer.note for layer in everything):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Table(f"pruned by {report.method} to {pattern_text(report.pattern)}", columns, tuple(rows))
+
+
+def prune_lines(report: PruneReport) -> list[str]:
+    """Return the lines below a table of pruning: the data, the fate of zeros that were there before, the whole time.
+
+    Args:
+        report: of `spp.prune` or `spp.prune_checkpoint`.
+
+    Example:
+        >>> print(*prune_lines(report), sep="\\n")  # doctest: +SKIP
+    """
+    windows = count_text(report.windows, "window")
+    drawn = f"{windows} of {report.seqlen} tokens from {report.calibration}, seed {report.seed}"
+    before = "none"
+    if report.sparsity_before:
+        count = sum(layer.zeros_before for layer in report.layers.values())
+        fate = "all kept" if report.keeps_zeros else "weights like any other to this method"
+        before = f"{report.sparsity_before:.4f} of the weights ({count}), {fate}"
+    if report.already_sparser:
+        before += f"; {report.already_sparser} of {count_text(len(report.layers), 'layer')} had more than asked for"
+    lines = []
+    if report.owl is not None:
+        options = ", ".join(f"{name} {value:g}" for name, value in report.owl.items())
+        lines = [f"OWL: blocks with more outliers keep more weights ({options})"]
+    return [
+        *lines,
+        f"calibration: {drawn if report.windows else 'none'}",
+        f"zeros before: {before}",
+        f"time: {time_text(report.seconds)}{', with the forward passes' if report.windows else ''}",
+    ]
+
+
+def pattern_text(pattern: str | Mapping[str, str]) -> str:
+    """Return a pattern, or patterns by name, as they are typed on the command line.
+
+    Args:
+        pattern: one for all layers, or {name: pattern}.
+
+    Example:
+        >>> pattern_text({"q_proj": "2:4", ".*": "0.5"})
+        'q_proj=2:4, .*=0.5'
+    """
+    return pattern if isinstance(pattern, str) else ", ".join(f"{name}={value}" for name, value in pattern.items())
+
+
+def _patterns(patterns: Sequence[str]) -> str:
+    """The different patterns; of more than three fractions the lowest and the highest."""
+    found = dict.fromkeys(patterns)
+    if len(found) > 3 and not any(":" in pattern for pattern in found):
+        return spread([float(pattern) for pattern in found], "{:.4f}".format)
+    return ", ".join(found)
+
+
+def _notes(notes: Sequence[str]) -> str:
+    """Each note once, with how many layers have it where not all do."""
+    counts = {note: notes.count(note) for note in notes if note}
+    return "; ".join(note if count == len(notes) else f"{note} ({count})" for note, count in counts.items())

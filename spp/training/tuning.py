@@ -21,6 +21,7 @@ from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, Wrap
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.files.formats import other_weights, pickled, stored_format
 from spp.files.hub import local_directory
+from spp.files.tables import Table, time_text
 from spp.models.tokens import check_ids, check_length
 from spp.pruning.plan import tell_patterns
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
@@ -78,6 +79,18 @@ class TuneResult:
         values |= {"run_dir": str(self.run_dir), "adapter_dir": str(self.adapter_dir), "data": self.data.to_dict()}
         values["base_dir"] = None if self.base_dir is None else str(self.base_dir)
         return values
+
+    def table(self) -> Table:
+        """Return the perplexities, steps, time and sparsity as a table."""
+        columns = ("perplexity before", "after", "window", "steps", "time", "sparsity")
+        measured = ["–" if p is None else f"{p:.4f}" for p in (self.perplexity_before, self.perplexity_after)]
+        window = "rows" if self.eval_window is None else str(self.eval_window)
+        row = (*measured, window, str(self.steps), time_text(self.seconds), f"{self.sparsity:.4f}")
+        return Table("tuned", columns, (row,))
+
+    def _repr_html_(self) -> str:
+        """Return the table, for notebooks."""
+        return self.table().html()
 
 
 def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> TuneResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from spp.certifying.scan import report_from_tensors
 from spp.errors import SPPWarning
+from spp.evaluation import PerplexityResult
 from spp.merging.model import merge
 from spp.merging.report import LayerMerge, MergeReport
 from spp.pruning import LayerReport, PruneReport
@@ -216,4 +218,50 @@ def test_every_table_is_a_table() -> None:
     assert drawn_by_hand("print(name.ljust(9))") and drawn_by_hand('"| " + " | ".join(row)')
     files = [path for folder in ("spp", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
     found = [path.relative_to(ROOT).as_posix() for path in files if drawn_by_hand(path.read_text(encoding="utf-8"))]
-    assert found == ["spp/report/tables.py"]
+    assert found == ["spp/files/tables.py"]
+
+
+NASTY = '<script>alert("1")</script>'
+
+
+class _Parsed(HTMLParser):
+    """The tags and the texts of a page; one that is not closed is in `open` at the end."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts += [data] if data.strip() else []
+
+
+def test_a_notebook_shows_the_table_and_takes_nothing_in_it_for_html() -> None:
+    table = Table(f"t {NASTY}", ("name & co", NASTY), ((NASTY, "1"), ("a\x00b\ud800", "–")))
+    found = _Parsed(table._repr_html_())
+    assert "script" not in found.tags and found.open == []
+    assert found.texts == [f"t {NASTY}", "name & co", NASTY, NASTY, "1", "a\ufffdb\ufffd", "–"]
+    assert found.tags.count("th") == 4 and found.tags.count("td") == 2, "the first cell of a row is its head"
+    assert table.html().count('scope="col" style="text-align:right"') == 1, "numbers are flush right"
+
+
+def test_reports_show_their_tables_in_a_notebook() -> None:
+    zeros = report_from_tensors([(f"0.{NASTY}.weight", torch.tensor([[1.0, 0, 0, 2]]), 1)])
+    pruned = _pruned({f"layers.0.{NASTY}": _layer()})
+    done = LayerMerge(4, 0, 0.95, 0.25, 2.0, 4, 4)
+    merged = MergeReport.from_layers({f"0.{NASTY}": done}, zeros)
+    shown = [(zeros, sparsity_table(zeros)), (pruned, prune_table(pruned)), (merged, merge_table(merged))]
+    for report, table in shown:
+        assert report._repr_html_() == table.html()
+        assert NASTY in " ".join(_Parsed(table.html()).texts) and "script" not in _Parsed(table.html()).tags
+    texts = _Parsed(PerplexityResult(20.5, 3.02, 62, 2, None)._repr_html_()).texts
+    assert texts == ["perplexity", "value", "perplexity", "20.5", "loss", "3.02", "tokens", "62", "windows", "2"]
