@@ -49,11 +49,11 @@ LEVELS = {
     "pruning": 9,
     "pst": 9,
     "training": 10,
-    "report": 10,
-    "integrations": 11,
-    "comparing": 11,
-    "cli": 12,
-    "__main__": 13,
+    "report": 11,  # a page of runs reads them
+    "integrations": 12,
+    "comparing": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 # Within a level: a pattern is the type of an option, and what a mask follows.
 BESIDE = {("masks", "configs")}
@@ -251,10 +251,10 @@ def test_imports_go_down_the_levels_without_circles_hidden_names_and_long_files(
         ("layers/linear.py", "from . import checks", "relative import"),
         ("layers/linear.py", "from spp.wrapping.wrap import wrap", "level 5 imports spp.wrapping.wrap of level 6"),
         ("kernels/cpu.py", "from spp.models.targets import x", "level 4 imports spp.models.targets of level 4"),
-        ("merging/disk.py", "def f():\n    import spp.cli.main", "level 8 imports spp.cli.main of level 12"),
+        ("merging/disk.py", "def f():\n    import spp.cli.main", "level 8 imports spp.cli.main of level 13"),
         ("configs/pattern.py", "import spp.masks.patterns", "level 1 imports spp.masks.patterns of level 1"),
         ("rules/base.py", "if TYPE_CHECKING:\n    import spp.weights.base", "level 2 imports spp.weights.base"),
-        ("training/loading.py", "import spp.report.plot", "level 10 imports spp.report.plot of level 10"),
+        ("training/loading.py", "import spp.report.plot", "level 10 imports spp.report.plot of level 11"),
         ("__init__.py", "from spp import training", "imports the package root"),
         ("__init__.py", "import spp.training", "level 10 imports spp.training of level 10"),
         ("comparing/trial.py", "import benchmarks.step", "benchmarks is outside of the package"),

@@ -34,6 +34,7 @@ NEEDS_NO_EXAMPLE = {  # name: the reason
     **dict.fromkeys(("MergeReport", "SparsityReport", "SemiStructuredReport", "PruneReport", "LayerReport"), MADE),
     **dict.fromkeys(("InputStats", "TuneResult", "TrainingData", "PerplexityResult", "PushReport"), MADE),
     **dict.fromkeys(("LoadedTasks", "TaskFacts", "TaskResults"), MADE),
+    "RunReport": MADE,
     **dict.fromkeys(("SPPPeftModel", "SPPPeftLinear", "SPPPeftExperts"), "PEFT makes it"),
     **dict.fromkeys(("SPPPackedConfig", "SPPPackedQuantizer"), "transformers makes it"),
 }

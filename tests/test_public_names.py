@@ -39,7 +39,10 @@ NAMES = {
         *("chunked_cross_entropy", "set_saved_activations"),
     ],
     "spp.evaluation": ["perplexity", "perplexity_result", "PerplexityResult", "tasks", "TaskResults"],
-    "spp.report": ["Table", "byte_text", "time_text", "merge_table", "sparsity_table", "prune_table", "verdict_table"],
+    "spp.report": [
+        *("Table", "byte_text", "time_text", "merge_table", "sparsity_table", "prune_table", "verdict_table"),
+        *("html_report", "RunReport"),
+    ],
     "spp.integrations.hub": ["push"],
     "spp.integrations.transformers": [],
     "spp.cli.main": ["main"],

@@ -1,4 +1,4 @@
-"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, export and push.
+"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, export, report and push.
 
 Each field has its Option, whose text is the help of the command line.
 """
@@ -276,6 +276,57 @@ class ExportConfig:
             raise ConfigError(
                 f"{arg('strict_bits')} goes with {arg('packed', True)}: a packed checkpoint holds no −0.0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The options of `spp report`; those that are no output are arguments of spp.report.html_report.
+
+    Raises:
+        ConfigError: there is nothing to report, or an option makes no sense.
+    """
+
+    runs: Annotated[
+        tuple[str, ...],
+        Option(
+            "Run directories of spp tune, checkpoints, folders that hold these, and JSON files of spp eval --json and "
+            "spp prune --report.",
+            metavar="RUN",
+            type=str,
+            argument=True,
+            many=True,
+            parse=tuple,
+        ),
+    ]
+    out: Annotated[Path | None, Option("HTML file to write.", RUN, default="report.html, and with --json none")] = None
+    dense: Annotated[str | None, Option("The dense model, as results name it: directory or hub id.", MODEL)] = None
+    prompts: Annotated[
+        Path | None,
+        Option("Let the models answer these prompts, one a line, or in the field prompt of JSON Lines.", EVALUATION),
+    ] = None
+    max_new_tokens: Annotated[int, Option("Tokens of an answer.", EVALUATION)] = 48
+    verify: Annotated[
+        bool,
+        Option("Verify zeros, and measure what adapters change: reads all weights.", METHOD, negatable=True),
+    ] = True
+    device: Annotated[str, Option("Where models answer: auto, cpu or cuda.", MODEL, choices=DEVICES)] = "auto"
+    json: Annotated[bool, Option("Print one JSON object.", RUN)] = False
+    overwrite: Annotated[bool, Option("Replace an earlier report.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError(f"there is nothing to report: {arg('runs')} is empty")
+        for name in self.runs:
+            check_path("runs", name)
+        if self.dense is not None:
+            check_path("dense", self.dense)
+        check_int("max_new_tokens", self.max_new_tokens, least=1)
+        check_choice("device", self.device, DEVICES)
+
+    @property
+    def page(self) -> Path | None:
+        """The file to write; None where there is to be none."""
+        return self.out if self.out is not None or self.json else Path("report.html")
 
 
 @dataclass(frozen=True, kw_only=True)

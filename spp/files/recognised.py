@@ -193,6 +193,15 @@ def _is_comparison_text(path: Path) -> bool:
         return b"\n## Learning rates\n" in file.read(1 << 22)
 
 
+PAGE_MARK = '<meta name="generator" content="spp report">'
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return PAGE_MARK.encode() in file.read(1024)
+
+
+PAGE = FileKind("page of spp report", _is_page)
 PICTURE = FileKind("chart that spp drew", _is_chart)
 PRUNE_REPORT = _keys("report of spp prune", "layers", "method", "pattern", "sparsity", "windows")
 MEASUREMENTS = _keys("file of measurements of spp bench", "rows", rows=("device", "versions"))
@@ -203,7 +212,7 @@ ANY_OUTPUT = FileKind(
     "output of spp",
     lambda path: any(
         kind.recognises(path)
-        for kind in (PICTURE, PRUNE_REPORT, MEASUREMENTS, CERTIFICATE, COMPARISON, COMPARISON_TEXT)
+        for kind in (PAGE, PICTURE, PRUNE_REPORT, MEASUREMENTS, CERTIFICATE, COMPARISON, COMPARISON_TEXT)
     ),
 )
 OWN = FileKind("file", lambda path: True)  # one that spp keeps in a folder of its own, whose name says what it is

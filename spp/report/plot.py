@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.certifying.certificate import SparsityReport, TensorSparsity
+from spp.certifying.certificate import SparsityReport
 from spp.configs.checks import check_chart
 from spp.errors import DependencyError
 from spp.files import atomic_file
@@ -33,7 +33,7 @@ DARK = 0.4  # sparsity from which ink is white
 WRONG = "#c0392b"
 _NUMBERED = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<rest>.+)$")
 _EXPERT = re.compile(r"(?:^|\.)experts?\.(?P<expert>\d+)\.")
-Cell = tuple[int, int, bool]  # zeros, weights, all finite
+Cell = tuple[float, int, bool]  # zeros or another sum, weights, all finite
 
 
 def check_plot(path: Path) -> None:
@@ -94,16 +94,30 @@ def heat_panels(report: SparsityReport) -> list[Panel]:
     A stack is what comes before the first number of a name ("model.layers"); what has no number is a last panel of one
     row. The experts of a layer count together in the first kind of panel.
     """
+    return panels_of(report_cells(report))
+
+
+def report_cells(report: SparsityReport) -> dict[str, Cell]:
+    """Return the zeros of each weight of a report for `panels_of`, whose mean is its sparsity."""
+    return {name: (t.zeros, math.prod(t.shape), t.valid) for name, t in report.tensors.items()}
+
+
+def panels_of(weights: Mapping[str, Cell]) -> list[Panel]:
+    """Return the panels of any mean over weights, as `heat_panels`.
+
+    Args:
+        weights: {name: (sum, number of weights in it, whether all of them are finite)}.
+    """
     stacks: dict[str, dict[tuple[str, str], Cell]] = {}
     experts: dict[str, dict[tuple[str, str], Cell]] = {}
-    for name, tensor in report.tensors.items():
+    for name, cell in weights.items():
         match = _NUMBERED.match(name)
         stack, layer, rest = (match["stack"], match["layer"], match["rest"]) if match else ("", "", name)
         kind = re.sub(r"(^|\.)\d+(?=\.)", "", rest.removesuffix(".weight")).removeprefix(".")
-        _add(stacks.setdefault(stack, {}), layer, kind, tensor)
+        _add(stacks.setdefault(stack, {}), layer, kind, cell)
         expert = _EXPERT.search(rest)
         if expert:
-            _add(experts.setdefault(stack, {}), layer, expert["expert"], tensor)
+            _add(experts.setdefault(stack, {}), layer, expert["expert"], cell)
     panels = [_panel(stack or "other weights", cells, "") for stack, cells in stacks.items()]
     panels += [_panel(f"{stack}, by expert", cells, "expert") for stack, cells in experts.items()]
     return panels
@@ -178,9 +192,9 @@ def _draw(axes: Any, panel: Panel, colours: Any, *, numbers: bool) -> Any:
     return image
 
 
-def _add(cells: dict[tuple[str, str], Cell], row: str, column: str, tensor: TensorSparsity) -> None:
-    zeros, count, finite = cells.get((row, column), (0, 0, True))
-    cells[row, column] = (zeros + tensor.zeros, count + math.prod(tensor.shape), finite and tensor.valid)
+def _add(cells: dict[tuple[str, str], Cell], row: str, column: str, cell: Cell) -> None:
+    total, count, finite = cells.get((row, column), (0, 0, True))
+    cells[row, column] = (total + cell[0], count + cell[1], finite and cell[2])
 
 
 def _panel(title: str, cells: dict[tuple[str, str], Cell], across: str) -> Panel:

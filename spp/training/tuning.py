@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from spp.configs.tuning import TuneConfig
 from spp.data.encoding import read_tokens
+from spp.data.reading import file_sha256
 from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, WrapError, arg, call
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.files.formats import other_weights, pickled, stored_format
@@ -173,7 +174,7 @@ def _run(
         logger.info("there is no whole checkpoint in %s: training starts anew", run.checkpoints)
     perplexities = run.read_eval() if checkpoint is not None else {}
     if "before" not in perplexities:
-        perplexities = {"text": measure.text, "before": measure(model), "after": None}
+        perplexities = {"text": measure.text, **measure.hashes, "before": measure(model), "after": None}
         run.write_eval(perplexities)
     with stop:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -224,10 +225,13 @@ class _Measure:
         self._collate = data.collate
         self.tokens: Tensor | None = data.held_out_tokens
         self.rows: TokenRows | None = data.held_out_rows
+        self.hashes: dict[str, str] = {}  # of the text; what is held out is known by the data's
         self.text = f"held out: {data.summary.held_out} {'tokens' if self.rows is None else 'rows'}"
         if config.eval_text is not None:
             self.tokens = read_tokens(tokenizer, str(config.eval_text), text_field=config.text_field)
             self.rows = None
+            if Path(config.eval_text).is_file():
+                self.hashes["text_sha256"] = file_sha256(config.eval_text)
             if self.tokens.numel() < config.eval_window:
                 raise DataError(
                     f"{config.eval_text} has {self.tokens.numel()} tokens, fewer than one window of "

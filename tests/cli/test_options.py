@@ -63,7 +63,7 @@ def test_help_shows_every_option_in_full(
     assert found.code == 0 and max(map(len, found.out.splitlines())) <= 80
     for described in GOLDEN[verb]:
         for name in described["names"]:
-            shown = {"repo_id": "REPO", "adapters": "ADAPTER[:WEIGHT]"}.get(name, name)
+            shown = {"repo_id": "REPO", "adapters": "ADAPTER[:WEIGHT]", "runs": "RUN"}.get(name, name)
             shown = shown if name.startswith("--") else shown.upper()
             assert any(f" {shown}{end}" in found.out for end in (" ", ",")), name
 

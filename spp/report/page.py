@@ -1,0 +1,441 @@
+"""One page of runs, checkpoints and results: what was done, what came out, and whether it holds.
+
+Everything that comes from files is text on it: `escaped`, or in a Table. It has no scripts and needs no network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spp._version import __version__
+from spp.certifying.certificate import make_report, sparsity_table
+from spp.configs.checkpoints import ReportConfig
+from spp.errors import DataError, SPPError
+from spp.files import atomic_file, check_target
+from spp.files.provenance import Provenance
+from spp.files.recognised import PAGE, PAGE_MARK
+from spp.files.tables import Table, byte_text, count_text, escaped, fields_table, time_text
+from spp.merging.report import LayerMerge, MergeReport, merge_table
+from spp.pruning.report import LayerReport, PruneReport, prune_lines, prune_table
+from spp.report.contents import RunReport, columns_of, commands, shown
+from spp.report.plot import Cell, panels_of, report_cells
+from spp.report.runs import Changes, Key, Sources, read_sources
+from spp.report.svg import STYLE, Line, chart_style, heat_map, line_chart
+
+Made = TypeVar("Made")
+RECIPE = (  # options of a run that decide what comes out
+    *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
+    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
+    *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
+    *("dtype", "bf16", "seed"),
+)
+_LONG = ("scores", "tasks", "stderr", "versions", "layers")  # parts of a result that have a table of their own
+
+
+def html_report(
+    runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    dense: str | os.PathLike[str] | None = None,
+    prompts: str | os.PathLike[str] | None = None,
+    max_new_tokens: int = 48,
+    verify: bool = True,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> RunReport:
+    """Make one page of runs, checkpoints and results, and write it as a self-contained HTML file.
+
+    Args:
+        runs: run directories of spp tune, checkpoints, directories of spp compare, folders that hold these, and JSON
+            files that commands wrote; or a single one.
+        out: the file; None writes none.
+        dense: the dense model, as the results name it, or its directory; a model that is measured and has no zeros is
+            one too. Needed for answers of it.
+        prompts: file of prompts, one a line, or JSON Lines with a field prompt: the models answer them now, greedily,
+            which loads one after the other. None generates nothing.
+        max_new_tokens: of an answer.
+        verify: read weights: verify certificates, and measure what adapters change. False says that it was not done.
+        device: where models answer, "cpu" or "cuda".
+        overwrite: replace an earlier report.
+
+    Returns:
+        The contents: `results()`, `to_dict()`.
+
+    Raises:
+        CheckpointError: a directory is missing, is none of spp or was written by another version; or a model that is to
+            answer cannot be loaded.
+        DataError: a file is no result of spp, or there is no prompt.
+        OutputError: `out` exists, or cannot be written.
+        ConfigError: an option makes no sense.
+
+    Example:
+        >>> html_report(["run", "merged", "dense.json"], "report.html", dense="MODEL").notes  # doctest: +SKIP
+        []
+    """
+    from spp.report.weights import read_prompts, zeros_of  # which loads what trains and merges
+
+    named = (runs,) if isinstance(runs, (str, os.PathLike)) else tuple(runs)
+    told = ReportConfig(
+        runs=tuple(os.fspath(name) for name in named),
+        dense=None if dense is None else os.fspath(dense),
+        prompts=None if prompts is None else Path(prompts),
+        max_new_tokens=max_new_tokens,
+        device=device,
+    )
+    asked = read_prompts(told.prompts) if told.prompts is not None else []
+    if out is not None:
+        check_target(out, overwrite=overwrite, kind=PAGE)
+    sources = read_sources(told.runs, told.dense)
+    zeros = {path: zeros_of(one, verify=verify) for path, one in sources.checkpoints.items()}
+    notes = [f"{run.name}: {problem}" for run in sources.runs for problem in run.problems]
+    notes += [f"{one.name}: {one.verdict}" for one in zeros.values() if one.holds is False]
+    changes = _measured_changes(sources, notes, verify=verify)
+    report = RunReport(sources, columns_of(sources.measured), zeros, changes, asked, {}, notes)
+    if asked:
+        report.answers.update(_given_answers(report, max_new_tokens, device))
+    if not any(report.recovered(column, key) is not None for column in report.columns for key in sources.models):
+        notes.append(
+            "what was recovered is not known: it needs the dense, the pruned and the tuned model, measured on one text "
+            "in one window; spp eval MODEL --json measures one"
+        )
+    if out is not None:
+        with atomic_file(out, overwrite=overwrite, kind=PAGE) as temporary:
+            temporary.write_text(html_page(report), encoding="utf-8")
+    return report
+
+
+def _measured_changes(sources: Sources, notes: list[str], *, verify: bool) -> list[Changes]:
+    """Return what the adapters of runs change; a note says why one is left out."""
+    from spp.report.weights import changes_of
+
+    found = []
+    for run in sources.runs:
+        base = Path(sources.models[run.after].path)
+        if run.adapter is None:
+            continue
+        if not verify or not base.is_dir():
+            why = "no weights were read" if not verify else f"its base {base} is not there"
+            notes.append(f"{run.name}: what the adapter changes is not measured: {why}")
+            continue
+        try:
+            found.append(changes_of(run.name, base, run.adapter))
+        except SPPError as error:
+            notes.append(f"{run.name}: what the adapter changes is not measured: {error}")
+    return found
+
+
+def _given_answers(report: RunReport, most: int, device: str) -> dict[Key, list[str]]:
+    """Let the models answer that are there: of one that was tuned and merged, the tuned one."""
+    from spp.report.weights import answers_of
+
+    tuned = {run.before for run in report.sources.runs if run.adapter is not None}
+    found = {}
+    for stage, key, _ in report.models():
+        path, adapter = key
+        named = key == (report.sources.dense, None) or Path(path).is_dir()
+        merged_too = stage == "merged" and report.sources.base_of(key) in tuned
+        if named and not merged_too and (adapter is None or Path(adapter).is_dir()):
+            found[key] = answers_of(report.sources.models[key], report.prompts, most=most, device=device)
+    return found
+
+
+def html_page(report: RunReport) -> str:
+    """Return the page."""
+    sections = [
+        ("Notes", _notes(report)),
+        ("Results", _results(report)),
+        ("What was done", _done(report)),
+        ("Loss", _losses(report)),
+        ("Zeros", _zeros(report)),
+        ("Changes by the adapter", _changes(report)),
+        ("Answers", _answers(report)),
+        ("Time and memory", _costs(report)),
+        ("Provenance", _provenance(report)),
+        ("Commands", _commands(report)),
+    ]
+    there = [(title, body) for title, body in sections if body]
+    links = "".join(f'<li><a href="#{_anchor(title)}">{title}</a></li>' for title, _ in there)
+    body = "\n".join(f'<section id="{_anchor(t)}">\n<h2>{t}</h2>\n{b}\n</section>' for t, b in there)
+    names = ", ".join(dict.fromkeys([*(run.name for run in report.sources.runs), *_names(report)])) or "results"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{PAGE_MARK}
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escaped(names)} – spp report</title>
+<style>
+{STYLE}
+{chart_style(dark=False)}
+@media (prefers-color-scheme: dark) {{
+{chart_style(dark=True)}
+}}
+</style>
+</head>
+<body>
+<header>
+<h1>{escaped(names)}</h1>
+<p>{_summary(report)}</p>
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<main>
+{body}
+</main>
+<footer><p>Made by spp {escaped(__version__)} of the files that it names, and of nothing else.</p></footer>
+</body>
+</html>
+"""
+
+
+def _names(report: RunReport) -> list[str]:
+    return [one.name for one in report.zeros.values()] if not report.sources.runs else []
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _summary(report: RunReport) -> str:
+    holds = [one.holds for one in report.zeros.values()]
+    unfinished = sum(bool(run.problems) for run in report.sources.runs)
+    parts = [
+        (count_text(len(report.sources.runs), "run"), ""),
+        (f"{unfinished} of them unfinished", "bad") if unfinished else ("", ""),
+        (f"zeros verified in {count_text(holds.count(True), 'checkpoint')}", "good") if True in holds else ("", ""),
+        (f"zeros wrong in {count_text(holds.count(False), 'checkpoint')}", "bad") if False in holds else ("", ""),
+        (f"{count_text(holds.count(None), 'checkpoint')} not verified", "") if None in holds else ("", ""),
+    ]
+    return " ".join(f'<span class="chip {kind}">{escaped(text)}</span>' for text, kind in parts if text)
+
+
+# ---- Sections: each returns HTML, "" where there is nothing to say.
+
+
+def _notes(report: RunReport) -> str:
+    items = "".join(f"<li>{escaped(note)}</li>" for note in report.notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _results(report: RunReport) -> str:
+    tables = report.results()
+    if not tables:
+        return "<p>No perplexity and no score was found.</p>"
+    told = ""
+    if any("recovered" in head for table in tables for head in table.columns):
+        told = (
+            "<p>Recovered is the share of the gap between the dense and the pruned model that is closed again, in "
+            "logarithms of the perplexity.</p>"
+        )
+    columns = "<p>Numbers compare within a column only: what was measured on another text, with another tokenizer, "
+    columns += "window, BOS or protocol, or where that was not recorded, has a column of its own.</p>"
+    return "\n".join([*map(_scrolled, tables), told, columns])
+
+
+def _done(report: RunReport) -> str:
+    parts = []
+    for name, values in report.sources.prunings:
+        found = _pruning(name, values)
+        lines = "".join(f"<li>{escaped(line)}</li>" for line in prune_lines(found))
+        parts.append(f"<h3>{escaped(name)}</h3>\n{_scrolled(prune_table(found))}\n<ul>{lines}</ul>")
+    runs = report.sources.runs
+    chosen = {run.name: recipe_of(run.options) for run in runs}
+    for run in runs:
+        data = dict(run.config.get("data") or {})
+        chosen[run.name] |= {f"data: {name}": str(value) for name, value in data.items()}
+    names = list(dict.fromkeys(name for options in chosen.values() for name in options))
+    rows = [(name, *(options.get(name, "–") for options in chosen.values())) for name in names]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    heads = ("option", *chosen)
+    if differing:
+        parts.append(_scrolled(Table("tuning: options that differ", heads, tuple(differing))))
+        rows = [row for row in rows if row not in differing]
+    if runs:
+        parts.append(_scrolled(Table("tuning: options of all runs" if differing else "tuning", heads, tuple(rows))))
+    parts += [_scrolled(_comparison(name, contents)) for name, contents in report.sources.comparisons]
+    return "\n".join(parts)
+
+
+def recipe_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a tuning run that decide what comes out, {name: value as text}."""
+    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
+    return {name: shown(options[name]) for name in RECIPE if options.get(name) is not None and name not in unused}
+
+
+def _pruning(name: str, values: Mapping[str, Any]) -> PruneReport:
+    try:
+        layers = {
+            path: _made(LayerReport, {**of, "shape": tuple(of["shape"])}) for path, of in values["layers"].items()
+        }
+        return _made(PruneReport, {**values, "layers": layers})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{name} is the report of a pruning by another version of spp: {error}") from None
+
+
+def _made(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """Return a dataclass of those values that it has a field for."""
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # type: ignore[arg-type]
+
+
+def _comparison(name: str, contents: Mapping[str, Any]) -> Table:
+    def perplexity(row: Mapping[str, Any], part: str) -> str:
+        of_part = row.get(part)
+        value = of_part.get("perplexity") if isinstance(of_part, Mapping) else None
+        return f"{value:.4f}" if isinstance(value, (int, float)) else "not measured"
+
+    rows = [
+        (str(row.get("contender", key)), *(str(row.get(part, "–")) for part in ("lr", "seed", "steps")),
+         "diverged" if row.get("diverged") else perplexity(row, "validation"), perplexity(row, "test"))
+        for key, row in [*contents.get("baselines", {}).items(), *contents["rows"].items()]
+        if isinstance(row, Mapping)
+    ]  # fmt: skip
+    return Table(f"comparison {name}", ("contender", "lr", "seed", "steps", "validation", "test"), tuple(rows))
+
+
+def _losses(report: RunReport) -> str:
+    lines = []
+    for run in report.sources.runs:
+        marks = [(entry["step"], entry["eval_loss"]) for entry in run.log if "eval_loss" in entry]
+        for part, step in (("before", 0), ("after", run.steps)):
+            values = run.evaluation.get(part)
+            if isinstance(values, Mapping) and isinstance(values.get("loss"), (int, float)):
+                marks.append((step, float(values["loss"])))
+        points = [(entry["step"], float(entry["loss"])) for entry in run.log if "loss" in entry]
+        lines.append(Line(run.name, points, sorted(marks)))
+    title = "; ".join(
+        f"{line.name}: training loss from {line.points[0][1]:.3f} at step {line.points[0][0]:g} to "
+        f"{line.points[-1][1]:.3f} at step {line.points[-1][0]:g}"
+        for line in lines
+        if line.points
+    )
+    chart = line_chart(lines, title or "loss", "step", "loss, nats a token")
+    dots = " Dots are the loss on the text of the perplexity, before and after." if any(x.marks for x in lines) else ""
+    return f"<figure>{chart}<figcaption>The lines are the training loss.{dots}</figcaption></figure>" if chart else ""
+
+
+def _zeros(report: RunReport) -> str:
+    parts = []
+    for one in report.zeros.values():
+        kind, word = {True: ("good", "verified"), False: ("bad", "wrong"), None: ("", "not verified")}[one.holds]
+        parts.append(f'<h3>{escaped(one.name)} <span class="chip {kind}">{word}</span></h3>')
+        parts.append(f"<p>{escaped(one.verdict)}</p>")
+        if one.report is not None:
+            parts.append(_heat(report_cells(one.report), f"sparsity of {one.name}", 1.0))
+            parts.append(_folded("by projection", _scrolled(sparsity_table(one.report))))
+    return "\n".join(parts)
+
+
+def _heat(cells: Mapping[str, Cell], title: str, most: float | None = None) -> str:
+    """Return the heat maps of means over weights; without `most`, the largest mean has the last colour."""
+    figures = []
+    for panel in panels_of(cells):
+        there = [value for row in panel.values for value in row if value is not None]
+        told = f"{title}: {panel.title}, {min(there):.4g} to {max(there):.4g}"
+        scale = max(there) if most is None else most
+        drawn = heat_map(panel, told, scale, "{:.2f}".format if most is not None else "{:.2g}".format)
+        caption = f"<figcaption>{escaped(panel.title)}, {min(there):.4g} … {max(there):.4g}</figcaption>"
+        figures.append(f"<figure>{_region(drawn, told)}{caption}</figure>")
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _changes(report: RunReport) -> str:
+    parts = []
+    for one in report.changes:
+        parts.append(f"<h3>{escaped(one.name)}</h3>")
+        parts.append("<p>The mean of |W_eff / W − 1| over the weights that pruning kept.</p>")
+        parts.append(_heat(one.sums, f"changes by {one.name}"))
+        survived = one.merge.survived
+        told = "there is no update" if survived is None else f"{survived:.2%} of the update survived rounding"
+        parts.append(f"<p>Of a merge into the base's dtype: {told}.</p>")
+        parts.append(_folded("by projection", _scrolled(merge_table(one.merge))))
+    for name, values in report.sources.merges:
+        parts.append(f"<h3>{escaped(name)}</h3>\n{_scrolled(merge_table(_merge(name, values)))}")
+    return "\n".join(parts)
+
+
+def _merge(name: str, values: Mapping[str, Any]) -> MergeReport:
+    try:
+        layers = {path: _made(LayerMerge, of) for path, of in values["layers"].items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{name} is the report of a merge by another version of spp: {error}") from None
+    return MergeReport(layers, values["survived"], make_report({}))
+
+
+def _answers(report: RunReport) -> str:
+    parts = []
+    for i, prompt in enumerate(report.prompts):
+        items = "".join(
+            f"<dt>{escaped(stage or 'model')}: {escaped(name)}</dt>"
+            f"<dd><pre>{escaped(report.answers[key][i])}</pre></dd>"
+            for stage, key, name in report.models()
+            if key in report.answers
+        )
+        parts.append(f"<h3>Prompt {i + 1}</h3>\n<pre>{escaped(prompt)}</pre>\n<dl>{items}</dl>")
+    return "\n".join(parts)
+
+
+def _costs(report: RunReport) -> str:
+    rows: list[tuple[str, str, str]] = []
+
+    def add(name: str, seconds: Any, size: Any) -> None:
+        timed = time_text(seconds) if isinstance(seconds, (int, float)) else "not measured"
+        rows.append((name, timed, byte_text(size) if isinstance(size, (int, float)) else "not measured"))
+
+    for name, values in report.sources.prunings:
+        add(f"pruning, {name}", values.get("seconds"), values.get("peak_bytes"))
+    for run in report.sources.runs:
+        add(f"tuning, {run.name} ({run.steps} steps)", run.seconds, run.config.get("peak_bytes"))
+    for name, values in report.sources.results:
+        add(f"measuring, {name}", values.get("seconds"), values.get("peak_bytes"))
+    sizes = [(one.name, byte_text(_size(one.path))) for one in report.sources.checkpoints.values()]
+    sizes += [(f"{run.name}, adapter", byte_text(_size(run.adapter))) for run in report.sources.runs if run.adapter]
+    tables = [Table("time and peak memory", ("what", "time", "peak memory"), tuple(rows))] if rows else []
+    tables += [Table("size of the weights on disk", ("what", "size"), tuple(sizes))] if sizes else []
+    return "\n".join(map(_scrolled, tables))
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _provenance(report: RunReport) -> str:
+    sources = [(run.name, run.config) for run in report.sources.runs] + report.sources.results
+    parts = []
+    for name, values in sources:
+        told = {key: value for key, value in values.items() if key not in _LONG and not isinstance(value, (dict, list))}
+        table = fields_table("", {**told, "versions": Provenance.from_dict(values).packages or None})
+        parts.append(_folded(name, _scrolled(table, name)))
+    for one in report.sources.checkpoints.values():
+        if (made := one.certificate) is not None:
+            base = (
+                {} if made.base is None else {"base": made.base.name_or_path, "its fingerprint": made.base.fingerprint}
+            )
+            told = {"fingerprint": made.fingerprint(), "spp": made.spp_version, **base}
+            parts.append(_folded(one.name, _scrolled(fields_table("", told), one.name)))
+    return "\n".join(parts)
+
+
+def _commands(report: RunReport) -> str:
+    lines = commands(report.sources)
+    return _region(f"<pre>{escaped(chr(10).join(lines))}</pre>", "commands") if lines else ""
+
+
+# ---- Parts of sections.
+
+
+def _scrolled(table: Table, name: str = "") -> str:
+    return _region(table.html(), table.title or name)
+
+
+def _region(body: str, name: str) -> str:
+    """Return something wide in a box that scrolls, by keyboard too."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(name)}">{body}</div>'
+
+
+def _folded(name: str, body: str) -> str:
+    return f"<details><summary>{escaped(name)}</summary>{body}</details>"
