@@ -23,17 +23,12 @@ from spp.files import read_json
 from spp.files.cards import CARD_NAME
 from spp.files.provenance import Provenance
 from spp.report import Table, sparsity_table
+from spp.report.contents import recipe_of, shown
 from spp.weights.packed.disk import is_packed_directory
 from spp.wrapping.adapter_files import CONFIG_NAME, AdapterFiles, adapter_without_update, read_adapter
 
 _PAPER = "[SPP](https://arxiv.org/abs/2405.16057)"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_RECIPE = (  # options of a run that decide what comes out
-    *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
-    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
-    *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
-    *("dtype", "bf16", "seed"),
-)
 
 
 def make_card(
@@ -105,7 +100,7 @@ def _front_matter(metadata: Mapping[str, str], tags: Sequence[str]) -> str:
 def _adapter_body(adapter: AdapterFiles, repo_id: str, base: str) -> str:
     layers = adapter.layers()
     parameters = sum(tensor.numel() for params in layers.values() for tensor in params)
-    options = [(name, _shown(value)) for name, value in adapter.config.to_dict().items() if value is not None]
+    options = [(name, shown(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     options += [("layers", str(len(layers))), ("parameters", str(parameters))]
     known = f"the zeros of {len(adapter.base_masks or {})} of its {len(layers)} layers and refuses another base."
     idle = adapter_without_update(adapter)
@@ -160,12 +155,10 @@ def _recipe_section(values: Mapping[str, Any]) -> str:
     options = values.get("tune")
     if not isinstance(options, dict):
         raise CheckpointError("the run's config.json has no options of a tuning run; pass the directory of `spp tune`")
-    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
-    chosen = {name: options[name] for name in _RECIPE if options.get(name) is not None and name not in unused}
-    data = chosen.get("data")
+    data = options.get("data")
     if data is not None:
-        chosen["data"] = [_public(str(name)) for name in (data if isinstance(data, list) else [data])]
-    rows = [(name, _shown(value)) for name, value in chosen.items()]
+        data = [_public(str(name)) for name in (data if isinstance(data, list) else [data])]
+    rows = list(recipe_of({**options, "data": data}).items())
     if versions := Provenance.from_dict(values).packages:
         rows.append(("versions", versions))
     return f"## Recipe\n\n{_table(('option', 'value'), rows)}"
@@ -179,7 +172,7 @@ def _results(run: Path | None) -> str | None:
     values = read_json(path, "the run's perplexities")
     found = {name: values.get(name) for name in ("before", "after")}
     rows = [
-        (name, f"{float(one['perplexity']):.4f}", _shown(one.get("window") or "rows"), _shown(one.get("windows")))
+        (name, f"{float(one['perplexity']):.4f}", shown(one.get("window") or "rows"), shown(one.get("windows")))
         for name, one in found.items()
         if isinstance(one, dict) and isinstance(one.get("perplexity"), (int, float))
     ]
@@ -230,10 +223,6 @@ def _generates(directory: Path) -> bool:
 
 def _is_causal(directory: Path) -> bool:
     return read_json(directory / CONFIG_NAME, "adapter config").get("task_type") == "CAUSAL_LM"
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -21,6 +21,12 @@ from spp.report.runs import NOT_RECORDED, STAGES, Changes, Key, Measured, Source
 
 FORMAT = "spp-report-1"
 NOT_MEASURED = "not measured"
+RECIPE = (  # options of a run that decide what comes out
+    *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
+    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
+    *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
+    *("dtype", "bf16", "seed"),
+)
 _NOT_REPEATED = ("overwrite", "resume", "progress")
 
 
@@ -94,11 +100,12 @@ class RunReport:
         if path == self.sources.dense:
             return "dense"
         certificate, found = self.sources.certificate(path), self.zeros.get(path)
+        if certificate is not None and Path(path).name == "reconstructed":
+            return "reconstructed"
         if certificate is not None and certificate.base is not None:
             return "merged"
         if found is not None and found.report is not None:
-            sparse = "reconstructed" if Path(path).name == "reconstructed" else "pruned"
-            return sparse if found.report.sparsity >= PRUNED_FROM else "dense"
+            return "pruned" if found.report.sparsity >= PRUNED_FROM else "dense"
         of_runs = {str(run.options.get("method", "spp")) for run in self.sources.runs if run.before == key}
         return ("dense" if "pst" in of_runs else "pruned") if of_runs else ""
 
@@ -112,13 +119,22 @@ class RunReport:
         dense = [k for k in column.values if self.stage(k) == "dense"]
         own = [k for k in dense if k[0] == self.sources.dense]
         dense = own or dense
-        base = key if self.stage(key) == "pruned" else self.sources.base_of(key)
+        base = self._pruned(key)
         if len(dense) != 1 or base not in column.values or key not in column.values or key in dense:
             return None
         best, start, now = (column.values[k] for k in (dense[0], base, key))
         if not all(map(math.isfinite, (best, start, now))) or not 0 < best < start or now <= 0:
             return None
         return (math.log(start) - math.log(now)) / (math.log(start) - math.log(best))
+
+    def _pruned(self, key: Key) -> Key | None:
+        """Return the pruned model that a model was made of, itself if it is one; None where that is not known."""
+        of: Key | None = key
+        for _ in STAGES:
+            if of is None or self.stage(of) == "pruned":
+                return of
+            of = self.sources.base_of(of)
+        return None
 
     def results(self) -> list[Table]:
         """Return the models side by side: their perplexities, their scores, and further metrics of tasks."""
@@ -278,3 +294,9 @@ def _typed(options: Iterable[Field], values: Mapping[str, Any]) -> list[str]:
 def shown(value: Any) -> str:
     """Return a value, or values with commas between them, as text."""
     return ", ".join(map(shown, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def recipe_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a tuning run that decide what comes out, {name: value as text}."""
+    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
+    return {name: shown(options[name]) for name in RECIPE if options.get(name) is not None and name not in unused}

@@ -21,18 +21,12 @@ from spp.files.recognised import PAGE, PAGE_MARK
 from spp.files.tables import Table, byte_text, count_text, escaped, fields_table, time_text
 from spp.merging.report import LayerMerge, MergeReport, merge_table
 from spp.pruning.report import LayerReport, PruneReport, prune_lines, prune_table
-from spp.report.contents import RunReport, columns_of, commands, shown
+from spp.report.contents import RunReport, columns_of, commands, recipe_of
 from spp.report.plot import Cell, panels_of, report_cells
 from spp.report.runs import Changes, Key, Sources, read_sources
 from spp.report.svg import STYLE, Line, chart_style, heat_map, line_chart
 
 Made = TypeVar("Made")
-RECIPE = (  # options of a run that decide what comes out
-    *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
-    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
-    *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
-    *("dtype", "bf16", "seed"),
-)
 _LONG = ("scores", "tasks", "stderr", "versions", "layers")  # parts of a result that have a table of their own
 
 
@@ -97,6 +91,8 @@ def html_report(
     report = RunReport(sources, columns_of(sources.measured), zeros, changes, asked, {}, notes)
     if asked:
         report.answers.update(_given_answers(report, max_new_tokens, device))
+        if not report.answers:
+            notes.append("no model answered: a directory of none is here")
     if not any(report.recovered(column, key) is not None for column in report.columns for key in sources.models):
         notes.append(
             "what was recovered is not known: it needs the dense, the pruned and the tuned model, measured on one text "
@@ -255,16 +251,11 @@ def _done(report: RunReport) -> str:
     if differing:
         parts.append(_scrolled(Table("tuning: options that differ", heads, tuple(differing))))
         rows = [row for row in rows if row not in differing]
-    if runs:
-        parts.append(_scrolled(Table("tuning: options of all runs" if differing else "tuning", heads, tuple(rows))))
+    if rows:
+        title = "tuning: options of all runs" if len(runs) > 1 else "tuning"
+        parts.append(_scrolled(Table(title, ("option", "value"), tuple(row[:2] for row in rows))))
     parts += [_scrolled(_comparison(name, contents)) for name, contents in report.sources.comparisons]
     return "\n".join(parts)
-
-
-def recipe_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options of a tuning run that decide what comes out, {name: value as text}."""
-    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
-    return {name: shown(options[name]) for name in RECIPE if options.get(name) is not None and name not in unused}
 
 
 def _pruning(name: str, values: Mapping[str, Any]) -> PruneReport:
@@ -320,7 +311,7 @@ def _losses(report: RunReport) -> str:
 
 def _zeros(report: RunReport) -> str:
     parts = []
-    for one in report.zeros.values():
+    for one in [report.zeros[key[0]] for _, key, _ in report.models() if key[1] is None and key[0] in report.zeros]:
         kind, word = {True: ("good", "verified"), False: ("bad", "wrong"), None: ("", "not verified")}[one.holds]
         parts.append(f'<h3>{escaped(one.name)} <span class="chip {kind}">{word}</span></h3>')
         parts.append(f"<p>{escaped(one.verdict)}</p>")
@@ -335,10 +326,12 @@ def _heat(cells: Mapping[str, Cell], title: str, most: float | None = None) -> s
     figures = []
     for panel in panels_of(cells):
         there = [value for row in panel.values for value in row if value is not None]
-        told = f"{title}: {panel.title}, {min(there):.4g} to {max(there):.4g}"
+        low, high = f"{min(there):.4g}", f"{max(there):.4g}"
+        ends = low if low == high else f"{low} … {high}"
+        told = f"{title}: {panel.title}, {ends}"
         scale = max(there) if most is None else most
         drawn = heat_map(panel, told, scale, "{:.2f}".format if most is not None else "{:.2g}".format)
-        caption = f"<figcaption>{escaped(panel.title)}, {min(there):.4g} … {max(there):.4g}</figcaption>"
+        caption = f"<figcaption>{escaped(panel.title)}, {ends}</figcaption>"
         figures.append(f"<figure>{_region(drawn, told)}{caption}</figure>")
     return f'<div class="figures">{"".join(figures)}</div>'
 

@@ -166,11 +166,14 @@ class Sources:
     """All that was found.
 
     Attributes:
+        dense: path of the dense model, where it was named.
+        read: files and runs that were read, without links: each is read once.
         models: by key. checkpoints: by path without links.
         results: (name, object) of each JSON file of spp eval; prunings, merges, comparisons alike.
     """
 
     dense: str | None = None
+    read: set[str] = field(default_factory=set)
     runs: list[TuningRun] = field(default_factory=list)
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     models: dict[Key, Model] = field(default_factory=dict)
@@ -187,21 +190,26 @@ class Sources:
         return self.models.setdefault(found.key, found)
 
     def base_of(self, key: Key) -> Key | None:
-        """Return the pruned model that a tuned or merged one was made of; None where that is not known."""
+        """Return the model that a tuned, merged or reconstructed one was made of; None where that is not known."""
         path, adapter = key
-        certificate = self.certificate(path)
-        if adapter is None and (certificate is None or certificate.base is None):
-            return None
-        found = path
+        found: str | None = path
         if adapter is None:
-            assert certificate is not None and certificate.base is not None
-            found = located(certificate.base.name_or_path or "", Path(path).parent)
-            for other, checkpoint in self.checkpoints.items():
-                made = checkpoint.certificate
-                if made is not None and made.base is None and made.fingerprint() == certificate.base.fingerprint:
-                    found = other
+            certificate = self.certificate(path)
+            if certificate is None:
+                return None
+            base = certificate.base
+            found = None if base is None else located(base.name_or_path or "", Path(path).parent)
+            if found not in self.checkpoints and (base is not None or Path(path).name == "reconstructed"):
+                mask = certificate.fingerprint()
+                same = [
+                    other
+                    for other, one in self.checkpoints.items()
+                    if one.certificate is not None and one.certificate.base is None
+                    if one.certificate.fingerprint() == mask
+                ]
+                found = next((other for other in same if other != path), found)
         updated = [run.before for run in self.runs if run.base is not None and os.path.realpath(run.base) == found]
-        return updated[0] if updated else (found, None)
+        return updated[0] if updated else None if found is None else (found, None)
 
     def certificate(self, path: str) -> Certificate | None:
         """Return the certificate of a checkpoint that was found."""
@@ -263,7 +271,7 @@ def _read_folder(found: Sources, name: str, path: Path) -> None:
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     read = [_read_directory(found, os.path.join(name, entry.name), entry) for entry in entries if entry.is_dir()]
     files = [entry for entry in entries if entry.suffix in (".json", ".jsonl") and entry.is_file()]
-    known = [file for file in files if any(map(_kind, _objects(file, strict=False)))]
+    known = [file for file in files if {*map(_kind, _objects(file, strict=False))} - {None, "tune"}]
     for file in known:
         _read_file(found, os.path.join(name, file.name), file)
     if not any(read) and not known:
@@ -285,11 +293,21 @@ def _add_checkpoint(found: Sources, name: str, path: Path) -> Checkpoint:
 # ---- Runs of spp tune.
 
 
+def _known(found: Sources, path: Path) -> bool:
+    """Return whether something was read already, and note that it is now."""
+    where = os.path.realpath(path)
+    before = where in found.read
+    found.read.add(where)
+    return before
+
+
 def _read_run(found: Sources, name: str, path: Path) -> None:
     from spp.training.callbacks import read_log  # what trains is not loaded before it is needed
     from spp.training.checkpoints import last_complete
     from spp.training.run_directory import FORMAT
 
+    if _known(found, path):
+        return
     config = read_json(path / "config.json", "the run's config")
     if config.get("format") != FORMAT:
         raise CheckpointError(
@@ -386,14 +404,23 @@ def _kind(values: Mapping[str, Any]) -> str | None:
         return "prune"
     if values.keys() >= {"layers", "survived", "kept"}:
         return "merge"
+    if values.keys() >= {"run_dir", "adapter_dir"}:
+        return "tune"
     return None
 
 
 def _read_file(found: Sources, name: str, path: Path) -> None:
     if path.name == "results.json" and "format_version" in _first(path):
         return _read_comparison(found, name, path)
+    if _known(found, path):
+        return None
     for values in _objects(path):
         kind = _kind(values)
+        if kind == "tune":
+            run = Path(located(values["run_dir"], path.parent))
+            if not run.is_dir() or not _read_directory(found, str(values["run_dir"]), run):
+                raise DataError(f"{name} is of the run {run}, which is not there: pass its directory")
+            continue
         if kind is None:
             raise DataError(f"{name} is no result of spp: its keys are {some_of(values) or 'none'}; {_EXPECTED}")
         {"eval": found.results, "prune": found.prunings, "merge": found.merges}[kind].append((name, values))
@@ -406,6 +433,8 @@ def _read_file(found: Sources, name: str, path: Path) -> None:
 
 
 def _read_comparison(found: Sources, name: str, path: Path) -> None:
+    if _known(found, path):
+        return
     contents = read_json(path, "the results")
     if contents.get("format_version") != COMPARISON_VERSION:
         raise CheckpointError(

@@ -23,8 +23,8 @@ _LEVELS = 20  # colours of a heat map
 _WIDTH, _HEIGHT = 400, 230  # of a line chart, in units of which a phone has about as many as pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 34
 _POINTS = 400  # of a line; more are averaged
-_CELL, _SMALL, _ROW = 46, 9, 19  # a cell of a heat map, across; without numbers; down
-_HEAD, _STUB = 66, 34  # room for the names of columns and rows
+_CELL, _SMALL, _ROW = 42, 9, 19  # a cell of a heat map, across; without numbers; down
+_HEAD, _STUB = 58, 30  # room for the names of columns and rows
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ def heat_map(panel: Panel, title: str, most: float, text: Callable[[float], str]
     across, down = (_CELL, _ROW) if numbered else (_SMALL, _SMALL)
     width, height = _STUB + across * len(panel.columns) + 40, _HEAD + down * len(panel.rows) + 4
     parts, wrong = [], set(panel.wrong)
-    every = max(1, -(-len(panel.columns) * 14 // max(1, across * len(panel.columns))))
+    every = -(-14 // across)  # names are 14 apart at least
     for j, column in enumerate(panel.columns):
         if j % every == 0:
-            place = f"translate({_STUB + (j + 0.5) * across:g} {_HEAD - 6}) rotate(-35)"
+            place = f"translate({_STUB + (j + 0.5) * across:g} {_HEAD - 6}) rotate(-50)"
             parts.append(f'<text transform="{place}">{escaped(column.rpartition(".")[2])}</text>')
-    every = max(1, -(-14 // down))
+    every = -(-14 // down)
     for i, row in enumerate(panel.rows):
         y = _HEAD + i * down
         if i % every == 0:
@@ -227,7 +227,13 @@ footer, figcaption, caption { color: var(--soft); font-size: .875rem; }
 .chip.good { background: var(--good); color: var(--good-ink); border-color: var(--good); }
 .chip.bad { background: var(--bad); color: var(--bad-ink); border-color: var(--bad); }
 .notes { background: var(--card); border-left: 4px solid var(--bad); margin: 0; padding: .75rem 1rem .75rem 2rem; }
-.scroll { overflow-x: auto; margin: .5rem 0; max-width: 100%; }
+.scroll {  /* a shadow at an end behind which there is more */
+  overflow-x: auto; margin: .5rem 0; max-width: 100%;
+  background: linear-gradient(to right, var(--page) 40%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--page) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--line), transparent) left / 1rem 100% no-repeat,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat;
+}
 .scroll:focus-visible, a:focus-visible, summary:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; padding: .25rem 0; }
@@ -235,7 +241,9 @@ th, td { padding: .3rem 0; border-bottom: 1px solid var(--line); vertical-align:
 th + th, th + td, td + td { padding-left: 1.25rem; }
 thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; min-width: 3rem; max-width: 14rem; }
 tbody th { font-weight: 500; white-space: nowrap; }
-td { min-width: max(3rem, min(100%, 8rem)); max-width: 34rem; overflow-wrap: break-word; }
+td { max-width: 34rem; overflow-wrap: break-word; }
+[style*="right"] { white-space: nowrap; }
+thead [style*="right"] { white-space: normal; }
 pre { background: var(--card); padding: .75rem; margin: .25rem 0; white-space: pre-wrap; font-size: .85rem;
   overflow-wrap: anywhere; border-radius: .25rem; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; }

@@ -175,6 +175,37 @@ def test_a_folder_of_stages_is_a_run(road: Path) -> None:
     assert cells(whole)["merged"] == "20.0000"
 
 
+def test_the_road_through_reconstruction_and_mask_updates(road: Path, tmp_path: Path) -> None:
+    """A model counts from the pruned one at the beginning of its road, whatever is between."""
+    files = [road / "pruned", shutil.copytree(road / "pruned", tmp_path / "reconstructed")]
+    files += [shutil.copytree(road / "run", tmp_path / "run"), road / "dense.json"]
+    shutil.copytree(road / "pruned", tmp_path / "run" / "base")
+    merge_checkpoint(tmp_path / "run" / "base", road / "run" / "adapter", tmp_path / "merged")
+    files.append(measured(tmp_path / "reconstructed.json", tmp_path / "reconstructed", 40.0))
+    files.append(measured(tmp_path / "m.json", tmp_path / "merged", 20.0))
+    report = html_report(files, verify=False, dense=road / "dense")
+    assert cells(report) | {"pruned": ""} == {
+        "dense": "10.0000",
+        "pruned": "",
+        "reconstructed": "40.0000",
+        "tuned": "20.0000",
+        "merged": "20.0000",
+    }
+    shares = {stage: share for stage, share in cells(report, 3).items() if stage != "pruned"}
+    told = [f"{100 * math.log(100 / p) / math.log(10):.1f} %" for p in (40, 20, 20)]
+    assert shares == dict(zip(("dense", "reconstructed", "tuned", "merged"), ("–", *told), strict=True))
+
+
+def test_a_result_of_tune_names_its_run_and_nothing_is_read_twice(road: Path, tmp_path: Path) -> None:
+    tuned = write(tmp_path / "tune.json", {"run_dir": str(road / "run"), "adapter_dir": "a", "steps": 4})
+    report = html_report([tuned, road / "run", road / "dense.json", road / "dense.json"], verify=False)
+    assert len(report.sources.runs) == 1 and len(report.sources.results) == 1
+    write(tuned, {"run_dir": "moved", "adapter_dir": "a"})
+    with pytest.raises(DataError, match="is of the run moved, which is not there"):
+        html_report([tuned])
+    assert html_report([write(tmp_path / "d.json", json.loads((road / "dense.json").read_text())).parent]).notes
+
+
 def test_zeros_are_verified_now(road: Path, tmp_path: Path) -> None:
     holds = {one.name: one.holds for one in html_report([road / "merged", road / "pruned"]).zeros.values()}
     assert list(holds.values()) == [True, True]
