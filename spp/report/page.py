@@ -5,14 +5,17 @@ Everything that comes from files is text on it: `escaped`, or in a Table. It has
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spp._version import __version__
 from spp.certifying.certificate import make_report, sparsity_table
+from spp.certifying.verify import PRUNED_FROM
 from spp.configs.checkpoints import ReportConfig
 from spp.errors import DataError, SPPError
 from spp.files import atomic_file, check_target
@@ -21,9 +24,9 @@ from spp.files.recognised import PAGE, PAGE_MARK
 from spp.files.tables import Table, byte_text, count_text, escaped, fields_table, time_text
 from spp.merging.report import LayerMerge, MergeReport, merge_table
 from spp.pruning.report import LayerReport, PruneReport, prune_lines, prune_table
-from spp.report.contents import RunReport, columns_of, commands, recipe_of
+from spp.report.contents import NOT_MEASURED, RunReport, columns_of, commands, recipe_of
 from spp.report.plot import Cell, panels_of, report_cells
-from spp.report.runs import Changes, Key, Sources, read_sources
+from spp.report.runs import Changes, Key, Sources, Zeros, read_sources
 from spp.report.svg import STYLE, Line, chart_style, heat_map, line_chart
 
 Made = TypeVar("Made")
@@ -277,7 +280,7 @@ def _comparison(name: str, contents: Mapping[str, Any]) -> Table:
     def perplexity(row: Mapping[str, Any], part: str) -> str:
         of_part = row.get(part)
         value = of_part.get("perplexity") if isinstance(of_part, Mapping) else None
-        return f"{value:.4f}" if isinstance(value, (int, float)) else "not measured"
+        return f"{value:.4f}" if isinstance(value, (int, float)) else NOT_MEASURED
 
     rows = [
         (str(row.get("contender", key)), *(str(row.get(part, "–")) for part in ("lr", "seed", "steps")),
@@ -310,14 +313,17 @@ def _losses(report: RunReport) -> str:
 
 
 def _zeros(report: RunReport) -> str:
-    parts = []
-    for one in [report.zeros[key[0]] for _, key, _ in report.models() if key[1] is None and key[0] in report.zeros]:
-        kind, word = {True: ("good", "verified"), False: ("bad", "wrong"), None: ("", "not verified")}[one.holds]
-        parts.append(f'<h3>{escaped(one.name)} <span class="chip {kind}">{word}</span></h3>')
-        parts.append(f"<p>{escaped(one.verdict)}</p>")
-        if one.report is not None:
-            parts.append(_heat(report_cells(one.report), f"sparsity of {one.name}", 1.0))
-            parts.append(_folded("by projection", _scrolled(sparsity_table(one.report))))
+    paths = [path for _, (path, adapter), _ in report.models() if adapter is None and path in report.zeros]
+    return _side_by_side(_zeros_of(report.zeros[path]) for path in paths)
+
+
+def _zeros_of(one: Zeros) -> str:
+    kind, word = {True: ("good", "verified"), False: ("bad", "wrong"), None: ("", "not verified")}[one.holds]
+    parts = [f'<h3>{escaped(one.name)} <span class="chip {kind}">{word}</span></h3>', f"<p>{escaped(one.verdict)}</p>"]
+    if one.report is not None:
+        drawn = _heat(report_cells(one.report), f"sparsity of {one.name}", 1.0)
+        parts.append(drawn if one.report.sparsity >= PRUNED_FROM else _folded("by layer", drawn))
+        parts.append(_folded("by projection", _scrolled(sparsity_table(one.report))))
     return "\n".join(parts)
 
 
@@ -329,26 +335,40 @@ def _heat(cells: Mapping[str, Cell], title: str, most: float | None = None) -> s
         low, high = f"{min(there):.4g}", f"{max(there):.4g}"
         ends = low if low == high else f"{low} … {high}"
         told = f"{title}: {panel.title}, {ends}"
-        scale = max(there) if most is None else most
-        drawn = heat_map(panel, told, scale, "{:.2f}".format if most is not None else "{:.2g}".format)
-        caption = f"<figcaption>{escaped(panel.title)}, {ends}</figcaption>"
-        figures.append(f"<figure>{_region(drawn, told)}{caption}</figure>")
+        scale, unit = max(there) if most is None else most, 0
+        if most is None and scale > 0:
+            unit = math.floor(math.log10(scale))
+        drawn = heat_map(panel, told, scale, partial(_cell, unit))
+        units = f"; cells in 1e{unit}" if unit else ""
+        figures.append(
+            f"<figure>{_region(drawn, told)}<figcaption>{escaped(panel.title)}, {ends}{units}</figcaption></figure>"
+        )
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
+def _cell(unit: int, value: float) -> str:
+    return f"{value / 10.0**unit:.1f}" if unit else f"{value:.2f}"
+
+
+def _side_by_side(parts: Iterable[str]) -> str:
+    found = "\n".join(f"<article>{part}</article>" for part in parts)
+    return f'<div class="side">{found}</div>' if found else ""
+
+
 def _changes(report: RunReport) -> str:
-    parts = []
-    for one in report.changes:
-        parts.append(f"<h3>{escaped(one.name)}</h3>")
-        parts.append("<p>The mean of |W_eff / W − 1| over the weights that pruning kept.</p>")
-        parts.append(_heat(one.sums, f"changes by {one.name}"))
-        survived = one.merge.survived
-        told = "there is no update" if survived is None else f"{survived:.2%} of the update survived rounding"
-        parts.append(f"<p>Of a merge into the base's dtype: {told}.</p>")
-        parts.append(_folded("by projection", _scrolled(merge_table(one.merge))))
-    for name, values in report.sources.merges:
-        parts.append(f"<h3>{escaped(name)}</h3>\n{_scrolled(merge_table(_merge(name, values)))}")
-    return "\n".join(parts)
+    merges = [
+        f"<h3>{escaped(name)}</h3>\n{_scrolled(merge_table(_merge(name, v)))}" for name, v in report.sources.merges
+    ]
+    told = "<p>The mean of |W_eff / W − 1| over the weights that pruning kept.</p>" if report.changes else ""
+    return told + _side_by_side([*map(_changes_of, report.changes), *merges])
+
+
+def _changes_of(one: Changes) -> str:
+    survived = one.merge.survived
+    told = "there is no update" if survived is None else f"{survived:.2%} of the update survived rounding"
+    parts = [f"<h3>{escaped(one.name)}</h3>", _heat(one.sums, f"changes by {one.name}")]
+    parts += [f"<p>Of a merge into the base's dtype: {told}.</p>"]
+    return "\n".join([*parts, _folded("by projection", _scrolled(merge_table(one.merge)))])
 
 
 def _merge(name: str, values: Mapping[str, Any]) -> MergeReport:
@@ -361,23 +381,23 @@ def _merge(name: str, values: Mapping[str, Any]) -> MergeReport:
 
 def _answers(report: RunReport) -> str:
     parts = []
-    for i, prompt in enumerate(report.prompts):
-        items = "".join(
-            f"<dt>{escaped(stage or 'model')}: {escaped(name)}</dt>"
-            f"<dd><pre>{escaped(report.answers[key][i])}</pre></dd>"
+    for i, prompt in enumerate(report.prompts if report.answers else ()):
+        answers = [
+            f"<h4>{escaped(name if stage in ('', name) else f'{stage}: {name}')}</h4>"
+            f"<pre>{escaped(report.answers[key][i])}</pre>"
             for stage, key, name in report.models()
             if key in report.answers
-        )
-        parts.append(f"<h3>Prompt {i + 1}</h3>\n<pre>{escaped(prompt)}</pre>\n<dl>{items}</dl>")
+        ]
+        parts.append(f"<h3>Prompt {i + 1}</h3>\n<pre>{escaped(prompt)}</pre>\n{_side_by_side(answers)}")
     return "\n".join(parts)
 
 
 def _costs(report: RunReport) -> str:
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
 
     def add(name: str, seconds: Any, size: Any) -> None:
-        timed = time_text(seconds) if isinstance(seconds, (int, float)) else "not measured"
-        rows.append((name, timed, byte_text(size) if isinstance(size, (int, float)) else "not measured"))
+        timed = time_text(seconds) if isinstance(seconds, (int, float)) else NOT_MEASURED
+        rows.append((name, timed, byte_text(size) if isinstance(size, (int, float)) else NOT_MEASURED))
 
     for name, values in report.sources.prunings:
         add(f"pruning, {name}", values.get("seconds"), values.get("peak_bytes"))
@@ -387,7 +407,12 @@ def _costs(report: RunReport) -> str:
         add(f"measuring, {name}", values.get("seconds"), values.get("peak_bytes"))
     sizes = [(one.name, byte_text(_size(one.path))) for one in report.sources.checkpoints.values()]
     sizes += [(f"{run.name}, adapter", byte_text(_size(run.adapter))) for run in report.sources.runs if run.adapter]
-    tables = [Table("time and peak memory", ("what", "time", "peak memory"), tuple(rows))] if rows else []
+    known = any(row[2] != NOT_MEASURED for row in rows)
+    heads: tuple[str, ...] = ("what", "time", "peak memory")
+    title = "time and peak memory"
+    if not known:
+        heads, title, rows = heads[:2], "time; peak memory: not measured", [row[:2] for row in rows]
+    tables = [Table(title, heads, tuple(rows))] if rows else []
     tables += [Table("size of the weights on disk", ("what", "size"), tuple(sizes))] if sizes else []
     return "\n".join(map(_scrolled, tables))
 

@@ -125,7 +125,7 @@ def heat_map(panel: Panel, title: str, most: float, text: Callable[[float], str]
     Args:
         title: what is shown, for those who cannot see it.
         most: the value that has the last colour; 0 has the first.
-        text: how a value is written.
+        text: how a cell writes its value, in five characters at most.
     """
     numbered = len(panel.columns) <= NUMBERED[1]
     across, down = (_CELL, _ROW) if numbered else (_SMALL, _SMALL)
@@ -148,9 +148,9 @@ def heat_map(panel: Panel, title: str, most: float, text: Callable[[float], str]
                 continue
             bad = (i, j) in wrong or not math.isfinite(value)
             level = 0 if bad else min(_LEVELS, max(0, round(_LEVELS * value / (most or 1))))
-            said, kind = ("NaN", "bad") if bad else (text(value), f"h{level}")
+            said, exact, kind = ("NaN", "NaN", "bad") if bad else (text(value), f"{value:.4g}", f"h{level}")
             x, where = _STUB + j * across, f"layer {row}, {panel.columns[j]}" if row else panel.columns[j]
-            parts.append(f'<g class="{kind}"><title>{escaped(where)}: {escaped(said)}</title><rect x="{x}" y="{y}" '
+            parts.append(f'<g class="{kind}"><title>{escaped(where)}: {exact}</title><rect x="{x}" y="{y}" '
                          f'width="{across - 1}" height="{down - 1}"/>')  # fmt: skip
             if numbered:
                 middle = f'x="{x + across / 2 - 0.5:g}" y="{y + down / 2:g}" dy=".32em"'
@@ -240,18 +240,20 @@ caption { text-align: left; padding: .25rem 0; }
 th, td { padding: .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
 th + th, th + td, td + td { padding-left: 1.25rem; }
 thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; min-width: 3rem; max-width: 14rem; }
-tbody th { font-weight: 500; white-space: nowrap; }
+tbody th { font-weight: 500; min-width: 8.5rem; max-width: 22rem; overflow-wrap: anywhere; }
 td { max-width: 34rem; overflow-wrap: break-word; }
 [style*="right"] { white-space: nowrap; }
 thead [style*="right"] { white-space: normal; }
 pre { background: var(--card); padding: .75rem; margin: .25rem 0; white-space: pre-wrap; font-size: .85rem;
   overflow-wrap: anywhere; border-radius: .25rem; }
-dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; }
+h4 { font-size: .9rem; margin: .5rem 0 0; }
+.side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23.5rem), 1fr)); gap: 0 2rem; }
+.side > article { min-width: 0; }
 details { margin: .5rem 0; } summary { cursor: pointer; padding: .2rem 0; }
 figure { margin: .5rem 0; } .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
 .figures figure { max-width: 100%; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
-svg.lines { display: block; width: 100%; max-width: 40rem; height: auto; background: var(--card); }
+svg.lines { display: block; width: 100%; max-width: 33rem; height: auto; background: var(--card); }
 svg.heat { display: block; }
 .grid { stroke: var(--line); stroke-width: 1; }
 polyline, .legend path { fill: none; stroke-width: 1.75; stroke-linejoin: round; }
@@ -259,5 +261,8 @@ polyline.thin { stroke-width: 1; stroke-dasharray: 1 4; }
 .bad rect { fill: var(--bad); } .bad text { fill: var(--bad-ink); }
 .legend { list-style: none; padding: 0; margin: .25rem 0; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem;
   font-size: .9rem; }
+@media (max-width: 32rem) {
+  table { font-size: .85rem; } tbody th { min-width: 7.5rem; } th + th, th + td, td + td { padding-left: .75rem; }
+}
 @media print { .scroll { overflow: visible; } details { display: block; } }
 """.strip()
