@@ -222,7 +222,7 @@ a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; margin: .5rem 0; }
 nav a { display: inline-block; padding: .2rem 0; }
 footer, figcaption, caption { color: var(--soft); font-size: .875rem; }
-.chip { display: inline-block; padding: .1rem .6rem; border-radius: 1rem; border: 1px solid var(--line);
+.chip { display: inline-block; margin: .1rem 0; padding: .1rem .6rem; border-radius: 1rem; border: 1px solid var(--line);
   font-size: .875rem; font-weight: normal; }
 .chip.good { background: var(--good); color: var(--good-ink); border-color: var(--good); }
 .chip.bad { background: var(--bad); color: var(--bad-ink); border-color: var(--bad); }
