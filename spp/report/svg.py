@@ -222,8 +222,8 @@ a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; margin: .5rem 0; }
 nav a { display: inline-block; padding: .2rem 0; }
 footer, figcaption, caption { color: var(--soft); font-size: .875rem; }
-.chip { display: inline-block; margin: .1rem 0; padding: .1rem .6rem; border-radius: 1rem; border: 1px solid var(--line);
-  font-size: .875rem; font-weight: normal; }
+.chip { display: inline-block; margin: .1rem 0; padding: .1rem .6rem; border-radius: 1rem;
+  border: 1px solid var(--line); font-size: .875rem; font-weight: normal; }
 .chip.good { background: var(--good); color: var(--good-ink); border-color: var(--good); }
 .chip.bad { background: var(--bad); color: var(--bad-ink); border-color: var(--bad); }
 .notes { background: var(--card); border-left: 4px solid var(--bad); margin: 0; padding: .75rem 1rem .75rem 2rem; }

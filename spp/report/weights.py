@@ -19,8 +19,7 @@ from spp.certifying.verify import examine, sparsity
 from spp.errors import DataError, MaskError, SPPError, arg
 from spp.files import CheckpointReader, mask_sha256
 from spp.files.jsonio import parse_object
-from spp.merging.parts import read_parts, sum_of
-from spp.merging.places import find_places
+from spp.merging.places import find_places, read_parts, sum_of
 from spp.merging.report import LayerMerge, MergeReport, sum_layers
 from spp.merging.weight import merge_tensor
 from spp.pst import load as load_pst
