@@ -6,7 +6,6 @@ recovered = (ln P_pruned − ln P) / (ln P_pruned − ln P_dense)       P a perp
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from spp.certifying.verify import PRUNED_FROM
 from spp.configs.options import Field, options_of
 from spp.configs.tuning import TuneConfig
 from spp.files.tables import Table
-from spp.report.runs import NOT_RECORDED, STAGES, Changes, Key, Measured, Sources, TuningRun, Zeros
+from spp.report.measured import Column, Key
+from spp.report.runs import STAGES, Changes, Sources, TuningRun, Zeros
 
 FORMAT = "spp-report-1"
 NOT_MEASURED = "not measured"
@@ -28,47 +28,6 @@ RECIPE = (  # options of a run that decide what comes out
     *("dtype", "bf16", "seed"),
 )
 _NOT_REPEATED = ("overwrite", "resume", "progress")
-
-
-@dataclass(frozen=True)
-class Column:
-    """Numbers that were measured alike.
-
-    Attributes:
-        quantity, of: as in Measured.
-        label: with all that tells it from other columns.
-        values: {key of a model: number}; the last one, where a model was measured twice.
-    """
-
-    quantity: str
-    of: str
-    label: str
-    values: dict[Key, float]
-
-
-def columns_of(measured: Sequence[Measured]) -> list[Column]:
-    """Return the columns of some numbers: two are in one only where all that they were measured under is equal."""
-    found: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[Measured]] = {}
-    for one in measured:
-        of = "" if one.quantity == "perplexity" else one.of  # a text is known by its hash, whatever its name
-        found.setdefault((one.quantity, of, one.under), []).append(one)
-    columns = []
-    for (quantity, of, under), entries in found.items():
-        others = [other[2] for other in found if other[:2] == (quantity, of)]
-        first = entries[0].of
-        label = f"perplexity on {first}" if quantity == "perplexity" else " ".join((quantity, *([of] if of else [])))
-        parts = [
-            _short(value if value.startswith(("as ", "of ")) else f"{what} {value}")
-            for i, (what, value) in enumerate(under)
-            if (what == "window" and value != NOT_RECORDED) or any(other[i] != under[i] for other in others)
-        ]
-        values = {entry.model: entry.value for entry in entries}
-        columns.append(Column(quantity, first, ", ".join([label, *parts]), values))
-    return columns
-
-
-def _short(value: str) -> str:
-    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", value)
 
 
 @dataclass(frozen=True)

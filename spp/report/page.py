@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from spp.files.recognised import PAGE, PAGE_MARK
 from spp.files.tables import Table, byte_text, count_text, escaped, fields_table, time_text
 from spp.merging.report import LayerMerge, MergeReport, merge_table
 from spp.pruning.report import LayerReport, PruneReport, prune_lines, prune_table
-from spp.report.contents import NOT_MEASURED, RunReport, columns_of, commands, recipe_of
+from spp.report.contents import NOT_MEASURED, RunReport, commands, recipe_of
+from spp.report.measured import Key, columns_of, is_number
 from spp.report.plot import Cell, panels_of, report_cells
-from spp.report.runs import Changes, Key, Sources, Zeros, read_sources
+from spp.report.runs import Changes, Sources, Zeros, is_directory, read_sources
 from spp.report.svg import STYLE, Line, chart_style, heat_map, line_chart
 
 Made = TypeVar("Made")
@@ -87,6 +88,7 @@ def html_report(
     if out is not None:
         check_target(out, overwrite=overwrite, kind=PAGE)
     sources = read_sources(told.runs, told.dense)
+    _check(sources)
     zeros = {path: zeros_of(one, verify=verify) for path, one in sources.checkpoints.items()}
     notes = [f"{run.name}: {problem}" for run in sources.runs for problem in run.problems]
     notes += [f"{one.name}: {one.verdict}" for one in zeros.values() if one.holds is False]
@@ -107,6 +109,22 @@ def html_report(
     return report
 
 
+def _check(sources: Sources) -> None:
+    """Raise a DataError for the report of a command that has not what its table needs."""
+    makers: list[tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], Any]]] = [
+        (sources.prunings, lambda name, values: (_pruned(name, values), commands(Sources(prunings=[(name, values)])))),
+        (sources.merges, lambda name, values: merge_table(_merge(values))),
+        (sources.comparisons, _comparison),
+    ]
+    for found, make in makers:
+        for name, values in found:
+            try:
+                make(name, values)
+            except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+                told = f"{type(error).__name__}: {error}"
+                raise DataError(f"{name} is damaged, or was written by another version of spp: {told}") from error
+
+
 def _measured_changes(sources: Sources, notes: list[str], *, verify: bool) -> list[Changes]:
     """Return what the adapters of runs change; a note says why one is left out."""
     from spp.report.weights import changes_of
@@ -116,7 +134,7 @@ def _measured_changes(sources: Sources, notes: list[str], *, verify: bool) -> li
         base = Path(sources.models[run.after].path)
         if run.adapter is None:
             continue
-        if not verify or not base.is_dir():
+        if not verify or not is_directory(base):
             why = "no weights were read" if not verify else f"its base {base} is not there"
             notes.append(f"{run.name}: what the adapter changes is not measured: {why}")
             continue
@@ -135,7 +153,7 @@ def _given_answers(report: RunReport, most: int, device: str) -> dict[Key, list[
     found = {}
     for stage, key, _ in report.models():
         path, adapter = key
-        named = key == (report.sources.dense, None) or Path(path).is_dir()
+        named = key == (report.sources.dense, None) or is_directory(path)
         merged_too = stage == "merged" and report.sources.base_of(key) in tuned
         if named and not merged_too and (adapter is None or Path(adapter).is_dir()):
             found[key] = answers_of(report.sources.models[key], report.prompts, most=most, device=device)
@@ -238,15 +256,11 @@ def _results(report: RunReport) -> str:
 
 def _done(report: RunReport) -> str:
     parts = []
-    for name, values in report.sources.prunings:
-        found = _pruning(name, values)
-        lines = "".join(f"<li>{escaped(line)}</li>" for line in prune_lines(found))
-        parts.append(f"<h3>{escaped(name)}</h3>\n{_scrolled(prune_table(found))}\n<ul>{lines}</ul>")
+    parts += [_pruned(name, values) for name, values in report.sources.prunings]
     runs = report.sources.runs
     chosen = {run.name: recipe_of(run.options) for run in runs}
     for run in runs:
-        data = dict(run.config.get("data") or {})
-        chosen[run.name] |= {f"data: {name}": str(value) for name, value in data.items()}
+        chosen[run.name] |= {f"data: {name}": str(value) for name, value in run.data.items()}
     names = list(dict.fromkeys(name for options in chosen.values() for name in options))
     rows = [(name, *(options.get(name, "–") for options in chosen.values())) for name in names]
     differing = [row for row in rows if len(set(row[1:])) > 1]
@@ -261,14 +275,15 @@ def _done(report: RunReport) -> str:
     return "\n".join(parts)
 
 
-def _pruning(name: str, values: Mapping[str, Any]) -> PruneReport:
-    try:
-        layers = {
-            path: _made(LayerReport, {**of, "shape": tuple(of["shape"])}) for path, of in values["layers"].items()
-        }
-        return _made(PruneReport, {**values, "layers": layers})
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{name} is the report of a pruning by another version of spp: {error}") from None
+def _pruning(values: Mapping[str, Any]) -> PruneReport:
+    layers = {path: _made(LayerReport, {**of, "shape": tuple(of["shape"])}) for path, of in values["layers"].items()}
+    return _made(PruneReport, {**values, "layers": layers})
+
+
+def _pruned(name: str, values: Mapping[str, Any]) -> str:
+    found = _pruning(values)
+    lines = "".join(f"<li>{escaped(line)}</li>" for line in prune_lines(found))
+    return f"<h3>{escaped(name)}</h3>\n{_scrolled(prune_table(found))}\n<ul>{lines}</ul>"
 
 
 def _made(kind: type[Made], values: Mapping[str, Any]) -> Made:
@@ -280,7 +295,7 @@ def _comparison(name: str, contents: Mapping[str, Any]) -> Table:
     def perplexity(row: Mapping[str, Any], part: str) -> str:
         of_part = row.get(part)
         value = of_part.get("perplexity") if isinstance(of_part, Mapping) else None
-        return f"{value:.4f}" if isinstance(value, (int, float)) else NOT_MEASURED
+        return f"{value:.4f}" if is_number(value) else NOT_MEASURED
 
     rows = [
         (str(row.get("contender", key)), *(str(row.get(part, "–")) for part in ("lr", "seed", "steps")),
@@ -297,7 +312,7 @@ def _losses(report: RunReport) -> str:
         marks = [(entry["step"], entry["eval_loss"]) for entry in run.log if "eval_loss" in entry]
         for part, step in (("before", 0), ("after", run.steps)):
             values = run.evaluation.get(part)
-            if isinstance(values, Mapping) and isinstance(values.get("loss"), (int, float)):
+            if isinstance(values, Mapping) and is_number(values.get("loss")):
                 marks.append((step, float(values["loss"])))
         points = [(entry["step"], float(entry["loss"])) for entry in run.log if "loss" in entry]
         lines.append(Line(run.name, points, sorted(marks)))
@@ -356,9 +371,7 @@ def _side_by_side(parts: Iterable[str]) -> str:
 
 
 def _changes(report: RunReport) -> str:
-    merges = [
-        f"<h3>{escaped(name)}</h3>\n{_scrolled(merge_table(_merge(name, v)))}" for name, v in report.sources.merges
-    ]
+    merges = [f"<h3>{escaped(name)}</h3>\n{_scrolled(merge_table(_merge(v)))}" for name, v in report.sources.merges]
     told = "<p>The mean of |W_eff / W − 1| over the weights that pruning kept.</p>" if report.changes else ""
     return told + _side_by_side([*map(_changes_of, report.changes), *merges])
 
@@ -371,11 +384,8 @@ def _changes_of(one: Changes) -> str:
     return "\n".join([*parts, _folded("by projection", _scrolled(merge_table(one.merge)))])
 
 
-def _merge(name: str, values: Mapping[str, Any]) -> MergeReport:
-    try:
-        layers = {path: _made(LayerMerge, of) for path, of in values["layers"].items()}
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{name} is the report of a merge by another version of spp: {error}") from None
+def _merge(values: Mapping[str, Any]) -> MergeReport:
+    layers = {path: _made(LayerMerge, of) for path, of in values["layers"].items()}
     return MergeReport(layers, values["survived"], make_report({}))
 
 
@@ -396,8 +406,8 @@ def _costs(report: RunReport) -> str:
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, seconds: Any, size: Any) -> None:
-        timed = time_text(seconds) if isinstance(seconds, (int, float)) else NOT_MEASURED
-        rows.append((name, timed, byte_text(size) if isinstance(size, (int, float)) else NOT_MEASURED))
+        timed = time_text(seconds) if is_number(seconds) else NOT_MEASURED
+        rows.append((name, timed, byte_text(size) if is_number(size) else NOT_MEASURED))
 
     for name, values in report.sources.prunings:
         add(f"pruning, {name}", values.get("seconds"), values.get("peak_bytes"))
@@ -426,7 +436,9 @@ def _provenance(report: RunReport) -> str:
     parts = []
     for name, values in sources:
         told = {key: value for key, value in values.items() if key not in _LONG and not isinstance(value, (dict, list))}
-        table = fields_table("", {**told, "versions": Provenance.from_dict(values).packages or None})
+        kinds = {"python": str, "versions": dict}
+        packages = {key: values[key] for key, kind in kinds.items() if isinstance(values.get(key), kind)}
+        table = fields_table("", {**told, "versions": Provenance.from_dict(packages).packages or None})
         parts.append(_folded(name, _scrolled(table, name)))
     for one in report.sources.checkpoints.values():
         if (made := one.certificate) is not None:

@@ -2,16 +2,16 @@
 
     models     a directory, or one with an adapter; its stage: dense, pruned, reconstructed, tuned, merged
     measured   a number of a model, with all that it was measured under
-    columns    numbers that were measured alike: another text, tokenizer, window, BOS or protocol is another column
 
-Nothing is guessed: a stage follows from a certificate, a run or the zeros; what is not recorded counts as different.
+Nothing is guessed: a stage follows from a certificate, a run or the zeros.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from spp.files.carry import CERTIFICATE_NAME
 from spp.files.jsonio import parse_object
 from spp.files.recognised import MODEL, PRUNE_REPORT, RUN
 from spp.merging.report import MergeReport
+from spp.report.measured import Key, Measured, evaluated, is_number, perplexity_in
 from spp.wrapping.adapter_files import CONFIG_NAME
 
-Key = tuple[str, str | None]  # path of a model, and of the adapter on it
 STAGES = ("dense", "pruned", "reconstructed", "tuned", "merged")
 COMPARISON_VERSION = 1
-NOT_RECORDED = "not recorded"
 _EXPECTED = (
     "expected a run directory of spp tune, a checkpoint (pruned or merged), a directory of spp compare, a folder that "
     "holds some of these, or a JSON file that spp eval --json, spp prune --report or spp merge --json wrote"
@@ -53,25 +52,6 @@ class Model:
     def key(self) -> Key:
         """Its identity."""
         return self.path, self.adapter
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number, and what it was measured under.
-
-    Attributes:
-        model: key of the model.
-        quantity: "perplexity", or a metric of a task.
-        value: it.
-        of: name of the text, or of the task.
-        under: (what, value as text), in one order for a quantity; two numbers compare where these are equal.
-    """
-
-    model: Key
-    quantity: str
-    value: float
-    of: str
-    under: tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -106,11 +86,11 @@ class TuningRun:
     @property
     def planned(self) -> int | None:
         """Optimizer steps that were asked for; None where the files do not say."""
-        if isinstance(self.options.get("steps"), int):
+        if isinstance(self.options.get("steps"), int) and is_number(self.options["steps"]):
             return int(self.options["steps"])
         found = (self.options.get("epochs"), self.options.get("batch_size"), self.options.get("gradient_accumulation"))
-        rows = dict(self.config.get("data") or {}).get("rows")
-        if not all(isinstance(value, (int, float)) and value > 0 for value in (*found, rows)):
+        rows = self.data.get("rows")
+        if not all(is_number(value) and value > 0 for value in (*found, rows)):
             return None
         epochs, batch, accumulation = (float(value) for value in found if value is not None)
         return math.ceil(epochs * math.ceil(math.ceil(float(rows or 0) / batch) / accumulation))
@@ -119,7 +99,13 @@ class TuningRun:
     def seconds(self) -> float | None:
         """Time in training up to the last line of the log."""
         found = self.log[-1].get("seconds") if self.log else None
-        return float(found) if isinstance(found, (int, float)) else None
+        return float(found) if found is not None and is_number(found) else None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Counts and hash of the training data; {} where the files do not say."""
+        found = self.config.get("data")
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass
@@ -216,10 +202,17 @@ class Sources:
         return self.checkpoints[path].certificate if path in self.checkpoints else None
 
 
+def is_directory(name: str | Path) -> bool:
+    """Return whether there is a directory of that name; of what can be no name of one there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(str(name)) and Path(name).is_dir()
+    return False
+
+
 def located(name: object, near: Path) -> str:
     """Return a directory that a file names without links, here or beside the file; of what is no directory its name."""
     for path in (Path(str(name)), near / str(name)):
-        if str(name) and path.is_dir():
+        if str(name) and is_directory(path):
             return os.path.realpath(path)
     return str(name)
 
@@ -320,7 +313,11 @@ def _read_run(found: Sources, name: str, path: Path) -> None:
     run = TuningRun(name, path, config, options)
     try:
         entries = read_log(path / "log.jsonl")
-        losses = [{name: v for name, v in entry.items() if "loss" not in name or _is_number(v)} for entry in entries]
+        losses = [
+            {name: v for name, v in entry.items() if "loss" not in name or is_number(v)}
+            for entry in entries
+            if is_number(entry["step"])
+        ]
         run.log = [entry for entry in losses if entry.keys() & {"loss", "eval_loss"}]
     except (DataError, OSError, ValueError) as error:
         run.problems.append(f"the log cannot be read ({error}): no loss curve")
@@ -340,7 +337,7 @@ def _read_run(found: Sources, name: str, path: Path) -> None:
     model = options.get("model") or f"{name}, before tuning"
     before = found.model(model, None, path.parent)
     run.before = before.key
-    if Path(before.path).is_dir() and _is_checkpoint(before.path):
+    if is_directory(before.path) and _is_checkpoint(before.path):
         _add_checkpoint(found, str(model), Path(before.path))
     if run.base is not None:
         _add_checkpoint(found, os.path.join(name, "base"), run.base)
@@ -353,7 +350,7 @@ def _read_run(found: Sources, name: str, path: Path) -> None:
         values = run.evaluation.get(part)
         if isinstance(values, dict):
             known = {"text_sha256": run.evaluation.get("text_sha256"), **values}
-            found.measured += _perplexity(key, known, *_text_of(run))
+            found.measured += perplexity_in(key, known, *_text_of(run))
     found.runs.append(run)
 
 
@@ -364,7 +361,7 @@ def _is_checkpoint(path: str) -> bool:
 
 def _text_of(run: TuningRun) -> tuple[str, str]:
     """Return the name of the text that a run measured on, and its identity: that of held-out data, else of the run."""
-    text, data = str(run.evaluation.get("text", "a text")), dict(run.config.get("data") or {})
+    text, data = str(run.evaluation.get("text", "a text")), run.data
     if text.startswith("held out:") and "sha256" in data:
         parts = [f"{name} {run.options.get(name)}" for name in ("eval_fraction", "block_length", "seed")]
         return text, f"of the data {data['sha256']}, {', '.join(parts)}"
@@ -418,7 +415,7 @@ def _read_file(found: Sources, name: str, path: Path) -> None:
         kind = _kind(values)
         if kind == "tune":
             run = Path(located(values["run_dir"], path.parent))
-            if not run.is_dir() or not _read_directory(found, str(values["run_dir"]), run):
+            if not is_directory(run) or not _read_directory(found, str(values["run_dir"]), run):
                 raise DataError(f"{name} is of the run {run}, which is not there: pass its directory")
             continue
         if kind is None:
@@ -426,9 +423,9 @@ def _read_file(found: Sources, name: str, path: Path) -> None:
         {"eval": found.results, "prune": found.prunings, "merge": found.merges}[kind].append((name, values))
         if kind == "eval":
             model = found.model(values["model"], values.get("adapter"), path.parent)
-            if Path(model.path).is_dir() and _is_checkpoint(model.path):
+            if is_directory(model.path) and _is_checkpoint(model.path):
                 _add_checkpoint(found, str(values["model"]), Path(model.path))
-            found.measured += _evaluated(model.key, name, values)
+            found.measured += evaluated(model.key, name, values)
     return None
 
 
@@ -444,57 +441,3 @@ def _read_comparison(found: Sources, name: str, path: Path) -> None:
     if not isinstance(contents.get("rows"), dict):
         raise CheckpointError(f"{path} is malformed: it has no rows of a comparison")
     found.comparisons.append((name, contents))
-
-
-def _evaluated(key: Key, name: str, values: Mapping[str, Any]) -> Iterator[Measured]:
-    """Yield the perplexity and the scores of a result of spp eval."""
-    text = str(values.get("text") or values.get("dataset") or "a text")
-    yield from _perplexity(key, values, text, f"as {name} has it")
-    scores, facts = values.get("scores"), values.get("tasks")
-    if not isinstance(scores, Mapping):
-        return
-    facts = facts if isinstance(facts, Mapping) else {}
-    shared = tuple((what, _told(values.get(name))) for what, name in _OF_ALL_TASKS)
-    for task, metrics in scores.items():
-        of_task = facts.get(task)
-        under = tuple((what, _told((of_task or {}).get(name))) for what, name in _OF_A_TASK) + shared
-        for metric, value in metrics.items() if isinstance(metrics, Mapping) else ():
-            if _is_number(value):
-                yield Measured(key, metric, float(value), str(task), under)
-    if _is_number(values.get("mean")):
-        each = [(what, [_told((facts.get(task) or {}).get(name)) for task in scores]) for what, name in _OF_A_TASK]
-        under = tuple((what, ", ".join(found if len(set(found)) > 1 else found[:1])) for what, found in each)
-        yield Measured(key, "mean acc", float(values["mean"]), f"of {', '.join(map(str, scores))}", under + shared)
-
-
-_OF_A_TASK = (
-    *(("version", "version"), ("examples", "num_fewshot"), ("documents", "items"), ("split", "split")),
-    ("contents", "documents_sha256"),
-)
-_OF_ALL_TASKS = (("limit", "limit"), ("chat template", "apply_chat_template"), ("tokenizer", "tokenizer_sha256"))
-_OF_A_TEXT = (  # beside the text itself
-    *(("tokenizer", "tokenizer_sha256"), ("window", "window"), ("BOS", "bos"), ("protocol", "protocol")),
-    *(("windows", "windows"), ("tokens", "tokens")),
-)
-
-
-def _perplexity(key: Key, values: Mapping[str, Any], text: str, otherwise: str) -> Iterator[Measured]:
-    """Yield a perplexity.
-
-    Args:
-        text: the name of the text. otherwise: its identity where no hash of it was recorded.
-    """
-    value = values.get("perplexity")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        under = tuple((what, _told(values.get(name))) for what, name in _OF_A_TEXT)
-        yield Measured(
-            key, "perplexity", float(value), text, (("text", str(values.get("text_sha256") or otherwise)), *under)
-        )
-
-
-def _told(value: object) -> str:
-    return NOT_RECORDED if value is None else str(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsErro
 from spp.merging.disk import merge_checkpoint
 from spp.merging.model import merge
 from spp.report import html_report
-from spp.report.contents import columns_of
-from spp.report.runs import Measured, read_sources
+from spp.report.measured import Measured, columns_of
+from spp.report.page import html_page
+from spp.report.runs import read_sources
 from spp.report.svg import _LINES, averaged, contrast, heat_colours, line_chart, ticks
 from spp.wrapping.adapters import load_adapter, save_adapter
 from spp.wrapping.wrap import adapter_parameters, wrap
@@ -404,6 +407,58 @@ def test_a_file_that_cannot_be_reported(text: str, told: str, tmp_path: Path) ->
     with pytest.raises(DataError, match=told):
         html_report([tmp_path / "x.json"], tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def _places(values: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key in values if isinstance(values, dict) else ():
+        yield (*before, key)
+        yield from _places(values[key], (*before, key))
+
+
+_OPTIONS = ((), ("model",), ("steps",), ("data",), ("lr",))
+
+
+@pytest.mark.slow
+def test_a_value_of_any_kind_is_shown_or_refused(road: Path, tmp_path: Path) -> None:
+    """Files by hand, by another version, or damaged: never an error that is not one of spp."""
+    scored = {
+        "scores": {"boolq": {"acc": 0.5}},
+        "tasks": {"boolq": {"version": 1}},
+        "mean": 0.5,
+        "versions": {"a": "1"},
+    }
+    layer = {"shape": [4], "pattern": "2:4", "sparsity": 0.5, "sparsity_before": 0, "relative_error": None, "tokens": 0}
+    pruning = {
+        "layers": {"0.a": {**layer, "seconds": 1.0}},
+        "method": "m",
+        "pattern": "2:4",
+        "sparsity": 0.5,
+        "owl": None,
+    }
+    pruning |= {"windows": 0, "seqlen": 1, "seed": 0, "calibration": "", "sparsity_before": 0.0, "keeps_zeros": True}
+    run = shutil.copytree(road / "run", tmp_path / "run")
+    shown = 0
+    for file, whole in (
+        (tmp_path / "eval.json", {"model": "m", "perplexity": 2.0, "seconds": 1.0, **TEXT, **scored}),
+        (tmp_path / "prune.json", pruning | {"seconds": 1.0}),
+        (run / "config.json", json.loads((run / "config.json").read_text())),
+        (run / "eval.json", json.loads((run / "eval.json").read_text())),
+    ):
+        options = [place for place in _places(whole) if place[0] == "tune" and place[1:] not in _OPTIONS]
+        for place in [place for place in [(), *_places(whole)] if place not in options]:
+            for value in ("x", [1], 10**400):
+                changed = json.loads(json.dumps(whole))
+                inner = changed
+                for key in place[:-1]:
+                    inner = inner[key]
+                inner |= dict.fromkeys(place[-1:], value)
+                file.write_text(json.dumps(changed))
+                with contextlib.suppress(SPPError):
+                    report = html_report(run if file.parent == run else file, verify=False)
+                    json.dumps(report.to_dict(), allow_nan=False)
+                    shown += html_page(report).startswith("<!doctype html>")
+        file.write_text(json.dumps(whole))
+    assert shown > 100
 
 
 def test_results_may_be_lines_of_one_file(tmp_path: Path) -> None:
