@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 from spp.cli import console
 from spp.cli.options import command
@@ -22,8 +22,9 @@ def run(config: ReportConfig) -> None:
     """
     from spp.files.recognised import PAGE
 
-    if config.page is not None:
-        console.check_file(config.page, config.overwrite, PAGE)
+    out = config.out if config.out is not None or console.in_json() else Path("report.html")
+    if out is not None:
+        console.check_file(out, config.overwrite, PAGE)
     where = "cpu" if config.prompts is None else console.pick_device(config.device)
     console.quiet_libraries()
     with console.step("reading " + ", ".join(config.runs)):
@@ -31,7 +32,7 @@ def run(config: ReportConfig) -> None:
 
         found = html_report(
             config.runs,
-            config.page,
+            out,
             dense=config.dense,
             prompts=config.prompts,
             max_new_tokens=config.max_new_tokens,
@@ -39,10 +40,10 @@ def run(config: ReportConfig) -> None:
             device=where,
             overwrite=config.overwrite,
         )
-    if config.json:
-        return console.say(json.dumps(found.to_dict(), allow_nan=False))
+    console.answer(found.to_dict())
     for table in found.results():
         console.show(table)
     for note in found.notes:
         console.say(note)
-    console.wrote(str(config.page))
+    if out is not None:
+        console.wrote(out)

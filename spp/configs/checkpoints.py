@@ -310,7 +310,6 @@ class ReportConfig:
         Option("Verify zeros, and measure what adapters change: reads all weights.", METHOD, negatable=True),
     ] = True
     device: Annotated[str, Option("Where models answer: auto, cpu or cuda.", MODEL, choices=DEVICES)] = "auto"
-    json: Annotated[bool, Option("Print one JSON object.", RUN)] = False
     overwrite: Annotated[bool, Option("Replace an earlier report.", RUN)] = False
 
     def __post_init__(self) -> None:
@@ -322,11 +321,6 @@ class ReportConfig:
             check_path("dense", self.dense)
         check_int("max_new_tokens", self.max_new_tokens, least=1)
         check_choice("device", self.device, DEVICES)
-
-    @property
-    def page(self) -> Path | None:
-        """The file to write; None where there is to be none."""
-        return self.out if self.out is not None or self.json else Path("report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
