@@ -12,27 +12,18 @@ import argparse
 import resource
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp
 from spp.evaluation import perplexity
+from spp.recipes.stages import python_reference
 from spp.report import Table, byte_text, time_text
 from spp.training import TuneConfig, tune
 
 WINDOW = 512  # tokens of a window of every perplexity below
 PROMPT = "Assert statements are a convenient way to"
-
-
-def split_topics() -> tuple[str, str]:
-    """Return training and held-out text: every tenth topic is held out, and no training paragraph occurs in it."""
-    names = sorted(topics)
-    held_out = "\n\n".join(topics[name] for name in names[::10])
-    paragraphs = [p for i, name in enumerate(names) if i % 10 for p in topics[name].split("\n\n")]
-    seen = set(held_out.split("\n\n"))
-    return "\n\n".join(p for p in dict.fromkeys(paragraphs) if p not in seen), held_out
 
 
 def sample(model, tokenizer) -> str:
@@ -45,7 +36,7 @@ def sample(model, tokenizer) -> str:
 def main(model_dir: Path, out: Path, steps: int) -> None:
     """Run the road; every output under `out` is replaced."""
     start = time.perf_counter()
-    train_text, held_out = split_topics()
+    train_text, held_out = python_reference()
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.txt").write_text(train_text, encoding="utf-8")
     (out / "held-out.txt").write_text(held_out, encoding="utf-8")

@@ -52,6 +52,7 @@ LEVELS = {
     "report": 11,  # a page of runs reads them
     "integrations": 12,
     "comparing": 12,
+    "recipes": 12,
     "cli": 13,
     "__main__": 14,
 }

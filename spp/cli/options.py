@@ -130,6 +130,32 @@ def spellings_of(fields: Iterable[Field]) -> dict[str, Spelling]:
     return {part.name: Spelling(part.spelling, part.off, part.option.argument) for part in every}
 
 
+def typed(config: Any) -> list[str]:
+    """Return a config as the words that one types to have it: arguments in their places, options that are not usual."""
+    words: list[str] = []
+    for field in sorted(options_of(type(config)), key=_place):
+        value = getattr(config, field.name)
+        if value is None or (value == field.default and not field.option.argument):
+            continue
+        inner = [(part, getattr(value, part.name.removeprefix(f"{field.name}_"))) for part in field.nested]
+        pairs = [(field, True if inner else value), *((part, one) for part, one in inner if one != part.default)]
+        for part, one in pairs:
+            spelling = part.off if one is False else part.spelling
+            for text in [None] if isinstance(one, bool) else _texts(one):
+                placed = [] if part.option.argument or spelling is None else [spelling]
+                words += placed + ([] if text is None else [text])
+    return words
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the words that a value is typed as: of a mapping NAME=VALUE each, of weighted adapters NAME:WEIGHT."""
+    if isinstance(value, Mapping):
+        return [f"{name}={one}" for name, one in value.items()]
+    if not isinstance(value, (list, tuple)):
+        return [str(value)]
+    return [one if isinstance(one, str) else one[0] if one[1] == 1 else f"{one[0]}:{one[1]:g}" for one in value]
+
+
 # ---- The help of a command: its text, then a panel for each group of options, on a terminal of any width.
 
 ARGUMENTS = "Arguments"

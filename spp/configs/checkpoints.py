@@ -1,4 +1,4 @@
-"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, export, report and push.
+"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, export, report, push and run.
 
 Each field has its Option, whose text is the help of the command line.
 """
@@ -22,7 +22,7 @@ from spp.configs.checks import (
     check_path,
     check_seed,
 )
-from spp.configs.options import EVALUATION, METHOD, MODEL, RUN, Option
+from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, RUN, Option
 from spp.errors import ConfigError, arg
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -349,6 +349,48 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The options of `spp run`."""
+
+    recipe: Annotated[str, Option("A YAML file, or a recipe by name: demo, fast or paper-7b.", argument=True)]
+    model: Annotated[
+        str | None,
+        Option("Directory or hub id of the model: dense, or pruned if the recipe prunes nothing.", argument=True),
+    ] = None
+    out: Annotated[Path | None, Option("Directory of the run.", RUN, default="the recipe's name and -run")] = None
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "Training data, and for calibration where the recipe names none; may be repeated.",
+            DATA,
+            type=str,
+            many=True,
+            parse=tuple,
+            default="the recipe's",
+        ),
+    ] = ()
+    text: Annotated[Path | None, Option("Text for perplexities.", EVALUATION, default="the recipe's")] = None
+    settings: Annotated[
+        tuple[str, ...],
+        Option(
+            "Set an option of a stage, such as tune.steps=100, over what the recipe says; may be repeated.",
+            METHOD,
+            name="--set",
+            metavar="KEY=VALUE",
+            type=str,
+            many=True,
+            parse=tuple,
+            default="the recipe's",
+        ),
+    ] = ()
+    dry_run: Annotated[
+        bool, Option("Say which stages would run, with the commands that do the same; write nothing.", RUN)
+    ] = False
+    overwrite: Annotated[bool, Option("Make every stage of the run again, in place of what is there.", RUN)] = False
+    json: Annotated[bool, Option("Print one JSON object; what the stages print goes to standard error.", RUN)] = False
 
 
 def check_repo_id(repo_id: str) -> None:

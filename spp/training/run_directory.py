@@ -21,7 +21,7 @@ from spp._version import __version__
 from spp.configs.checks import finite
 from spp.configs.tuning import TuneConfig
 from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
-from spp.files import atomic_file, output_error, read_json, require_directory, require_replaceable, write_json
+from spp.files import atomic_file, output_error, read_json, recover, require_directory, require_replaceable, write_json
 from spp.files.leftovers import LOCK_NAME, FolderLock
 from spp.files.provenance import Provenance
 from spp.files.recognised import ADAPTER, MODEL, OWN, TRAININGS
@@ -130,7 +130,8 @@ class RunDirectory:
         if not self.path.exists():
             return None
         require_directory(self.path, "the run needs")
-        if all(path.name == LOCK_NAME for path in self.path.iterdir()):  # of a run that was killed when it began
+        recover(self.config_file)  # a run that was killed when it began leaves its lock, and part of this file
+        if all(path.name == LOCK_NAME for path in self.path.iterdir()):
             return None
         try:
             earlier = read_json(self.config_file, "the run's config")
