@@ -88,7 +88,8 @@ def _carry_out(folder: RunFolder) -> list[dict[str, Any]]:
     with folder.working():
         _check_tasks(folder)
         for step in folder.plan.steps:
-            decision = folder.decide(step)
+            with console.step(f"checking {step.name}") if folder.finished(step) else contextlib.nullcontext():
+                decision = folder.decide(step)
             if not decision.runs:
                 console.say(f"{step.name}: skipped, {decision.why}")
                 done.append({"step": step.name, "made": False, "why": decision.why})

@@ -200,7 +200,10 @@ class RunFolder:
                 f"wrote it, or another program; choose another {arg('out')}"
             )
         steps = found.get("steps")
-        if not isinstance(steps, dict) or not all(isinstance(one, dict) for one in steps.values()):
+        parts = (
+            [one.get(key) for one in steps.values() for key in ("options", "reads")] if _all_dicts(steps) else [None]
+        )
+        if not _all_dicts(dict(enumerate(parts))):
             raise CheckpointError(f"{self.path / RECORD} is not what a run wrote; choose another {arg('out')}")
         return found
 
@@ -239,13 +242,13 @@ class RunFolder:
 
     def _changes(self, step: Step, found: Mapping[str, Any]) -> list[str]:
         """Return why a step is made again though it was made."""
-        then, now = {**step.usual(), **found.get("options", {})}, step.options()
+        then, now = {**step.usual(), **found["options"]}, step.options()
         names = [name for name in now if then.get(name) != now[name]]
         changes = [f"{step.stage}.{name} was {then.get(name)!r} and is {now[name]!r}" for name in names]
         makers = {what: self._maker(Path(name)) for what, name in step.reads.items()}
         again = dict.fromkeys(one.name for one in makers.values() if one is not None and one.name in self._again)
         changes += [f"{name} is made again" for name in again]
-        read, reads = found.get("reads", {}), self._reads(step)
+        read, reads = found["reads"], self._reads(step)
         for what in {**read, **reads}:
             maker = makers.get(what)
             if (maker is None or maker.name not in again) and read.get(what) != reads.get(what):
@@ -266,7 +269,7 @@ class RunFolder:
                 return f"{path} is missing"
             if _content(path, step.kind) != self._marks(found, path)[1]:
                 return f"{path} has changed since"
-            if step.kind == CHECKPOINT:
+            if step.kind == CHECKPOINT and self._marks(found, path)[0] is not None:
                 try:
                     examine(str(path)).require()
                 except SPPError as error:
@@ -285,6 +288,10 @@ class RunFolder:
         return path.relative_to(self.path).as_posix()
 
 
+def _all_dicts(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(one, dict) for one in found.values())
+
+
 def _owner(path: Path, kind: str) -> str | None:
     """Return the hash of what says who wrote an output; None where it is not there."""
     mark = path / _OWNER[kind] if kind in _OWNER else path
@@ -294,7 +301,7 @@ def _owner(path: Path, kind: str) -> str | None:
 def _content(path: Path, kind: str) -> str | None:
     """Return the hash of what a later step reads of an output; None where it is not there."""
     if kind != RUN:
-        return _owner(path, kind)
+        return _owner(path, kind) or (_tree(path) if path.is_dir() else None)  # no certificate: a quantized model
     adapter, base = path / "adapter", _owner(path / "base", CHECKPOINT)
     return f"{_tree(adapter)}{'' if base is None else f' on {base}'}" if adapter.is_dir() else None
 

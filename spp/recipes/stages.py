@@ -58,6 +58,8 @@ class Step:
             return {}
         left_out: set[str] = {*self.reads, *STAGES[self.stage].own, *STAGES[self.stage].free}
         values = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name not in left_out}
+        if isinstance(self.config, PruneConfig):
+            values["pattern"] = self.config.described  # 0.5 and "0.5" are one
         return {name: _json_ready(value) for name, value in values.items()}
 
     def usual(self) -> dict[str, Any]:
@@ -259,6 +261,7 @@ STAGES = {
         Stage("merge", (MergeConfig,), _merge, ("base", "adapters", "output", *_OWN), _SHOWN),
         Stage("verify", (VerifyConfig,), _verify, ("before", "after", "against", *_OWN), _SHOWN),
         Stage("eval", (EvalConfig,), _eval, ("model", "adapter", *_OWN), _SHOWN, extra=("models", "name")),
+        Stage("report"),
     )
 }
 

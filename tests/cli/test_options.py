@@ -16,9 +16,12 @@ import torch
 import typer
 
 from spp.cli.main import COMMANDS, app
-from spp.cli.options import command
+from spp.cli.options import command, typed
 from spp.cli.spelling import Spelling, spoken
+from spp.configs.checkpoints import EvalConfig, MergeConfig
 from spp.configs.options import GROUPS, MODEL, Option
+from spp.configs.pruning import OWL, PruneConfig
+from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, SPPWarning, arg, call
 from tests.cli.conftest import Outcome
 
@@ -66,6 +69,44 @@ def test_help_shows_every_option_in_full(
             shown = {"repo_id": "REPO", "adapters": "ADAPTER[:WEIGHT]", "runs": "RUN"}.get(name, name)
             shown = shown if name.startswith("--") else shown.upper()
             assert any(f" {shown}{end}" in found.out for end in (" ", ",")), name
+
+
+CONFIGS = [
+    (
+        PruneConfig,
+        None,
+        {
+            "model": "m",
+            "output": Path("o"),
+            "pattern": "0.5",
+            "owl": OWL(3.0),
+            "calibration": "o/w",
+            "keep_zeros": False,
+        },
+    ),
+    (
+        PruneConfig,
+        None,
+        {"model": "m", "output": Path("a b"), "method": "magnitude", "pattern": {"q": "1:4", ".*": "0.5"}},
+    ),
+    (PruneConfig, None, {"model": "m", "output": Path("o"), "method": "magnitude", "target_modules": ("a", "b")}),
+    (
+        TuneConfig,
+        TuneConfig.from_recipe,
+        {"model": "m", "output_dir": "o", "data": ("a", "b"), "bf16": True, "completions_only": False, "lr": 1e-3},
+    ),
+    (MergeConfig, None, {"base": "b", "adapters": (("a", 0.5), ("c", 1.0)), "output": Path("o"), "every": True}),
+    (EvalConfig, None, {"model": "m", "text": Path("t"), "tasks": ("boolq", "rte"), "strict": False}),
+]
+
+
+@pytest.mark.parametrize(("config", "build", "values"), CONFIGS)
+def test_a_config_is_typed_as_the_words_that_make_it(config: type, build: Any, values: dict[str, Any]) -> None:
+    found: list[Any] = []
+    program = typer.Typer()
+    program.command()(command(config, build)(lambda config: found.append(config)))
+    typer.main.get_command(program)(typed(config(**values)), standalone_mode=False)
+    assert found == [config(**values)]
 
 
 def test_the_groups_come_in_their_order(spp: Callable[..., Outcome]) -> None:

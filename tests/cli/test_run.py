@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -107,6 +108,8 @@ def test_a_changed_option_makes_its_stage_and_the_later_ones_again(spp: Program,
     planned = told(spp("run", recipe, "--out", copied, "--set", "prune.pattern=1:4", "--dry-run", "--json"))
     assert planned["prune"] == "+prune.pattern was '2:4' and is '1:4'" and planned["tune"] == "+prune is made again"
     assert planned["eval/dense-text-16"] == "made with the same options"
+    again = spp("run", recipe, "--out", copied, "--overwrite", "--dry-run", "--json")
+    assert set(told(again).values()) == {"+made again, as asked"} and again.out.count(" --overwrite") == 3
 
 
 def test_another_text_under_the_same_name_is_another_input(spp: Program, recipe: Path, copied: Path) -> None:
@@ -183,6 +186,51 @@ def test_errors_name_the_line_and_nothing_is_written(spp: Program, recipe: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pst", "mask updates", "pruned"])
+def test_every_road_comes_to_its_end_and_is_skipped_then(
+    spp: Program, recipe: Path, finished: Path, tmp_path: Path, kind: str
+) -> None:
+    sets = {
+        "pst": ("prune=false", "tune.method=pst", "tune.pattern=2:4", "tune.lr=0.01"),
+        "mask updates": ("tune.mask_update_every=1", "tune.block_length=32", "eval.models=[pruned, tuned, merged]"),
+        "pruned": ("prune=false", f"model={finished / 'pruned'}", "tune.steps=3"),
+    }[kind]
+    sets += ("tune.recipe=default",) if kind == "pst" else ()
+    words = ["run", recipe, "--out", tmp_path / "out", "--json", *(word for one in sets for word in ("--set", one))]
+    assert all(why == "+not made yet" for why in told(spp(*words)).values())
+    assert set(told(spp(*words)).values()) == {"made with the same options"}
+
+
+@pytest.mark.slow
+def test_the_demo_takes_any_model_and_its_texts_are_made_once(
+    spp: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pydoc_data.topics.topics", dict(sorted(topics.items())[:30]))
+    tiny_llama(max_position_embeddings=1024, num_hidden_layers=1).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    words = (
+        "run",
+        "demo",
+        "model",
+        "--set",
+        "tune.steps=2",
+        "--set",
+        "prune.nsamples=1",
+        "--set",
+        "eval.max_windows=1",
+    )
+    found = told(spp(*words, "--json"))
+    assert found["texts"] == "+not made yet" and list(found)[-1] == "eval/merged-held-out-512"
+    assert (tmp_path / "demo-run/held-out.txt").read_text() not in (tmp_path / "demo-run/train.txt").read_text()
+    monkeypatch.setattr("pydoc_data.topics.topics", {"another": "Python's"})
+    assert set(told(spp(*words, "--json")).values()) == {"made with the same options"}
+    (tmp_path / "demo-run/train.txt").write_text("mine")
+    refused = spp(*words, "--overwrite")
+    assert refused.code == 1 and "train.txt exists, and is not what this run wrote there" in refused.err
+
+
+@pytest.mark.slow
 def test_the_commands_of_a_dry_run_make_the_same_bytes(
     spp: Program, recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +285,7 @@ print("ends", *ends)
 @pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_in_the_same_numbers(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments of a run of more steps, each with its own checkpoint."""
-    words = [os.environ.get("SPP_TEST_SEED", "21"), str(recipe), "--set", "tune.save_every=1", "--set", "tune.steps=12"]
+    words = ["21", str(recipe), "--set", "tune.save_every=1", "--set", "tune.steps=12"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _KILLER, *words]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

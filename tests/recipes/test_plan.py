@@ -70,6 +70,14 @@ def test_a_pattern_is_what_it_looks_like_and_no_number_to_the_base_of_sixty(writ
     assert found == (expected if "=" not in written else {"q_proj": "2:4", ".*": "0.5"})
 
 
+def test_a_measurement_may_repeat_another_one_with_changes() -> None:
+    text = FULL.replace(
+        "  - window: 8", "  - &small\n    window: 8\n  - <<: *small\n    window: 4\n    models: [merged]"
+    )
+    found = {step.name: step.config.window for step in planned(text).steps if step.stage == "eval"}
+    assert found["eval/merged-text-8"] == 8 and found["eval/merged-text-4"] == 4
+
+
 def test_scalars_are_those_of_yaml_1_2() -> None:
     contents, places = parse("a: 1e-3\nb: on\nc: 007\nd: 2024-01-01\ne: 1_0\nf: ~\ng: true\nh: 4:3", "x")
     assert list(contents.values()) == [1e-3, "on", "007", "2024-01-01", "1_0", None, True, "4:3"]
@@ -129,6 +137,7 @@ WRONG = [  # what is written in place of what, and what the message says
     ("merge:", "merge: [a]", "my.yaml, line 10: merge is a list"),
     ("merge:", "merrge:", "my.yaml, line 10: 'merrge' is no key of a recipe; did you mean merge?"),
     ("merge:", "reconstruct:", "my.yaml, line 10: the stage reconstruct is not available in this version"),
+    ("merge:", "report:", "my.yaml, line 10: the stage report is not available in this version"),
     ("merge:", "teacher: {}", "my.yaml, line 10: the stage teacher is not available in this version"),
     ("  lr: 1e-2\n  steps: 3\n", "tune: false\n", "line 8: the key 'tune' occurs twice, first in line 7"),
     ("tune:\n  lr: 1e-2\n  steps: 3\n", "", "my.yaml, line 7: merge without tune"),
