@@ -82,13 +82,15 @@ def _words(step: Step, decision: Decision) -> str:
 def _carry_out(folder: RunFolder) -> list[dict[str, Any]]:
     """Carry out the steps that are not finished; return what became of each."""
     from spp.files.hub import local_directory
+    from spp.recipes.stages import CHECKPOINT
 
     local_directory(folder.plan.model, "model")  # fails, or fetches a hub id, before anything else
     done = []
     with folder.working():
         _check_tasks(folder)
         for step in folder.plan.steps:
-            with console.step(f"checking {step.name}") if folder.finished(step) else contextlib.nullcontext():
+            long = step.kind == CHECKPOINT and folder.finished(step)
+            with console.step(f"checking {step.writes[0]}") if long else contextlib.nullcontext():
                 decision = folder.decide(step)
             if not decision.runs:
                 console.say(f"{step.name}: skipped, {decision.why}")
@@ -99,7 +101,7 @@ def _carry_out(folder: RunFolder) -> list[dict[str, Any]]:
                 with folder.making(step, decision):
                     _do(folder, step, decision)
             except KeyboardInterrupt:
-                console.note(f"interrupted; the same command goes on with {step.name}")
+                console.note(f"interrupted; the same command, without --overwrite, goes on with {step.name}")
                 raise
             gc.collect()  # the model of this step, before the next one loads its own
             done.append({"step": step.name, "made": True, "why": decision.why})

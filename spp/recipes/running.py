@@ -199,7 +199,7 @@ class RunFolder:
                 f"{self.path / RECORD} has the format {found.get('format')!r}, not {FORMAT!r}: another version of spp "
                 f"wrote it, or another program; choose another {arg('out')}"
             )
-        steps = found.get("steps")
+        steps: Any = found.get("steps")
         parts = (
             [one.get(key) for one in steps.values() for key in ("options", "reads")] if _all_dicts(steps) else [None]
         )

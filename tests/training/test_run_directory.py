@@ -68,6 +68,7 @@ def test_who_begins_second_is_refused_though_there_was_no_folder_when_he_came(te
 def test_a_run_that_was_killed_as_it_began_is_in_nobodys_way(text: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK_NAME).write_text('{"pid": 1, "host": "gone"}')
+    (tmp_path / "run" / ".config.json.spp-tmp-0123456789ab").write_text('{"format":')  # half of its first file
     with RunDirectory(config(text, tmp_path / "run")) as run:
         run.begin({})
     with RunDirectory(config(text, tmp_path / "run", resume=True)) as run:  # the same process goes on with it
