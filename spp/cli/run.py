@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spp.cli import console, eval, merge, prune, tune, verify
-from spp.cli.options import command, typed
+from spp.cli.options import Spelling, command, typed
 from spp.configs.checkpoints import RunConfig
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ def run(config: RunConfig) -> None:
             told["results"] = _show_results(folder)
     if config.json:
         console.say(json.dumps(told))
+
+
+# What tune tells to pass to itself: a run does, when it is started again.
+run.spellings["resume"] = Spelling("the same command")
 
 
 def _planned(step: Step, decision: Decision, *, quiet: bool) -> dict[str, Any]:

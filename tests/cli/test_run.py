@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from spp.files.leftovers import FolderLock
+from spp.training.callbacks import read_log
 from spp.training.run_directory import RunDirectory
 from tests.cli.conftest import LINES, Outcome
+from tests.cli.test_interruption import TerminatedAtStepTwo
 from tests.helpers.models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,6 +293,21 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_numbers(recipe: Path, tmp_p
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert "ends 0 -9 -9 0" in run.stdout, run.stderr
     assert made(tmp_path / "killed") == made(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_an_interruption_says_how_to_go_on(
+    spp: Program, recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", recipe, "--out", tmp_path / "out", "--set", "tune.steps=4", "--set", "prune=false")
+    words += ("--set", f"model={finished / 'pruned'}")
+    with monkeypatch.context() as patch:
+        patch.setattr("spp.training.tuning.ProgressBar", TerminatedAtStepTwo)
+        stopped = spp(*words)
+    assert stopped.code == 130 and "run the same again with the same command to continue" in stopped.err
+    assert "goes on with tune" in stopped.err and "resume" not in stopped.err
+    assert spp(*words).code == 0
+    assert [entry["step"] for entry in read_log(tmp_path / "out/tuned/log.jsonl")] == [1, 2, 3, 4]
 
 
 class Killed(BaseException):
