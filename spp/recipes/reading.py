@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from importlib import resources
@@ -173,6 +174,23 @@ class Section:
         if before is not None and not value.where.startswith("--"):
             raise ConfigError(f"{value.where}: {self.name}.{name} is set in {before.where} already; keep one of them")
         self.values[name] = value
+
+
+@contextmanager
+def told_together() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Yield a context manager that keeps a ConfigError for the end, where all of them are raised as one."""
+    found: list[str] = []
+
+    @contextmanager
+    def kept() -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            found.append(error.marked)
+
+    yield kept
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 @cache

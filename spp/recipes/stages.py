@@ -22,7 +22,7 @@ from spp.configs.checkpoints import EvalConfig, MergeConfig, RunConfig, VerifyCo
 from spp.configs.pruning import PruneConfig
 from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, arg
-from spp.recipes.reading import Section, Value, parse, read
+from spp.recipes.reading import Section, Value, parse, read, told_together
 
 OPEN = ("model", "out", "data", "text")  # what a recipe may leave to the command line, beside the stages
 REFERENCE = "python-reference"  # a name of data and text: the texts of `python_reference`
@@ -291,8 +291,10 @@ def make_plan(config: RunConfig) -> Plan:
     name, contents, places = read(config.recipe)
     opened: dict[str, Value] = {}
     sections: dict[str, list[Section]] = {}
-    for key, value in contents.items():
-        _take(Value(value, places.get((str(key),), name)), str(key), opened, sections, places)
+    with told_together() as problems:
+        for key, value in contents.items():
+            with problems():
+                _take(Value(value, places.get((str(key),), name)), str(key), opened, sections, places)
     for setting in config.settings:
         _set(setting, opened, sections)
     given = {"model": config.model, "out": config.out, "data": list(config.data) or None, "text": config.text}
@@ -346,16 +348,18 @@ def _take(
     parts = value.value if several else [value.value]
     if several and not stage.extra:
         raise ConfigError(f"{value.where}: {key} is a list; it must be a mapping of its options")
-    found = []
-    for i, part in enumerate(parts):
-        path = (key, i) if several else (key,)
-        section = Section(key, stage.source, places.get(path, value.where))
-        if part is not None and not isinstance(part, dict):
-            raise ConfigError(f"{section.where}: {key} is {part!r}; it must be a mapping of its options")
-        for name, one in (part or {}).items():
-            section.set(str(name), Value(one, places.get((*path, str(name)), section.where)), stage.own, stage.extra)
-        found.append(section)
-    sections[key] = found
+    sections[key] = []
+    with told_together() as problems:
+        for i, part in enumerate(parts):
+            path = (key, i) if several else (key,)
+            section = Section(key, stage.source, places.get(path, value.where))
+            if part is not None and not isinstance(part, dict):
+                raise ConfigError(f"{section.where}: {key} is {part!r}; it must be a mapping of its options")
+            for name, one in (part or {}).items():
+                with problems():
+                    set_to = Value(one, places.get((*path, str(name)), section.where))
+                    section.set(str(name), set_to, stage.own, stage.extra)
+            sections[key].append(section)
 
 
 def _set(text: str, opened: dict[str, Value], sections: dict[str, list[Section]]) -> None:

@@ -165,6 +165,14 @@ def test_what_is_wrong_is_told_with_its_line(text: str, written: str, message: s
         planned(FULL.replace(text, written, 1))
 
 
+def test_every_unknown_key_is_told_at_once() -> None:
+    text = FULL.replace("  lr: 1e-2", "  lrr: 1e-2\n  json: true").replace("merge:", "merrge:")
+    with pytest.raises(SPPError) as raised:
+        planned(text)
+    lines = str(raised.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"my.yaml, line {number}" for number in (8, 9, 11)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,6 +195,10 @@ def test_repeated_aliases_do_not_grow() -> None:
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6)]
     with pytest.raises(SPPError, match="more than 100000 values"):
         planned("\n".join(lines))
+
+
+def test_the_recipes_are_package_data() -> None:
+    assert '"recipes/*.yaml"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_a_recipe_by_name_and_one_that_is_not_there() -> None:
