@@ -255,8 +255,8 @@ def test_the_commands_of_a_dry_run_make_the_same_bytes(
 # Starts runs as children that have imported everything, and kills some of them; prints how each ended.
 _KILLER = """
 import os, random, shutil, signal, sys, time
-import spp.cli.main, spp.comparing.measure, spp.merging.disk, spp.pruning.disk, spp.pst.disk, spp.recipes.running
-import spp.training, transformers.models.llama.modeling_llama
+import spp.cli.main, spp.comparing, spp.evaluation, spp.merging, spp.pruning, spp.pst, spp.recipes.running, spp.training
+import transformers.models.llama.modeling_llama
 
 def start(out):
     child = os.fork()
