@@ -113,6 +113,23 @@ def answer(values: Mapping[str, Any]) -> None:
         _answer.values = {**(_answer.values or {}), **values}
 
 
+@contextmanager
+def collecting() -> Iterator[dict[str, Any]]:
+    """Yield a dict that has, at the end, the object that a command within would print with --json."""
+    global _answer
+    values: dict[str, Any] = {}
+    inner = _Answer()
+    before, _answer = _answer, inner
+    try:
+        with redirect_stdout(sys.stderr):
+            yield values
+        values.update(json.loads(json_line({**(inner.values or {}), "wrote": inner.wrote})))
+    finally:
+        _answer = before
+        if before is not None:
+            before.wrote += inner.wrote
+
+
 def fail(error: BaseException) -> None:
     """Answer, with --json, that the command failed: "error", "type", and "option" and "remedy" where they are known."""
     if _answer is None or "error" in (_answer.values or {}):

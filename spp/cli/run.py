@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
-import json
 import shlex
-import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spp.cli import console, eval, merge, prune, tune, verify
-from spp.cli.options import Spelling, command, typed
+from spp.cli.options import command, typed
+from spp.cli.spelling import Spelling
 from spp.configs.checkpoints import RunConfig
 
 if TYPE_CHECKING:
@@ -46,28 +43,23 @@ def run(config: RunConfig) -> None:
 
     plan = make_plan(config)
     folder = RunFolder(plan, overwrite=config.overwrite)
-    told: dict[str, Any] = {"recipe": plan.recipe, "out": str(plan.out), "steps": []}
+    console.answer({"recipe": plan.recipe, "out": str(plan.out)})
     if config.dry_run:
-        for step in plan.steps:
-            told["steps"].append(_planned(step, folder.decide(step), quiet=config.json))
+        console.answer({"steps": [_planned(step, folder.decide(step)) for step in plan.steps]})
     else:
-        with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
-            told["steps"] = _carry_out(folder)
-            told["results"] = _show_results(folder)
-    if config.json:
-        console.say(json.dumps(told))
+        console.answer({"steps": _carry_out(folder)})
+        console.answer({"results": _show_results(folder)})
 
 
 # What tune tells to pass to itself: a run does, when it is started again.
 run.spellings["resume"] = Spelling("the same command")
 
 
-def _planned(step: Step, decision: Decision, *, quiet: bool) -> dict[str, Any]:
+def _planned(step: Step, decision: Decision) -> dict[str, Any]:
     """Say what would happen to a step, and which command does the same."""
     words = _words(step, decision)
-    if not quiet:
-        console.say(f"# {step.name}: {'runs' if decision.runs else 'skipped'}: {decision.why}")
-        console.say(words)
+    console.say(f"# {step.name}: {'runs' if decision.runs else 'skipped'}: {decision.why}")
+    console.say(words)
     return {"step": step.name, "runs": decision.runs, "why": decision.why, "command": words}
 
 
@@ -103,12 +95,12 @@ def _carry_out(folder: RunFolder) -> list[dict[str, Any]]:
             console.note(f"{step.name}: {decision.why}")
             try:
                 with folder.making(step, decision):
-                    _do(folder, step, decision)
+                    answer = _do(folder, step, decision)
             except KeyboardInterrupt:
                 console.note(f"interrupted; the same command, without --overwrite, goes on with {step.name}")
                 raise
             gc.collect()  # the model of this step, before the next one loads its own
-            done.append({"step": step.name, "made": True, "why": decision.why})
+            done.append({"step": step.name, "made": True, "why": decision.why, **answer})
     return done
 
 
@@ -124,20 +116,25 @@ def _check_tasks(folder: RunFolder) -> None:
             load_tasks(values[0], **dict(zip(names[1:], values[1:], strict=True)), progress=True)
 
 
-def _do(folder: RunFolder, step: Step, decision: Decision) -> None:
-    """Carry out a step as its command does, with what that prints."""
+def _do(folder: RunFolder, step: Step, decision: Decision) -> dict[str, Any]:
+    """Carry out a step as its command does, with what that prints; return its answer where it is not printed."""
     ready = step.ready(decision.replaces, decision.resumes)
+    if step.config is not None and step.stage != eval.NAME:
+        if not console.in_json():
+            COMMANDS[step.stage](ready)
+            return {}
+        with console.collecting() as values:
+            COMMANDS[step.stage](ready)
+        return {"report": values}
     if step.config is None:
         folder.write_texts(step)
-    elif step.stage == eval.NAME:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            COMMANDS[eval.NAME](replace(ready, json=True))
-        folder.write_result(step, json.loads(printed.getvalue()), decision)
     else:
-        return COMMANDS[step.stage](ready)
+        with console.collecting() as values:
+            COMMANDS[eval.NAME](ready)
+        folder.write_result(step, values, decision)
     for path in step.writes:
         console.wrote(path)
+    return {}
 
 
 def _show_results(folder: RunFolder) -> dict[str, Any]:

@@ -390,7 +390,6 @@ class RunConfig:
         bool, Option("Say which stages would run, with the commands that do the same; write nothing.", RUN)
     ] = False
     overwrite: Annotated[bool, Option("Make every stage of the run again, in place of what is there.", RUN)] = False
-    json: Annotated[bool, Option("Print one JSON object; what the stages print goes to standard error.", RUN)] = False
 
 
 def check_repo_id(repo_id: str) -> None:
