@@ -1,10 +1,10 @@
 """The stages of a run, in one table, and the steps that they make of a recipe.
 
-    prune → tune → merge → verify → eval
+    prune → tune → merge → verify → eval → report
 
 A stage reads what the stages before it have made, as the Road says, and writes into the run's directory: pruned/,
-tuned/ (a run of spp tune), merged/, eval/MODEL-MEASUREMENT.json. A stage that a recipe leaves out is not there: without
-prune, the model is one that is pruned already.
+tuned/ (a run of spp tune), merged/, eval/MODEL-MEASUREMENT.json, report.html. A stage that a recipe leaves out is not
+there: without prune, the model is one that is pruned already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spp._version import __version__
-from spp.configs.checkpoints import EvalConfig, MergeConfig, RunConfig, VerifyConfig
+from spp.configs.checkpoints import EvalConfig, MergeConfig, ReportConfig, RunConfig, VerifyConfig
 from spp.configs.pruning import PruneConfig
 from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, arg
@@ -235,6 +235,17 @@ def _eval(road: Road, section: Section, others: Sections) -> None:
         road.add(step, "eval", config, reads, (road.out / f"{step}.json",), RESULT)
 
 
+def _report(road: Road, section: Section, others: Sections) -> None:
+    runs = [str(path) for step in road.steps if step.kind in (CHECKPOINT, RUN, RESULT) for path in step.writes]
+    if not runs:
+        raise ConfigError(f"{section.where}: report without a stage that makes or measures a model")
+    usual = {} if road.dense is None else {"dense": road.dense}
+    config = section.build(ReportConfig, usual, {"runs": tuple(runs), "out": road.out / "report.html"})
+    reads = {f"run {i}": name for i, name in enumerate(runs, start=1)}
+    reads |= {name: str(value) for name in ("dense", "prompts") if (value := getattr(config, name)) is not None}
+    road.add("report", "report", config, reads, (config.out,), RESULT)
+
+
 def _label(config: EvalConfig) -> str:
     """Return what tells a measurement from others: what it measures on, and in which windows."""
     tasks = "-".join(getattr(config, "tasks", ()))
@@ -261,7 +272,7 @@ STAGES = {
         Stage("merge", (MergeConfig,), _merge, ("base", "adapters", "output", *_OWN), _SHOWN),
         Stage("verify", (VerifyConfig,), _verify, ("before", "after", "against", *_OWN), _SHOWN),
         Stage("eval", (EvalConfig,), _eval, ("model", "adapter", *_OWN), _SHOWN, extra=("models", "name")),
-        Stage("report"),
+        Stage("report", (ReportConfig,), _report, ("runs", "out", *_OWN), _SHOWN),
     )
 }
 

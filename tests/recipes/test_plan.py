@@ -137,7 +137,6 @@ WRONG = [  # what is written in place of what, and what the message says
     ("merge:", "merge: [a]", "my.yaml, line 10: merge is a list"),
     ("merge:", "merrge:", "my.yaml, line 10: 'merrge' is no key of a recipe; did you mean merge?"),
     ("merge:", "reconstruct:", "my.yaml, line 10: the stage reconstruct is not available in this version"),
-    ("merge:", "report:", "my.yaml, line 10: the stage report is not available in this version"),
     ("merge:", "teacher: {}", "my.yaml, line 10: the stage teacher is not available in this version"),
     ("  lr: 1e-2\n  steps: 3\n", "tune: false\n", "line 8: the key 'tune' occurs twice, first in line 7"),
     ("tune:\n  lr: 1e-2\n  steps: 3\n", "", "my.yaml, line 7: merge without tune"),
