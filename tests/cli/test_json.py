@@ -124,7 +124,8 @@ def test_one_object_on_one_line(
 
 
 def test_every_command_is_run_above() -> None:
-    assert {run[0][0] for run in RUNS} == set(COMMANDS)
+    elsewhere = {"report", "run"}  # test_report.py, test_run.py: they need finished runs
+    assert {run[0][0] for run in RUNS} == set(COMMANDS) - elsewhere
 
 
 @pytest.mark.slow
