@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spp.certifying.save import certify, save_model
     from spp.certifying.verify import sparsity, verify
     from spp.configs.adapter import SPPConfig
+    from spp.configs.reconstruction import Reconstruction
     from spp.errors import SPPError, SPPWarning
     from spp.files.places import follow_links
     from spp.layers.linear import SPPLinear
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from spp.packing.export import export_dense, export_packed
     from spp.packing.model import load_packed, pack, unpack
     from spp.packing.semi_structured import SemiStructuredReport, to_semi_structured
-    from spp.pruning import prune
+    from spp.pruning import prune, reconstruct
     from spp.pruning.disk import prune_checkpoint
+    from spp.pruning.reconstruction import reconstruct_checkpoint
+    from spp.pruning.report import ReconstructionReport
     from spp.pst.files import convert_checkpoint
     from spp.wrapping.adapters import adapter_state_dict, load_adapter, save_adapter
     from spp.wrapping.wrap import adapter_parameters, disabled, print_trainable_parameters, unwrap, wrap
@@ -55,8 +58,11 @@ _HOMES = {
     "spp.packing.export": ("export_dense", "export_packed"),
     "spp.packing.model": ("load_packed", "pack", "unpack"),
     "spp.packing.semi_structured": ("SemiStructuredReport", "to_semi_structured"),
-    "spp.pruning": ("prune",),
+    "spp.configs.reconstruction": ("Reconstruction",),
+    "spp.pruning": ("prune", "reconstruct"),
     "spp.pruning.disk": ("prune_checkpoint",),
+    "spp.pruning.reconstruction": ("reconstruct_checkpoint",),
+    "spp.pruning.report": ("ReconstructionReport",),
     "spp.pst.files": ("convert_checkpoint",),
     "spp.wrapping.adapters": ("adapter_state_dict", "load_adapter", "save_adapter"),
     "spp.wrapping.wrap": ("adapter_parameters", "disabled", "print_trainable_parameters", "unwrap", "wrap"),
@@ -65,6 +71,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MergeReport",
+    "Reconstruction",
+    "ReconstructionReport",
     "SPPConfig",
     "SPPError",
     "SPPLinear",
@@ -91,6 +99,8 @@ __all__ = [
     "prune_checkpoint",
     "pruning",
     "pst",
+    "reconstruct",
+    "reconstruct_checkpoint",
     "save_adapter",
     "save_model",
     "sparsity",

@@ -32,6 +32,7 @@ NEEDS_NO_EXAMPLE = {  # name: the reason
     "SPPWarning": "a warning",
     "TrainingInterrupted": "an exception",
     **dict.fromkeys(("MergeReport", "SparsityReport", "SemiStructuredReport", "PruneReport", "LayerReport"), MADE),
+    "ReconstructionReport": MADE,
     **dict.fromkeys(("InputStats", "TuneResult", "TrainingData", "PerplexityResult", "PushReport"), MADE),
     **dict.fromkeys(("LoadedTasks", "TaskFacts", "TaskResults"), MADE),
     "RunReport": MADE,

@@ -19,6 +19,7 @@ NAMES = {
         *("wrap", "unwrap", "disabled", "SPPConfig", "SPPLinear", "adapter_parameters", "adapter_state_dict"),
         *("print_trainable_parameters", "save_adapter", "load_adapter", "merge", "MergeReport", "merge_checkpoint"),
         *("save_model", "certify", "verify", "sparsity", "SparsityReport", "prune", "prune_checkpoint"),
+        *("reconstruct", "reconstruct_checkpoint", "Reconstruction", "ReconstructionReport"),
         *("pack", "unpack", "load_packed", "export_packed", "follow_links", "export_dense", "convert_checkpoint"),
         *("to_semi_structured", "SemiStructuredReport", "SPPError", "SPPWarning", "functional", "pruning", "pst"),
         "__version__",

@@ -9,7 +9,22 @@ from typing import Annotated, Any
 import typer
 
 from spp._version import __version__
-from spp.cli import certify, compare, console, eval, export, inspect, merge, prune, push, report, run, tune, verify
+from spp.cli import (
+    certify,
+    compare,
+    console,
+    eval,
+    export,
+    inspect,
+    merge,
+    prune,
+    push,
+    reconstruct,
+    report,
+    run,
+    tune,
+    verify,
+)
 from spp.cli.options import Command, Program
 from spp.errors import SPPError
 
@@ -31,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {module.NAME: module.run for module in (prune, tune, merge, verify, certify, inspect, eval, compare)}
-COMMANDS |= {module.NAME: module.run for module in (export, report, push, run)}
+COMMANDS |= {module.NAME: module.run for module in (reconstruct, export, report, push, run)}
 for name, function in COMMANDS.items():
     app.command(name=name, cls=Command)(function)
 

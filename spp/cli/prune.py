@@ -30,7 +30,7 @@ def run(config: PruneConfig) -> None:
     from spp.files.provenance import Provenance
     from spp.files.recognised import PRUNE_REPORT
     from spp.pruning.plan import tell_patterns
-    from spp.report import pattern_text, prune_lines, prune_table
+    from spp.report import pattern_text, prune_lines, prune_table, reconstruction_table
 
     where, overwrite = console.pick_device(config.device), config.overwrite
     console.check_directory(config.output, overwrite, [("the model", config.model)])
@@ -44,6 +44,8 @@ def run(config: PruneConfig) -> None:
         found = found or load_and_prune(config, where)
     console.answer({**Provenance.here(where).to_dict(), **found.to_dict()})
     console.show(prune_table(found, every=config.every))
+    if found.reconstruction is not None and config.every:
+        console.show(reconstruction_table(found.reconstruction))
     for line in prune_lines(found):
         console.say(line)
     console.wrote(config.output)

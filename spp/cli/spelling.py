@@ -16,6 +16,8 @@ _COMMANDS = {
     "verify": "verify BEFORE AFTER",
     "export_dense": "export DIRECTORY OUTPUT --dense",
     "export_packed": "export DIRECTORY OUTPUT --packed",
+    "reconstruct": "reconstruct PRUNED OUTPUT",
+    "reconstruct_checkpoint": "reconstruct PRUNED OUTPUT",
     "merge_checkpoint": "merge BASE ADAPTER OUTPUT",
 }
 

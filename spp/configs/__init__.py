@@ -11,6 +11,7 @@ adapter.py      SPPConfig
 pst.py          PSTConfig, and checks of its schedule
 tuning.py       TuneConfig and its recipes
 pruning.py      PruneOptions, OWL, the methods by name, names of calibration data, mask updates; PruneConfig
+reconstruction.py  Reconstruction
 comparing.py    CompareConfig, and the contenders by name
-checkpoints.py  the configs of merge, verify, certify, inspect, eval, export and push
+checkpoints.py  the configs of merge, verify, certify, inspect, eval, reconstruct, export and push
 """

@@ -1,4 +1,4 @@
-"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, export, report, push and run.
+"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, eval, reconstruct, export, report, push …
 
 Each field has its Option, whose text is the help of the command line.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from spp.configs.checks import (
     AUTO_DTYPES,
@@ -23,6 +23,8 @@ from spp.configs.checks import (
     check_seed,
 )
 from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, RUN, Option
+from spp.configs.pruning import check_source
+from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, arg
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -250,6 +252,50 @@ class EvalConfig:
         given = [arg(name) for name in only if getattr(self, name) not in (None, False)]
         if given and not self.tasks:
             raise ConfigError(f"{' and '.join(given)} without {arg('tasks', ...)}: there is no task that it is for")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(Reconstruction):
+    """The options of `spp reconstruct`: those of Reconstruction, and what to read and write.
+
+    Raises:
+        ConfigError, DataError: an option makes no sense; the message names it.
+    """
+
+    pruned: Annotated[str, Option("Directory or hub id of the pruned model.", argument=True)]
+    output: Annotated[Path, Option("Directory to write the repaired checkpoint to.", argument=True)]
+    dense: Annotated[str, Option("Directory or hub id of the model that it was pruned from.", MODEL)]
+    calibration: Annotated[
+        Any,
+        Option(
+            "Data to repair on, as of spp prune: a text file, rows with a field text, token ids, or a data set.",
+            DATA,
+            type=str,
+        ),
+    ]
+    nsamples: Annotated[int, Option("Calibration windows at most.", DATA)] = 128
+    seqlen: Annotated[int, Option("Tokens of a window that is cut from text.", DATA)] = 2048
+    dtype: Annotated[
+        str, Option("auto (the checkpoint's own), float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu or cuda.", MODEL, choices=DEVICES)] = "auto"
+    report: Annotated[Path | None, Option("JSON file to write the errors of each block to.", RUN)] = None
+    overwrite: Annotated[bool, Option("Replace an existing output.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("pruned", self.pruned)
+        check_path("dense", self.dense)
+        check_source(check_path("calibration", self.calibration))
+        check_int("nsamples", self.nsamples, least=1)
+        check_int("seqlen", self.seqlen, least=1)
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, AUTO_DTYPES)
+
+    @property
+    def options(self) -> Reconstruction:
+        """How a block is repaired."""
+        return Reconstruction(**{field.name: getattr(self, field.name) for field in fields(Reconstruction)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,9 @@ from spp.configs.checks import (
     is_number,
     parse_names,
 )
-from spp.configs.options import DATA, METHOD, MODEL, RUN, Option
+from spp.configs.options import DATA, METHOD, MODEL, OPTIMISATION, RUN, Option
 from spp.configs.pattern import Pattern
+from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, DataError, PatternError, arg
 
 Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
@@ -221,9 +222,17 @@ class PruneOptions:
             negatable=True,
         ),
     ] = True
+    reconstruct: Annotated[
+        Reconstruction | None,
+        Option("Train each pruned block's kept weights until it gives the dense block's outputs again.", OPTIMISATION),
+    ] = None
 
     def __post_init__(self) -> None:
         method, owl = get_method(self.method), self.owl
+        if self.reconstruct is not None and not isinstance(self.reconstruct, Reconstruction):
+            raise ConfigError(
+                f"{arg('reconstruct')} is {self.reconstruct!r}; pass spp.Reconstruction() with its options, or None"
+            )
         check_patterns(self.pattern)
         if owl is not None and not isinstance(owl, OWL):
             raise ConfigError(f"{arg('owl')} is {owl!r}; pass spp.pruning.OWL() with its options, or None")
@@ -240,8 +249,9 @@ class PruneOptions:
         check_names("exclude_modules", self.exclude_modules)
         if isinstance(self.calibration, (str, os.PathLike)):
             check_source(os.fspath(self.calibration))
-        elif self.calibration is None and (method.calibrated or owl is not None):
-            who = f"method {self.method!r}" if method.calibrated else arg("owl", ...)
+        elif self.calibration is None and (method.calibrated or owl is not None or self.reconstruct is not None):
+            who = arg("owl", ...) if owl is not None else arg("reconstruct", ...)
+            who = f"method {self.method!r}" if method.calibrated else who
             raise ConfigError(
                 f"{who} needs calibration data: pass {arg('calibration', ...)} (a text, JSON or JSONL file, token ids "
                 f"(k, L) or a file of them, a data set; in Python a list of texts too, with {arg('tokenizer', ...)} "

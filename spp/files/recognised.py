@@ -204,6 +204,7 @@ def _is_page(path: Path) -> bool:
 PAGE = FileKind("page of spp report", _is_page)
 PICTURE = FileKind("chart that spp drew", _is_chart)
 PRUNE_REPORT = _keys("report of spp prune", "layers", "method", "pattern", "sparsity", "windows")
+RECONSTRUCTION_REPORT = _keys("report of spp reconstruct", "blocks", "held_out", "options", "seqlen", "windows")
 MEASUREMENTS = _keys("file of measurements of spp bench", "rows", rows=("device", "versions"))
 EVALUATION = _keys("result of spp eval", "model", "model_fingerprint", "versions")
 CERTIFICATE = _keys("certificate of spp", "format_version", "tensors", "totals")
@@ -213,7 +214,10 @@ ANY_OUTPUT = FileKind(
     "output of spp",
     lambda path: any(
         kind.recognises(path)
-        for kind in (PAGE, PICTURE, PRUNE_REPORT, MEASUREMENTS, CERTIFICATE, COMPARISON, COMPARISON_TEXT)
+        for kind in (
+            *(PAGE, PICTURE, PRUNE_REPORT, RECONSTRUCTION_REPORT, MEASUREMENTS),
+            *(CERTIFICATE, COMPARISON, COMPARISON_TEXT),
+        )
     ),
 )
 OWN = FileKind("file", lambda path: True)  # one that spp keeps in a folder of its own, whose name says what it is
@@ -447,7 +451,7 @@ def _has_known_content(path: Path) -> bool:
     if path.name == CARD_NAME:
         return is_generated_card(path)
     report = path.suffix == ".json" and path.is_file() and path.stat().st_size <= _REPORT
-    return report and PRUNE_REPORT.recognises(path)
+    return report and (PRUNE_REPORT.recognises(path) or RECONSTRUCTION_REPORT.recognises(path))
 
 
 def _is_downloaded(folder: Path, path: str) -> bool:

@@ -14,6 +14,7 @@ from spp.masks.stats import InputStats
 from spp.masks.swaps import swap
 from spp.masks.wanda import wanda_mask
 from spp.pruning.model import prune
+from spp.pruning.reconstruction import reconstruct
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import calibration_windows
 
@@ -27,6 +28,7 @@ __all__ = [
     "least_squares",
     "magnitude_mask",
     "prune",
+    "reconstruct",
     "sparsegpt",
     "swap",
     "wanda_mask",

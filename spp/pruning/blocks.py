@@ -79,13 +79,23 @@ class BlockRunner:
         path: of the list of blocks, for messages.
         blocks: in the order in which the model runs them.
         windows: token ids (k, L).
+        sizes: windows of each batch; None runs up to BATCH_TOKENS tokens together.
     """
 
-    def __init__(self, model: nn.Module, path: str, blocks: Sequence[nn.Module], windows: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        blocks: Sequence[nn.Module],
+        windows: Tensor,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
         self._model = model
         self._path = path
         self._blocks = blocks
-        self._batches = windows.to(_input_device(model)).split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._batches = windows.to(_input_device(model)).split(
+            max(1, BATCH_TOKENS // windows.shape[1]) if sizes is None else list(sizes)
+        )
         self._outputs: list[Any] = [None] * len(self._batches)  # of the block before the next one, as it returned them
         self._shared = [_Shared() for _ in self._batches]
 
@@ -114,6 +124,17 @@ class BlockRunner:
             self._shared[batch].end(keep=keep)
             yield batch
 
+    def block(self, index: int) -> nn.Module:
+        """Return block `index`."""
+        return self._blocks[index]
+
+    def visit(self, index: int, batch: int) -> Any:
+        """Run block `index`, the next, on one batch; return its output, or that of the `Reached` which ends it."""
+        try:
+            return self._run(index, batch)
+        finally:
+            self._shared[batch].end(keep=False)
+
     def propagate(self, index: int) -> None:
         """Run block `index` and keep its outputs as the inputs of the next one."""
         for _ in self.run(index, keep=True):
@@ -135,7 +156,7 @@ class BlockRunner:
         stop = block.register_forward_hook(_stop)
         shared = block.register_forward_pre_hook(self._shared[batch].fill, with_kwargs=True)
         try:
-            with _forwards(_stand_ins(self._blocks[:index], self._outputs[batch])):
+            with replaced_forwards(_stand_ins(self._blocks[:index], self._outputs[batch])):
                 call_model(self._model, self._batches[batch])
         except Reached as reached:
             return reached.output
@@ -191,7 +212,7 @@ def _stand_ins(blocks: Sequence[nn.Module], kept: Any) -> dict[nn.Module, Callab
 
 
 @contextlib.contextmanager
-def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Exchange the forwards of some modules: a context manager."""
     before = {module: module.__dict__.get("forward") for module in replacements}
     try:

@@ -15,15 +15,17 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spp._version import __version__
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
+from spp.configs.reconstruction import Reconstruction
 from spp.errors import StreamingError, TargetError
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
@@ -33,10 +35,11 @@ from spp.files.reader import INDEX, SINGLE
 from spp.masks.patterns import Pattern, as_array
 from spp.models.projection import Projection
 from spp.models.streamed import StreamedModel
-from spp.pruning.blocks import BlockRunner, find_blocks
+from spp.pruning.blocks import find_blocks
 from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
 from spp.pruning.plan import PrunePlan, check_layer, make_plan, tell_patterns
-from spp.pruning.report import LayerReport, PruneReport
+from spp.pruning.regions import DenseBlock
+from spp.pruning.report import BlockReport, LayerReport, PruneReport
 from spp.pruning.windows import Calibration, check_calibration
 from spp.pruning.work import Work
 
@@ -56,6 +59,7 @@ def prune_checkpoint(
     seed: int = 0,
     owl: OWL | None = None,
     keep_zeros: bool = True,
+    reconstruct: Reconstruction | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -69,7 +73,7 @@ def prune_checkpoint(
         method, pattern, calibration, target_modules, exclude_modules, tokenizer, nsamples, seqlen, seed: as for
             `spp.prune`.
         owl: as for `spp.prune`; the dense blocks pass through memory once more.
-        keep_zeros: as for `spp.prune`.
+        keep_zeros, reconstruct: as for `spp.prune`.
         dtype: of the weights, while they are pruned and as they are written; None is the checkpoint's own.
         device: where a block is run.
         overwrite: replace what is at `out`, if it is an output (spp.files.recognised) and holds nothing else.
@@ -88,7 +92,17 @@ def prune_checkpoint(
         >>> report = prune_checkpoint("model", "pruned", "magnitude", "2:4")  # doctest: +SKIP
     """
     options = PruneOptions(
-        method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl, keep_zeros
+        method,
+        pattern,
+        calibration,
+        target_modules,
+        exclude_modules,
+        nsamples,
+        seqlen,
+        seed,
+        owl,
+        keep_zeros,
+        reconstruct,
     )
     if calibration is not None:
         check_calibration(calibration)
@@ -114,7 +128,7 @@ def prune_checkpoint_by(
     source = checkpoint_directory(directory)
     refuse_overlap(target, source, "the model")
     check_target(target, overwrite=overwrite, copies=[source])
-    _require_safetensors(source)
+    require_safetensors(source)
     with CheckpointReader(source) as reader:
         carry_files(source, None, set(reader.shards()), told=False)  # what cannot be copied is told before any work
         streamed = StreamedModel(reader, dtype, device)
@@ -123,19 +137,19 @@ def prune_checkpoint_by(
         streamed.require_floats(layer.parameter_path for layer in plan.layers.values())
         root, blocks = _blocks(model, plan)
         of_block = layers_by_block(plan.layers, root, len(blocks))
-        keys = [[k for k in reader if streamed.memory_key(k).startswith(f"{root}.{i}.")] for i in range(len(blocks))]
-        rest = sorted(set(reader.keys()).difference(*keys))
-        job = {**_job(plan, reader, streamed, dtype), "rest": _checksum(reader, rest)}
+        keys, rest = keys_of_blocks(reader, streamed, root, len(blocks))
+        job = {**_job(plan, reader, streamed, dtype), "rest": checksum(reader, rest)}
         with Work(target, job, len(blocks)) as work:
-            work.keep_blocks_of(lambda index: _checksum(reader, keys[index]))
+            work.keep_blocks_of(lambda index: checksum(reader, keys[index]))
             streamed.load((key for key in rest if not streamed.is_heads(key)), reader)
             model.tie_weights()  # type: ignore[operator]
             store = _Streamed(streamed, source, work, blocks, keys, of_block)
             with evaluating(model):
-                prune_blocks(plan, of_block, lambda: BlockRunner(model, root, blocks, plan.windows), store)
+                prune_blocks(plan, of_block, lambda: plan.runner(model, root, blocks), store)
             layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
+            repaired = work.repaired()
             work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite)
-    return plan.report(work.reports(), started)
+    return plan.report(work.reports(), started, repaired)
 
 
 class _Streamed(BlockStore):
@@ -174,11 +188,22 @@ class _Streamed(BlockStore):
         """Whether a block is finished."""
         return self._work.has(index)
 
-    def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
+    def dense(self, index: int, block: nn.Module) -> DenseBlock:
+        """Return the values that a resident block has in the source."""
+        if not self.has(index):
+            return DenseBlock(block)
+        with CheckpointReader(self._source) as origin:
+            self._streamed.load(self._keys[index], origin)
+        dense = DenseBlock(block, copy=False)
+        with self._work.reader(index) as origin:
+            self._streamed.load(self._keys[index], origin)
+        return dense
+
+    def finish(self, index: int, done: Mapping[str, LayerReport], repaired: BlockReport | None) -> None:
         """Write a block."""
         with CheckpointReader(self._source) as origin:
-            source = _checksum(origin, self._keys[index])
-        self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done, source)
+            source = checksum(origin, self._keys[index])
+        self._work.finish(index, {key: self._streamed.value(key) for key in self._keys[index]}, done, source, repaired)
 
     def patterns(self, find: Callable[[], dict[str, Pattern]]) -> dict[str, Pattern]:
         """Find the patterns once, before the first block is pruned, and remember them."""
@@ -191,7 +216,21 @@ class _Streamed(BlockStore):
         return {path: Pattern.parse(pattern) for path, pattern in known.items()}
 
 
-def _require_safetensors(source: Path) -> None:
+def keys_of_blocks(
+    reader: CheckpointReader, streamed: StreamedModel, root: str, count: int
+) -> tuple[list[list[str]], list[str]]:
+    """Return the keys of each of the blocks `root`.0, `root`.1, …, and those outside of them."""
+    keys = [[k for k in reader if streamed.memory_key(k).startswith(f"{root}.{i}.")] for i in range(count)]
+    return keys, sorted(set(reader.keys()).difference(*keys))
+
+
+def windows_hash(windows: Tensor) -> str:
+    """Return the sha256 of token ids (k, L)."""
+    return hashlib.sha256(as_array(windows.contiguous()).data).hexdigest()
+
+
+def require_safetensors(source: Path) -> None:
+    """Raise a StreamingError for a checkpoint of pickled files."""
     sentence = None if (source / SINGLE).exists() or (source / INDEX).exists() else pickled(source)
     if sentence is not None:
         raise StreamingError(f"{sentence}; so it can be pruned in memory, but not block by block from the disk")
@@ -219,14 +258,15 @@ def _job(
         "patterns": {path: str(pattern) for path, pattern in plan.patterns.items()},
         "owl": None if owl is None else [owl.threshold, owl.spread],
         "zeros_kept": plan.options.keep_zeros,
+        "reconstruct": None if plan.options.reconstruct is None else asdict(plan.options.reconstruct),
         "dtype": str(dtype),
         "dtypes": {path: dtype_name(layer.weight.dtype) for path, layer in plan.layers.items()},
-        "windows": hashlib.sha256(as_array(plan.windows.contiguous()).data).hexdigest(),
+        "windows": windows_hash(plan.windows),
         "shape": list(plan.windows.shape),
     }
 
 
-def _checksum(reader: CheckpointReader, keys: Iterable[str]) -> int:
+def checksum(reader: CheckpointReader, keys: Iterable[str]) -> int:
     """Return the crc32 of tensors as they are stored: clocks, which may jump, do not tell whether they changed."""
     crc = 0
     for key in keys:

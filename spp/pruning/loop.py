@@ -2,6 +2,9 @@
 
     for each block: statistics of what its layers read → prune them → run it again for the inputs of the next block
 
+With reconstruction (spp.pruning.fitting) the dense model's hidden states are kept beside those, and the block is
+trained to give the dense block's outputs before it runs again.
+
 So the next block gets the inputs that a pruned model has (SparseGPT and Wanda, their published procedure). Only one
 block's statistics and the current hidden states exist at a time.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
 from tqdm import tqdm
 
 from spp.configs.pruning import METHODS
@@ -19,9 +23,11 @@ from spp.masks.wanda import outlier_share, owl_fractions, wanda_score
 from spp.models.projection import Projection
 from spp.pruning.blocks import BlockRunner
 from spp.pruning.collect import gather_inputs
+from spp.pruning.fitting import fit_block
 from spp.pruning.layer import LayerInputs, prune_layer
 from spp.pruning.plan import PrunePlan
-from spp.pruning.report import LayerReport
+from spp.pruning.regions import DenseBlock, Streams
+from spp.pruning.report import BlockReport, LayerReport
 
 Layers = Mapping[str, Projection]
 
@@ -37,8 +43,12 @@ class BlockStore:
         """Whether a block is pruned already."""
         return False
 
-    def finish(self, index: int, done: Mapping[str, LayerReport]) -> None:
-        """Take a resident block that was pruned just now."""
+    def dense(self, index: int, block: nn.Module) -> DenseBlock:
+        """Return the values of a resident block before it was pruned."""
+        return DenseBlock(block)
+
+    def finish(self, index: int, done: Mapping[str, LayerReport], repaired: BlockReport | None) -> None:
+        """Take a resident block that was pruned, and maybe reconstructed, just now."""
 
     def patterns(self, find: Callable[[], dict[str, Pattern]]) -> dict[str, Pattern]:
         """Return the patterns that `find` finds, in this run or an earlier one."""
@@ -59,8 +69,10 @@ def prune_blocks(
     of_block: Sequence[Layers],
     make_runner: Callable[[], BlockRunner],
     store: BlockStore,
-) -> dict[str, LayerReport]:
-    """Prune block by block and return what was done to each layer, finished blocks excepted.
+) -> tuple[dict[str, LayerReport], dict[int, BlockReport]]:
+    """Prune block by block; return what was done to each layer, and to each block that was reconstructed.
+
+    Finished blocks are left out.
 
     Args:
         plan: what to do.
@@ -72,20 +84,37 @@ def prune_blocks(
     if plan.options.owl is not None:
         patterns = store.patterns(lambda: owl_patterns(plan, of_block, make_runner(), store))
     runner = make_runner() if plan.calibrated else None
+    options = plan.options.reconstruct
+    teacher = None if options is None else make_runner()
     last = max((index for index in range(len(of_block)) if not store.has(index)), default=-1)
     done: dict[str, LayerReport] = {}
+    repaired: dict[int, BlockReport] = {}
     bar = tqdm(range(last + 1), desc=f"pruning ({plan.method.name})", unit="block", disable=None)
     for index in bar:
         with store.resident(index):
+            dense = None if teacher is None else store.dense(index, teacher.block(index))
             if not store.has(index):
                 found = _prune_block(plan, index, of_block[index], patterns, runner)
-                store.finish(index, found)
+                if runner and teacher and dense and options:
+                    streams = Streams(runner, teacher, dense.held, *plan.batches)
+                    repaired[index] = fit_block(streams, index, of_block[index], options)
+                store.finish(index, found, repaired.get(index))
                 done |= found
                 error = max((layer.relative_error or 0.0 for layer in found.values()), default=0.0)
-                bar.set_postfix(error=f"{error:.3f}", refresh=False)
+                bar.set_postfix_str(f"error={error:.3f}{repair_text(repaired.get(index))}", refresh=False)
+            if teacher and dense and index < last:
+                with dense.held():
+                    teacher.propagate(index)
             if runner is not None and index < last:
                 runner.propagate(index)
-    return done
+    return done, repaired
+
+
+def repair_text(block: BlockReport | None) -> str:
+    """Return what a progress bar shows of a block that was reconstructed."""
+    if block is None or block.before is None:
+        return ""
+    return f", repaired {block.before:.3f} → {block.after:.3f}"
 
 
 def _prune_block(

@@ -9,10 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
+from spp.configs.reconstruction import Reconstruction
 from spp.errors import NonFiniteError, WrapError
 from spp.evaluation import evaluating
 from spp.packing.model import packed_layers
-from spp.pruning.blocks import BlockRunner, find_blocks
+from spp.pruning.blocks import find_blocks
 from spp.pruning.layer import prune_layer
 from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
 from spp.pruning.plan import check_layer, make_plan, tell_patterns
@@ -36,6 +37,7 @@ def prune(
     seed: int = 0,
     owl: OWL | None = None,
     keep_zeros: bool = True,
+    reconstruct: Reconstruction | None = None,
 ) -> PruneReport:
     """Prune a model's projections in place: linears, GPT-2's Conv1D and fused experts, N:M along their inputs.
 
@@ -63,6 +65,8 @@ def prune(
         owl: with `OWL()` a block's sparsity follows the outliers of the dense model's block around the fraction that
             `pattern` is, at the price of one more forward pass; needs calibration, whatever the method.
         keep_zeros: False takes zeros as weights like any other: SparseGPT, which updates what it keeps, fills them.
+        reconstruct: with `Reconstruction()` the kept weights, norms and biases of a pruned block are trained until it
+            gives the dense block's outputs again, before the next block is pruned; needs calibration.
 
     Returns:
         What was done to each layer.
@@ -77,7 +81,17 @@ def prune(
         0.5
     """
     options = PruneOptions(
-        method, pattern, calibration, target_modules, exclude_modules, nsamples, seqlen, seed, owl, keep_zeros
+        method,
+        pattern,
+        calibration,
+        target_modules,
+        exclude_modules,
+        nsamples,
+        seqlen,
+        seed,
+        owl,
+        keep_zeros,
+        reconstruct,
     )
     if calibration is not None:
         check_calibration(calibration)
@@ -104,9 +118,9 @@ def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> 
         root, blocks = find_blocks(model, list(plan.layers))
         of_block = layers_by_block(plan.layers, root, len(blocks))
         try:
-            done = prune_blocks(plan, of_block, lambda: BlockRunner(model, root, blocks, plan.windows), BlockStore())
+            done, repaired = prune_blocks(plan, of_block, lambda: plan.runner(model, root, blocks), BlockStore())
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error.marked} (blocks before it are pruned already: load the model anew)"
             ) from error
-    return plan.report(done, started)
+    return plan.report(done, started, repaired)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from spp.configs.checks import name_matches
 from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
+from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
 from spp.layers.host import refuse_parametrization
 from spp.masks.patterns import Pattern, all_finite
 from spp.models.projection import Projection, find_projections
 from spp.models.targets import resolve_projections
 from spp.models.tokens import check_ids, check_length, position_limit, trained_length, warn_length
-from spp.pruning.report import LayerReport, PruneReport
+from spp.pruning.blocks import BlockRunner
+from spp.pruning.report import BlockReport, LayerReport, PruneReport, ReconstructionReport
 from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids
 from spp.weights import FLOATS
 
@@ -54,8 +56,26 @@ class PrunePlan:
         """Whether there are windows to run the model on."""
         return self.options.calibration is not None
 
-    def report(self, done: Mapping[str, LayerReport], started: float) -> PruneReport:
-        """Return the report of what was done to the layers since `started`, by time.perf_counter, and log it."""
+    @property
+    def batches(self) -> tuple[list[int], int]:
+        """The windows of each batch of a reconstruction, and how many batches, the last ones, are held out."""
+        return batches_of(self.options.reconstruct or Reconstruction(), self.windows)
+
+    def runner(self, model: nn.Module, root: str, blocks: Sequence[nn.Module]) -> BlockRunner:
+        """Return a runner of the blocks on the plan's windows."""
+        sizes = None if self.options.reconstruct is None else self.batches[0]
+        return BlockRunner(model, root, blocks, self.windows, sizes)
+
+    def report(
+        self, done: Mapping[str, LayerReport], started: float, repaired: Mapping[int, BlockReport] | None = None
+    ) -> PruneReport:
+        """Return the report of what was done since `started`, by time.perf_counter, and log it.
+
+        Args:
+            done: to each layer.
+            repaired: to each block that was reconstructed.
+        """
+        seconds = time.perf_counter() - started
         report = PruneReport(
             method=self.options.method,
             pattern=self.options.described,
@@ -68,8 +88,11 @@ class PrunePlan:
             owl=None if self.options.owl is None else asdict(self.options.owl),
             sparsity_before=share_of(done, "sparsity_before"),
             keeps_zeros=self.options.keep_zeros or not self.method.updates,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             already_sparser=sum(layer.was_sparser for layer in done.values()),
+            reconstruction=None
+            if self.options.reconstruct is None
+            else reconstruction_report(self.options.reconstruct, self.windows, repaired or {}, seconds),
         )
         _log(report)
         return report
@@ -89,12 +112,53 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     warn_of_experts(model)
     windows = torch.empty(0, 0, dtype=torch.int64, device="cpu")
     if options.calibration is not None:
-        data = load_ids(options.calibration)
-        length = fitting_seqlen(model, data, options.seqlen)
-        windows = calibration_windows(data, tokenizer, nsamples=options.nsamples, seqlen=length, seed=options.seed)
-        where = describe_calibration(options.calibration)
-        check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)
+        windows = draw_windows(model, options.calibration, tokenizer, options.nsamples, options.seqlen, options.seed)
+        if options.reconstruct is not None:
+            warn_of_one_window(options.reconstruct, windows)
     return PrunePlan(options, get_method(options.method), layers, patterns, windows)
+
+
+def draw_windows(
+    model: nn.Module, calibration: Calibration, tokenizer: Any, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Return calibration windows (k, L) that the model can read; arguments and errors as of `calibration_windows`."""
+    data = load_ids(calibration)
+    length = fitting_seqlen(model, data, seqlen)
+    windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed)
+    where = describe_calibration(calibration)
+    check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)
+    return windows
+
+
+def batches_of(options: Reconstruction, windows: Tensor) -> tuple[list[int], int]:
+    """Return how many windows each batch of a reconstruction has, and how many batches, the last ones, are held out."""
+    train, held = options.split(*windows.shape)
+    return [*train, *held], len(held)
+
+
+def warn_of_one_window(options: Reconstruction, windows: Tensor) -> None:
+    """Warn where there is nothing to hold out."""
+    if options.held_out and len(windows) == 1:
+        warnings.warn(
+            "reconstruction has one calibration window, so that none is held out: errors are those on the window that "
+            f"is trained on; pass more text, or a smaller {arg('seqlen')}",
+            SPPWarning,
+            stacklevel=4,
+        )
+
+
+def reconstruction_report(
+    options: Reconstruction, windows: Tensor, repaired: Mapping[int, BlockReport], seconds: float
+) -> ReconstructionReport:
+    """Return the report of what was done to each block, by index, and log it."""
+    _, held = options.split(*windows.shape)
+    blocks = tuple(repaired[index] for index in sorted(repaired))
+    report = ReconstructionReport(blocks, len(windows), sum(held), windows.shape[1], asdict(options), seconds)
+    notes = [(index, region) for index, block in repaired.items() for region in block.regions if region.note]
+    for index, region in notes:
+        told = logger.warning if "rolled back" in region.note else logger.info
+        told("block %d%s: %s", index, f", {region.name}" if region.name else "", region.note)
+    return report
 
 
 def tell_patterns(pattern: Patterns) -> None:

@@ -54,6 +54,97 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class RegionReport:
+    """The result of reconstructing one region of a block.
+
+    Args:
+        name: its path in the block; "" is the block itself.
+        before: its error relative to the dense output, √(mean over tokens of ‖y − t‖² / ‖t‖²), on held-out windows.
+        after: the same with the weights that it has now; never above `before`.
+        trained: how many values were trained.
+        steps: of the optimizer.
+        seconds: the whole took.
+        note: anything out of the ordinary, such as that it was rolled back; else "".
+    """
+
+    name: str
+    before: float
+    after: float
+    trained: int
+    steps: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """The result of reconstructing one block.
+
+    Args:
+        regions: what was done to each of its regions, in the order of the forward; none of a block without targets.
+    """
+
+    regions: tuple[RegionReport, ...] = ()
+
+    @property
+    def before(self) -> float | None:
+        """The mean of its regions' errors before; None without regions."""
+        return sum(r.before for r in self.regions) / len(self.regions) if self.regions else None
+
+    @property
+    def after(self) -> float | None:
+        """The mean of its regions' errors after; None without regions."""
+        return sum(r.after for r in self.regions) / len(self.regions) if self.regions else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {"before": self.before, "after": self.after, "regions": [asdict(region) for region in self.regions]}
+
+
+@dataclass(frozen=True)
+class ReconstructionReport:
+    """The result of `reconstruct`.
+
+    Args:
+        blocks: what was done to each decoder block, in order.
+        windows: calibration windows used.
+        held_out: how many of them the errors were measured on, and not trained on; 0: on all, which were trained on.
+        seqlen: their length in tokens.
+        options: the options by name.
+        seconds: the whole took.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    windows: int
+    held_out: int
+    seqlen: int
+    options: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def before(self) -> float:
+        """The mean of the blocks' errors before."""
+        return _mean([block.before for block in self.blocks])
+
+    @property
+    def after(self) -> float:
+        """The mean of the blocks' errors after."""
+        return _mean([block.after for block in self.blocks])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {
+            "blocks": [block.to_dict() for block in self.blocks],
+            **{name: getattr(self, name) for name in ("windows", "held_out", "seqlen", "options", "seconds")},
+        }
+
+
+def _mean(errors: Sequence[float | None]) -> float:
+    known = [error for error in errors if error is not None]
+    return sum(known) / max(1, len(known))
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """The result of `prune`.
 
@@ -71,6 +162,7 @@ class PruneReport:
         keeps_zeros: whether these stayed zeros; else (SparseGPT, keep_zeros=False) they were weights like any other.
         seconds: the whole took.
         already_sparser: how many layers had more zeros than were asked for (N:M: in the right places).
+        reconstruction: what the blocks were repaired by after they were pruned; None where they were not.
     """
 
     method: str
@@ -86,10 +178,12 @@ class PruneReport:
     keeps_zeros: bool
     seconds: float
     already_sparser: int = 0
+    reconstruction: ReconstructionReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
         values = asdict(self)
+        values["reconstruction"] = None if self.reconstruction is None else self.reconstruction.to_dict()
         for layer in values["layers"].values():
             layer["shape"] = list(layer["shape"])
         return values
@@ -135,6 +229,28 @@ def prune_table(report: PruneReport, *, every: bool = False) -> Table:
     return Table(f"pruned by {report.method} to {pattern_text(report.pattern)}", columns, tuple(rows))
 
 
+def reconstruction_table(report: ReconstructionReport) -> Table:
+    """Return the errors of each region of each block before and after reconstruction as a table.
+
+    Args:
+        report: of `spp.reconstruct`, or the `reconstruction` of `spp.prune`'s.
+
+    Example:
+        >>> print(reconstruction_table(spp.reconstruct(model, dense, ids)).text())  # doctest: +SKIP
+    """
+    held = count_text(report.held_out, "held-out window") if report.held_out else "the windows that are trained on"
+    rows = [
+        (
+            *(str(index), region.name or "block", f"{region.before:.4f}", f"{region.after:.4f}"),
+            *(str(region.steps), f"{region.seconds:.1f}", region.note),
+        )
+        for index, block in enumerate(report.blocks)
+        for region in block.regions
+    ]
+    columns = ("block", "region", "before", "after", "steps", "seconds", "notes")
+    return Table(f"reconstructed: relative errors on {held}", columns, tuple(rows))
+
+
 def prune_lines(report: PruneReport) -> list[str]:
     """Return the lines below a table of pruning: the data, the fate of zeros that were there before, the whole time.
 
@@ -157,6 +273,9 @@ def prune_lines(report: PruneReport) -> list[str]:
     if report.owl is not None:
         options = ", ".join(f"{name} {value:g}" for name, value in report.owl.items())
         lines = [f"OWL: blocks with more outliers keep more weights ({options})"]
+    if (done := report.reconstruction) is not None:
+        where = count_text(done.held_out, "held-out window") if done.held_out else "all windows"
+        lines.append(f"reconstruction: relative error {done.before:.4f} before, {done.after:.4f} after, on {where}")
     return [
         *lines,
         f"calibration: {drawn if report.windows else 'none'}",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.certifying.save import make_certificate
+from spp.certifying.save import certify, make_certificate
 from spp.errors import CheckpointError, OutputError, OutputExistsError
 from spp.files import (
     CheckpointReader,
@@ -38,7 +38,7 @@ from spp.files.header import size_of
 from spp.files.leftovers import LOCK_NAME, FolderLock, prefix
 from spp.files.reader import INDEX, SINGLE
 from spp.files.recognised import OWN, PRUNING
-from spp.pruning.report import LayerReport
+from spp.pruning.report import BlockReport, LayerReport, RegionReport
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +102,29 @@ class Work:
             with self._writing():
                 self._remove_files()
 
-    def finish(self, index: int, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerReport], source: int) -> None:
+    def finish(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        layers: Mapping[str, LayerReport],
+        source: int,
+        repaired: BlockReport | None = None,
+    ) -> None:
         """Write a finished block, then the note that it is finished.
 
         Args:
             index: of the block. tensors: what goes into the output. layers: what was done to each layer.
             source: a checksum of the block's weights in the model.
+            repaired: what its reconstruction did.
         """
         with self._writing():
             with atomic_file(self._folder / self._shard(index + 1), overwrite=True, kind=OWN) as path:
                 save_tensors(path, tensors)
             self._progress["blocks"][str(index)] = {path: asdict(layer) for path, layer in layers.items()}
             self._progress.setdefault("sources", {})[str(index)] = source
+            if repaired is not None:
+                regions = [asdict(region) for region in repaired.regions]
+                self._progress.setdefault("repaired", {})[str(index)] = regions
             self._note()
 
     def malformed(self) -> CheckpointError:
@@ -139,6 +150,14 @@ class Work:
             for path, values in layers.items()
         }
 
+    def repaired(self) -> dict[int, BlockReport]:
+        """Return what reconstruction did to each block."""
+        found: dict[str, Any] = self._progress.get("repaired", {})
+        try:
+            return {int(i): BlockReport(tuple(RegionReport(**region) for region in of)) for i, of in found.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self.malformed() from error
+
     def commit(
         self,
         source: CheckpointReader,
@@ -147,6 +166,7 @@ class Work:
         *,
         dtype: torch.dtype | None,
         overwrite: bool,
+        base: str | os.PathLike[str] | None = None,
     ) -> None:
         """Make the output of the finished blocks and the rest, certify it, and remove the folder.
 
@@ -156,6 +176,7 @@ class Work:
             value: gives such a tensor.
             dtype: what the config is to say; None leaves it as it is.
             overwrite: replace what is there.
+            base: the pruned checkpoint whose zeros the output must have, and which its certificate names.
         """
         with self._writing(), contextlib.ExitStack() as stack:
             made = atomic_directory(self._target, overwrite=overwrite, copies=[source.directory])
@@ -180,8 +201,11 @@ class Work:
                 files = [(rest, 0), *((reader.keys(), index) for index, reader in enumerate(readers, start=1))]
                 file_of = {key: self._shard(number) for keys, number in files for key in keys}
                 write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
-            with CheckpointReader(directory) as pruned:
-                make_certificate(pruned).write(directory)
+            if base is not None:
+                certify(directory, base)
+            else:
+                with CheckpointReader(directory) as pruned:
+                    make_certificate(pruned).write(directory)
         (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         self._discard()
 

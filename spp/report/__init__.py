@@ -6,7 +6,7 @@ from spp.certifying.certificate import sparsity_table
 from spp.evaluation.scores import tasks_table
 from spp.files.tables import Table, byte_text, count_text, kind_of, time_text
 from spp.merging.report import merge_table
-from spp.pruning.report import pattern_text, prune_lines, prune_table
+from spp.pruning.report import pattern_text, prune_lines, prune_table, reconstruction_table
 from spp.report.contents import RunReport
 from spp.report.page import html_report
 from spp.report.tables import export_table, survival_table, verdict_table
@@ -23,6 +23,7 @@ __all__ = [
     "pattern_text",
     "prune_lines",
     "prune_table",
+    "reconstruction_table",
     "sparsity_table",
     "survival_table",
     "tasks_table",

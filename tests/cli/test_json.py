@@ -27,6 +27,7 @@ from tests.integrations.fake_hub import FakeHub
 Call = Callable[..., Outcome]
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--steps", 1, "--block-length", 16, "--batch-size", 1, "--window", 32, "--device", "cpu")
+FEW = ("--nsamples", 2, "--seqlen", 32, "--epochs", 1, "--device", "cpu")
 
 
 def constant(name: str) -> float:
@@ -71,6 +72,11 @@ RUNS: list[tuple[tuple[object, ...], list[str], set[str]]] = [
         {"layers", "survived", "kept", "sparsity_report", "base_values", "dry_run"},
     ),
     (("merge", "{pruned}", "{adapter}", "{out}", "--dry-run"), [], {"layers", "survived", "dry_run"}),
+    (
+        ("reconstruct", "{pruned}", "{out}", "--dense", "{dense}", "--calibration", "{text}", *FEW),
+        ["{out}"],
+        {"blocks", "windows", "held_out", "seqlen", "options", "seconds", "versions", "device"},
+    ),
     (("verify", "{pruned}", "{pruned}"), [], {"ok", "name", "against", "problems", "tensors", "certificate"}),
     (("inspect", "{pruned}"), [], {"kind", "sparsity", "pattern", "tensors"}),
     (("inspect", "{adapter}"), [], {"kind", "method", "config", "base", "parameters", "bytes", "tensors"}),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
-import spp.pruning.disk as streaming
 import spp.pruning.loop as loop
 import spp.pruning.work as work
 from spp.certifying.verify import verify
@@ -199,7 +198,7 @@ def test_a_run_that_was_killed_at_the_very_end_only_commits(tmp_path: Path, monk
         patch.setattr(work, "carry_files", killed)
         prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.BlockRunner, "run", killed)
+        patch.setattr(loop.BlockRunner, "run", killed)
         prune_checkpoint(source, tmp_path / "out", "wanda", "2:4", _ids())
     assert _same(_load(tmp_path / "out"), _expected(source, "wanda", "2:4")[0])
 

@@ -1,0 +1,108 @@
+"""Reconstruction: the options of training a pruned block until it gives the dense one's outputs again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from spp.configs.checks import check_choice, check_int, check_number
+from spp.configs.options import DATA, OPTIMISATION, Option
+from spp.errors import ConfigError, arg
+
+REGIONS = ("submodule", "block")
+TRAINS = ("weights", "adapter")
+INPUTS = ("repaired", "dense")
+LEAST_STEPS = 60  # optimizer steps a region at least, where `epochs` is open
+LEAST_EPOCHS = 3
+STEP_TOKENS = 512  # of a step at most, where `batch_size` is open
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The options of reconstruction.
+
+    Args:
+        region: what is trained at a time: "submodule" is the attention, then the MLP; "block" a whole decoder block.
+        train: "weights": the kept weights, norms and biases of the region.
+        inputs: of the region: "repaired", those that the blocks before it give now, or "dense", those of the dense
+            model.
+        epochs: passes over the windows; None takes 3, or as many as give 60 steps.
+        lr: of Adam, reached after a tenth of the steps; it decays to zero.
+        batch_size: windows of a step; None takes as many as have 512 tokens, one at least.
+        held_out: share of the windows that is not trained on, and says when a region gets worse; 0 holds none out.
+        seed: of the order of batches.
+
+    Raises:
+        ConfigError: an option makes no sense; the message names it.
+
+    Example:
+        >>> Reconstruction(region="block", epochs=5).lr
+        0.0003
+    """
+
+    region: Annotated[
+        str,
+        Option("Reconstruction: submodule (attention, then MLP) or block.", OPTIMISATION, choices=REGIONS),
+    ] = "submodule"
+    train: Annotated[
+        str, Option("Reconstruction: weights, the kept ones with norms and biases.", OPTIMISATION, choices=TRAINS)
+    ] = "weights"
+    inputs: Annotated[
+        str,
+        Option(
+            "Reconstruction: a region reads what the repaired blocks before it give, or what dense ones give.",
+            OPTIMISATION,
+            choices=INPUTS,
+        ),
+    ] = "repaired"
+    epochs: Annotated[
+        int | None,
+        Option("Reconstruction: passes over the windows.", OPTIMISATION, default="3, or as many as give 60 steps"),
+    ] = None
+    lr: Annotated[float, Option("Reconstruction: the learning rate of Adam.", OPTIMISATION)] = 3e-4
+    batch_size: Annotated[
+        int | None,
+        Option("Reconstruction: windows of a step.", OPTIMISATION, default="as many as have 512 tokens"),
+    ] = None
+    held_out: Annotated[
+        float,
+        Option("Reconstruction: share of the windows that is held out to see whether a region gets worse.", DATA),
+    ] = 0.125
+    seed: Annotated[int, Option("Reconstruction: of the order of windows.", OPTIMISATION)] = 0
+
+    def __post_init__(self) -> None:
+        check_choice("region", self.region, REGIONS)
+        check_choice("train", self.train, TRAINS)
+        if self.train == "adapter":
+            raise ConfigError(
+                f"{arg('train', 'adapter')} cannot be done yet: reconstruction trains the kept weights themselves; "
+                f"pass {arg('train', 'weights')}"
+            )
+        check_choice("inputs", self.inputs, INPUTS)
+        if self.epochs is not None:
+            check_int("epochs", self.epochs, least=1)
+        check_number("lr", self.lr, above=0.0)
+        if self.batch_size is not None:
+            check_int("batch_size", self.batch_size, least=1)
+        check_number("held_out", self.held_out, least=0.0, below=1.0)
+        check_int("seed", self.seed, least=0)
+
+    def split(self, windows: int, length: int) -> tuple[list[int], list[int]]:
+        """Return how many windows each batch has: those that are trained on, and those that are held out, last.
+
+        Args:
+            windows: how many there are.
+            length: tokens of each.
+        """
+        held = min(windows - 1, max(1, round(self.held_out * windows))) if self.held_out else 0
+        size = self.batch_size or max(1, STEP_TOKENS // length)
+        return _batches(windows - held, size), _batches(held, size)
+
+    def epochs_of(self, batches: int) -> int:
+        """Return the passes over so many batches."""
+        return self.epochs or max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / batches))
+
+
+def _batches(windows: int, size: int) -> list[int]:
+    return [min(size, windows - start) for start in range(0, windows, size)]

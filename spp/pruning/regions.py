@@ -1,0 +1,263 @@
+"""The regions of a decoder block that are reconstructed, and what they read and must give on a batch.
+
+A region is a module of the block that holds target projections (the attention, the MLP) with the norm that it alone
+reads from, or the whole block. Its inputs and the dense region's output are computed batch by batch, by running the
+block, and kept nowhere: the two streams of hidden states are all that grows with the number of windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.errors import TargetError
+from spp.models.projection import Projection
+from spp.pruning.blocks import BlockRunner, Reached, hidden_name, replaced_forwards
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a block that is trained by itself.
+
+    Args:
+        block: that it is a part of.
+        path: of its module in the block; "" is the block.
+        norm_path: of the module whose output it alone reads, if that is one of the block without target projections.
+        argument: where among its arguments the hidden states are: a place, or a name.
+        projections: the targets in it.
+    """
+
+    block: nn.Module
+    path: str
+    norm_path: str | None
+    argument: int | str
+    projections: Sequence[Projection]
+
+    @property
+    def module(self) -> nn.Module:
+        """Its module."""
+        return self.block.get_submodule(self.path)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The module whose output it reads."""
+        return None if self.norm_path is None else self.block.get_submodule(self.norm_path)
+
+    def modules(self) -> list[nn.Module]:
+        """Return every module whose parameters belong to it."""
+        return [*self.module.modules(), *(self.norm.modules() if self.norm is not None else ())]
+
+    def trained(self) -> Iterator[tuple[nn.Module, str, bool]]:
+        """Yield the module and the name of each parameter that is trained, and whether its zeros stay."""
+        weights = {(id(p.module), p.name) for p in self.projections}
+        seen: set[int] = set()
+        for module in self.modules():
+            for name, value in module._parameters.items():
+                masked = (id(module), name) in weights
+                if value is None or id(value) in seen or not value.is_floating_point():
+                    continue
+                if masked or value.dim() <= 1 or name.endswith("bias"):
+                    seen.add(id(value))
+                    yield module, name, masked
+
+    def output(self, call: Call, dtype: torch.dtype) -> Tensor:
+        """Return the region's output for a call that was recorded, in another dtype."""
+        args, kwargs = list(_cast(call.args, dtype)), _cast(call.kwargs, dtype)
+        if self.norm is not None:
+            places: Any = args if isinstance(self.argument, int) else kwargs
+            places[self.argument] = self.norm(*_cast(call.norm_args, dtype), **_cast(call.norm_kwargs, dtype))
+        return hidden_of(self.module(*args, **kwargs))
+
+
+@dataclass
+class Call:
+    """The arguments of a region's call in the forward of its block, and those of its norm."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    norm_args: tuple[Any, ...] = ()
+    norm_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of a module's output: the tensor, or the first of several."""
+    found = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(found, Tensor):
+        raise TargetError(f"a module returns a {type(found).__name__}, not hidden states; it cannot be reconstructed")
+    return found
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_cast(part, dtype) for part in value)
+    if type(value) is dict:
+        return {name: _cast(part, dtype) for name, part in value.items()}
+    return value
+
+
+# ---- The weights of a block of which there are two kinds, pruned and dense.
+
+
+class DenseBlock:
+    """The dense values of a block that is to be pruned in place; `held` puts them there for a while.
+
+    Args:
+        block: with its dense values.
+        copy: False where the block gets other parameters instead of other values.
+    """
+
+    def __init__(self, block: nn.Module, *, copy: bool = True) -> None:
+        self._values = [
+            (module, name, nn.Parameter(value.detach().clone() if copy else value.detach(), requires_grad=False))
+            for module in block.modules()
+            for name, value in module._parameters.items()
+            if value is not None
+        ]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Exchange the block's parameters for the dense ones: a context manager."""
+        before = [module._parameters[name] for module, name, _ in self._values]
+        for module, name, value in self._values:
+            module._parameters[name] = value
+        try:
+            yield
+        finally:
+            for (module, name, _), now in zip(self._values, before, strict=True):
+                module._parameters[name] = now
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The hidden states of the repaired and of the dense model, at the same block.
+
+    Args:
+        repaired, dense: runners of the same windows in the same batches.
+        dense_values: a context manager around each run of the dense block.
+        sizes: windows of each batch.
+        held: how many batches, the last ones, are held out.
+    """
+
+    repaired: BlockRunner
+    dense: BlockRunner
+    dense_values: Callable[[], contextlib.AbstractContextManager[None]]
+    sizes: Sequence[int]
+    held: int
+
+    def example(self, index: int, batch: int, region: Region, inputs: str) -> tuple[Call, Tensor]:
+        """Return the call of a region on a batch, and the dense region's output, the target."""
+        with self.dense_values():
+            call, output = _run_region(self.dense, index, batch, region, to_end=True)
+        if inputs == "repaired":
+            call, _ = _run_region(self.repaired, index, batch, region, to_end=False)
+        return call, hidden_of(output).detach()
+
+
+def _run_region(runner: BlockRunner, index: int, batch: int, region: Region, *, to_end: bool) -> tuple[Call, Any]:
+    """Run a block as far as a region's call, or its end; return the call and the output."""
+    block, call = runner.block(index), Call()
+    module = block.get_submodule(region.path)
+    forward = module.forward
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        call.args, call.kwargs = args, kwargs
+        raise Reached(forward(*args, **kwargs) if to_end else None)
+
+    recorded: dict[nn.Module, Callable[..., Any]] = {module: record}
+    if region.norm_path is not None:
+        norm = block.get_submodule(region.norm_path)
+        norm_forward = norm.forward
+
+        def record_norm(*args: Any, **kwargs: Any) -> Any:
+            call.norm_args, call.norm_kwargs = args, kwargs
+            return norm_forward(*args, **kwargs) if to_end else _hidden_argument(args, kwargs)[1]
+
+        recorded[norm] = record_norm
+    with replaced_forwards(recorded):
+        output = runner.visit(index, batch)
+    return call, output
+
+
+# ---- Which regions a block has, as one run of it shows.
+
+
+def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection], kind: str) -> list[Region]:
+    """Return the regions of a block in the order in which it calls them.
+
+    Args:
+        runner: at the state in which block `index` is next.
+        index: of the block.
+        layers: projections in the block.
+        kind: "submodule" or "block".
+    """
+    block = runner.block(index)
+    if not layers:
+        return []
+    if kind == "block":
+        return [Region(block, "", None, 0, list(layers))]
+    places = {id(module): path for path, module in block.named_modules()}
+    inside = [(places[id(layer.module)], layer) for layer in layers]
+    parts = list(dict.fromkeys(_part_of(block, path) for path, _ in inside))
+    others = [name for name, child in block.named_children() if not any(_is_in(part, name) for part in parts)]
+    made: dict[str, Any] = {}  # outputs in this run by path
+    reads: dict[str, tuple[int | str, str | None]] = {}
+
+    def enter(path: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            argument, hidden = _hidden_argument(args, kwargs)
+            source = next((other for other, output in made.items() if output is hidden), None)
+            reads.setdefault(path, (argument, source))
+
+        return note
+
+    def leave(path: str) -> Any:
+        return lambda _, args, output: made.setdefault(path, output)
+
+    hooks = [block.get_submodule(p).register_forward_pre_hook(enter(p), with_kwargs=True) for p in (*parts, *others)]
+    hooks += [block.get_submodule(path).register_forward_hook(leave(path)) for path in others]
+    try:
+        runner.visit(index, 0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sources = [source for _, source in reads.values()]
+    return [
+        Region(
+            block,
+            path,
+            source if source is not None and sources.count(source) == 1 else None,
+            argument,
+            [layer for name, layer in inside if _is_in(name, path)],
+        )
+        for path, (argument, source) in reads.items()
+        if path in parts
+    ]
+
+
+def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Any]:
+    """Return the place or name of the hidden states among arguments, and them."""
+    if args:
+        return 0, args[0]
+    name = hidden_name(kwargs)
+    return name, kwargs[name]
+
+
+def _is_in(path: str, part: str) -> bool:
+    return path == part or path.startswith(part + ".")
+
+
+def _part_of(block: nn.Module, path: str) -> str:
+    """Return the path of the outermost module that is called and holds what is at `path`: no mere list of modules."""
+    names = path.split(".")
+    for count in range(1, len(names) + 1):
+        part = ".".join(names[:count])
+        if not isinstance(block.get_submodule(part), (nn.ModuleList, nn.ModuleDict)):
+            return part
+    return path
