@@ -162,6 +162,7 @@ class Certificate:
         base: what was merged into, if anything was.
         content_sha256: hex sha256 of the contents of every tensor, in a deep certificate.
         other_layout: shape and dtype of every tensor of `other`; None in an older certificate.
+        origin: path or hub id of the dense model that it was pruned from, if that is known.
         spp_version: the version that wrote it.
     """
 
@@ -170,6 +171,7 @@ class Certificate:
     base: BaseRecord | None = None
     content_sha256: dict[str, str] | None = None
     other_layout: dict[str, TensorLayout] | None = None
+    origin: str | None = None
     spp_version: str = field(default=__version__)
 
     def fingerprint(self) -> str:
@@ -194,6 +196,8 @@ class Certificate:
         }
         if self.other_layout is not None:
             values["other_layout"] = _as_objects(self.other_layout)
+        if self.origin is not None:
+            values["origin"] = self.origin
         if self.content_sha256 is not None:
             values["content_sha256"] = dict(self.content_sha256)
         return values
@@ -220,6 +224,7 @@ class Certificate:
                 base=_base(values["base"]),
                 content_sha256=_hashes(values.get("content_sha256")),
                 other_layout=_layouts(values.get("other_layout")),
+                origin=None if values.get("origin") is None else _text(values["origin"]),
                 spp_version=_text(values["spp_version"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -102,6 +102,7 @@ def save_model(
                 changed = [key for key in written if scanned[key].mask != certificate.tensors[key].mask_sha256]
                 if changed:
                     require_same_masks(held, stored, changed)
+        certificate = replace(certificate, origin=getattr(model, "_spp_origin", None))
         _with_base(certificate, base, keys).write(directory)
     if config is not None and hasattr(config, "_name_or_path"):
         config._name_or_path = os.fspath(dir)  # what an adapter trained from here on belongs to
@@ -145,6 +146,7 @@ def certify(
         pruned = [] if before is None else pruned_matrices(before)
         reader = opened.enter_context(DenseReader(directory))
         certificate = make_certificate(reader, deep=deep, also=certified_keys(directory).union(pruned))
+        certificate = replace(certificate, origin=origin_of(directory))
         if before is not None:
             one, other = same_names(before, opened.enter_context(open_source(directory)))
             require_same_masks(one, other, {*one.axes, *pruned, *certificate.tensors})
@@ -189,6 +191,21 @@ def make_certificate(reader: CheckpointReader, *, deep: bool = False, also: Coll
         content_sha256={key: found[key].sha256 or "" for key in wanted} if deep else None,
         other_layout={key: TensorLayout.of(reader.shape(key), reader.dtype(key)) for key in other},
     )
+
+
+def origin_of(name: str | os.PathLike[str]) -> str | None:
+    """Return the dense model that a checkpoint was pruned from, where it has a certificate that names it."""
+    try:
+        return Certificate.read(name).origin
+    except CheckpointError:
+        return None
+
+
+def note_origin(model: nn.Module, dense: nn.Module) -> None:
+    """Remember which dense model a model was pruned from, for its certificate: the origin of `dense`, or itself."""
+    name = getattr(getattr(dense, "config", None), "_name_or_path", None)
+    if name:
+        model._spp_origin = origin_of(name) or os.fspath(name)  # type: ignore[assignment]
 
 
 def _with_base(certificate: Certificate, base: Mapping[str, Any], keys: Set[str]) -> Certificate:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from spp._version import __version__
+from spp.certifying.save import origin_of
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.configs.reconstruction import Reconstruction
@@ -148,7 +149,8 @@ def prune_checkpoint_by(
                 prune_blocks(plan, of_block, lambda: plan.runner(model, root, blocks), store)
             layout = {key: (streamed.dtype(key), reader.shape(key)) for key in rest}
             repaired = work.repaired()
-            work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite)
+            origin = origin_of(source) or os.fspath(directory)
+            work.commit(reader, layout, streamed.value, dtype=dtype, overwrite=overwrite, origin=origin)
     return plan.report(work.reports(), started, repaired)
 
 

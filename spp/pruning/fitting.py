@@ -86,12 +86,19 @@ class Weights:
     def __init__(self, region: Region) -> None:
         self.dtype = work_dtype(region.projections[0].weight)
         trained = {(id(module), name): masked for module, name, masked in region.trained()}
+        masters: dict[int, nn.Parameter] = {}  # a parameter that two modules share has one
+
+        def master(stored: nn.Parameter) -> nn.Parameter:
+            if stored.dtype == self.dtype:
+                return stored
+            return masters.setdefault(id(stored), nn.Parameter(stored.detach().to(self.dtype)))
+
         self._values = [
             _Value(
                 module,
                 name,
                 stored,
-                stored if stored.dtype == self.dtype else nn.Parameter(stored.detach().to(self.dtype)),
+                master(stored),
                 masked := trained.get((id(module), name)),
                 None if masked is None else stored.detach().clone(),
                 stored.requires_grad,
@@ -108,7 +115,9 @@ class Weights:
         """Put trainable values in place of the stored ones; these get the best if `kept` is set: a context manager."""
         for value in self._values:
             value.module._parameters[value.name] = value.value
-            value.value.requires_grad_(value.masked is not None)
+            value.value.requires_grad_(False)
+        for value in self.trained:
+            value.value.requires_grad_(True)
         try:
             yield
         finally:

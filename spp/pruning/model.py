@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from spp.certifying.save import note_origin
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.configs.reconstruction import Reconstruction
 from spp.errors import NonFiniteError, WrapError
@@ -109,6 +110,7 @@ def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> 
     plan = make_plan(model, options, tokenizer)
     for layer in plan.layers.values():
         check_layer(layer)
+    note_origin(model, model)
     if not plan.calibrated:
         keep = options.keep_zeros
         bar = tqdm(plan.layers.items(), desc=f"pruning ({options.method})", unit="layer", disable=None)

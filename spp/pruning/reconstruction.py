@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spp._version import __version__
+from spp.certifying.save import note_origin
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.checks import check_int
 from spp.configs.reconstruction import Reconstruction
@@ -92,6 +93,7 @@ def reconstruct(
         check_layer(layer)
     windows = draw_windows(model, calibration, tokenizer, nsamples, seqlen, options.seed)
     warn_of_one_window(options, windows)
+    note_origin(model, dense)
     with evaluating(model), evaluating(dense):
         try:
             repaired = repair_blocks(model, dense, layers, windows, options, RepairStore())
@@ -232,7 +234,13 @@ def reconstruct_checkpoint(
             rest = sides[0].rest
             layout = {key: (sides[0].streamed.dtype(key), reader.shape(key)) for key in rest}
             repaired = work.repaired()
-            work.commit(reader, layout, sides[0].streamed.value, dtype=dtype, overwrite=overwrite, base=pruned)
+            work.commit(
+                *(reader, layout, sides[0].streamed.value),
+                dtype=dtype,
+                overwrite=overwrite,
+                origin=os.fspath(dense),
+                base=pruned,
+            )
     return reconstruction_report(options, windows, repaired, time.perf_counter() - started)
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,7 @@ class Work:
         *,
         dtype: torch.dtype | None,
         overwrite: bool,
+        origin: str,
         base: str | os.PathLike[str] | None = None,
     ) -> None:
         """Make the output of the finished blocks and the rest, certify it, and remove the folder.
@@ -176,6 +177,7 @@ class Work:
             value: gives such a tensor.
             dtype: what the config is to say; None leaves it as it is.
             overwrite: replace what is there.
+            origin: path or hub id of the dense model, which the certificate names.
             base: the pruned checkpoint whose zeros the output must have, and which its certificate names.
         """
         with self._writing(), contextlib.ExitStack() as stack:
@@ -201,11 +203,10 @@ class Work:
                 files = [(rest, 0), *((reader.keys(), index) for index, reader in enumerate(readers, start=1))]
                 file_of = {key: self._shard(number) for keys, number in files for key in keys}
                 write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
+            with CheckpointReader(directory) as pruned:
+                replace(make_certificate(pruned), origin=origin).write(directory)
             if base is not None:
                 certify(directory, base)
-            else:
-                with CheckpointReader(directory) as pruned:
-                    make_certificate(pruned).write(directory)
         (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         self._discard()
 
