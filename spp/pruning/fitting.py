@@ -156,7 +156,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
         output: y (…, d).
         target: t (…, d).
     """
-    target = target.to(output.dtype)
+    target = target.to(output)
     norm = target.square().sum(-1)
     floor = (_FLOOR * norm.median()).clamp_min(torch.finfo(norm.dtype).tiny)
     return ((output - target).square().sum(-1) / (norm + floor)).mean()

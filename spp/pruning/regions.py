@@ -67,10 +67,11 @@ class Region:
 
     def output(self, call: Call, dtype: torch.dtype) -> Tensor:
         """Return the region's output for a call that was recorded, in another dtype."""
-        args, kwargs = list(_cast(call.args, dtype)), _cast(call.kwargs, dtype)
+        to = torch.empty(0, dtype=dtype, device=self.projections[0].weight.device)  # the dense model may be elsewhere
+        args, kwargs = list(_cast(call.args, to)), _cast(call.kwargs, to)
         if self.norm is not None:
             places: Any = args if isinstance(self.argument, int) else kwargs
-            places[self.argument] = self.norm(*_cast(call.norm_args, dtype), **_cast(call.norm_kwargs, dtype))
+            places[self.argument] = self.norm(*_cast(call.norm_args, to), **_cast(call.norm_kwargs, to))
         return hidden_of(self.module(*args, **kwargs))
 
 
@@ -92,13 +93,14 @@ def hidden_of(output: Any) -> Tensor:
     return found
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, to: Tensor) -> Any:
+    """Return arguments on the device of a tensor, floating ones in its dtype."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(to) if value.is_floating_point() else value.to(to.device)
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_cast(part, dtype) for part in value)
+        return type(value)(_cast(part, to) for part in value)
     if type(value) is dict:
-        return {name: _cast(part, dtype) for name, part in value.items()}
+        return {name: _cast(part, to) for name, part in value.items()}
     return value
 
 
