@@ -23,7 +23,8 @@ class Reconstruction:
     """The options of reconstruction.
 
     Args:
-        region: what is trained at a time: "submodule" is the attention, then the MLP; "block" a whole decoder block.
+        region: what is trained at a time: "submodule" is the attention, then the MLP, each with its norm and residual
+            connection; "block" a whole decoder block.
         train: "weights": the kept weights, norms and biases of the region.
         inputs: of the region: "repaired", those that the blocks before it give now, or "dense", those of the dense
             model.

@@ -1,8 +1,9 @@
 """The regions of a decoder block that are reconstructed, and what they read and must give on a batch.
 
-A region is a module of the block that holds target projections (the attention, the MLP) with the norm that it alone
-reads from, or the whole block. Its inputs and the dense region's output are computed batch by batch, by running the
-block, and kept nowhere: the two streams of hidden states are all that grows with the number of windows.
+A region is a module of the block that holds target projections (the attention, the MLP), with the norm that it alone
+reads from and the residual connection around both, or the whole block. Its inputs and the dense region's output are
+computed batch by batch, by running the block, and kept nowhere: the two streams of hidden states are all that grows
+with the number of windows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Region:
         norm_path: of the module whose output it alone reads, if that is one of the block without target projections.
         argument: where among its arguments the hidden states are: a place, or a name.
         projections: the targets in it.
+        residual: whether the block adds what the norm reads to the module's output; then the sum is the region's
+            output, and what the pruned blocks before it have done to the hidden states is made up for, too.
     """
 
     block: nn.Module
@@ -37,6 +40,7 @@ class Region:
     norm_path: str | None
     argument: int | str
     projections: Sequence[Projection]
+    residual: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -72,7 +76,11 @@ class Region:
         if self.norm is not None:
             places: Any = args if isinstance(self.argument, int) else kwargs
             places[self.argument] = self.norm(*_cast(call.norm_args, to), **_cast(call.norm_kwargs, to))
-        return hidden_of(self.module(*args, **kwargs))
+        return self.sum(call, hidden_of(self.module(*args, **kwargs)))
+
+    def sum(self, call: Call, output: Tensor) -> Tensor:
+        """Return the region's output of the module's, on the device and in the dtype of that."""
+        return output + _hidden_argument(call.norm_args, call.norm_kwargs)[1].to(output) if self.residual else output
 
 
 @dataclass
@@ -157,9 +165,10 @@ class Streams:
         """Return the call of a region on a batch, and the dense region's output, the target."""
         with self.dense_values():
             call, output = _run_region(self.dense, index, batch, region, to_end=True)
+        target = region.sum(call, hidden_of(output).detach())
         if inputs == "repaired":
             call, _ = _run_region(self.repaired, index, batch, region, to_end=False)
-        return call, hidden_of(output).detach()
+        return call, target
 
 
 def _run_region(runner: BlockRunner, index: int, batch: int, region: Region, *, to_end: bool) -> tuple[Call, Any]:
@@ -209,6 +218,7 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
     parts = list(dict.fromkeys(_part_of(block, path) for path, _ in inside))
     others = [name for name, child in block.named_children() if not any(_is_in(part, name) for part in parts)]
     made: dict[str, Any] = {}  # outputs in this run by path
+    read: dict[str, Any] = {}  # hidden states that went in
     reads: dict[str, tuple[int | str, str | None]] = {}
 
     def enter(path: str) -> Any:
@@ -216,6 +226,7 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
             argument, hidden = _hidden_argument(args, kwargs)
             source = next((other for other, output in made.items() if output is hidden), None)
             reads.setdefault(path, (argument, source))
+            read.setdefault(path, hidden)
 
         return note
 
@@ -223,24 +234,32 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
         return lambda _, args, output: made.setdefault(path, output)
 
     hooks = [block.get_submodule(p).register_forward_pre_hook(enter(p), with_kwargs=True) for p in (*parts, *others)]
-    hooks += [block.get_submodule(path).register_forward_hook(leave(path)) for path in others]
+    hooks += [block.get_submodule(path).register_forward_hook(leave(path)) for path in (*parts, *others)]
     try:
-        runner.visit(index, 0)
+        streams = [hidden_of(runner.visit(index, 0))]
     finally:
         for hook in hooks:
             hook.remove()
     sources = [source for _, source in reads.values()]
-    return [
-        Region(
-            block,
-            path,
-            source if source is not None and sources.count(source) == 1 else None,
-            argument,
-            [layer for name, layer in inside if _is_in(name, path)],
-        )
-        for path, (argument, source) in reads.items()
-        if path in parts
-    ]
+    streams += [hidden for hidden in read.values() if isinstance(hidden, Tensor)]
+    found = []
+    for path, (argument, source) in reads.items():
+        if path not in parts:
+            continue
+        norm = source if source in others and sources.count(source) == 1 else None
+        held = [layer for name, layer in inside if _is_in(name, path)]
+        residual = norm is not None and _is_sum(streams, read[norm], hidden_of(made[path]))
+        found.append(Region(block, path, norm, argument, held, residual))
+    return found
+
+
+def _is_sum(streams: Sequence[Tensor], one: Tensor, other: Tensor) -> bool:
+    """Whether the sum of two tensors is one of the hidden states that were seen."""
+    if one.shape != other.shape:
+        return False
+    expected = one + other
+    alike = (stream.reshape(expected.shape) for stream in streams if stream.numel() == expected.numel())  # OPT flattens
+    return any(torch.equal(stream, expected) for stream in alike)
 
 
 def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Any]:

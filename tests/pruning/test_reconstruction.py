@@ -79,8 +79,8 @@ def test_the_error_is_that_of_the_outputs_on_held_out_windows() -> None:
     ids, seen = _ids(), dict[str, Tensor]()
 
     def outputs(one: nn.Module) -> Tensor:
-        module = one.get_submodule("model.layers.0.self_attn")
-        handle = module.register_forward_hook(lambda _, args, output: seen.update(y=output[0]))
+        module = one.get_submodule("model.layers.0.post_attention_layernorm")  # which reads the sum
+        handle = module.register_forward_pre_hook(lambda _, args: seen.update(y=args[0]))
         with torch.no_grad():
             one(ids[-4:])
         handle.remove()
@@ -186,6 +186,8 @@ def test_regions_are_found_by_what_reads_what(architecture: str, expected: list[
     with torch.no_grad():
         found = find_regions(BlockRunner(model, root, blocks, _ids(2)), 0, layers.values(), "submodule")
     assert [(region.path, region.norm_path) for region in found] == expected
+    residual = {"gpt2": ["attn", "mlp"], "opt": ["self_attn"]}
+    assert [region.path for region in found if region.residual] == residual.get(architecture, [])
     assert sorted(layer.path for region in found for layer in region.projections) == sorted(layers)
 
 
