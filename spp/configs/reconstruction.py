@@ -39,7 +39,7 @@ class Reconstruction:
 
     Example:
         >>> Reconstruction(region="block", epochs=5).lr
-        0.0003
+        0.001
     """
 
     region: Annotated[
@@ -61,7 +61,7 @@ class Reconstruction:
         int | None,
         Option("Reconstruction: passes over the windows.", OPTIMISATION, default="3, or as many as give 60 steps"),
     ] = None
-    lr: Annotated[float, Option("Reconstruction: the learning rate of Adam.", OPTIMISATION)] = 3e-4
+    lr: Annotated[float, Option("Reconstruction: the learning rate of Adam.", OPTIMISATION)] = 1e-3
     batch_size: Annotated[
         int | None,
         Option("Reconstruction: windows of a step.", OPTIMISATION, default="as many as have 512 tokens"),
