@@ -235,8 +235,8 @@ def check_packable(linear: nn.Module, where: str) -> None:
 
 def refuse_parametrization(module: nn.Module, where: str) -> None:
     """Raise a TargetError for a module that computes its weight from other parameters."""
-    if isinstance(module.__dict__.get("weight"), Tensor):  # set by a hook before each call
-        parts = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n.startswith("weight_")]
+    parts = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n.startswith("weight_")]
+    if parts and isinstance(module.__dict__.get("weight"), Tensor):  # set by a hook before each call
         raise TargetError(
             f"{where}.weight is computed from {some_of(parts)} before each call; make it permanent first with "
             f"torch.nn.utils.prune.remove(module, 'weight'), remove_weight_norm or remove_spectral_norm"

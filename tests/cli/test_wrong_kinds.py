@@ -171,7 +171,7 @@ def test_what_no_check_has_stumbled_over(spp: Callable[..., Outcome], monkeypatc
         raise PermissionError(13, "Permission denied", "/some/file")
 
     monkeypatch.setattr("spp.certifying.verify.sparsity", denied)
-    monkeypatch.setattr("spp.files.hub.local_directory", lambda *_: Path("/some"))
+    monkeypatch.setattr("spp.files.hub.local_directory", lambda *_, **__: Path("/some"))
     found = spp("inspect", "/some")
     assert (found.code, found.err.splitlines()[-1]) == (1, "error: /some/file: Permission denied")
     with pytest.raises(PermissionError):

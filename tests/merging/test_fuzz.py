@@ -291,7 +291,7 @@ def the_pruning_note(folder: Path) -> Case:
             assert work.has(0) or work.has(1) or not layers
 
     with Work(folder / "out", job, 2) as work:
-        work.finish(0, {"weight": torch.ones(4, 8)}, {"model.layers.0.mlp.up_proj": report})
+        work.finish(0, {"weight": torch.ones(4, 8)}, {"model.layers.0.mlp.up_proj": report}, 0)
         work.remember("patterns", {"model.layers.0.mlp.up_proj": "2:4"})
     return documents(read_json(folder / ".out.pruning" / "progress.json", "it")), use
 
