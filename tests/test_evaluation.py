@@ -138,7 +138,14 @@ def test_rows_count_only_labelled_tokens() -> None:
 
 def test_result_is_plain_data() -> None:
     result = PerplexityResult(2.0, math.log(2), 10, 2, 6)
-    assert result.to_dict() == {"perplexity": 2.0, "loss": math.log(2), "tokens": 10, "windows": 2, "window": 6}
+    assert result.to_dict() == {
+        "perplexity": 2.0,
+        "loss": math.log(2),
+        "tokens": 10,
+        "windows": 2,
+        "window": 6,
+        "bos": False,
+    }
 
 
 class TestBadInput:

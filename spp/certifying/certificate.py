@@ -22,7 +22,6 @@ depends on spp_version and base.name_or_path. NaN and infinity are looked for in
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -37,6 +36,7 @@ from spp._version import __version__
 from spp.errors import CheckpointError, call, some_of
 from spp.files import atomic_file, dtype_name, read_json, write_json
 from spp.files.carry import CERTIFICATE_NAME
+from spp.files.hashes import fingerprint
 from spp.files.recognised import CERTIFICATE
 from spp.files.tables import Table, grouped, joined, spread
 from spp.masks.patterns import DENSE
@@ -278,14 +278,6 @@ def certified_keys(directory: Path) -> set[str]:
         return set(Certificate.read(directory).tensors)
     except CheckpointError:
         return set()
-
-
-def fingerprint(masks: Mapping[str, str]) -> str:
-    """Return the hex fingerprint of a model from the mask_sha256 of each of its projections by key."""
-    digest = hashlib.sha256(b"spp-base-1")
-    for key in sorted(masks):
-        digest.update(key.encode() + b"\0" + masks[key].encode() + b"\n")
-    return digest.hexdigest()
 
 
 def make_report(tensors: dict[str, TensorSparsity]) -> SparsityReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spp.configs.comparing import CompareConfig
 from spp.data.encoding import read_tokens
+from spp.data.tokens import cut_windows, tokenizer_sha256
 from spp.errors import DataError, arg
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
 from spp.masks.patterns import as_array
@@ -30,18 +31,20 @@ class HeldOut:
         rows: or None.
         window: tokens of a window of text.
         collate: makes a batch of rows.
+        bos_id: that each window of text begins with; None for none.
     """
 
     tokens: Tensor | None
     rows: TokenRows | None
     window: int
     collate: Collator
+    bos_id: int | None = None
 
     def measure(self, model: nn.Module) -> PerplexityResult:
         """Return the loss on it."""
         if self.tokens is not None:
             size = max(1, _TOKENS // self.window)
-            return token_perplexity(model, self.tokens, window=self.window, batch_size=size)
+            return token_perplexity(model, self.tokens, window=self.window, batch_size=size, bos_id=self.bos_id)
         assert self.rows is not None
         return rows_perplexity(model, batches(self.rows, self.collate, 4))
 
@@ -63,6 +66,8 @@ class CompareData:
         collate: makes a batch of training rows.
         kind: of the held-out parts: "text" or "instruction".
         sha256: of all that was read to train on, before anything was held back.
+        tokenizer_sha256: of the tokenizer; None where its kind is not known.
+        bos: whether rows and windows of text begin with a BOS token.
     """
 
     train: TokenBlocks | TokenRows
@@ -71,6 +76,8 @@ class CompareData:
     collate: Collator
     kind: str
     sha256: str
+    tokenizer_sha256: str | None = None
+    bos: bool = False
 
     def check(self, model: nn.Module, config: CompareConfig, tokenizer: Any) -> None:
         """Raise a DataError where the model cannot read all of the data, before anything is trained."""
@@ -85,7 +92,8 @@ class CompareData:
     def hashes(self) -> dict[str, str]:
         """Return the hashes of all data and of each held-out part."""
         held_out = {"validation_sha256": self.validation.sha256(), "test_sha256": self.test.sha256()}
-        return {"data_sha256": self.sha256, **held_out}
+        own = {"tokenizer_sha256": self.tokenizer_sha256} if self.tokenizer_sha256 else {}
+        return {"data_sha256": self.sha256, **held_out, **own}
 
 
 def load(config: CompareConfig, tokenizer: Any) -> CompareData:
@@ -105,40 +113,49 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
         data_format=config.data_format,
         completions_only=config.completions_only,
         held_out=0.0,
+        bos=config.bos,
     )
+    return replace(_parts(config, found, tokenizer), tokenizer_sha256=tokenizer_sha256(tokenizer))
+
+
+def _parts(config: CompareConfig, found: TrainingData, tokenizer: Any) -> CompareData:
     train = found.train
     if config.eval_text is not None:
         tokens = read_tokens(tokenizer, str(config.eval_text))
         return _split(config, found, train, tokens, str(config.eval_text))
     if isinstance(train, TokenRows):
         return _split_rows(config, found, train)
-    blocks = -(-_needed(config) // config.block_length)
+    aside = 0 if found.bos_id is None else 1  # BOS is no token of the text
+    needed = _windows(config) * (config.window - aside)
+    blocks = -(-needed // (config.block_length - aside))
     if blocks >= len(train):
+        names = ", ".join(config.recipe(1.0, 0).data_files)
         raise DataError(
-            f"{', '.join(recipe.data_files)}: too short to hold back {_needed(config)} tokens for validation and test "
-            f"and train on the rest: use more text, fewer windows, or a text of its own ({arg('eval_text')})"
+            f"{names}: too short to hold back {needed} tokens for validation and test and train on the rest: use more "
+            f"text, fewer windows, or a text of its own ({arg('eval_text')})"
         )
-    rest = train.blocks[len(train) - blocks :].flatten()
+    rest = train.blocks[len(train) - blocks :, aside:].flatten()
     train = TokenBlocks(train.blocks[: len(train) - blocks])
     return _split(config, found, train, rest, "what was held back")
 
 
-def _needed(config: CompareConfig) -> int:
-    return (config.test_windows + config.validation_windows) * config.window
+def _windows(config: CompareConfig) -> int:
+    return config.test_windows + config.validation_windows
 
 
 def _split(
     config: CompareConfig, found: TrainingData, train: TokenBlocks | TokenRows, tokens: Tensor, where: str
 ) -> CompareData:
-    if len(tokens) < _needed(config):
+    windows = cut_windows(tokens, config.window, found.bos_id)[: _windows(config)]  # (k, window)
+    if len(windows) < _windows(config):
         raise DataError(
             f"{where} has {len(tokens)} tokens, fewer than {config.test_windows} test and {config.validation_windows} "
             f"validation windows of {config.window}: give a longer text, or fewer or shorter windows"
         )
-    middle = config.test_windows * config.window
-    test = HeldOut(tokens[:middle], None, config.window, found.collate)
-    validation = HeldOut(tokens[middle : _needed(config)], None, config.window, found.collate)
-    return CompareData(train, validation, test, found.collate, "text", found.summary.sha256)
+    parts = windows.split([config.test_windows, config.validation_windows])
+    test, validation = (HeldOut(one.flatten(), None, config.window, found.collate, found.bos_id) for one in parts)
+    bos = found.bos_id is not None
+    return CompareData(train, validation, test, found.collate, "text", found.summary.sha256, bos=bos)
 
 
 def _split_rows(config: CompareConfig, found: TrainingData, rows: TokenRows) -> CompareData:

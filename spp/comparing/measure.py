@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from spp.certifying.certificate import fingerprint
 from spp.errors import DependencyError, SPPError
-from spp.files import content_crc32
 from spp.files.provenance import Provenance
 from spp.kernels import native
 from spp.kernels.choice import kernels
@@ -177,11 +174,6 @@ def environment(device: str, dtype: torch.dtype) -> Provenance:
     chosen = kernels()
     compiled = device == "cpu" and dtype != torch.float64 and chosen in ("auto", "native") and native.why_not() is None
     return Provenance.here(device, dtype, kernels=chosen, compiled_products=compiled)
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Return a hash of all values of a model, by the names of its state dict."""
-    return fingerprint({name: f"{content_crc32(value):08x}" for name, value in model.state_dict().items()})
 
 
 def require_peft(contender: str) -> Any:

@@ -1,7 +1,8 @@
 """results.json: what a comparison has found so far.
 
     format_version   1
-    conditions       what all rows share (CompareConfig.conditions), and hashes of the models, their masks and the data
+    conditions       what all rows share (CompareConfig.conditions), whether rows and windows of text begin with BOS,
+                     and hashes of the models, their masks, the tokenizer and the data
     baselines        {"pruned", "dense": validation and test perplexity, sparsity}
     rows             {key: one trial}, key = "<contender>, lr …, seed …, … steps"
     costs            {contender: time and memory of a step against the reference's}
@@ -29,7 +30,12 @@ from spp.files.recognised import COMPARISON, COMPARISON_TEXT, OWN
 
 NAME, REPORT = "results.json", "results.md"
 FORMAT_VERSION = 1
-_NEWER = {"data_sha256", "weights", "dense_weights"}  # conditions that the first results.json files did not have
+_NEWER = {
+    "data_sha256",
+    "weights",
+    "dense_weights",
+    "tokenizer_sha256",
+}  # conditions that the first results.json files did not have
 _NAMED = {"data": "data_sha256", "eval_text": "test_sha256"}  # file names, which tell nothing where these agree
 _PARTS = ("conditions", "baselines", "rows", "costs")
 _REMEDY = f"put back a copy of it, begin anew ({arg('overwrite', True)}), or choose another directory"
@@ -236,6 +242,7 @@ def _open(path: Path) -> int:
 
 
 def _check_conditions(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    found, wanted = {"bos": False, **found}, {"bos": False, **wanted}  # the first files were made without
     names = {*found, *wanted} - (_NEWER - found.keys())
     names -= {name for name, content in _NAMED.items() if content in found and content in wanted}
     differing = [

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spp.certifying.certificate import fingerprint
 from spp.comparing import trial
 from spp.comparing.data import load
-from spp.comparing.measure import weights_fingerprint
 from spp.comparing.methods import PST_KINDS, RULES_OF, require_methods
 from spp.comparing.results import NAME, REPORT, Presence, Results, refuse_existing
 from spp.comparing.tables import markdown
@@ -27,7 +25,7 @@ from spp.comparing.trial import Trial
 from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
 from spp.errors import ConfigError, NonFiniteError, arg, some_of
 from spp.files import atomic_file, require_directory
-from spp.files.hashes import packed_sha256
+from spp.files.hashes import fingerprint, packed_sha256, weights_fingerprint
 from spp.files.provenance import Provenance
 from spp.files.recognised import COMPARISON_TEXT
 from spp.masks.patterns import all_finite, count_kept, pack_bits
@@ -132,7 +130,7 @@ def compare(config: CompareConfig) -> Results:
     data = load(config, tokenizer)
     contenders, hashes = _examine(config, contenders, lambda model: data.check(model, config, tokenizer))
     hashes = {**data.hashes(), **hashes}
-    conditions = {**config.conditions(), "kind": data.kind, **Provenance(hashes=hashes).to_dict()}
+    conditions = {**config.conditions(), "kind": data.kind, "bos": data.bos, **Provenance(hashes=hashes).to_dict()}
     with Presence(path.parent) as present:
         options = {"resume": config.resume, "overwrite": config.overwrite, "alone": present.alone}
         results = Results(path.parent, conditions, **options)
@@ -182,7 +180,7 @@ def _examine(
             f"{arg('model')} is {config.model}, whose projections have no zeros; a comparison needs a pruned one: "
             f"prune it first"
         )
-    hashes = {"masks": _hash(masks), "weights": weights_fingerprint(model)}
+    hashes = {"masks": _hash(masks), "weights": weights_fingerprint(model) or "unknown"}
     if config.budget == "parameters":
         contenders = list({one.name: one for one in (_nearest(contender, model) for contender in contenders)}.values())
     _check_ranks(contenders, model)
@@ -192,7 +190,7 @@ def _examine(
         check_data(dense)
         _require_finite(dense, config.dense)
         _require_unpruned(config, _masks(dense), masks)
-        hashes["dense_weights"] = weights_fingerprint(dense)
+        hashes["dense_weights"] = weights_fingerprint(dense) or "unknown"
     return contenders, hashes
 
 

@@ -187,7 +187,8 @@ def _measured_on(given: Mapping[str, Any]) -> str:
         other = f"{given['validation_windows']} other rows"
     else:
         text = given["eval_text"] or "held-out text"
-        what = f"{given['test_windows']} windows of {given['window']} tokens of {text}"
+        bos = " with BOS" if given.get("bos") else ""
+        what = f"{given['test_windows']} windows of {given['window']} tokens{bos} of {text}"
         other = f"the {given['validation_windows']} windows behind them"
     return f"Perplexity on {what}, after each method's own merge; the learning rate is the best on {other}."
 

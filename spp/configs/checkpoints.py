@@ -14,8 +14,10 @@ from typing import Annotated, Any
 
 from spp.configs.checks import (
     AUTO_DTYPES,
+    BOS,
     DEVICES,
     DTYPES,
+    PROTOCOLS,
     check_chart,
     check_choice,
     check_int,
@@ -28,6 +30,8 @@ from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, arg
 
 ROUNDINGS = ("nearest", "stochastic")
+DATASETS = ("wikitext2", "c4")  # texts whose perplexity papers report (spp.evaluation.texts)
+PAPER_WINDOW = "model"  # the window that papers measure a model's family at
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -175,6 +179,22 @@ class InspectConfig:
             check_chart("plot", self.plot)
 
 
+_OF_TASKS = ("limit", "num_fewshot", "apply_chat_template", "data_dir", "split")
+_OF_PERPLEXITY = {"bos": "auto", "protocol": None}
+
+
+def parse_window(text: str) -> int | str:
+    """Return the window that `--window` means: a number, or "model".
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        return text if text == PAPER_WINDOW else int(text)
+    except ValueError:
+        raise ConfigError(f"{arg('window')} is {text!r}; it must be a number of tokens, or {PAPER_WINDOW}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """The options of `spp eval`.
@@ -187,7 +207,45 @@ class EvalConfig:
     text: Annotated[Path | None, Option("Text or rows to measure the perplexity on, the whole file.", EVALUATION)] = (
         None
     )
-    window: Annotated[int, Option("Tokens of a window; perplexities compare at equal windows only.", EVALUATION)] = 1024
+    dataset: Annotated[
+        str | None,
+        Option(
+            "Data set to measure the perplexity on as papers do: wikitext2 (the raw test split) or c4 (256 windows of "
+            "its validation split).",
+            EVALUATION,
+            choices=DATASETS,
+            default="none",
+        ),
+    ] = None
+    window: Annotated[
+        int | str | None,
+        Option(
+            "Tokens of a window; perplexities compare at equal windows only. model: the papers' for the model's "
+            "family, 4096 for Llama 2, else 2048.",
+            EVALUATION,
+            type=str,
+            metavar="INT|model",
+            parse=parse_window,
+            default="1024; 2048 of a data set",
+        ),
+    ] = None
+    bos: Annotated[
+        str,
+        Option(
+            "Begin windows with BOS: auto (as the tokenizer does with a text), always or never.",
+            EVALUATION,
+            choices=BOS,
+        ),
+    ] = "auto"
+    protocol: Annotated[
+        str | None,
+        Option(
+            "per-window (BOS in every window) or paper (at the start of the text alone).",
+            EVALUATION,
+            choices=PROTOCOLS,
+            default="per-window; paper of a data set, with per-window beside it",
+        ),
+    ] = None
     batch_size: Annotated[int, Option("Windows, or requests of tasks, of one forward pass.", EVALUATION)] = 1
     max_windows: Annotated[int | None, Option("Measure the first windows only.", EVALUATION, default="all")] = None
     tasks: Annotated[
@@ -214,8 +272,8 @@ class EvalConfig:
     data_dir: Annotated[
         Path | None,
         Option(
-            "Folder with the documents of tasks, such as DIR/winogrande/winogrande_xl/validation.jsonl; the hub is not "
-            "asked.",
+            "Folder with the documents of tasks and data sets, such as DIR/winogrande/winogrande_xl/validation.jsonl; "
+            "the hub is not asked.",
             EVALUATION,
             default="the hub",
         ),
@@ -244,14 +302,33 @@ class EvalConfig:
         check_path("model", self.model)
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, AUTO_DTYPES)
-        check_windows(self.window, self.batch_size, self.max_windows)
+        check_windows(2048 if self.window in (None, PAPER_WINDOW) else self.window, self.batch_size, self.max_windows)
         check_limits(self.limit, self.num_fewshot)
-        if self.text is None and not self.tasks:
-            raise ConfigError(f"pass {arg('text', ...)} to measure the perplexity on, or {arg('tasks', ...)}, or both")
-        only = ("limit", "num_fewshot", "apply_chat_template", "data_dir", "split")
-        given = [arg(name) for name in only if getattr(self, name) not in (None, False)]
+        check_choice("bos", self.bos, BOS)
+        if self.protocol is not None:
+            check_choice("protocol", self.protocol, PROTOCOLS)
+        if self.dataset is not None:
+            check_choice("dataset", self.dataset, DATASETS)
+        if self.text is not None and self.dataset is not None:
+            raise ConfigError(
+                f"{arg('text')} and {arg('dataset')} are both given: one perplexity is measured; pass one"
+            )
+        measured = self.text is not None or self.dataset is not None
+        if not measured and not self.tasks:
+            raise ConfigError(
+                f"pass {arg('text', ...)} or {arg('dataset', ...)} to measure the perplexity on, or "
+                f"{arg('tasks', ...)}, or both"
+            )
+        given = [name for name in _OF_TASKS if getattr(self, name) not in (None, False)]
+        if self.dataset is not None:
+            given = [name for name in given if name != "data_dir"]
         if given and not self.tasks:
-            raise ConfigError(f"{' and '.join(given)} without {arg('tasks', ...)}: there is no task that it is for")
+            names = " and ".join(map(arg, given))
+            raise ConfigError(f"{names} without {arg('tasks', ...)}: there is no task that it is for")
+        given = [name for name, usual in _OF_PERPLEXITY.items() if getattr(self, name) != usual]
+        if given and not measured:
+            names = " and ".join(map(arg, given))
+            raise ConfigError(f"{names} without {arg('text', ...)} or {arg('dataset', ...)}: no perplexity is measured")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ AUTO_DTYPES = ("auto", *DTYPES)  # auto is the checkpoint's own
 DEVICES = ("auto", "cpu", "cuda")
 LARGEST_INT = 2**63 - 1  # that tensors and iterators count to
 LARGEST_SEED = 2**32 - 1  # of NumPy, which transformers seeds too
+BOS = ("auto", "always", "never")  # where windows of text begin with the BOS token
+PROTOCOLS = ("per-window", "paper")  # of a perplexity: where BOS stands (spp.evaluation.windows)
 CHARTS = ("png", "svg", "pdf")
 
 

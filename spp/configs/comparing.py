@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import AUTO_DTYPES, check_choice, check_int
 from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, OPTIMISATION, RUN, Option
-from spp.configs.pruning import MaskUpdateOptions
+from spp.configs.pruning import BOS_OPTION, MaskUpdateOptions
 from spp.configs.tuning import LARGEST_LR, TRAINING_DEVICES, TuneConfig
 from spp.errors import ConfigError, arg
 
@@ -101,7 +101,7 @@ _TRAINING = (  # options that CompareConfig shares with TuneConfig, and all rows
     *("batch_size", "block_length", "dtype", "data_format", "completions_only"),
     *("weight_decay", "warmup_ratio", "schedule", "max_grad_norm"),
 )
-_OF_A_RUN = ("data", "output_dir", "model", "eval_text", "device", "overwrite", "resume")  # others that it shares
+_OF_A_RUN = ("bos", "data", "output_dir", "model", "eval_text", "device", "overwrite", "resume")  # others shared
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,7 @@ class CompareConfig:
     steps: Annotated[int, Option("Optimizer steps; with --budget time, those of spp.", OPTIMISATION)] = 100
     batch_size: Annotated[int, Option("Rows of a step.", OPTIMISATION)] = 2
     block_length: Annotated[int, Option("Tokens of a row.", DATA)] = 128
+    bos: Annotated[str, BOS_OPTION] = "auto"
     window: Annotated[int, Option("Tokens of a window of text that is measured.", EVALUATION)] = 512
     test_windows: Annotated[int, Option("Windows of text, or instruction rows, to measure on.", EVALUATION)] = 20
     validation_windows: Annotated[int, Option("Other windows or rows, to choose the learning rate by.", EVALUATION)] = (

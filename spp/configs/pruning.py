@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 from spp.configs.checks import (
     AUTO_DTYPES,
+    BOS,
     DEVICES,
     check_choice,
     check_int,
@@ -40,6 +41,11 @@ from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, DataError, PatternError, arg
 
 Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
+BOS_OPTION = Option(
+    "Begin rows and windows of text with BOS: auto (as the tokenizer does with a text), always or never.",
+    DATA,
+    choices=BOS,
+)
 Names = str | list[str] | tuple[str, ...] | None
 
 
@@ -226,6 +232,7 @@ class PruneOptions:
         Reconstruction | None,
         Option("Train each pruned block's kept weights until it gives the dense block's outputs again.", OPTIMISATION),
     ] = None
+    bos: Annotated[str, BOS_OPTION] = "auto"
 
     def __post_init__(self) -> None:
         method, owl = get_method(self.method), self.owl
@@ -242,6 +249,7 @@ class PruneOptions:
                 f"{self.pattern!r}"
             )
         check_int("nsamples", self.nsamples, least=1)
+        check_choice("bos", self.bos, BOS)
         check_int("seqlen", self.seqlen, least=1)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"{arg('seed')} is {self.seed!r}; it must be an int of at least 0 and below 2**64")

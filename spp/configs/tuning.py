@@ -21,7 +21,7 @@ from spp.configs.checks import (
 )
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
-from spp.configs.pruning import DECAYS, DROPS, GROWS, MaskUpdateOptions
+from spp.configs.pruning import BOS_OPTION, DECAYS, DROPS, GROWS, MaskUpdateOptions
 from spp.configs.pst import PSTConfig, check_schedule
 from spp.errors import ConfigError, arg
 
@@ -83,6 +83,7 @@ class TuneConfig:
         show_rows: log the first rows as they will be learned before training starts (logger spp, level INFO; the
             command prints it): special tokens as they are, what is learned in [+ +].
         completions_only: for instruction data, learn the answers only; False learns prompts too.
+        bos: "auto", "always" or "never": whether rows and windows of text begin with a BOS token (spp.data.tokens).
         eval_text: file for the perplexity before and after, text or rows, read as `data` is; None holds back a part of
             the training text.
         eval_fraction: the part of the training data held back when `eval_text` is None, in [0, 1): the last tokens of
@@ -180,6 +181,7 @@ class TuneConfig:
     text_field: Annotated[str, Option("Field of a row with plain text.", DATA)] = "text"
     block_length: Annotated[int, Option("Tokens of a training row.", DATA)] = 512
     completions_only: Annotated[bool, Option("Learn the answers only, not the prompts.", DATA, negatable=True)] = True
+    bos: Annotated[str, BOS_OPTION] = "auto"
     show_rows: Annotated[
         int, Option("Print the first rows as they will be learned, what is learned in [+ +], then train.", DATA)
     ] = 0
@@ -326,6 +328,7 @@ class TuneConfig:
 
     def _check_choices(self) -> None:
         check_choice("data_format", self.data_format, DATA_FORMATS)
+        check_choice("bos", self.bos, BOS_OPTION.choices)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("dtype", self.dtype, AUTO_DTYPES)
         check_choice("device", self.device, TRAINING_DEVICES)

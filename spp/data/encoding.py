@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spp.data.parsing import Completion, Conversation, Example, Source, Text, read_measured
 from spp.data.templates import PROBE, ChatTemplate, Form
-from spp.data.tokens import IGNORED, Tokens, document_ids, tokens_of
+from spp.data.tokens import IGNORED, Tokens, added_bos, document_ids, tokens_of, without_bos
 from spp.errors import DataError, arg
 
 
@@ -246,23 +246,29 @@ def encode(
 def example_ids(tokenizer: Any, examples: Iterable[Example], *, closed: bool = True) -> Iterable[list[int]]:
     """Yield the token ids of each example: documents as they are, conversations as the chat template writes them.
 
+    Both are without BOS at their start where the tokenizer puts it before a text: the windows that they are cut into
+    begin with it (`cut_windows` of spp.data.tokens).
+
     Args:
         tokenizer: the model's.
         examples: what is tokenised; those that are empty, or marked as not to be learned, are left out.
         closed: end each document with the end-of-text token: another follows.
     """
     encoder = Encoder(tokenizer, block_length=None, completions_only=False)
+    added = added_bos(tokenizer)
     for example in examples:
         if example.is_empty:
             continue
         if not isinstance(example, Text):
-            yield from (row.input_ids.tolist() for row in encoder.encode(example))
+            yield from (without_bos(row.input_ids.tolist(), added) for row in encoder.encode(example))
         else:
-            yield document_ids(tokenizer, example.text, where=example.where, closed=closed)
+            yield document_ids(tokenizer, example.text, where=example.where, closed=closed, added=added)
 
 
 def read_tokens(tokenizer: Any, path: str, *, text_field: str = "text") -> Tensor:
     """Return a file as one sequence of tokens, to measure a perplexity on: those that tuning on it would see.
+
+    BOS is not among them: `cut_windows` (spp.data.tokens) puts it before each window.
 
     Args:
         tokenizer: the model's.

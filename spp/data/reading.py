@@ -48,10 +48,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the hash of what is read of a file: of the text of a text file, without a byte order mark, else of all."""
-    text = Path(path).suffix.lower() in ("", *TEXT_SUFFIXES)
-    return hashlib.sha256(read_text(path).encode() if text else Path(path).read_bytes()).hexdigest()
+def file_facts(path: str | os.PathLike[str]) -> tuple[str, int]:
+    """Return the sha256 and the size in bytes of what is read of a file.
+
+    Of a text file that is its text, without a byte order mark; of others all there is.
+    """
+    is_text = Path(path).suffix.lower() in ("", *TEXT_SUFFIXES)
+    data = read_text(path).encode() if is_text else Path(path).read_bytes()
+    return hashlib.sha256(data).hexdigest(), len(data)
 
 
 def read_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row | str]]:

@@ -7,8 +7,9 @@ under the name of the task:
     DIR/<data set>/<config>/<split>/              what `save_to_disk` of `datasets` writes
     DIR/<task>/<split>.jsonl
 
-A data set without configs has its splits in DIR/<data set> or in a folder of it such as `none` or `default`. Everything
-is read into memory: nothing is written beside the files or into a cache, and the hub is not asked.
+A data set without configs has its splits in DIR/<data set> or in a folder of it such as `none` or `default`; the texts
+of a perplexity (texts.py) have the same layouts. Everything is read into memory: nothing is written beside the files or
+into a cache, and the hub is not asked.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 _NO_CONFIG = ("", "default", "none", "main", "plain_text", "data")  # folders of a data set without configs
 _BUILDERS = ("json", "csv", "text", "parquet", "arrow", "pandas")  # of `datasets`, for files that a task names itself
 # Other ids under which the data of a data set, or of one of its configs, is handed out.
-_ALSO = {"mmlu": ("hails/mmlu_no_train", "mmlu_no_train"), "super_glue/boolq": ("google/boolq", "boolq")}
+_ALSO = {
+    "mmlu": ("hails/mmlu_no_train", "mmlu_no_train"),
+    "super_glue/boolq": ("google/boolq", "boolq"),
+    "wikitext/wikitext-2-raw-v1": ("wikitext-2-raw-v1",),
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Source:
                     remedy=remedy,
                 ) from error
         else:
-            task.dataset = _local(self.data_dir, name, path, task.DATASET_NAME)
+            task.dataset = local_splits(self.data_dir, name, path, task.DATASET_NAME)
         own = getattr(config, "test_split", None) or getattr(config, "validation_split", None)
         if own is None and self.split is not None:
             raise DataError(f"the task {name} chooses its split in code; leave out {arg('split')} for it")
@@ -176,7 +181,7 @@ class _Splits(dict[str, Any]):
         return found
 
 
-def _local(root: Path, task: str, path: str, name: str | None) -> _Splits:
+def local_splits(root: Path, task: str, path: str, name: str | None) -> _Splits:
     """Return the splits of a data set, by the first of the folders that has some.
 
     Raises:

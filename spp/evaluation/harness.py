@@ -27,10 +27,12 @@ import torch
 from torch import nn
 
 from spp.configs.checkpoints import check_limits, parse_tasks
+from spp.data.tokens import tokenizer_sha256
 from spp.errors import ConfigError, DataError, DependencyError, NonFiniteError, SPPError, arg
 from spp.evaluation.documents import Documents, Source
 from spp.evaluation.scores import MEAN_OF, TaskFacts, TaskResults, facts_of, mean_of, metrics_of
 from spp.evaluation.windows import evaluating
+from spp.files.hashes import weights_fingerprint
 from spp.files.provenance import Provenance, installed
 from spp.models.targets import require_model
 from spp.models.tokens import refuse_ids
@@ -259,7 +261,13 @@ def evaluate_tasks(
         for name, metrics in result["results"].items():
             scores[name], stderr[name] = metrics_of(name, metrics)
         facts |= facts_of(result, run.shots, loaded.documents)
-    provenance = Provenance.here(str(lm.device), getattr(model, "dtype", None), seconds=time.perf_counter() - start)
+    read = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "model_fingerprint": weights_fingerprint(model)}
+    provenance = Provenance.here(
+        str(lm.device),
+        getattr(model, "dtype", None),
+        seconds=time.perf_counter() - start,
+        hashes={name: found for name, found in read.items() if found is not None},
+    )
     packages = {name: found for name in ("lm_eval", "datasets") if (found := installed(name))}
     return TaskResults(
         scores={name: metrics for name, metrics in scores.items() if metrics},

@@ -47,7 +47,7 @@ class TaskResults:
         limit: number of documents of a task that were measured at most; None for all.
         apply_chat_template: whether prompts were put into the tokenizer's chat template.
         data_dir: folder of local files that the documents are from; None for the hub.
-        provenance: versions, device, dtype, seconds.
+        provenance: versions, device, dtype, seconds, hashes of the tokenizer and of the model's values.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -58,6 +58,11 @@ class TaskResults:
     apply_chat_template: bool
     data_dir: str | None
     provenance: Provenance
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """The hash of the tokenizer (spp.data.tokens.tokenizer_sha256)."""
+        return self.provenance.hashes.get("tokenizer_sha256")
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values, the provenance under its own keys."""

@@ -1,22 +1,31 @@
-"""Perplexity of a language model on a text, by the protocol of the pruning papers.
+"""Perplexity of a language model on a text.
 
 The whole text is tokenised once and cut into non-overlapping windows of `window` tokens; each window predicts its
 `window − 1` last tokens from those before them, and
 
     perplexity = exp( Σ −log p(token) / number of predicted tokens )
 
-over all windows. A last window that is shorter is dropped, as the field does. Perplexities are comparable only at the
-same window, tokenizer and text: state the window with every number.
+over all windows. A last window that is shorter is dropped, as the field does. Where the tokenizer begins a text with a
+BOS token there are two protocols:
+
+    per-window   each window begins with BOS, which counts as one of its tokens: it holds window − 1 tokens of the text,
+                 and the model reads every window as it was trained to
+    paper        the pruning papers' own: BOS stands at the start of the text, so that the first window alone has it
+
+Without such a token they are the same. Perplexities are comparable only at the same window, tokenizer, text, BOS and
+protocol: a result says all of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +34,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from spp.configs.checkpoints import check_windows
-from spp.data.tokens import IGNORED, tokens_of
+from spp.configs.checks import PROTOCOLS, check_choice
+from spp.data.tokens import IGNORED, added_bos, cut_windows, find_bos, tokenizer_sha256, tokens_of, without_bos
 from spp.errors import DataError, NonFiniteError, arg
+from spp.files.hashes import dtype_name, weights_fingerprint
+from spp.files.provenance import Provenance
 from spp.files.tables import fields_table
 from spp.models.targets import require_model
 from spp.models.tokens import check_ids, check_length, warn_length
@@ -49,6 +61,11 @@ class PerplexityResult:
         tokens: number of predicted tokens.
         windows: number of windows, or of rows.
         window: tokens of one window; None where rows of their own length were measured.
+        bos: whether windows, or by the papers' protocol the text, began with a BOS token.
+        protocol: "per-window" or "paper"; None for rows.
+        text_bytes: size of the text in UTF-8; None where it is not known.
+        provenance: dtype, versions, seconds, and the hashes text_sha256, tokenizer_sha256 and model_fingerprint, as far
+            as they are known.
     """
 
     perplexity: float
@@ -56,10 +73,16 @@ class PerplexityResult:
     tokens: int
     windows: int
     window: int | None
+    bos: bool = False
+    protocol: str | None = None
+    text_bytes: int | None = None
+    provenance: Provenance = field(default_factory=Provenance, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return asdict(self)
+        """Return the fields as JSON-ready values, the provenance under its own keys; what is not known is left out."""
+        values = {name: value for name, value in asdict(self).items() if name != "provenance"}
+        known = {k: v for k, v in values.items() if v is not None or k not in ("protocol", "text_bytes")}
+        return known | self.provenance.to_dict()
 
     def _repr_html_(self) -> str:
         """Return a table of the fields, for notebooks."""
@@ -75,19 +98,22 @@ def perplexity(
     batch_size: int = 1,
     max_windows: int | None = None,
     progress: bool = False,
+    bos: str = "auto",
+    protocol: str = "per-window",
 ) -> float:
     """Return the perplexity of `model` on `text`.
 
     Args:
-        model, tokenizer, text, window, batch_size, max_windows, progress: as for `perplexity_result`, also the errors.
+        model, tokenizer, text, window, batch_size, max_windows, progress, bos, protocol: as for `perplexity_result`,
+            also the errors.
 
     Example:
         >>> perplexity(model, tokenizer, open("valid.txt").read(), window=1024)  # doctest: +SKIP
         20.6
     """
-    return perplexity_result(
-        model, tokenizer, text, window=window, batch_size=batch_size, max_windows=max_windows, progress=progress
-    ).perplexity
+    options: dict[str, Any] = {"window": window, "batch_size": batch_size, "max_windows": max_windows}
+    found = _measured(model, tokenizer, text, bos, protocol=protocol, progress=progress, **options)
+    return found.perplexity
 
 
 def perplexity_result(
@@ -99,23 +125,28 @@ def perplexity_result(
     batch_size: int = 1,
     max_windows: int | None = None,
     progress: bool = False,
+    bos: str = "auto",
+    protocol: str = "per-window",
 ) -> PerplexityResult:
     """Measure the perplexity of `model` on `text`.
 
     Args:
         model: a causal language model; its train / eval mode is as before afterwards.
-        tokenizer: the model's own; adds the special tokens that it always adds, once for the whole text.
+        tokenizer: the model's own.
         text: the text, not a path.
         window: tokens of one window, at least 2.
         batch_size: windows of one forward pass.
         max_windows: measure the first windows only; None for all.
         progress: show a progress bar if standard error is a terminal.
+        bos: whether a BOS token begins each window: "auto" does as the tokenizer does with a fresh text, "always",
+            "never".
+        protocol: "per-window", or "paper": BOS at the start of the text alone.
 
     Returns:
         The perplexity, and what it was measured on.
 
     Raises:
-        ConfigError: an option makes no sense.
+        ConfigError: an option makes no sense; there is no BOS token for "always".
         DataError: the text has fewer tokens than one window, or the tokenizer is another model's.
         NonFiniteError: a loss is NaN or infinite.
 
@@ -123,16 +154,46 @@ def perplexity_result(
         >>> perplexity_result(model, tokenizer, text, window=1024).windows  # doctest: +SKIP
         312
     """
-    tokens = tokenize(tokenizer, text)
+    options: dict[str, Any] = {"window": window, "batch_size": batch_size, "max_windows": max_windows}
+    found = _measured(model, tokenizer, text, bos, protocol=protocol, progress=progress, **options)
+    data = text.encode()
+    return with_provenance(found, model, tokenizer, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _measured(model: nn.Module, tokenizer: Any, text: str, bos: str, **options: Any) -> PerplexityResult:
+    first, tokens = find_bos(tokenizer, bos), tokenize(tokenizer, text)
+    tokens = torch.tensor(without_bos(tokens.tolist(), added_bos(tokenizer)), dtype=torch.long, device="cpu")
     check_ids(model, tokens, "the text", tokenizer)
-    return token_perplexity(
-        model,
-        tokens,
-        window=window,
-        batch_size=batch_size,
-        max_windows=max_windows,
-        progress=progress,
-    )
+    return token_perplexity(model, tokens, bos_id=first, **options)
+
+
+def with_provenance(
+    found: PerplexityResult, model: nn.Module, tokenizer: Any, text_sha256: str, text_bytes: int | None = None
+) -> PerplexityResult:
+    """Return a result that says what it was measured on.
+
+    Args:
+        found: the result.
+        model, tokenizer: what was measured.
+        text_sha256: hash of the text; where there is none, of the tokens.
+        text_bytes: size of the text in UTF-8.
+
+    Returns:
+        The result with the hashes of the text, the tokenizer and the model's values.
+
+    Example:
+        >>> with_provenance(found, model, tokenizer, "ab12").to_dict()["text_sha256"]  # doctest: +SKIP
+        'ab12'
+    """
+    hashes = {
+        "text_sha256": text_sha256,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "model_fingerprint": weights_fingerprint(model),
+    }
+    here = Provenance.here()
+    known = {name: value for name, value in hashes.items() if value is not None}
+    provenance = replace(found.provenance, versions=here.versions, hashes=known)
+    return replace(found, text_bytes=text_bytes, provenance=provenance)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -164,12 +225,16 @@ def token_perplexity(
     batch_size: int = 1,
     max_windows: int | None = None,
     progress: bool = False,
+    bos_id: int | None = None,
+    protocol: str = "per-window",
 ) -> PerplexityResult:
     """Measure the perplexity on a text that is tokenised already.
 
     Args:
-        model, window, batch_size, max_windows, progress: as for `perplexity_result`.
+        model, window, batch_size, max_windows, progress, protocol: as for `perplexity_result`.
         tokens: token ids (T,).
+        bos_id: token that windows begin with, as one of their tokens; where one has it there already, it is not
+            doubled. None adds none.
 
     Returns:
         The perplexity, and what it was measured on.
@@ -183,18 +248,58 @@ def token_perplexity(
     """
     require_model(model)
     check_windows(window, batch_size, max_windows)
-    if len(tokens) < window:
+    windows = protocol_windows(tokens, window, bos_id, protocol)[:max_windows]  # (k, window)
+    if not len(windows):
+        beside = "" if bos_id is None else " and BOS"
         raise DataError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {window}: "
+            f"the text has {len(tokens)} tokens{beside}, fewer than one window of {window}: "
             "use a longer text or a shorter window"
         )
     check_ids(model, tokens, "the text")
     check_length(model, window, "windows", "window")
     warn_length(model, window, arg("window"), stacklevel=4)
-    windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]  # (k, window)
+    started = time.perf_counter()
     batches = ({"input_ids": rows, "labels": rows} for rows in windows.split(batch_size))
     loss, count = mean_loss(model, batches, total=math.ceil(len(windows) / batch_size), progress=progress)
-    return PerplexityResult(_exp(loss), loss, count, len(windows), window)
+    provenance = Provenance(dtype=_dtype_of(model), seconds=time.perf_counter() - started)
+    bos = bos_id is not None
+    return PerplexityResult(
+        _exp(loss), loss, count, len(windows), window, bos=bos, protocol=protocol, provenance=provenance
+    )
+
+
+def protocol_windows(tokens: Tensor, window: int, bos_id: int | None, protocol: str) -> Tensor:
+    """Cut tokens into the windows of a protocol.
+
+    Args:
+        tokens: int64 (T,).
+        window: W, tokens of a window.
+        bos_id: the BOS token; None for none.
+        protocol: "per-window" or "paper".
+
+    Returns:
+        Int64 (k, W).
+
+    Raises:
+        ConfigError: there is no such protocol.
+
+    Example:
+        >>> protocol_windows(torch.tensor([5, 6, 7, 8, 9]), 3, 1, "paper").tolist()
+        [[1, 5, 6], [7, 8, 9]]
+        >>> protocol_windows(torch.tensor([5, 6, 7, 8, 9]), 3, 1, "per-window").tolist()
+        [[1, 5, 6], [1, 7, 8]]
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    if protocol == "paper" and bos_id is not None:
+        if tokens[:1].tolist() != [bos_id]:
+            tokens = torch.cat([tokens.new_tensor([bos_id]), tokens])
+        return cut_windows(tokens, window, None)
+    return cut_windows(tokens, window, bos_id)
+
+
+def _dtype_of(model: nn.Module) -> str | None:
+    own = getattr(model, "dtype", None) or next((p.dtype for p in model.parameters()), None)
+    return None if own is None else dtype_name(own)
 
 
 def rows_perplexity(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spp.masks.patterns import as_array, pack_bits
 
@@ -135,6 +135,22 @@ def _times(a: int, b: int) -> int:
         a = a << 1 & 0xFFFFFFFF
         b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
     return product
+
+
+def fingerprint(masks: Mapping[str, str]) -> str:
+    """Return the hex fingerprint of a model from the mask_sha256 of each of its projections by key."""
+    digest = hashlib.sha256(b"spp-base-1")
+    for key in sorted(masks):
+        digest.update(key.encode() + b"\0" + masks[key].encode() + b"\n")
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """Return a hash of all values of a model, by the names of its state dict; None where they are not all in memory."""
+    try:
+        return fingerprint({name: f"{content_crc32(value):08x}" for name, value in model.state_dict().items()})
+    except (NotImplementedError, RuntimeError, AttributeError, TypeError):  # offloaded, sharded, state of another kind
+        return None
 
 
 def content_sha256(t: Tensor) -> str:

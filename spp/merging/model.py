@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp.certifying.certificate import TensorSparsity, fingerprint, make_report
+from spp.certifying.certificate import TensorSparsity, make_report
 from spp.certifying.scan import scan_tensor
 from spp.errors import ConfigError, NonFiniteError, arg, call
 from spp.files import dtype_name
+from spp.files.hashes import fingerprint
 from spp.layers.experts import SPPExperts
 from spp.masks.patterns import all_finite
 from spp.merging.report import LayerMerge, MergeReport

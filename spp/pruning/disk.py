@@ -61,6 +61,7 @@ def prune_checkpoint(
     owl: OWL | None = None,
     keep_zeros: bool = True,
     reconstruct: Reconstruction | None = None,
+    bos: str = "auto",
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -74,7 +75,7 @@ def prune_checkpoint(
         method, pattern, calibration, target_modules, exclude_modules, tokenizer, nsamples, seqlen, seed: as for
             `spp.prune`.
         owl: as for `spp.prune`; the dense blocks pass through memory once more.
-        keep_zeros, reconstruct: as for `spp.prune`.
+        keep_zeros, reconstruct, bos: as for `spp.prune`.
         dtype: of the weights, while they are pruned and as they are written; None is the checkpoint's own.
         device: where a block is run.
         overwrite: replace what is at `out`, if it is an output (spp.files.recognised) and holds nothing else.
@@ -104,6 +105,7 @@ def prune_checkpoint(
         owl,
         keep_zeros,
         reconstruct,
+        bos,
     )
     if calibration is not None:
         check_calibration(calibration)

@@ -39,6 +39,7 @@ def prune(
     owl: OWL | None = None,
     keep_zeros: bool = True,
     reconstruct: Reconstruction | None = None,
+    bos: str = "auto",
 ) -> PruneReport:
     """Prune a model's projections in place: linears, GPT-2's Conv1D and fused experts, N:M along their inputs.
 
@@ -68,6 +69,8 @@ def prune(
         keep_zeros: False takes zeros as weights like any other: SparseGPT, which updates what it keeps, fills them.
         reconstruct: with `Reconstruction()` the kept weights, norms and biases of a pruned block are trained until it
             gives the dense block's outputs again, before the next block is pruned; needs calibration.
+        bos: whether windows cut from text begin with a BOS token, as one of their tokens: "auto" does as the tokenizer
+            does with a fresh text, "always", "never".
 
     Returns:
         What was done to each layer.
@@ -93,6 +96,7 @@ def prune(
         owl,
         keep_zeros,
         reconstruct,
+        bos,
     )
     if calibration is not None:
         check_calibration(calibration)

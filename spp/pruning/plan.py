@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spp.configs.checks import name_matches
 from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
 from spp.configs.reconstruction import Reconstruction
+from spp.data.tokens import find_bos
 from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
 from spp.layers.host import refuse_parametrization
 from spp.masks.patterns import Pattern, all_finite
@@ -27,7 +28,7 @@ from spp.models.targets import resolve_projections
 from spp.models.tokens import check_ids, check_length, position_limit, trained_length, warn_length
 from spp.pruning.blocks import BlockRunner
 from spp.pruning.report import BlockReport, LayerReport, PruneReport, ReconstructionReport
-from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids
+from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids, needs_tokenizer
 from spp.weights import FLOATS
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class PrunePlan:
         layers: {path: projection} in module order.
         patterns: the pattern of each.
         windows: token ids (k, L); (0, 0) without calibration.
+        bos: whether they were cut from text and begin with a BOS token.
     """
 
     options: PruneOptions
@@ -50,6 +52,7 @@ class PrunePlan:
     layers: dict[str, Projection]
     patterns: dict[str, Pattern]
     windows: Tensor
+    bos: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -89,6 +92,7 @@ class PrunePlan:
             sparsity_before=share_of(done, "sparsity_before"),
             keeps_zeros=self.options.keep_zeros or not self.method.updates,
             seconds=seconds,
+            bos=self.bos,
             already_sparser=sum(layer.was_sparser for layer in done.values()),
             reconstruction=None
             if self.options.reconstruct is None
@@ -110,21 +114,24 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     for path, layer in layers.items():
         patterns[path].require_fit(layer.in_features, path, common=common)
     warn_of_experts(model)
-    windows = torch.empty(0, 0, dtype=torch.int64, device="cpu")
+    windows, bos = torch.empty(0, 0, dtype=torch.int64, device="cpu"), False
     if options.calibration is not None:
-        windows = draw_windows(model, options.calibration, tokenizer, options.nsamples, options.seqlen, options.seed)
+        windows = draw_windows(
+            model, options.calibration, tokenizer, options.nsamples, options.seqlen, options.seed, options.bos
+        )
+        bos = needs_tokenizer(options.calibration) and find_bos(tokenizer, options.bos) is not None
         if options.reconstruct is not None:
             warn_of_one_window(options.reconstruct, windows)
-    return PrunePlan(options, get_method(options.method), layers, patterns, windows)
+    return PrunePlan(options, get_method(options.method), layers, patterns, windows, bos)
 
 
 def draw_windows(
-    model: nn.Module, calibration: Calibration, tokenizer: Any, nsamples: int, seqlen: int, seed: int
+    model: nn.Module, calibration: Calibration, tokenizer: Any, nsamples: int, seqlen: int, seed: int, bos: str = "auto"
 ) -> Tensor:
     """Return calibration windows (k, L) that the model can read; arguments and errors as of `calibration_windows`."""
     data = load_ids(calibration)
     length = fitting_seqlen(model, data, seqlen)
-    windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed)
+    windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed, bos=bos)
     where = describe_calibration(calibration)
     check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)
     return windows

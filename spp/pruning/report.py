@@ -163,6 +163,7 @@ class PruneReport:
         seconds: the whole took.
         already_sparser: how many layers had more zeros than were asked for (N:M: in the right places).
         reconstruction: what the blocks were repaired by after they were pruned; None where they were not.
+        bos: whether the windows were cut from text and begin with a BOS token.
     """
 
     method: str
@@ -179,6 +180,7 @@ class PruneReport:
     seconds: float
     already_sparser: int = 0
     reconstruction: ReconstructionReport | None = None
+    bos: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from spp.configs.pruning import KNOWN, DataSet, check_source, is_data_set, is_ids
 from spp.data.encoding import example_ids
 from spp.data.parsing import Example, Text, read_examples
-from spp.data.tokens import tokens_of
+from spp.data.tokens import added_bos, cut_windows, find_bos, tokens_of, without_bos
 from spp.errors import CheckpointError, DataError, SPPWarning, arg
 from spp.files import CheckpointReader
 
@@ -71,6 +71,7 @@ def calibration_windows(
     nsamples: int,
     seqlen: int,
     seed: int,
+    bos: str = "auto",
 ) -> Tensor:
     """Return windows of token ids to calibrate on, the same for the same seed.
 
@@ -81,11 +82,14 @@ def calibration_windows(
         nsamples: windows at most. Of more rows of ids, as many are drawn; a text that gives less is warned of.
         seqlen: L of windows cut from text.
         seed: of the draw.
+        bos: whether windows cut from text begin with the BOS token, as one of their L: "auto" does as the tokenizer
+            does with a fresh text, "always", "never".
 
     Returns:
         Int64 (k, L), at most `nsamples` windows.
 
     Raises:
+        ConfigError: there is no BOS token, or no room beside it.
         DataError: no such data, empty or malformed data, text shorter than one window, no tokenizer.
         DependencyError: a data set is meant, and `datasets` is not installed.
 
@@ -117,7 +121,7 @@ def calibration_windows(
     else:
         listed = [Text(f"text {number}", text) for number, text in enumerate(calibration, start=1)]  # type: ignore[arg-type]
         rows = _drawn_ids(listed, tokenizer, seqlen, generator)
-    windows = _cut(rows, where, nsamples, seqlen)
+    windows = _cut(rows, where, nsamples, seqlen, find_bos(tokenizer, bos))
     logger.info("%d calibration windows of %d tokens from %s (seed %d)", *windows.shape, where, seed)
     return windows
 
@@ -144,12 +148,14 @@ def _drawn_ids(
         where = examples[0].where
         pieces = list(_pieces(examples[0].text, _PIECE * seqlen))
         drawn = [pieces[index] for index in torch.randperm(len(pieces), generator=generator, device="cpu").tolist()]
-        return (tokens_of(tokenizer, text, where=where, special=False).ids for text in drawn if text.strip())
+        added = added_bos(tokenizer)
+        found = (tokens_of(tokenizer, text, where=where, special=False).ids for text in drawn if text.strip())
+        return (without_bos(ids, added) for ids in found)
     order = torch.randperm(len(examples), generator=generator, device="cpu").tolist()
     return example_ids(tokenizer, (examples[index] for index in order))
 
 
-def _cut(rows: Iterable[list[int]], where: str, nsamples: int, seqlen: int) -> Tensor:
+def _cut(rows: Iterable[list[int]], where: str, nsamples: int, seqlen: int, bos: int | None) -> Tensor:
     """Take token ids until there is enough; cut what came."""
     tokens: list[int] = []
     empty = True
@@ -160,7 +166,8 @@ def _cut(rows: Iterable[list[int]], where: str, nsamples: int, seqlen: int) -> T
             break
     if empty:
         raise DataError(f"calibration text is empty: {where}")
-    windows = min(nsamples, len(tokens) // seqlen)
+    cut = cut_windows(torch.tensor(tokens, dtype=torch.long, device="cpu"), seqlen, bos)[:nsamples]
+    windows = len(cut)
     if windows == 0:
         raise DataError(
             f"calibration text is too short: {where} gives {len(tokens)} tokens, less than one window of "
@@ -173,7 +180,7 @@ def _cut(rows: Iterable[list[int]], where: str, nsamples: int, seqlen: int) -> T
             SPPWarning,
             stacklevel=5,
         )
-    return torch.tensor(tokens[: windows * seqlen], device="cpu").view(windows, seqlen)
+    return cut
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

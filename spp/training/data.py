@@ -1,7 +1,8 @@
 """Token data sets for tuning: text packed into blocks, or conversations in rows of their own length.
 
-Text is one long sequence (documents joined by the end-of-text token) cut into blocks of `block_length`; what is left
-at the end is dropped. Conversations stay one to a row, cut at `block_length`, and are padded to the longest of a batch.
+Text is one long sequence (documents joined by the end-of-text token) cut into blocks of `block_length`, each of which
+begins with the BOS token where the tokenizer begins a text with one; what is left at the end is dropped. Conversations
+stay one to a row, cut at `block_length`, and are padded to the longest of a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 from spp.data.encoding import EncodedRow, Encoder, example_ids, shown_row
 from spp.data.parsing import Source, read_source
 from spp.data.templates import PLAIN_HEADINGS
-from spp.data.tokens import IGNORED
+from spp.data.tokens import IGNORED, cut_windows, find_bos
 from spp.errors import DataError, SPPWarning, arg
 from spp.masks.patterns import as_array
 from spp.models.tokens import check_ids, check_length
@@ -82,6 +83,7 @@ class DataSummary:
         empty: rows left out because they were empty, or marked as not to be learned.
         held_out: rows, or tokens of text, held out for the perplexity.
         sha256: of the token ids and labels to train on.
+        bos: whether blocks of text, and windows of the text held out, begin with a BOS token.
     """
 
     kind: str
@@ -93,6 +95,7 @@ class DataSummary:
     empty: int
     held_out: int
     sha256: str
+    bos: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -109,6 +112,8 @@ class TrainingData:
         held_out_rows: instruction rows held out; None where there are none.
         summary: counts.
         collate: makes a batch of items.
+        bos_id: the token that blocks of text, and windows of the text held out, begin with; None for none. It is not in
+            `held_out_tokens`.
     """
 
     train: TokenBlocks | TokenRows
@@ -116,6 +121,7 @@ class TrainingData:
     held_out_rows: TokenRows | None
     summary: DataSummary
     collate: Collator
+    bos_id: int | None = None
 
 
 class Collator:
@@ -180,6 +186,7 @@ def load_data(
     held_out: float = 0.0,
     least_held_out: int = 0,
     seed: int = 0,
+    bos: str = "auto",
 ) -> TrainingData:
     """Read and tokenise training data.
 
@@ -194,11 +201,14 @@ def load_data(
         held_out: part held out, in [0, 1): the last tokens of text, or rows drawn with `seed`.
         least_held_out: for text, hold out at least this many tokens if anything is held out: one window.
         seed: draws the rows that are held out.
+        bos: whether blocks of text begin with a BOS token, as one of their tokens: "auto" does as the tokenizer does
+            with a fresh text, "always", "never". Instruction rows have what the chat template writes.
 
     Returns:
         The rows to train on, what is held out, and counts.
 
     Raises:
+        ConfigError: there is no BOS token for "always".
         DataError: the data is malformed, or too short for one block and what is held out.
 
     Example:
@@ -206,10 +216,11 @@ def load_data(
     """
     source = read_source(paths, data_format=data_format, split=split, text_field=text_field)
     names = ", ".join(paths)
+    first = find_bos(tokenizer, bos)
     if source.is_text:
-        data = _text_data(source, tokenizer, names, block_length, held_out, least_held_out)
+        data = _text_data(source, tokenizer, names, block_length, held_out, least_held_out, first)
     else:
-        data = _row_data(source, tokenizer, names, block_length, completions_only, held_out, seed)
+        data = _row_data(source, tokenizer, names, block_length, completions_only, held_out, seed, first)
     s = data.summary
     logger.info("%s: %d rows of %s, %d tokens, %d to learn", names, s.rows, s.kind, s.tokens, s.labelled)
     if not source.is_text and not getattr(tokenizer, "chat_template", None):
@@ -228,7 +239,13 @@ def load_data(
 
 
 def _text_data(
-    source: Source, tokenizer: Any, names: str, block_length: int, held_out: float, least_held_out: int
+    source: Source,
+    tokenizer: Any,
+    names: str,
+    block_length: int,
+    held_out: float,
+    least_held_out: int,
+    bos: int | None,
 ) -> TrainingData:
     if len(source.documents) > 1 and tokenizer.eos_token_id is None:
         warnings.warn(
@@ -240,7 +257,9 @@ def _text_data(
     documents = example_ids(tokenizer, source.documents, closed=len(source.documents) > 1)
     tokens = torch.cat([torch.tensor(ids, dtype=torch.long, device="cpu") for ids in documents])  # (T,)
     held = max(math.ceil(held_out * len(tokens)), least_held_out) if held_out else 0
-    if len(tokens) - held < block_length:
+    train, rest = tokens.split([max(0, len(tokens) - held), min(held, len(tokens))])
+    blocks = cut_windows(train, block_length, bos)  # (k, L)
+    if not len(blocks):
         first = source.documents[0].text.strip()
         begins = first if len(first) <= 40 else first[:39] + "…"
         raise DataError(
@@ -248,8 +267,6 @@ def _text_data(
             f"({arg('block_length')}) and {held} held out for the perplexity need more: use more text, shorter blocks, "
             f"or a text of its own ({arg('eval_text')})"
         )
-    train, rest = tokens.split([len(tokens) - held, held])
-    blocks = train[: len(train) // block_length * block_length].view(-1, block_length)  # (k, L)
     summary = DataSummary(
         kind="text",
         rows=len(blocks),
@@ -259,9 +276,10 @@ def _text_data(
         unlearnable=0,
         empty=source.empty,
         held_out=held,
-        sha256=_sha256(blocks.flatten()),
+        sha256=tokens_sha256(blocks.flatten()),
+        bos=bos is not None,
     )
-    return TrainingData(TokenBlocks(blocks), rest if held else None, None, summary, Collator(_pad_id(tokenizer)))
+    return TrainingData(TokenBlocks(blocks), rest if held else None, None, summary, Collator(_pad_id(tokenizer)), bos)
 
 
 def _row_data(
@@ -272,6 +290,7 @@ def _row_data(
     completions_only: bool,
     held_out: float,
     seed: int,
+    bos: int | None,
 ) -> TrainingData:
     encoder = Encoder(tokenizer, block_length=block_length, completions_only=completions_only)
     encoded = [row for example in source.conversations for row in encoder.encode(example)]
@@ -300,12 +319,12 @@ def _row_data(
         unlearnable=len(encoded) - len(usable),
         empty=source.empty,
         held_out=held,
-        sha256=_sha256(*(t for row in train for t in (row.input_ids, row.labels))),
+        sha256=tokens_sha256(*(t for row in train for t in (row.input_ids, row.labels))),
+        bos=bos is not None,
     )
     rest = TokenRows([(usable[i].input_ids, usable[i].labels) for i in sorted(aside)]) if held else None
-    return TrainingData(
-        TokenRows([(row.input_ids, row.labels) for row in train]), None, rest, summary, Collator(_pad_id(tokenizer))
-    )
+    rows = TokenRows([(row.input_ids, row.labels) for row in train])
+    return TrainingData(rows, None, rest, summary, Collator(_pad_id(tokenizer)), bos)
 
 
 def _check_ends(rows: list[EncodedRow], names: str, block_length: int) -> None:
@@ -351,7 +370,8 @@ def _pad_id(tokenizer: Any) -> int:
     return 0  # padding is masked and not learned: any row of the embedding will do
 
 
-def _sha256(*tensors: Tensor) -> str:
+def tokens_sha256(*tensors: Tensor) -> str:
+    """Return the hash of token ids and labels, each (T,)."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(len(tensor).to_bytes(8, "little"))

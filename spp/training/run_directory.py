@@ -161,6 +161,8 @@ class RunDirectory:
     def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
         defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run
         before, now = {**defaults, **dict(earlier.get("tune") or {})}, self.config.to_dict()
+        if "bos" not in (earlier.get("tune") or {}):  # such a run had no BOS in its windows, as its data tell
+            before["bos"] = now["bos"]
         differing = [
             f"{arg(name)}: {before.get(name)!r} then, {now.get(name)!r} now"
             for name in sorted(set(before) | set(now))
@@ -171,11 +173,12 @@ class RunDirectory:
                 f"the run in {self.path} cannot be resumed with other options:\n  " + "\n  ".join(differing) + "\n"
                 f"use the same options, or {arg('overwrite', True)} to start anew"
             )
-        if earlier.get("data") != data:
+        if {"bos": False, **(earlier.get("data") or {})} != data:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed: its training data was another then ({earlier.get('data')}) "
                 f"than now ({data})",
-                remedy=f"restore the data, or use {arg('overwrite', True)} to start anew",
+                remedy=f"restore the data (a run of an earlier version, without BOS in its windows: "
+                f"{arg('bos', 'never')}), or use {arg('overwrite', True)} to start anew",
             )
 
 

@@ -6,8 +6,8 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from spp.configs.tuning import TuneConfig
 from spp.data.encoding import read_tokens
-from spp.data.reading import file_sha256
+from spp.data.reading import file_facts
+from spp.data.tokens import cut_windows
 from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, WrapError, arg, call
-from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity
+from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, with_provenance
 from spp.files.formats import other_weights, pickled, stored_format
 from spp.files.hub import local_directory
 from spp.files.tables import Table, time_text
@@ -27,7 +28,16 @@ from spp.models.tokens import check_ids, check_length
 from spp.pruning.plan import tell_patterns
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
-from spp.training.data import DataSummary, TokenRows, TrainingData, batches, check_data, load_data, shown_rows
+from spp.training.data import (
+    DataSummary,
+    TokenRows,
+    TrainingData,
+    batches,
+    check_data,
+    load_data,
+    shown_rows,
+    tokens_sha256,
+)
 from spp.training.loading import load_model, load_tokenizer
 from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
@@ -52,6 +62,8 @@ class TuneResult:
         perplexity_before: of the given model on the held-out text; None where none is measured.
         perplexity_after: of the tuned model on the same.
         eval_window: the window of both; None where instruction rows were measured, on the tokens to be learned.
+        measured_on: what both were measured on: hashes of the text, the tokenizer and the tuned model, tokens, windows,
+            BOS, protocol, dtype, versions; empty where nothing was measured.
         steps: optimizer steps of the whole run.
         seconds: time spent in them.
         sparsity: fraction of zeros in the tuned layers, in [0, 1]; of PST what its masks prune.
@@ -73,6 +85,7 @@ class TuneResult:
     sparsity: float
     data: DataSummary
     without_effect: str | None = None
+    measured_on: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the model and the tokenizer as JSON-ready values."""
@@ -200,6 +213,9 @@ def _run(
         sparsity=trainer.sparsity,
         data=data.summary,
         without_effect=method.without_effect(model),
+        measured_on={
+            name: value for name, value in (after or {}).items() if name not in ("perplexity", "loss", "window")
+        },
     )
 
 
@@ -231,13 +247,15 @@ class _Measure:
             self.tokens = read_tokens(tokenizer, str(config.eval_text), text_field=config.text_field)
             self.rows = None
             if Path(config.eval_text).is_file():
-                self.hashes["text_sha256"] = file_sha256(config.eval_text)
-            if self.tokens.numel() < config.eval_window:
+                self.hashes["text_sha256"] = file_facts(config.eval_text)[0]
+            if not len(cut_windows(self.tokens, config.eval_window, data.bos_id)):
                 raise DataError(
                     f"{config.eval_text} has {self.tokens.numel()} tokens, fewer than one window of "
                     f"{config.eval_window}: give a longer text, or a smaller {arg('eval_window')}"
                 )
             self.text = str(config.eval_text)
+        self._bos = data.bos_id
+        self._tokenizer = tokenizer
 
     def __call__(self, model: nn.Module) -> dict[str, Any] | None:
         """Return the fields of a PerplexityResult, or None where nothing is held out."""
@@ -258,11 +276,22 @@ class _Measure:
                 batch_size=max(1, _EVAL_TOKENS // self._config.eval_window),
                 max_windows=self._config.eval_windows,
                 progress=self._config.progress is not False,
+                bos_id=self._bos,
             )
         else:
             return None
         logger.info("perplexity %.4f on %s", found.perplexity, self.text)
-        return found.to_dict()
+        return with_provenance(found, model, self._tokenizer, *self._measured()).to_dict()
+
+    def _measured(self) -> tuple[str, int | None]:
+        """Return the hash and the size of the file that is measured on; without one, of the tokens, and None."""
+        path = self._config.eval_text
+        if path is not None and Path(path).is_file():
+            return file_facts(path)
+        if self.rows is not None:
+            return tokens_sha256(*(part for row in self.rows.rows for part in row)), None
+        assert self.tokens is not None
+        return tokens_sha256(self.tokens), None
 
 
 def _check_model(config: TuneConfig, model: Any, tokenizer: Any) -> None:
@@ -315,6 +344,7 @@ def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
         held_out=0.0 if config.eval_text is not None else config.eval_fraction,
         least_held_out=config.eval_window,
         seed=config.seed,
+        bos=config.bos,
     )
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp
 from spp.certifying import save as module
-from spp.certifying.certificate import Certificate, fingerprint
+from spp.certifying.certificate import Certificate
 from spp.certifying.save import certify, save_model
 from spp.certifying.verify import sparsity, verify
 from spp.errors import (
@@ -27,6 +27,7 @@ from spp.errors import (
     WrapError,
 )
 from spp.files import mask_sha256
+from spp.files.hashes import fingerprint
 from tests.helpers.checkpoints import Q0, UP1, grown, pruned_model, rewrite, tensors_of, wrapped_model
 from tests.helpers.models import moe_model, projections, tiny_tokenizer
 
