@@ -281,7 +281,8 @@ class _Measure:
         else:
             return None
         logger.info("perplexity %.4f on %s", found.perplexity, self.text)
-        return with_provenance(found, model, self._tokenizer, *self._measured()).to_dict()
+        values = with_provenance(found, model, self._tokenizer, *self._measured()).to_dict()
+        return {name: value for name, value in values.items() if name != "seconds"}  # a resumed run has the same bytes
 
     def _measured(self) -> tuple[str, int | None]:
         """Return the hash and the size of the file that is measured on; without one, of the tokens, and None."""

@@ -109,6 +109,9 @@ def test_results_go_on_only_where_they_were_found_alike(tmp_path: Path) -> None:
     anew.add("rows", "a", row("spp", 1e-2, 0, 3.0))
     with pytest.raises(ConfigError, match="data_sha256: 'aa' there, 'bb' now"):
         Results(tmp_path / "out", {**data, "data_sha256": "bb"}, resume=True)
+    assert "a" in Results(tmp_path / "out", {**data, "bos": False}, resume=True).read()["rows"]
+    with pytest.raises(ConfigError, match="bos: False there, True now"):  # the rows there had no BOS in their windows
+        Results(tmp_path / "out", {**data, "bos": True}, resume=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format_version": 2}', '{"format_version": 1, "rows": []}', "[1]"])

@@ -82,6 +82,9 @@ def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     assert evaluation["before"]["perplexity"] == result.perplexity_before
     assert evaluation["after"]["perplexity"] == result.perplexity_after
     assert evaluation["after"]["window"] == result.eval_window == 32
+    told = {name: value for name, value in evaluation["after"].items() if name not in ("perplexity", "loss", "window")}
+    assert told == result.measured_on and told["bos"] is False and told["protocol"] == "per-window"
+    assert evaluation["before"]["text_sha256"] == told["text_sha256"] and len(told["tokenizer_sha256"]) == 64
     loaded = adapter_state_dict(load_adapter(pruned(), result.adapter_dir))
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in adapter_state_dict(model).items())
     assert json.loads(json.dumps(result.to_dict()))["run_dir"] == str(run)
@@ -458,6 +461,15 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"lr: 0\.02 then, 0\.01 now\n  steps: 6 then, 9 now"):
             run_tune(config(text, run, resume=True, lr=1e-2, steps=9))
         run_tune(config(text, run, resume=True, save_every=5, log_every=2))
+
+    def test_resuming_a_run_from_before_windows_had_bos(self, text: Path, run: Path) -> None:
+        path = run / "config.json"
+        written = json.loads(path.read_text())
+        del written["tune"]["bos"], written["data"]["bos"]
+        path.write_text(json.dumps(written))
+        assert run_tune(config(text, run, resume=True)).steps == 6
+        with pytest.raises(ConfigError, match=r"its training data was another .*earlier version.*bos='never'"):
+            run_tune(config(text, run, resume=True, bos="always"))
 
     def test_resuming_a_run_from_before_an_option_existed(self, text: Path, run: Path) -> None:
         path = run / "config.json"
