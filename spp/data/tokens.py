@@ -145,12 +145,14 @@ def tokenizer_sha256(tokenizer: Any) -> str | None:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
-        told: Any = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        told = backend.to_str()  # JSON: version, truncation, padding, then what makes the tokens
+        told = told[max(0, told.find('"added_tokens"')) :]
     elif callable(getattr(tokenizer, "get_vocab", None)):
-        told = [type(tokenizer).__name__, tokenizer.get_vocab(), getattr(tokenizer, "special_tokens_map", None)]
+        facts = [type(tokenizer).__name__, tokenizer.get_vocab(), getattr(tokenizer, "special_tokens_map", None)]
+        told = json.dumps(facts, sort_keys=True, default=str)
     else:
         return None
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def document_ids(
