@@ -82,7 +82,7 @@ def run(config: EvalConfig) -> None:
         return console.answer(values | ({} if config.adapter is None else verdict.to_dict()))
     if found:
         adapter = "" if config.adapter is None else str(config.adapter)
-        columns = ("model", "adapter", "perplexity", "window", "windows", "tokens")
+        columns: tuple[str, ...] = ("model", "adapter", "perplexity", "window", "windows", "tokens")
         rows = [
             (config.model, adapter, f"{one.perplexity:.4f}", *map(str, (one.window, one.windows, one.tokens)))
             for one in found

@@ -264,4 +264,17 @@ def test_reports_show_their_tables_in_a_notebook() -> None:
         assert report._repr_html_() == table.html()
         assert NASTY in " ".join(_Parsed(table.html()).texts) and "script" not in _Parsed(table.html()).tags
     texts = _Parsed(PerplexityResult(20.5, 3.02, 62, 2, None)._repr_html_()).texts
-    assert texts == ["perplexity", "value", "perplexity", "20.5", "loss", "3.02", "tokens", "62", "windows", "2"]
+    assert texts == [
+        "perplexity",
+        "value",
+        "perplexity",
+        "20.5",
+        "loss",
+        "3.02",
+        "tokens",
+        "62",
+        "windows",
+        "2",
+        "bos",
+        "False",
+    ]
