@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp.cli import console
 from spp.cli.options import command
-from spp.configs.checkpoints import EvalConfig
+from spp.configs.evaluating import EvalConfig
 from spp.errors import CheckpointError, ConfigError, arg
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spp.configs.checkpoints import check_limits, parse_tasks
+from spp.configs.evaluating import check_limits, parse_tasks
 from spp.data.tokens import tokenizer_sha256
 from spp.errors import ConfigError, DataError, DependencyError, NonFiniteError, SPPError, arg
 from spp.evaluation.documents import Documents, Source

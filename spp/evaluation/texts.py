@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import nn
 
-from spp.configs.checkpoints import DATASETS
 from spp.configs.checks import check_choice
+from spp.configs.evaluating import DATASETS
 from spp.errors import DataError, DependencyError, SPPWarning, arg
 from spp.evaluation.documents import local_splits
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from spp.configs.checkpoints import check_windows
 from spp.configs.checks import PROTOCOLS, check_choice
+from spp.configs.evaluating import check_windows
 from spp.data.tokens import IGNORED, added_bos, cut_windows, find_bos, tokenizer_sha256, tokens_of, without_bos
 from spp.errors import DataError, NonFiniteError, arg
 from spp.files.hashes import dtype_name, weights_fingerprint

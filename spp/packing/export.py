@@ -275,7 +275,7 @@ def _certify(reader: DenseReader) -> Certificate:
     if known is None:
         return found
     known = replace(known, other_layout=known.other_layout or found.other_layout)  # an older one has none
-    same = replace(found, base=known.base, spp_version=known.spp_version) == known
+    same = replace(found, base=known.base, origin=known.origin, spp_version=known.spp_version) == known
     if not same or (known.base and known.base.fingerprint != known.fingerprint()):
         verify(reader.directory, deep=deep)  # says what is amiss
         raise CheckpointError(

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from spp._version import __version__
-from spp.configs.checkpoints import EvalConfig, MergeConfig, ReportConfig, RunConfig, VerifyConfig
+from spp.configs.checkpoints import MergeConfig, ReportConfig, RunConfig, VerifyConfig
+from spp.configs.evaluating import EvalConfig
 from spp.configs.pruning import PruneConfig
 from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, arg

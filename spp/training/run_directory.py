@@ -173,7 +173,7 @@ class RunDirectory:
                 f"the run in {self.path} cannot be resumed with other options:\n  " + "\n  ".join(differing) + "\n"
                 f"use the same options, or {arg('overwrite', True)} to start anew"
             )
-        if {"bos": False, **(earlier.get("data") or {})} != data:
+        if {"bos": False, **(earlier.get("data") or {})} != {"bos": False, **data}:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed: its training data was another then ({earlier.get('data')}) "
                 f"than now ({data})",

@@ -18,7 +18,8 @@ import typer
 from spp.cli.main import COMMANDS, app
 from spp.cli.options import command, typed
 from spp.cli.spelling import Spelling, spoken
-from spp.configs.checkpoints import EvalConfig, MergeConfig
+from spp.configs.checkpoints import MergeConfig
+from spp.configs.evaluating import EvalConfig
 from spp.configs.options import GROUPS, MODEL, Option
 from spp.configs.pruning import OWL, PruneConfig
 from spp.configs.tuning import TuneConfig

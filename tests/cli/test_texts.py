@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spp.configs.checkpoints import EvalConfig, parse_window
+from spp.configs.evaluating import EvalConfig, parse_window
 from spp.errors import ConfigError, DataError, DependencyError, SPPWarning
 from spp.evaluation import dataset_text, dataset_windows, paper_window, perplexity_result
 from spp.files.provenance import comparable

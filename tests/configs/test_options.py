@@ -11,17 +11,10 @@ import pytest
 import torch
 
 from spp.configs.adapter import RULES
-from spp.configs.checkpoints import (
-    CertifyConfig,
-    EvalConfig,
-    ExportConfig,
-    InspectConfig,
-    MergeConfig,
-    PushConfig,
-    VerifyConfig,
-)
+from spp.configs.checkpoints import CertifyConfig, ExportConfig, InspectConfig, MergeConfig, PushConfig, VerifyConfig
 from spp.configs.checks import AUTO_DTYPES
 from spp.configs.comparing import CompareConfig
+from spp.configs.evaluating import EvalConfig
 from spp.configs.options import GROUPS, MODEL, RUN, Option, options_of
 from spp.configs.pruning import METHODS, OWL, PruneConfig, PruneOptions
 from spp.configs.tuning import TuneConfig
