@@ -238,7 +238,7 @@ class TuneConfig:
         Option("Take the loss over so many tokens at a time: less memory.", OPTIMISATION, default="all"),
     ] = None
     schedule: Annotated[str, Option("linear, cosine or constant.", OPTIMISATION, choices=SCHEDULES)] = "linear"
-    warmup_ratio: Annotated[float, Option("Share of the steps that warm up.", OPTIMISATION)] = 0.03
+    warmup_ratio: Annotated[float, Option("Share of the steps that warm up; the first has lr 0.", OPTIMISATION)] = 0.03
     weight_decay: Annotated[float, Option("AdamW's weight decay.", OPTIMISATION)] = 0.001
     max_grad_norm: Annotated[float, Option("Clip the gradient to this norm; 0 does not clip.", OPTIMISATION)] = 1.0
     eval_text: Annotated[

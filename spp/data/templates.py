@@ -93,7 +93,8 @@ class ChatTemplate:
             try:
                 self._check(row, form)
             except DataError as error:
-                problem = problem or error
+                if problem is None or (problem.__cause__ and not error.__cause__):  # what is lost says more
+                    problem = error
             else:
                 self._form = form
                 return form

@@ -244,6 +244,10 @@ def test_tools_and_their_calls_and_results(tmp_path: Path) -> None:
         load_data([str(path)], made("{{ raise_exception('no tools') if tools }}" + CHATML), block_length=999)
     with pytest.raises(DataError, match=r"line 1: .* does not write tools"):
         load_data([str(path)], made(CHATML.replace("{% if tools %}", "{% if false %}"), "<|im_end|>"), block_length=999)
+    path.write_text(json.dumps({"messages": [turns[0], {**turns[1], "content": None}, *turns[2:]], "tools": [weather]}))
+    strict = CHATML.replace("{% if tools %}", "{% if false %}").replace("{{ m.content or '' }}", "{{ '' + m.content }}")
+    with pytest.raises(DataError, match=r"line 1: .* does not write tools"):  # not that null is no text: "" would do
+        load_data([str(path)], made(strict, "<|im_end|>"), block_length=999)
 
 
 def test_templates_that_take_arguments_as_text_or_content_in_parts() -> None:
