@@ -16,6 +16,7 @@ from spp.configs import checks
 
 Key = tuple[str, str | None]  # path of a model, and of the adapter on it
 NOT_RECORDED = "not recorded"
+OF_ROWS = "of rows"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def perplexity_in(key: Key, values: Mapping[str, Any], text: str, otherwise: str
     """
     value = values.get("perplexity")
     if isinstance(value, float) or is_number(value):  # infinity too
-        under = tuple((what, _told(values.get(name))) for what, name in _OF_A_TEXT)
+        rows = "window" in values and values["window"] is None  # rows of their own lengths have none, and no protocol
+        none = OF_ROWS if rows else NOT_RECORDED
+        under = tuple((what, none if values.get(name) is None else str(values[name])) for what, name in _OF_A_TEXT)
         yield Measured(
             key, "perplexity", float(value), text, (("text", str(values.get("text_sha256") or otherwise)), *under)
         )
