@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from spp.cli.spelling import Spellings, spoken
 from spp.configs.checks import finite
-from spp.errors import ConfigError, Marked, OutputExistsError, SPPError, SPPWarning, arg
+from spp.errors import ConfigError, Marked, OutputExistsError, SPPError, SPPWarning, StreamingError, arg
 
 if TYPE_CHECKING:
     from spp.files.recognised import FileKind
@@ -200,6 +200,27 @@ def json_line(values: Mapping[str, Any]) -> str:
         '{"loss": {"dense": 2.5, "pruned": null}, "non_finite": {"/loss/pruned": "Infinity"}}'
     """
     return json.dumps(finite(values), allow_nan=False, default=str)
+
+
+@contextmanager
+def streaming(output: Path, instead: str) -> Iterator[None]:
+    """Say how it goes on where a command that streams block by block cannot, or is interrupted: a context manager.
+
+    Args:
+        output: what the command makes.
+        instead: what it does where the model cannot be streamed; that error ends here.
+    """
+    from spp.pruning.work import work_folder
+
+    try:
+        yield
+    except StreamingError as error:
+        note(f"{said(error)}: {instead}")
+    except KeyboardInterrupt:
+        folder = work_folder(Path(os.path.realpath(output)))
+        if folder.exists():
+            note(f"interrupted; what is finished is kept in {folder}: the same command goes on behind it")
+        raise
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spp.cli import console
 from spp.cli.options import command
 from spp.configs.checks import finite
 from spp.configs.pruning import PruneConfig
-from spp.errors import CheckpointError, StreamingError
+from spp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from spp.pruning import PruneReport
@@ -62,14 +60,13 @@ def stream(config: PruneConfig, device: str) -> PruneReport | None:
     from spp.files.hub import local_directory
     from spp.pruning.disk import prune_checkpoint_by
     from spp.pruning.windows import needs_tokenizer
-    from spp.pruning.work import work_folder
     from spp.training.loading import load_tokenizer
 
     directory = local_directory(config.model, "model")
     tokenizer = None
     if config.calibration is not None and needs_tokenizer(config.calibration):
         tokenizer = load_tokenizer(directory)
-    try:
+    with console.streaming(config.output, "loading the whole model"):
         return prune_checkpoint_by(
             directory,
             config.output,
@@ -79,14 +76,6 @@ def stream(config: PruneConfig, device: str) -> PruneReport | None:
             device=device,
             overwrite=config.overwrite,
         )
-    except StreamingError as error:
-        console.note(f"{console.said(error)}: loading the whole model")
-        return None
-    except KeyboardInterrupt:
-        folder = work_folder(Path(os.path.realpath(config.output)))
-        if folder.exists():
-            console.note(f"interrupted; what is finished is kept in {folder}: the same command goes on behind it")
-        raise
 
 
 def load_and_prune(config: PruneConfig, device: str) -> PruneReport:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spp.cli import console
 from spp.cli.options import command
 from spp.configs.checkpoints import ReconstructConfig
 from spp.configs.checks import finite
-from spp.errors import StreamingError
 
 if TYPE_CHECKING:
     from spp.pruning.report import ReconstructionReport
@@ -55,12 +52,11 @@ def stream(config: ReconstructConfig, device: str) -> ReconstructionReport | Non
     from spp.files.hub import local_directory
     from spp.pruning.reconstruction import reconstruct_checkpoint
     from spp.pruning.windows import needs_tokenizer
-    from spp.pruning.work import work_folder
     from spp.training.loading import load_tokenizer
 
     directory = local_directory(config.pruned, "model")
     tokenizer = load_tokenizer(directory) if needs_tokenizer(config.calibration) else None
-    try:
+    with console.streaming(config.output, "loading both models"):
         return reconstruct_checkpoint(
             directory,
             config.output,
@@ -74,14 +70,6 @@ def stream(config: ReconstructConfig, device: str) -> ReconstructionReport | Non
             device=device,
             overwrite=config.overwrite,
         )
-    except StreamingError as error:
-        console.note(f"{console.said(error)}: loading both models")
-        return None
-    except KeyboardInterrupt:
-        folder = work_folder(Path(os.path.realpath(config.output)))
-        if folder.exists():
-            console.note(f"interrupted; what is finished is kept in {folder}: the same command goes on behind it")
-        raise
 
 
 def load_and_reconstruct(config: ReconstructConfig, device: str) -> ReconstructionReport:
