@@ -19,7 +19,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -272,10 +272,6 @@ class PruneOptions:
         if isinstance(self.pattern, Mapping):
             return {name: str(Pattern.parse(value)) for name, value in self.pattern.items()}
         return str(Pattern.parse(self.pattern))
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the options as keyword arguments of `spp.prune`."""
-        return {field.name: getattr(self, field.name) for field in fields(PruneOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)
