@@ -1,4 +1,4 @@
-"""TuneConfig: everything that `tune` and `spp tune` can be told, in one frozen, validated value; and its recipes."""
+"""TuneConfig: everything that `tune` and `spp tune` can be told, in one frozen, validated value."""
 
 from __future__ import annotations
 
@@ -19,47 +19,18 @@ from spp.configs.checks import (
     check_path,
     parse_names,
 )
+from spp.configs.methods import LR, MASK_UPDATE_FIELDS, METHODS, RECIPES, check_methods, recipe_of
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
 from spp.configs.pruning import BOS_OPTION, DECAYS, DROPS, GROWS, MaskUpdateOptions
-from spp.configs.pst import PSTConfig, check_schedule
+from spp.configs.pst import PSTConfig
 from spp.errors import ConfigError, arg
 
-METHODS = ("spp", "pst")
 DATA_FORMATS = ("auto", "text", "alpaca", "chat")
 SCHEDULES = ("linear", "cosine", "constant")
 TRAINING_DEVICES = ("auto", "cpu")
 
-LR = {"spp": 4e-3, "pst": 1e-4}  # the papers'
 LARGEST_LR = 1e30  # far beyond any sense, and what AdamW makes of it still is a float32
-
-Recipes = Mapping[str, Mapping[str, Any]]
-# Named sets of options; what a recipe does not name keeps the default of its field.
-RECIPES: Recipes = {
-    # SPP, Lu et al. 2024, its instruction-tuning setting without dropout: three matrix products a layer, not five.
-    "default": {},
-    # The same with the paper's dropout.
-    "paper": {"dropout": 0.05, "dropout_mode": "input"},
-    # For some hundred steps: the paper's learning rate is meant for about 1,200 and is too low for so few.
-    "short": {"lr": 2e-2},
-}
-PST_RECIPES: Recipes = {
-    "default": {},
-    # PST, Li et al. 2022: no weight decay, no warm-up of the learning rate; GPT-2's learning rate, 1e-4.
-    "paper": {"lr": 1e-4, "weight_decay": 0.0, "warmup_ratio": 0.0},
-    # For some hundred steps.
-    "short": {"lr": 1e-3},
-}
-
-# Options that one method alone has.
-_OWN = {
-    "spp": ("r", "rank_pattern", "scaling", "dropout", "dropout_mode", "rule", "saved_activations", "strict_values"),
-    "pst": (
-        *("pattern", "initial_sparsity", "initial_warmup", "final_warmup"),
-        *("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale"),
-    ),
-}
-_MASK_UPDATES = tuple(f"mask_update_{name}" for name in ("every", "fraction", "until", "decay", "drop", "grow"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +275,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         self._normalise_paths()
-        self._check_methods()
+        check_methods(self)
         if self.lr is None:
             object.__setattr__(self, "lr", LR[self.method])
         self._check_choices()
@@ -391,7 +362,9 @@ class TuneConfig:
     def mask_updates(self) -> MaskUpdateOptions:
         """Return the options of mask updates, of a run that has them."""
         assert self.mask_update_every is not None
-        return MaskUpdateOptions(**{name.removeprefix("mask_update_"): getattr(self, name) for name in _MASK_UPDATES})
+        return MaskUpdateOptions(
+            **{name.removeprefix("mask_update_"): getattr(self, name) for name in MASK_UPDATE_FIELDS}
+        )
 
     def adapter_config(self) -> SPPConfig:
         """Return the options of SPP's adapter; its initial values are drawn from `seed`."""
@@ -453,47 +426,3 @@ class TuneConfig:
         for name in ("model", "eval_text", "dense_model"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_path(name, getattr(self, name)))
-
-    def _check_methods(self) -> None:
-        """Check the options that one method alone has: that they are its, and make sense."""
-        defaults = {f.name: f.default for f in fields(self)}
-        others = {name: method for method in METHODS if method != self.method for name in _OWN[method]}
-        if self.method != "spp":
-            others |= dict.fromkeys((*_MASK_UPDATES, "dense_model"), "spp")
-        for name, method in others.items():
-            if getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{arg(name)} is {getattr(self, name)!r}, which means nothing to {arg('method', self.method)}: it "
-                    f"is an option of {arg('method', method)}"
-                )
-        if self.method == "pst":
-            if self.pattern is None:
-                raise ConfigError(
-                    f'{arg("pattern", ...)} is missing: PST needs what to prune at the end, "N:M" or a fraction'
-                )
-            object.__setattr__(self, "pattern", str(Pattern.parse(self.pattern)))
-            check_schedule(self.initial_warmup, self.final_warmup, self.initial_sparsity, self.final_sparsity)
-        elif self.mask_update_every is None:
-            for name in (*_MASK_UPDATES, "dense_model"):
-                if getattr(self, name) != defaults[name]:
-                    raise ConfigError(
-                        f"{arg(name)} is {getattr(self, name)!r}, but there are no mask updates without "
-                        f"{arg('mask_update_every', ...)}"
-                    )
-        else:
-            self.mask_updates()  # raises for an option that makes no sense
-            if self.dense_model is None:
-                raise ConfigError(
-                    f"{arg('dense_model', ...)} is missing: mask updates take the values of regrown weights from there"
-                )
-
-
-def recipe_of(recipe: str, method: object) -> Mapping[str, Any]:
-    """Return the options that a method's recipe sets.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
-    recipes = PST_RECIPES if method == "pst" else RECIPES
-    check_choice("recipe", recipe, tuple(recipes))
-    return recipes[recipe]

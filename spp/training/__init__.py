@@ -9,7 +9,8 @@ from spp.supported import require_supported
 
 require_supported()  # first: what follows may fail with other versions
 
-from spp.configs.tuning import RECIPES, TuneConfig
+from spp.configs.methods import RECIPES
+from spp.configs.tuning import TuneConfig
 from spp.training.callbacks import TrainingInterrupted
 from spp.training.causal_loss import causal_lm_loss, chunked_cross_entropy
 from spp.training.data import Collator, TrainingData, load_data
