@@ -25,7 +25,7 @@ def run(config: PruneConfig) -> None:
     Example: spp prune MODEL pruned --method wanda --pattern 2:4 --calibration texts.txt
     """
     from spp.files import atomic_file, write_json
-    from spp.files.provenance import Provenance
+    from spp.files.provenance import Provenance, peak_bytes
     from spp.files.recognised import PRUNE_REPORT
     from spp.pruning.plan import tell_patterns
     from spp.report import pattern_text, prune_lines, prune_table, reconstruction_table
@@ -40,7 +40,8 @@ def run(config: PruneConfig) -> None:
         tell_patterns(config.pattern)
         found = None if config.in_memory else stream(config, where)
         found = found or load_and_prune(config, where)
-    console.answer({**Provenance.here(where).to_dict(), **found.to_dict()})
+    values = {**found.to_dict(), "peak_bytes": peak_bytes(where)}
+    console.answer({**Provenance.here(where).to_dict(), **values})
     console.show(prune_table(found, every=config.every))
     if found.reconstruction is not None and config.every:
         console.show(reconstruction_table(found.reconstruction))
@@ -49,7 +50,7 @@ def run(config: PruneConfig) -> None:
     console.wrote(config.output)
     if config.report is not None:
         with atomic_file(config.report, overwrite=overwrite, kind=PRUNE_REPORT) as path:
-            write_json(path, finite(found.to_dict()))
+            write_json(path, finite(values))
         console.wrote(config.report)
 
 

@@ -24,7 +24,7 @@ def run(config: ReconstructConfig) -> None:
     Example: spp reconstruct pruned repaired --dense MODEL --calibration texts.txt
     """
     from spp.files import atomic_file, write_json
-    from spp.files.provenance import Provenance
+    from spp.files.provenance import Provenance, peak_bytes
     from spp.files.recognised import RECONSTRUCTION_REPORT
     from spp.report import reconstruction_table
 
@@ -36,12 +36,13 @@ def run(config: ReconstructConfig) -> None:
     console.quiet_libraries()
     with console.step(f"reconstructing {config.pruned}"), console.log():
         found = stream(config, where) or load_and_reconstruct(config, where)
-    console.answer({**Provenance.here(where).to_dict(), **found.to_dict()})
+    values = {**found.to_dict(), "peak_bytes": peak_bytes(where)}
+    console.answer({**Provenance.here(where).to_dict(), **values})
     console.show(reconstruction_table(found))
     console.wrote(config.output)
     if config.report is not None:
         with atomic_file(config.report, overwrite=overwrite, kind=RECONSTRUCTION_REPORT) as path:
-            write_json(path, finite(found.to_dict()))
+            write_json(path, finite(values))
         console.wrote(config.report)
 
 

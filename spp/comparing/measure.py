@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from spp.errors import DependencyError, SPPError
-from spp.files.provenance import Provenance
+from spp.files.provenance import Provenance, resident_bytes
 from spp.kernels import native
 from spp.kernels.choice import kernels
 from spp.models.streamed import trim_memory
@@ -148,10 +148,10 @@ def measure_memory(call: Callable[[], object], *, calls: int, device: str = "cpu
     trim_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
-    rest = _resident("VmRSS:")
+    rest = resident_bytes("VmRSS:")
     for _ in range(calls):
         call()
-    return Memory(rest, _resident("VmHWM:"))
+    return Memory(rest, resident_bytes("VmHWM:"))
 
 
 def in_child(module: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -185,15 +185,3 @@ def require_peft(contender: str) -> Any:
             f"the contender {contender} needs peft: pip install 'spp[peft]', or leave it out"
         ) from error
     return peft
-
-
-def _resident(field: str) -> int:
-    """Bytes of VmRSS: or VmHWM:; the process's peak where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        import resource  # not on every system
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,4 +1,4 @@
-"""What each tuning method has of its own: its options, its learning rate and its recipes."""
+"""The options, learning rates and recipes that each tuning method has of its own."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -142,6 +143,29 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def resident_bytes(field: str = "VmHWM:") -> int:
+    """Return the memory of this process in bytes: VmRSS: now, VmHWM: at its peak; without /proc always the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource  # not on every system
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak_bytes(device: str | torch.device = "cpu") -> int:
+    """Return the peak of this process's memory so far: on a GPU what torch has allocated there, else the resident set.
+
+    Args:
+        device: that it computes on.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_bytes()
 
 
 def installed(package: str) -> str | None:

@@ -1,7 +1,7 @@
 """The directory of a tuning run: what is in it, and who may write there.
 
 .lock           while a process is at work here: which
-config.json     format, version, the options of the run, counts and hash of its data
+config.json     format, version, the options of the run, counts and hash of its data, and the peak memory
 log.jsonl       one object a log
 checkpoints/    checkpoint-N, to resume from
 adapter/        the final adapter
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spp._version import __version__
-from spp.configs.checks import finite
+from spp.configs.checks import finite, is_number
 from spp.configs.tuning import TuneConfig
 from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, output_error, read_json, recover, require_directory, require_replaceable, write_json
@@ -120,6 +120,12 @@ class RunDirectory:
     def read_eval(self) -> dict[str, Any]:
         """Return eval.json, or {} where there is none yet."""
         return read_json(self.eval_file, "the run's perplexities") if self.eval_file.exists() else {}
+
+    def write_peak(self, peak: int) -> None:
+        """Note in config.json the peak memory in bytes; of a resumed run, the largest of its processes'."""
+        values = read_json(self.config_file, "the run's config")
+        earlier = values.get("peak_bytes")
+        self._write(self.config_file, {**values, "peak_bytes": max(peak, earlier if is_number(earlier) else 0)})
 
     def _write(self, path: Path, values: dict[str, Any]) -> None:
         with atomic_file(path, overwrite=True, kind=OWN) as temporary:

@@ -23,6 +23,7 @@ from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, Wrap
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, with_provenance
 from spp.files.formats import other_weights, pickled, stored_format
 from spp.files.hub import local_directory
+from spp.files.provenance import peak_bytes
 from spp.files.tables import Table, time_text
 from spp.models.tokens import check_ids, check_length
 from spp.pruning.plan import tell_patterns
@@ -189,8 +190,11 @@ def _run(
     if "before" not in perplexities:
         perplexities = {"text": measure.text, **measure.hashes, "before": measure(model), "after": None}
         run.write_eval(perplexities)
+    timed = log.seconds
     with stop:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if log.seconds > timed:  # resuming a finished run changes nothing
+        run.write_peak(peak_bytes(next(model.parameters()).device))
     if stop.received is not None:
         saved = last_complete(run.checkpoints)
         assert saved is not None, "the callback asked for a checkpoint"

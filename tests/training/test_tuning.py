@@ -31,6 +31,7 @@ from spp.errors import (
     WrapError,
 )
 from spp.evaluation import perplexity
+from spp.files.provenance import resident_bytes
 from spp.merging.model import merge
 from spp.training import SPPTrainer, TrainingInterrupted, TuneConfig, TuneResult, tune
 from spp.training.callbacks import StopOnSignal, read_log
@@ -69,6 +70,7 @@ def test_the_whole_run(text: Path, tmp_path: Path) -> None:
     saved = json.loads((run / "config.json").read_text())
     assert TuneConfig.from_dict(saved["tune"]) == c
     assert saved["data"] == result.data.to_dict()
+    assert 2**20 < saved["peak_bytes"] <= resident_bytes()
     assert saved["versions"]["torch"] == torch.__version__ and saved["threads"] == torch.get_num_threads()
     log = read_log(run / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, 41))
