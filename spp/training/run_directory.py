@@ -125,7 +125,9 @@ class RunDirectory:
         """Note in config.json the peak memory in bytes; of a resumed run, the largest of its processes'."""
         values = read_json(self.config_file, "the run's config")
         earlier = values.get("peak_bytes")
-        self._write(self.config_file, {**values, "peak_bytes": max(peak, earlier if is_number(earlier) else 0)})
+        if is_number(earlier):
+            peak = max(peak, int(earlier))
+        self._write(self.config_file, {**values, "peak_bytes": peak})
 
     def _write(self, path: Path, values: dict[str, Any]) -> None:
         with atomic_file(path, overwrite=True, kind=OWN) as temporary:
