@@ -124,7 +124,7 @@ class RunDirectory:
     def write_peak(self, peak: int) -> None:
         """Note in config.json the peak memory in bytes; of a resumed run, the largest of its processes'."""
         values = read_json(self.config_file, "the run's config")
-        earlier = values.get("peak_bytes")
+        earlier: Any = values.get("peak_bytes")
         if is_number(earlier):
             peak = max(peak, int(earlier))
         self._write(self.config_file, {**values, "peak_bytes": peak})
