@@ -370,7 +370,7 @@ def test_a_wrap_runs_through_few_files() -> None:
     assert len({file.parent for file in touched}) <= 8
 
 
-@pytest.mark.parametrize(("kernels", "most"), [("auto", (17, 8)), ("torch", (20, 9))])
+@pytest.mark.parametrize(("kernels", "most"), [("auto", (17, 8)), ("torch", (20, 8))])
 def test_a_shard_runs_through_few_files_of_a_merge(
     kernels: str, most: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,10 +22,11 @@ from spp.certifying.sources import input_axes, require_projections
 from spp.errors import AdapterError, ConfigError, StreamingError, call
 from spp.files import CheckpointReader, dtype_name
 from spp.models.disk_keys import DiskKeys, Group
-from spp.models.projection import as_matrices, find_projections
+from spp.models.projection import find_projections
 from spp.rules import Adapter, Rule, get_rule
 from spp.rules.terms import TermsRule
 from spp.weights import FLOATS
+from spp.weights.base import as_matrices
 from spp.weights.packed.disk import is_packed
 from spp.wrapping.adapter_files import AdapterFiles, read_adapter
 

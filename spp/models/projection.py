@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.weights import Weight, quantized_kind, read_quantized
+from spp.weights.base import as_matrices
 from spp.weights.offload import parameter_weight
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -175,12 +176,6 @@ class Projection:
     def matrices(self) -> list[Tensor]:
         """Return views (out, in): one, or one an expert; what is written to them is written to the parameter."""
         return as_matrices(self.weight.detach(), transposed=self.input_axis == -2)
-
-
-def as_matrices(weight: Tensor, *, transposed: bool) -> list[Tensor]:
-    """Return a weight, (out, in) or (E, out, in), or with inputs first, as views (out, in): one, or one an expert."""
-    stored = list(weight.unbind(0)) if weight.dim() == 3 else [weight]
-    return [matrix.T for matrix in stored] if transposed else stored
 
 
 def plain_name(name: str) -> str:

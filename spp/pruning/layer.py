@@ -22,8 +22,9 @@ from spp.masks.sparsegpt import InverseFactor, inverse_factor, sparsegpt_factore
 from spp.masks.stats import StatsCollector
 from spp.masks.swaps import MAX_SWAPS, swap
 from spp.masks.wanda import wanda_score
-from spp.models.projection import Projection, as_matrices
+from spp.models.projection import Projection
 from spp.pruning.report import LayerReport
+from spp.weights.base import as_matrices
 
 _NAMED = 8  # experts that a note names
 _DAMPING = 0.01  # of least squares, as SparseGPT's

@@ -201,6 +201,12 @@ def as_weight(weight: Tensor | Weight) -> Weight:
     return weight if isinstance(weight, Weight) else DenseWeight(weight)
 
 
+def as_matrices(weight: Tensor, *, transposed: bool) -> list[Tensor]:
+    """Return a weight, (out, in) or (E, out, in), or with inputs first, as views (out, in): one, or one an expert."""
+    stored = list(weight.unbind(0)) if weight.dim() == 3 else [weight]
+    return [matrix.T for matrix in stored] if transposed else stored
+
+
 def _state(tensors: Sequence[Tensor]) -> Any | None:
     """Return what changes when a tensor is written to; None where nothing would tell."""
     if not tensors or any(t.is_meta or t.is_inference() for t in tensors):
