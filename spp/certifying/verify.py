@@ -34,7 +34,7 @@ from spp.certifying.sources import (
 )
 from spp.errors import CheckpointError, ConfigError, MaskError, NonFiniteError, SPPWarning, arg, call
 from spp.files import CheckpointReader
-from spp.masks.patterns import count_kept, pack_bits
+from spp.masks.patterns import UNSTRUCTURED, count_kept, is_loose, pack_bits
 from spp.models.unreadable import describe_unreadable
 from spp.weights.packed.disk import DenseReader
 
@@ -292,7 +292,8 @@ def _problems_of(key: str, record: TensorRecord, scanned: Scanned) -> list[Probl
     if scanned.mask != record.mask_sha256:
         what = f"its zeros have changed: {facts.zeros} of {numel}, the certificate says {record.zeros}"
         return [Problem(MASK, what, key)]
-    if (facts.zeros, facts.pattern) != (record.zeros, record.pattern):
+    of_before = record.pattern == UNSTRUCTURED and is_loose(facts.pattern, numel - facts.zeros, numel)
+    if facts.zeros != record.zeros or (facts.pattern != record.pattern and not of_before):
         found, said = f"{facts.zeros} zeros, {facts.pattern}", f"{record.zeros} zeros, {record.pattern}"
         return [Problem(MASK, f"{found}; the certificate says {said}", key)]
     if facts.dtype == record.dtype and scanned.crc != record.content_crc32:

@@ -7,6 +7,7 @@ is a zero, a subnormal is not, and a process that flushes denormals to zero sees
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ DENSE = "dense"
 UNSTRUCTURED = "unstructured"
 SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)  # of the bits of a byte: the first entry is in the highest
 _CHUNK = 1 << 17  # weights looked at together: bits, bools and packed bytes of a chunk stay in a core's cache
+
+_EXPECTED = 14.0  # groups with too many weights, from which on their absence is no chance: once in 10⁶ tensors
 
 _BITS: dict[torch.dtype, torch.dtype] = {  # the integer type whose bits a floating type is read as
     torch.float64: torch.int64,
@@ -174,10 +177,11 @@ def is_nm(mask: Tensor, kept: int, group: int, input_axis: int = -1) -> bool:
 def detect_pattern(mask: Tensor, input_axis: int = -1) -> str:
     """Return the pattern that a mask has: "N:M", "unstructured" or "dense".
 
-    Usual are N = 1, 2, 4, … ≤ M / 2 of M = 2, 4, 8, 16, 32; named is the one of the smallest M whose N / M is the
-    lowest that so many kept weights allow. One whose groups are half empty or more is left to chance: three quarters of
-    zeros anywhere easily leave no more than 16 of every 32. A mask without zeros is dense; one that is wholly zero is
-    unstructured.
+    Usual are N = 1, 2, 4, … ≤ M / 2 of M = 2, 4, 8, 16, 32; named is the one of the lowest N / M that holds, of these
+    the one of the smallest M. One whose groups are half empty or more is named where so few weights anywhere would
+    hardly hold it by chance: what has been pruned to 2:4 after three quarters of it were zero is 2:4, while three
+    quarters of zeros anywhere easily leave no more than 16 of every 32, and are unstructured. A mask without zeros is
+    dense; one that is wholly zero is unstructured.
 
     Args:
         mask: bool (True = kept) or a weight, whose mask is read from its bits.
@@ -205,12 +209,34 @@ def detect_counted(kept: int, count: int, inputs: int, most: Callable[[int], int
         return DENSE
     if kept == 0:
         return UNSTRUCTURED
-    share = _lowest_share(kept, count)
-    for group in USUAL_GROUPS:
-        allowed = int(share * group)  # N of the group
-        if inputs % group == 0 and allowed >= 1 and most(group) <= allowed:
-            return f"{allowed}:{group}"
+    most, lowest = functools.cache(most), _lowest_share(kept, count)
+    share = lowest
+    while share <= 0.5:
+        for group in USUAL_GROUPS:
+            allowed = int(share * group)  # N of the group
+            if inputs % group or not allowed or (share > lowest and _by_chance(kept, count, allowed, group)):
+                continue
+            if most(group) <= allowed:
+                return f"{allowed}:{group}"
+        share *= 2
     return UNSTRUCTURED
+
+
+def is_loose(pattern: str, kept: int, count: int) -> bool:
+    """Whether the groups of a detected pattern are half empty or more: "unstructured" to earlier versions."""
+    allowed, _, group = pattern.partition(":")
+    return bool(group) and int(allowed) / int(group) > _lowest_share(kept, count)
+
+
+def _by_chance(kept: int, count: int, allowed: int, group: int) -> bool:
+    """Whether `kept` of `count` weights at random places could well leave at most `allowed` in every group.
+
+    Of ⌊count / M⌋ groups some P(Binomial(M, kept / count) > N) would have more; that none of them has, where _EXPECTED
+    would have it, happens once in e^_EXPECTED.
+    """
+    p = kept / count
+    above = sum(math.comb(group, k) * p**k * (1 - p) ** (group - k) for k in range(allowed + 1, group + 1))
+    return count // group * above < _EXPECTED
 
 
 def _lowest_share(kept: int, count: int) -> float:

@@ -122,6 +122,23 @@ def test_a_certificate_that_lies(base: Path) -> None:
         verify(base)
 
 
+def test_a_mask_that_is_named_since_may_still_be_called_unstructured(base: Path) -> None:
+    """2:4 with half of what it keeps gone: certificates of earlier versions say "unstructured" of it."""
+    weight = tensors_of(base)[Q0]
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.55] = 0
+    rewrite(base, {Q0: weight})
+    assert certify(base).tensors[Q0].pattern == "2:4"
+    edit(base, lambda values: values["tensors"][Q0].update(pattern="unstructured"))
+    verify(base)
+    edit(base, lambda values: values["tensors"][Q0].update(pattern="4:8"))
+    with pytest.raises(MaskError, match="zeros, 2:4; the certificate says"):
+        verify(base)
+    full = next(key for key, t in Certificate.read(base).tensors.items() if t.pattern == "2:4" and key != Q0)
+    edit(base, lambda values: values["tensors"][full].update(pattern="unstructured"))
+    with pytest.raises(MaskError, match=r"zeros, 2:4; the certificate says \d+ zeros, unstructured"):
+        verify(base)
+
+
 def test_a_base_whose_masks_are_others(base: Path) -> None:
     edit(base, lambda values: values.update(base={"name_or_path": "org/other", "fingerprint": "0" * 64}))
     with pytest.raises(MaskError, match="not those of org/other"):

@@ -19,6 +19,7 @@ from spp.masks.patterns import (
     count_kept,
     detect_along,
     detect_pattern,
+    is_loose,
     is_nm,
     magnitude_bits,
     nonzero_mask,
@@ -59,9 +60,13 @@ def naive_pattern(mask: torch.Tensor) -> str:
     for group in (2, 4, 8, 16, 32):
         if kept and mask.shape[1] % group == 0:
             most = max(naive_groups(mask, group))
-            found += [(group, n) for n in (1, 2, 4, 8, 16) if n <= group // 2 and most <= n]
-    full = [(group, n) for group, n in found if 2 * kept * group > n * mask.numel()]  # more than half full
-    return f"{min(full)[1]}:{min(full)[0]}" if full else "unstructured"
+            found += [(n / group, group, n) for n in (1, 2, 4, 8, 16) if n <= group // 2 and most <= n]
+    for share, group, n in sorted(found):
+        places = torch.distributions.Binomial(group, torch.tensor(kept / mask.numel(), dtype=torch.float64))
+        above = float(places.log_prob(torch.arange(n + 1.0, group + 1, dtype=torch.float64)).exp().sum())
+        if 2 * kept > share * mask.numel() or above * (mask.numel() // group) >= 14:  # more than half full; no chance
+            return f"{n}:{group}"
+    return "unstructured"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +279,22 @@ def test_few_weights_anywhere_are_no_pattern() -> None:
     some[:3] = False  # rows that are wholly zero
     assert detect_pattern(some) == "2:4"
     some[:4] = False
-    assert detect_pattern(some) == "unstructured"
+    assert detect_pattern(some) == "unstructured"  # in 128 groups, of which chance leaves one in twenty with more
+
+
+def test_a_pattern_whose_groups_are_half_empty_is_named_where_chance_does_not_make_it() -> None:
+    """What was pruned to 2:4 after three quarters of it were zero; a group of three is none of it."""
+    scores = torch.rand(128, 64, generator=torch.Generator().manual_seed(0))
+    anywhere = scores.argsort(-1).argsort(-1) >= 48
+    assert detect_pattern(anywhere) == "unstructured"
+    pruned = anywhere & (scores.view(128, 16, 4).argsort(-1).argsort(-1) >= 2).view(128, 64)
+    assert not is_nm(pruned, 2, 8) and detect_pattern(pruned) == "2:4"
+    assert is_loose("2:4", int(pruned.sum()), pruned.numel())
+    assert not is_loose("2:4", 5, 16) and not is_loose("unstructured", 1, 16)
+    pruned[0, :8] = torch.tensor([True, True, False, True, False, False, True, False])
+    assert not is_nm(pruned, 2, 4) and detect_pattern(pruned) == "4:8"
+    pruned[0, 4] = True
+    assert not is_nm(pruned, 4, 8) and detect_pattern(pruned) == "unstructured"
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *SMALL_FLOATS, torch.complex64])
