@@ -12,6 +12,8 @@ from spp.configs.checkpoints import InspectConfig
 from spp.errors import ConfigError, arg
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spp.pst.files import PSTState
     from spp.report import Table
     from spp.wrapping.adapter_files import AdapterFiles
@@ -64,22 +66,26 @@ def _read(directory: Path) -> AdapterFiles | PSTState:
     return read(directory) if method_of(directory) == PST_TYPE else read_adapter(directory)
 
 
+def _tensors(adapter: AdapterFiles | PSTState) -> dict[str, Tensor]:
+    """Return the tensors of an adapter, and after them what trained beside it."""
+    return {**adapter.tensors, **getattr(adapter, "also", {})}
+
+
 def adapter_dict(adapter: AdapterFiles | PSTState) -> dict[str, Any]:
     """Return what is in an adapter, but its values, as JSON-ready values."""
     from spp.files import dtype_name
     from spp.wrapping.adapter_files import PEFT_TYPE, PST_TYPE, AdapterFiles
 
-    tensors = {
-        name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
-        for name, tensor in adapter.tensors.items()
-    }
+    held = _tensors(adapter)
+    tensors = {name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)} for name, tensor in held.items()}
     values: dict[str, Any] = {"kind": "adapter", "config": adapter.config.to_dict(), "base": adapter.base_name}
     if isinstance(adapter, AdapterFiles):
         values |= {"method": PEFT_TYPE, "base_masks": adapter.base_masks, "base_forms": adapter.base_forms}
+        values["also_trained"] = sorted(adapter.also)
     else:
         values |= {"method": PST_TYPE, "sparsity": adapter.sparsity}
-    values["parameters"] = sum(tensor.numel() for tensor in adapter.tensors.values())
-    values["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
+    values["parameters"] = sum(tensor.numel() for tensor in held.values())
+    values["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
     return values | {"tensors": tensors}
 
 
@@ -90,11 +96,14 @@ def adapter_tables(adapter: AdapterFiles | PSTState, directory: Path, *, every: 
 
     options = [("method", PEFT_TYPE if isinstance(adapter, AdapterFiles) else PST_TYPE)]
     options += [(name, str(value)) for name, value in adapter.config.to_dict().items() if value is not None]
-    tensors = adapter.tensors.values()
+    held = _tensors(adapter)
+    tensors = held.values()
     options.append(("base", adapter.base_name or "unknown"))
     if isinstance(adapter, AdapterFiles):
         options.append(("base masks", str(len(adapter.base_masks or {}))))
         options.append(("base values", _held(adapter.base_forms or {})))
+        if adapter.also:
+            options.append(("also trained", f"{len(adapter.also)} parameters of the base"))
     else:
         options.append(("sparsity", ", ".join(sorted({f"{value:.4g}" for value in adapter.sparsity.values()}))))
     options += [
@@ -102,12 +111,12 @@ def adapter_tables(adapter: AdapterFiles | PSTState, directory: Path, *, every: 
         ("size", byte_text(sum(t.numel() * t.element_size() for t in tensors))),
     ]
     groups: dict[str, list[str]] = {}
-    for name in adapter.tensors:
+    for name in held:
         groups.setdefault(name if every else kind_of(name), []).append(name)
     rows = []
     for group, names in groups.items():
-        shapes = dict.fromkeys("×".join(map(str, adapter.tensors[name].shape)) for name in names)
-        count = sum(adapter.tensors[name].numel() for name in names)
+        shapes = dict.fromkeys("×".join(map(str, held[name].shape)) for name in names)
+        count = sum(held[name].numel() for name in names)
         rows.append((group, str(len(names)), ", ".join(shapes), str(count)))
     return [
         Table(f"adapter {directory}", ("option", "value"), tuple(options)),

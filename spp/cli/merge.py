@@ -57,6 +57,8 @@ def run(config: MergeConfig) -> None:
             )
         console.answer({"dry_run": config.dry_run, **report.to_dict()})
         console.show(merge_table(report, every=config.every))
+        if report.also_line:
+            console.say(report.also_line)
         if report.base.line:
             console.say(report.base.line)
     if config.dry_run:

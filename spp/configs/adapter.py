@@ -22,6 +22,8 @@ from spp.errors import ConfigError, arg
 FORMAT_VERSION = 1
 DROPOUT_MODES = ("input", "alpha")
 INITS = ("paper",)  # what files may say of the start: W_α Kaiming-uniform with a = √5, W_β zero
+ALSO = ("norms", "biases", "head")  # what may train beside the adapter
+ALSO_LR = 1e-4  # of that: norms and biases are not small beside their steps, as W_α and W_β are
 RULES = ("spp", "hira", "masked_lora")  # the names of spp.rules.RULES
 ACTIVATIONS = ("full", "bfloat16")  # what layers keep of their inputs for backward
 
@@ -39,6 +41,18 @@ def parse_ranks(values: Sequence[str]) -> dict[str, int]:
             raise ConfigError(f"{arg('rank_pattern')} {value} is not understood; write NAME=R, each name once")
         ranks[name] = int(r)
     return ranks
+
+
+def check_also_train(value: object) -> tuple[str, ...]:
+    """Return what `also_train` names, in the order of ALSO; a string has a + between the names.
+
+    Raises:
+        ConfigError: a name is none of ALSO.
+    """
+    names = (value.split("+") if value else ()) if isinstance(value, str) else value
+    if not isinstance(names, (Sequence, set, frozenset)) or not all(name in ALSO for name in names):
+        raise ConfigError(f"{arg('also_train')} is {value!r}; it must be names out of {', '.join(ALSO)}")
+    return tuple(name for name in ALSO if name in names)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class SPPConfig:
             factor, scaling=1.0, and about as many parameters as SPP's r=16 at r=8.
         packed: keep the frozen weights packed (kept values and a mask) instead of dense.
         seed: draw each layer from a generator keyed by (seed, module path); None uses torch's global generator.
+        also_train: what else trains, out of "norms", "biases" (of linears) and "head" (the output head, refused where
+            it is tied): spp.wrapping.also. A string has a + between the names.
         format_version: version of this format; a newer one than this library knows is refused.
 
     Raises:
@@ -80,6 +96,7 @@ class SPPConfig:
     rule: str = "spp"
     packed: bool = False
     seed: int | None = None
+    also_train: str | tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -92,6 +109,7 @@ class SPPConfig:
             raise ConfigError(f"{arg('rule')} is {self.rule!r}; it must be the name of a rule, such as 'spp'")
         check_flag("packed", self.packed)
         check_seed(self.seed)
+        object.__setattr__(self, "also_train", check_also_train(self.also_train))
         if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ConfigError(
                 f"this adapter config has format_version {self.format_version!r}; this version of spp reads "
@@ -127,9 +145,11 @@ class SPPConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         values = {**asdict(self), "init": INITS[0]}
-        for field in ("target_modules", "exclude_modules"):
+        for field in ("target_modules", "exclude_modules", "also_train"):
             if isinstance(values[field], tuple):
                 values[field] = list(values[field])
+        if not self.also_train:  # so that other adapters' files are what they were before there was one
+            del values["also_train"]
         return values
 
     @classmethod

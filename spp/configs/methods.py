@@ -34,7 +34,10 @@ PST_RECIPES: Recipes = {
 
 # Options that one method alone has.
 _OWN = {
-    "spp": ("r", "rank_pattern", "scaling", "dropout", "dropout_mode", "rule", "saved_activations", "strict_values"),
+    "spp": (
+        *("r", "rank_pattern", "scaling", "dropout", "dropout_mode", "rule", "saved_activations", "strict_values"),
+        *("also_train", "also_lr"),
+    ),
     "pst": (
         *("pattern", "initial_sparsity", "initial_warmup", "final_warmup"),
         *("weight_rank", "weight_scale", "mask_rank", "low_rank_scale", "structured_scale"),
@@ -62,6 +65,11 @@ def check_methods(config: Any) -> None:
                 f"{arg(name)} is {getattr(config, name)!r}, which means nothing to {arg('method', config.method)}: it "
                 f"is an option of {arg('method', method)}"
             )
+    if config.also_lr is not None and not config.also_train:
+        raise ConfigError(
+            f"{arg('also_lr')} is {config.also_lr!r}, but nothing trains beside the adapter without "
+            f"{arg('also_train', ...)}"
+        )
     if config.method == "pst":
         if config.pattern is None:
             raise ConfigError(

@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from spp.configs.adapter import ACTIVATIONS, DROPOUT_MODES, RULES, SPPConfig, parse_ranks
+from spp.configs.adapter import (
+    ACTIVATIONS,
+    ALSO,
+    ALSO_LR,
+    DROPOUT_MODES,
+    RULES,
+    SPPConfig,
+    check_also_train,
+    parse_ranks,
+)
 from spp.configs.checks import (
     AUTO_DTYPES,
     LARGEST_SEED,
@@ -69,6 +78,7 @@ class TuneConfig:
         dropout: SPP: probability in [0, 1).
         dropout_mode: SPP: "input" or "alpha".
         rule: SPP: "spp", or a peer's, "hira" or "masked_lora".
+        also_train: SPP: what else trains, out of "norms", "biases" and "head"; see SPPConfig.
         dense_model: SPP: directory or hub id of the dense model, for mask updates.
         mask_update_every: SPP: optimizer steps between two mask updates (spp.training.mask_updates); None has none.
             The run then writes the pruned model with its final masks to base/, and the adapter belongs to that.
@@ -79,6 +89,7 @@ class TuneConfig:
         weight_rank, weight_scale, mask_rank, low_rank_scale, structured_scale: PST: as in PSTConfig.
         lr: peak learning rate of AdamW; None is the method's, 4e-3 for SPP and 1e-4 for PST, the papers'. SPP's is for
             about 1,200 steps; for some hundred, 2e-2 ends lower.
+        also_lr: SPP: peak learning rate of what `also_train` names, which is not decayed; None is 1e-4.
         weight_decay: AdamW's decoupled weight decay.
         warmup_ratio: part of the steps in which the learning rate rises linearly, in [0, 1).
         schedule: "linear" (to zero), "cosine" (to zero) or "constant" after the warm-up.
@@ -181,6 +192,10 @@ class TuneConfig:
             choices=RULES,
         ),
     ] = SPPConfig.rule
+    also_train: Annotated[
+        str | tuple[str, ...],
+        Option("SPP: what else trains: norms, biases or head; may be repeated.", ADAPTER, choices=ALSO, many=True),
+    ] = ()
     saved_activations: Annotated[
         str,
         Option(
@@ -198,6 +213,9 @@ class TuneConfig:
             OPTIMISATION,
             default=f"SPP's {LR['spp']}, for some 1,200 steps; PST's {LR['pst']}",
         ),
+    ] = None
+    also_lr: Annotated[
+        float | None, Option("SPP: peak learning rate of what else trains.", OPTIMISATION, default=f"{ALSO_LR:g}")
     ] = None
     batch_size: Annotated[int, Option("Rows of one forward pass.", OPTIMISATION)] = 4
     gradient_accumulation: Annotated[int, Option("Forward passes of a step.", OPTIMISATION)] = 1
@@ -275,6 +293,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         self._normalise_paths()
+        object.__setattr__(self, "also_train", check_also_train(self.also_train))
         check_methods(self)
         if self.lr is None:
             object.__setattr__(self, "lr", LR[self.method])
@@ -318,7 +337,8 @@ class TuneConfig:
                 check_int(name, getattr(self, name), least=1)
         check_int("seed", self.seed, least=0, most=LARGEST_SEED)
         check_int("show_rows", self.show_rows, least=0)
-        check_number("lr", self.lr, above=0.0, most=LARGEST_LR)
+        for name in ("lr", "also_lr") if self.also_lr is not None else ("lr",):
+            check_number(name, getattr(self, name), above=0.0, most=LARGEST_LR)
         check_number("epochs", self.epochs, above=0.0)
         for name in ("weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), least=0.0)
@@ -375,6 +395,7 @@ class TuneConfig:
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
             rule=self.rule,
+            also_train=self.also_train,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             seed=self.seed,

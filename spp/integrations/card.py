@@ -99,9 +99,13 @@ def _front_matter(metadata: Mapping[str, str], tags: Sequence[str]) -> str:
 
 def _adapter_body(adapter: AdapterFiles, repo_id: str, base: str) -> str:
     layers = adapter.layers()
-    parameters = sum(tensor.numel() for params in layers.values() for tensor in params)
+    parameters = sum(tensor.numel() for tensor in (*adapter.tensors.values(), *adapter.also.values()))
     options = [(name, shown(value)) for name, value in adapter.config.to_dict().items() if value is not None]
     options += [("layers", str(len(layers))), ("parameters", str(parameters))]
+    if adapter.also:
+        options.append(
+            ("also trained", f"{len(adapter.also)} parameters of the base, such as {next(iter(adapter.also))}")
+        )
     known = f"the zeros of {len(adapter.base_masks or {})} of its {len(layers)} layers and refuses another base."
     idle = adapter_without_update(adapter)
     known += "" if idle is None else f"\n\nAs it is here, {idle}"

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ from spp.files.carry import refuse_overlap
 from spp.kernels.native import elementwise
 from spp.kernels.native.elementwise import Found, Matrix, terms_of
 from spp.merging.masks import MovedMasks
-from spp.merging.places import AdapterLike, Part, Place, find_places, read_parts, sum_of
+from spp.merging.places import AdapterLike, Part, Place, find_also, find_places, read_parts, sum_of
 from spp.merging.report import LayerMerge, MergeReport, sum_layers
 from spp.merging.rewrite import Hashes, Rewriting, Transform, output, stored_dtype, write_shards
-from spp.merging.weight import check_rounding, draw_seed, layer_merge, merge_weight
+from spp.merging.weight import check_rounding, draw_seed, layer_merge, merge_also, merge_weight
 from spp.rules.adapter import idle_reason
 from spp.weights import FLOATS
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, gravest, where_it_belongs
@@ -60,8 +61,8 @@ def merge_checkpoint(
     Args:
         base_dir: the pruned checkpoint (safetensors), or a hub id.
         adapter_dir: the adapter, ours or the SPP authors', or a hub id; or several with a weight each,
-            [("a", 0.7), ("b", 0.3)]: of their weighted sum, W · (1 + Σ_t w_t·(s_t·β_t) · A_t) is rounded once. Their
-            layers and ranks need not be the same.
+            [("a", 0.7), ("b", 0.3)]: of their weighted sum, W · (1 + Σ_t w_t·(s_t·β_t) · A_t) is rounded once, and
+            of what trained as a whole p + Σ_t w_t (p_t − p). Their layers and ranks need not be the same.
         out_dir: a directory outside all of these that does not exist yet, unless `overwrite`.
         dtype: convert all floating tensors; None keeps each tensor's own.
         rounding: "nearest" or "stochastic"; as for `spp.merge`.
@@ -104,7 +105,7 @@ def merge_checkpoint(
             _check_dense(dense, out_dir, moving)
         moved = MovedMasks(moving[0], None if dense is None else os.fspath(dense), opened) if moving else None
         merging = _Merging(reader, parts, dtype, rounding, draw_seed(rounding, seed), base_dir, moved)
-        rewriting = Rewriting(reader, merging.transforms, dtype, certified=merging.transforms)
+        rewriting = Rewriting(reader, merging.transforms, dtype, certified=merging.certified)
         with output(rewriting, out_dir, overwrite=overwrite, dry_run=dry_run) as directory:
             write_shards(rewriting, directory, "merging", card=False)  # another model: its card is not the base's
             merging.require_all()
@@ -122,7 +123,8 @@ def merge_checkpoint(
         if verdict.state == NOT_COMPARABLE:
             logger.info(verdict.message)
     idle = idle_reason(merging.layers.values())
-    report = MergeReport.from_layers(dict(sorted(merging.merges.items())), certificate.report(), idle=idle)
+    layers, also = dict(sorted(merging.merges.items())), dict(sorted(merging.also.items()))
+    report = MergeReport.from_layers(layers, certificate.report(), idle=idle, also=also)
     return replace(report, base=gravest(verdicts))
 
 
@@ -150,7 +152,9 @@ class _Merging:
     Attributes:
         layers: {module path: the adapters' sum there}.
         transforms: by key on disk.
+        certified: the keys of these whose zeros the certificate describes: not what trained as a whole.
         merges: {module path: what was done}.
+        also: {parameter name: its largest change} of what trained as a whole.
     """
 
     def __init__(
@@ -184,6 +188,12 @@ class _Merging:
             for place in self.places
             for key in place.keys
         }
+        self.certified = set(self.transforms)
+        self.also: dict[str, float] = {}
+        self._also = find_also(reader, parts)
+        if both := sorted(self.certified & self._also.keys()):
+            raise AdapterError(f"{both[0]} is adapted by one adapter and was trained as a whole by another")
+        self.transforms |= {key: Transform(self._make_whole, keeps_zeros=False) for key in self._also}
 
     def require_all(self) -> None:
         """Raise unless each layer was merged."""
@@ -214,6 +224,14 @@ class _Merging:
                     joined[name] = self._merge(one, joined[name])
             self._ready |= place.split(joined)
         return self._ready.pop(key)
+
+    def _make_whole(self, key: str, tensor: Tensor) -> Tensor:
+        """Return a parameter that trained as a whole."""
+        name = self._also[key]
+        terms = [(part.files.also[name], part.weight) for part in self.parts if name in part.files.also]
+        stored: dict[str, Any] = {"dtype": self._dtype, "rounding": self._rounding, "seed": self._seed}
+        made, self.also[name] = merge_also(terms, tensor, where=name, **stored)
+        return made
 
     def _merge(self, place: Place, weight: Tensor) -> Tensor:
         """Return the merged weight of a layer, in the layout of `weight`."""

@@ -22,7 +22,7 @@ from spp.files.hashes import fingerprint
 from spp.layers.experts import SPPExperts
 from spp.masks.patterns import all_finite
 from spp.merging.report import LayerMerge, MergeReport
-from spp.merging.weight import check_rounding, draw_seed, merge_cannot_fail, merge_weight, requantized
+from spp.merging.weight import check_rounding, draw_seed, merge_also, merge_cannot_fail, merge_weight, requantized
 from spp.models.targets import (
     is_other_matrix,
     is_projection_key,
@@ -37,7 +37,7 @@ from spp.weights import NAMES as PACKED_NAMES
 from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.weights.offload import in_memory, is_offloaded, offloader, write
 from spp.wrapping.state import forget_quantizer, uncompiled
-from spp.wrapping.wrap import AdapterLayer, base_verdict, require_layers, unwrap
+from spp.wrapping.wrap import AdapterLayer, also_trained, base_verdict, require_layers, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def merge(
     if requantize:
         _check_requantize(layers, dtype)
     seed, verdict = draw_seed(rounding, seed), base_verdict(model)
-    compute = partial(_merge_layer, dtype=dtype, rounding=rounding, seed=seed, requantize=requantize)
+    stored: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
+    compute = partial(_merge_layer, requantize=requantize, **stored)
     ready: dict[str, tuple[Tensor | QuantizedWeight, LayerMerge]] = {}
     if check:
         for path, layer in layers.items():
@@ -101,6 +102,10 @@ def merge(
     named = {path if isinstance(layer, SPPExperts) else f"{path}.weight": layer for path, layer in layers.items()}
     base = describe_base(model, named)
     idle = idle_reason(layer.adapter() for layer in layers.values())
+    also = {
+        name: (one.original, *merge_also([(one.trained, 1.0)], one.original, where=name, **stored))
+        for name, one in also_trained(model).items()
+    }
     results: dict[str, LayerMerge] = {}
     for path, layer in layers.items():
         merged, results[path] = ready.pop(path) if path in ready else compute(path, layer)
@@ -109,10 +114,13 @@ def merge(
         else:
             layer.hold_packed(merged)
     unwrap(model)
+    for original, merged_whole, _ in also.values():
+        original.data = merged_whole.to(original.device)
     forget_quantizer(model)
     if dtype is not None:
         _convert_model(model, dtype)
-    report = report_merge(model, results, base, idle=idle, requantized=requantize)
+    changes = {name: change for name, (_, _, change) in also.items()}
+    report = report_merge(model, results, base, idle=idle, requantized=requantize, also=changes)
     return replace(report, base=verdict)
 
 

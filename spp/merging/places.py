@@ -243,18 +243,54 @@ def _by_name(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]
     return found
 
 
-def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
-    """Find the weights of layers that the disk names otherwise, by a model without values."""
-    if not paths:
-        return {}
+def find_also(reader: CheckpointReader, parts: Sequence[Part]) -> dict[str, str]:
+    """Return {key on disk: parameter name} of what some adapters trained as a whole.
+
+    Raises:
+        AdapterError: the checkpoint lacks some, or has them in another shape; all of an adapter in one message.
+    """
+    names = dict.fromkeys(name for part in parts for name in part.files.also)
+    found = {name: name for name in names if name in reader}
+    table = _table(reader) if len(found) < len(names) else None
+    if table is not None:
+        disk = table[1]
+        single = {name: key for key, name in disk.memory.items() if disk.group_of(key) is None}
+        found |= {name: single[name] for name in names if name not in found and name in single}
+    for part in parts:
+        problems = []
+        for name, tensor in part.files.also.items():
+            there = reader.shape(found[name]) if name in found else None
+            if there is None:
+                problems.append(f"{name}: the base has no such tensor")
+            elif there != tuple(tensor.shape) or reader.dtype(found[name]) not in FLOATS.values():
+                stored = f"{dtype_name(reader.dtype(found[name]))} {there}"
+                problems.append(f"{name}: the base's is {stored}; the adapter's is {tuple(tensor.shape)}")
+        if problems:
+            raise AdapterError(
+                f"the adapter in {part.files.source} does not fit the base {reader.directory}:\n  "
+                + "\n  ".join(sorted(problems))
+            )
+    return {key: name for name, key in found.items()}
+
+
+def _table(reader: CheckpointReader) -> tuple[Any, DiskKeys] | None:
+    """Return a checkpoint's model without values, and its table of keys; None where there is none."""
     from spp.models.streamed import skeleton
 
     try:
         model = skeleton(reader, None)
-        disk = DiskKeys(model, {key: reader.shape(key) for key in reader})
+        return model, DiskKeys(model, {key: reader.shape(key) for key in reader})
     except (StreamingError, ConfigError) as error:
         logger.warning("cannot tell how %s names its weights: %s", reader.directory, error)
+        return None
+
+
+def _by_table(reader: CheckpointReader, paths: Sequence[str]) -> dict[str, Place]:
+    """Find the weights of layers that the disk names otherwise, by a model without values."""
+    table = _table(reader) if paths else None
+    if table is None:
         return {}
+    model, disk = table
     single = {name: key for key, name in disk.memory.items() if disk.group_of(key) is None}
     groups = {name: group for group in disk.groups.values() for name in group.memory}
     found = {}

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -99,12 +99,14 @@ class MergeReport:
             count.
         sparsity_report: of the merged weights.
         base: whether the base had the values that the adapter was trained on (spp.weights.base_values).
+        also: {parameter name: the largest change of a value, as stored} of what trained beside the adapter.
     """
 
     layers: dict[str, LayerMerge]
     survived: float | None
     sparsity_report: SparsityReport
     base: BaseVerdict = UNSAID
+    also: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_layers(
@@ -114,18 +116,22 @@ class MergeReport:
         *,
         idle: str | None = None,
         requantized: bool = False,
+        also: Mapping[str, float] | None = None,
     ) -> MergeReport:
         """Sum the layers up, and warn where what is stored is not what the adapter learned.
 
         Args:
             idle: why the adapter has no update, where that is known.
             requantized: whether weights were quantized again.
+            also: what trained beside the adapter, and how far it moved.
         """
+        also = also or {}
         total = sum_layers(list(layers.values()))
-        text = _warning(total, idle, requantized) if layers else None
+        moved = total.moved or not any(also.values())  # an adapter may do no more than train norms
+        text = _warning(total, idle, requantized) if layers and moved else None
         if text is not None:
             warnings.warn(SPPWarning(text), stacklevel=4)
-        return cls(layers, total.survived, sparsity_report)
+        return cls(layers, total.survived, sparsity_report, also=also)
 
     def __repr__(self) -> str:
         survived = "no update" if self.survived is None else f"survived {self.survived:.4f}"
@@ -154,6 +160,14 @@ class MergeReport:
         return sum(layer.moved for layer in self.layers.values())
 
     @property
+    def also_line(self) -> str | None:
+        """A sentence on what trained beside the adapter; None where nothing did."""
+        if not self.also:
+            return None
+        most = max(self.also, key=lambda name: self.also[name])
+        return f"also trained: {len(self.also)} parameters; the largest change is {self.also[most]:.4g}, in {most}"
+
+    @property
     def requantize_error(self) -> float | None:
         """‖W_stored − W_merged‖ / ‖ΔW‖ over all layers; None where none was quantized again, or has an update."""
         return sum_layers(list(self.layers.values())).requantize_error
@@ -168,6 +182,7 @@ class MergeReport:
             "lost": self.lost,
             "moved": self.moved,
             "requantize_error": self.requantize_error,
+            "also_trained": dict(self.also),
             **self.base.to_dict(),
             "sparsity_report": self.sparsity_report.to_dict(),
         }

@@ -105,6 +105,7 @@ class Rewriting:
         self.reader, self.transforms, self.dtype = reader, transforms, dtype
         ranks = {key: len(reader.shape(key)) for key in reader}
         named = {k for k in certified_keys(reader.directory) if ranks.get(k) == 2 and reader.dtype(k).is_floating_point}
+        named -= transforms.keys()  # what is made anew without being certified keeps no zeros
         self.weights = {key for key, rank in ranks.items() if is_projection_key(key, rank)}.union(named, certified)
         others = {key for key, rank in ranks.items() if is_other_matrix(key, rank, reader.dtype(key))}
         self.matrices = self.weights | others

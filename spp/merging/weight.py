@@ -7,7 +7,7 @@ says what is wrong where a check fails. The weights are the same bits either way
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -201,6 +201,43 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     rounded = (low + (draw < share).to(torch.int16)).view(dtype)
     nearest = bits.view(dtype)
     return torch.where(torch.isinf(nearest), nearest, rounded)  # too large for the dtype: the caller raises
+
+
+def merge_also(
+    terms: Sequence[tuple[Tensor, float]],
+    base: Tensor,
+    *,
+    where: str,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> tuple[Tensor, float]:
+    """Merge a parameter that trained as a whole: p₀ + Σ w_t (p_t − p₀), rounded once; of one with weight 1, p itself.
+
+    Args:
+        terms: p_t as trained, with their weights. base: p₀.
+        where: name of the parameter; others as for `merge_weight`.
+
+    Returns:
+        (what is stored, the largest |stored − p₀|).
+
+    Raises:
+        NonFiniteError: NaN or infinity, in a term or in the result.
+    """
+    dtype = dtype or base.dtype
+    exact = terms[0][0].detach()
+    if len(terms) > 1 or terms[0][1] != 1:
+        exact = base.detach().double()
+        exact = exact + sum((w * (p.detach().to(exact.device).double() - exact) for p, w in terms), exact.new_zeros(()))
+    generator = layer_generator(seed, where) if rounding == "stochastic" else None
+    if generator is not None and dtype in (torch.bfloat16, torch.float16):
+        stored = round_stochastically(exact if exact.dtype == torch.float64 else exact.float(), dtype, generator)
+    else:
+        stored = exact.to(dtype)
+    if not all(all_finite(t.detach()) for t, _ in terms) or not all_finite(stored):
+        raise NonFiniteError(f"{where} holds NaN or infinity, or overflows in {dtype}; nothing was merged")
+    change = (stored.double() - base.detach().to(stored.device).double()).abs()
+    return stored, float(change.max()) if change.numel() else 0.0
 
 
 def merge_weight(

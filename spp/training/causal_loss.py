@@ -168,8 +168,10 @@ def _loss(
     head: nn.Module, states: Tensor, labels: Tensor, chunk: int, num_items: Tensor | int | None, form: _Form
 ) -> Tensor:
     if type(head) is nn.Linear:
-        options: Any = {"bias": head.bias, "chunk": chunk, "num_items": num_items}
-        return chunked_cross_entropy(states, head.weight, labels, scale=form.scale, softcap=form.softcap, **options)
+        # One that trains beside an adapter is float32, and rounded for the product.
+        weight, bias = (p if p is None else p.to(states.dtype) for p in (head.weight, head.bias))
+        options: Any = {"bias": bias, "chunk": chunk, "num_items": num_items}
+        return chunked_cross_entropy(states, weight, labels, scale=form.scale, softcap=form.softcap, **options)
     # An adapted or quantised head: its logits are computed again in backward.
     states, labels = states.reshape(-1, states.shape[-1]), labels.reshape(-1).to(states.device)
     total: Any = 0.0

@@ -81,8 +81,8 @@ class SPPMethod(Method):
 
     def trainer(self, model: Any, arguments: Any, **options: Any) -> AdapterTrainer:
         """Return an SPPTrainer."""
-        strict = self.config.strict_values
-        return SPPTrainer(model, arguments, mask_updates=self._updates, strict_values=strict, **options)
+        options |= {"strict_values": self.config.strict_values, "also_lr": self.config.also_lr}
+        return SPPTrainer(model, arguments, mask_updates=self._updates, **options)
 
     def finish(self, model: Any, tokenizer: Any, run: RunDirectory, frozen: dict[str, Any]) -> Path | None:
         """Write the adapter; after mask updates, the pruned model with its final masks too, which it then names.

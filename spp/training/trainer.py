@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from spp.configs.adapter import ALSO_LR
+from spp.configs.checks import check_number
 from spp.errors import CheckpointError, ConfigError, WrapError, arg
 from spp.masks.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
@@ -16,13 +18,14 @@ from spp.training.mask_updates import MaskUpdates
 from spp.wrapping.adapter_files import MASKS_STATE_NAME
 from spp.wrapping.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
 from spp.wrapping.state import uncompiled
-from spp.wrapping.wrap import adapter_layers, adapter_parameters, is_wrapped
+from spp.wrapping.wrap import adapter_layers, adapter_parameters, also_trained, is_wrapped
 
 _PEFT_MARK = "_hf_peft_config_loaded"
 
 
 class SPPTrainer(AdapterTrainer):
-    """Trains the adapter of a wrapped model, as AdapterTrainer does: resuming is exact, only α and β train.
+    """Trains the adapter of a wrapped model, as AdapterTrainer does: resuming is exact, and α and β train, with what
+    `also_train` of spp.wrap names at a rate of its own and without weight decay.
 
     `save_model` and checkpoints write an adapter directory that `spp.load_adapter` reads, after a look at the base's
     zeros; with `load_best_model_at_end` the best checkpoint's adapter is loaded.
@@ -34,6 +37,7 @@ class SPPTrainer(AdapterTrainer):
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
         strict_values: as in `spp.load_adapter`, for a checkpoint that is resumed.
+        also_lr: peak learning rate of what trains beside the adapter; None is 1e-4 (spp.configs.adapter.ALSO_LR).
 
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
@@ -56,8 +60,12 @@ class SPPTrainer(AdapterTrainer):
         *rest: Any,
         mask_updates: MaskUpdates | None = None,
         strict_values: bool = False,
+        also_lr: float | None = None,
         **options: Any,
     ) -> None:
+        if also_lr is not None:
+            check_number("also_lr", also_lr, above=0.0)
+        self.also_lr = ALSO_LR if also_lr is None else also_lr
         self.mask_updates = mask_updates
         self.strict_values = strict_values
         with _adapter_is_known(model):
@@ -89,8 +97,25 @@ class SPPTrainer(AdapterTrainer):
         return self._masks if self.mask_updates is None else self.mask_updates.state.hashes()
 
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return α and β of every layer."""
+        """Return α and β of every layer, and what trains beside them."""
         return adapter_parameters(model)
+
+    def create_optimizer(self, *rest: Any, **options: Any) -> Any:
+        """Create the optimizer, with a group of its own for what trains beside the adapter."""
+        given = self.optimizer is not None
+        made = super().create_optimizer(*rest, **options)
+        also = {id(one.trained) for one in also_trained(self._bare_model()).values()}
+        for group in [] if given or not also else made.param_groups:
+            if group["params"] and all(id(parameter) in also for parameter in group["params"]):
+                group["lr"] = self.also_lr
+        return made
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of all that is decayed: the adapter's, which puts what trains beside it into a group."""
+        also = {id(one.trained) for one in also_trained(self._bare_model()).values()}
+        names = super().get_decay_parameter_names(model)
+        parameters = dict(model.named_parameters())
+        return [name for name in names if id(parameters[name]) not in also]
 
     def frozen(self, model: nn.Module) -> dict[str, Any]:
         """Return the hash of every layer's zero pattern."""

@@ -5,7 +5,8 @@ A directory holds a config, which names its method, and the tensors; PST's state
 Ours      adapter_config.json: peft_type "SPP", every field of SPPConfig, base_model_name_or_path, base_masks,
           base_values and base_forms (spp.weights.base_values; older adapters lack them), task_type, and with PEFT as
           the writer the fields of its own;
-          adapter_model.safetensors: base_model.model.<module path>.spp_alpha (r, n) and .spp_beta (m, 1), float32.
+          adapter_model.safetensors: base_model.model.<module path>.spp_alpha (r, n) and .spp_beta (m, 1), float32;
+          where the config says also_train, base_model.model.<module path>.weight and .bias too, as trained.
 Authors'  adapter_config.json with lora_alpha, lora_dropout and an r that need not be the tensors';
           adapter_model.safetensors or .bin: …<module path>.lora_A.weight (r, n), …lora_A.weight_col (m, 1) or (1, m).
           r is the rows of the tensor; scaling = lora_alpha / the config's r.
@@ -19,7 +20,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +64,7 @@ class AdapterFiles:
         base_name: where that base came from, or None.
         base_values, base_forms: {module path: hash of the base's values} and {module path: what was hashed}, as
             spp.weights.base_values has them; None where the files do not say.
+        also: {parameter name: its trained values} of what was trained beside the adapter.
     """
 
     source: Path
@@ -72,6 +74,7 @@ class AdapterFiles:
     base_name: str | None
     base_values: dict[str, str] | None = None
     base_forms: dict[str, str] | None = None
+    also: dict[str, Tensor] = field(default_factory=dict)
 
     def layers(self) -> dict[str, tuple[Tensor, ...]]:
         """Return {module path: the rule's parameters in their order}; an AdapterError if a layer lacks one."""
@@ -222,6 +225,8 @@ def adapter_without_update(files: AdapterFiles) -> str | None:
     """Return a sentence that says why an adapter on disk changes no weight; None where its parameters are not idle."""
     rule, scaling = get_rule(files.config.rule), files.config.scaling
     reason = idle_reason(Adapter(rule, params, scaling) for params in files.layers().values())
+    if files.also:  # without the base nobody knows whether they changed
+        return None
     return None if reason is None else no_update_text(reason)
 
 
@@ -289,7 +294,9 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
             f"{directory} also holds modules that were trained as a whole, {whole}: load it with PEFT (import "
             f"spp.integrations.peft first), whose merge_and_unload gives a plain model"
         )
-    strange = sorted(k for k in tensors if not k.startswith(PREFIX) or k.rsplit(".", 1)[-1] not in names)
+    last = {key: key.rsplit(".", 1)[-1] for key in tensors if key.startswith(PREFIX)}
+    also = {key for key, name in last.items() if config.also_train and name in ("weight", "bias")}
+    strange = sorted(k for k in tensors if k not in also and last.get(k) not in names)
     if strange:
         raise AdapterError(f"{directory}: unexpected keys {', '.join(strange)}; SPP's end in {' or '.join(names)}")
     masks = values.get("base_masks")
@@ -298,8 +305,11 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
     hashes, forms = values.get("base_values"), values.get("base_forms")
     if (problem := why_malformed(hashes, forms)) is not None:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {problem}")
-    named = {k.removeprefix(PREFIX): t for k, t in tensors.items()}
-    return AdapterFiles(directory, config, named, masks, base_name_of(values), hashes, forms)
+    if config.also_train and not also:
+        raise AdapterError(f"{directory}: also_train is {'+'.join(config.also_train)}, but no such tensor is there")
+    named = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k not in also}
+    trained = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k in also}
+    return AdapterFiles(directory, config, named, masks, base_name_of(values), hashes, forms, trained)
 
 
 def _authors(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFiles:

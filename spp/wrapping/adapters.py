@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
-from spp.errors import AdapterError, MaskError, SPPWarning, TargetError, arg, call, some_of
+from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
 from spp.models.projection import Projection
 from spp.models.targets import resolve_projections
@@ -31,11 +31,13 @@ from spp.wrapping.adapter_files import (
     shapes_of,
     write_files,
 )
+from spp.wrapping.also import AlsoTrained, find_also
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import (
     AdapterLayer,
     adapter_config,
     adapter_layers,
+    also_trained,
     is_wrapped,
     origin_of_loaded,
     require_layers,
@@ -56,7 +58,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         {"<module path>.spp_alpha": (r, n), "<module path>.spp_beta": (m, 1)} in module order; those of fused experts,
-        under the path of their parameter, are (E, r, n) and (E, m, 1).
+        under the path of their parameter, are (E, r, n) and (E, m, 1). Behind them what `also_train` names, under the
+        names of the parameters.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -65,11 +68,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> sorted(adapter_state_dict(model))[0]  # doctest: +SKIP
         'model.layers.0.mlp.down_proj.spp_alpha'
     """
-    return {
+    found = {
         f"{path}.{name}": parameter.detach()
         for path, layer in require_layers(model).items()
         for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True)
     }
+    return found | {name: one.trained.detach() for name, one in also_trained(model).items()}
 
 
 def base_masks(model: nn.Module) -> dict[str, str]:
@@ -156,6 +160,8 @@ def without_effect(model: nn.Module) -> str | None:
     weights where they have been trained. Of a weight on the meta device nothing is said.
     """
     layers = require_layers(model).values()
+    if any(one.changed() for one in also_trained(model).values()):
+        return None
     reason = idle_reason(layer.adapter() for layer in layers)
     if reason is not None:
         return no_update_text(reason)
@@ -211,7 +217,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     targets: Targets = require_layers(model) if wrapped else _targets(model, files)
     if wrapped:
         _check_same_config(adapter_config(model), files)
-    _check_keys(targets, files, strict=strict)
+    also: Mapping[str, AlsoTrained | nn.Parameter]
+    also = also_trained(model) if wrapped else _also(model, files, targets)
+    _check_keys(targets, also, files, strict=strict)
     given = name_of_base(model)
     same_zeros = _check_masks(targets, files, given, strict=strict)
     verdict = _check_values(targets, files, given, strict=strict_values, quiet=not same_zeros)
@@ -221,6 +229,9 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
             wrap(model, replace(files.config, packed=True) if held_packed else files.config)
     for layer_path, layer in adapter_layers(model).items():
         _fill(layer, layer_path, files.tensors)
+    for name, one in also_trained(model).items():
+        if name in files.also:
+            one.fill(files.also[name])
     fields = {"base_values": files.base_values, "base_forms": files.base_forms}
     set_loaded(model, verdict, {name: value for name, value in fields.items() if value is not None})
     logger.info("loaded %d tensors from %s", len(files.tensors), files.source)
@@ -254,10 +265,17 @@ def _targets(model: nn.Module, files: AdapterFiles) -> dict[str, Projection]:
         raise AdapterError(f"the adapter in {files.source} is not for this model: {error.marked}") from None
 
 
+def _also(model: nn.Module, files: AdapterFiles, targets: Targets) -> dict[str, nn.Parameter]:
+    try:
+        return find_also(model, files.config.also_train, targets)
+    except ConfigError as error:
+        raise AdapterError(f"the adapter in {files.source} is not for this model: {error.marked}") from None
+
+
 def _check_same_config(config: SPPConfig, files: AdapterFiles) -> None:
     differing = [
         f"{field}: model {getattr(config, field)!r}, adapter {getattr(files.config, field)!r}"
-        for field in ("rule", "r", "rank_pattern", "scaling")
+        for field in ("rule", "r", "rank_pattern", "scaling", "also_train")
         if getattr(config, field) != getattr(files.config, field)
     ]
     if differing:
@@ -267,7 +285,9 @@ def _check_same_config(config: SPPConfig, files: AdapterFiles) -> None:
         )
 
 
-def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
+def _check_keys(
+    targets: Targets, also: Mapping[str, AlsoTrained | nn.Parameter], files: AdapterFiles, *, strict: bool
+) -> None:
     rule = get_rule(files.config.rule)
     expected: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
@@ -275,7 +295,9 @@ def _check_keys(targets: Targets, files: AdapterFiles, *, strict: bool) -> None:
         shapes = rule.shapes(target.out_features, target.in_features, files.config.rank_for(path))
         for name, shape in zip(rule.attribute_names(), shapes, strict=True):
             expected[f"{path}.{name}"] = (*experts, *shape)
-    keys, misshapen = misfits(expected, shapes_of(files.tensors))
+    for name, one in also.items():
+        expected[name] = tuple((one.trained if isinstance(one, AlsoTrained) else one).shape)
+    keys, misshapen = misfits(expected, shapes_of({**files.tensors, **files.also}))
     strange = sorted((files.base_masks or {}).keys() - targets.keys())
     keys += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
     what = f"the adapter in {files.source}"

@@ -38,12 +38,14 @@ class WrapState:
         base: what a loaded adapter says of the base.
         loaded: the hash of a loaded adapter's parameters, and the fields of its config that say on which values it was
             trained: as long as the parameters are these, there and nowhere else.
+        also: {parameter name: what trains beside the layers} (spp.wrapping.also), in module order.
     """
 
     config: Any
     requires_grad: dict[str, bool]
     base: BaseVerdict = field(default_factory=BaseVerdict)
     loaded: tuple[str, Mapping[str, Any]] | None = None
+    also: dict[str, Any] = field(default_factory=dict)
 
     def restore_flags(self, model: nn.Module) -> None:
         """Give the parameters the flags that they had."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from spp.configs.adapter import SPPConfig
+from spp.configs.adapter import SPPConfig, check_also_train
 from spp.configs.checks import name_matches
 from spp.errors import ConfigError, arg
 from spp.files.hashes import content_sha256
@@ -25,6 +25,7 @@ from spp.models.targets import name_targets, resolve_projections
 from spp.weights import HoldsWeight
 from spp.weights.base_values import BaseVerdict
 from spp.weights.offload import check_offloading
+from spp.wrapping.also import AlsoTrained, find_also, put_also, take_also
 from spp.wrapping.state import (
     Wrapping,
     check_quantizer,
@@ -67,8 +68,10 @@ def wrap(
     rule: str = "spp",
     packed: bool = False,
     seed: int | None = None,
+    also_train: str | Sequence[str] = (),
 ) -> Model:
-    """Adapt a pruned model in place: its projections become SPPLinear, everything but W_α and W_β is frozen.
+    """Adapt a pruned model in place: its projections become SPPLinear, everything but W_α and W_β is frozen
+    (and what `also_train` names).
 
     With W_β zero at the start, the wrapped model computes exactly what the pruned one did. Fused experts keep their
     module, which gets SPPExperts beside the weights: r rows of W_α for each expert.
@@ -76,8 +79,8 @@ def wrap(
     Args:
         model: any torch module with linears; Hugging Face causal language models need no further arguments.
         r: rows of W_α in every layer, or a whole SPPConfig (then no other option).
-        scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, rule, packed, seed:
-            as in SPPConfig.
+        scaling, dropout, dropout_mode, target_modules, exclude_modules, rank_pattern, rule, packed, seed,
+            also_train: as in SPPConfig.
 
     Returns:
         The same object.
@@ -103,6 +106,7 @@ def wrap(
         "rule": rule,
         "packed": packed,
         "seed": seed,
+        "also_train": check_also_train(also_train),
     }
     if type(r) is int and r < 1:  # the error names the first layer that was to have it
         given = SPPConfig(**options)
@@ -114,10 +118,11 @@ def wrap(
     check_offloading(model)
     refuse_wrapped(model)
     targets = _SPP.targets(model, config.target_modules, config.exclude_modules)
+    also, dtype = find_also(model, config.also_train, targets), dtype_of_model(model)
     _check_targets(config, targets)
-    dtype = dtype_of_model(model)
     layers = _SPP.put_in(model, config, targets, lambda target: _make_layer(target, config, dtype))
     _adapt_fused(layers)
+    _SPP.state(model).also = put_also(model, also)
     guard_saving(model)
     logger.info(
         "wrapped %d layers, %d trainable parameters", len(targets), sum(p.numel() for p in adapter_parameters(model))
@@ -143,6 +148,7 @@ def unwrap(model: Model) -> Model:
     for layer in require_layers(model).values():
         if isinstance(layer, SPPExperts):
             release_experts(layer.projection.module, SPPExperts)
+    take_also(also_trained(model))
     _SPP.take_out(model, SPPLinear.restore)
     return model
 
@@ -164,15 +170,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(model):  # doctest: +SKIP
         ...     pruned_logits = model(ids).logits
     """
-    layers = list(require_layers(model).values())
-    before = [layer.disabled for layer in layers]
+    layers, also = list(require_layers(model).values()), also_trained(model).values()
+    before, shown = [layer.disabled for layer in layers], [one.shown() for one in also]
     try:
         for layer in layers:
             layer.disabled = True
+        for one in also:
+            one.show(one.original)
         yield
     finally:
         for layer, flag in zip(layers, before, strict=True):
             layer.disabled = flag
+        for one, parameter in zip(also, shown, strict=True):
+            one.show(parameter)
 
 
 def base_verdict(model: nn.Module) -> BaseVerdict:
@@ -199,6 +209,8 @@ def _parameters_hash(model: nn.Module) -> str:
         digest.update(path.encode() + b"\0")
         for parameter in layer.adapter_parameters():
             digest.update(b"meta" if parameter.is_meta else content_sha256(parameter).encode())
+    for one in also_trained(model).values():
+        digest.update(b"meta" if one.trained.is_meta else content_sha256(one.trained).encode())
     return digest.hexdigest()
 
 
@@ -216,7 +228,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         model: wrapped.
 
     Returns:
-        The trained parameters in module order, of each layer W_α (r, n), then W_β (m, 1).
+        The trained parameters in module order, of each layer W_α (r, n), then W_β (m, 1); after these what
+        `also_train` names, in module order.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -226,7 +239,14 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=4e-3)  # doctest: +SKIP
     """
     check_offloading(uncompiled(model))
-    return [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
+    found = [parameter for layer in require_layers(model).values() for parameter in layer.adapter_parameters()]
+    return found + [one.trained for one in also_trained(model).values()]
+
+
+def also_trained(model: nn.Module) -> dict[str, AlsoTrained]:
+    """Return {parameter name: what trains beside the adapter of a wrapped model}, in module order."""
+    found: dict[str, AlsoTrained] = _SPP.state(model).also
+    return found
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ class SPPPeftConfig(PeftConfig):
             format_version: as in spp.SPPConfig.
         init: "paper", the only start; adapter files say it.
         layers_to_transform, layers_pattern: as in PEFT: only targets of these layers.
+        also_train: none: PEFT has `modules_to_save` for that, and other names are refused.
         modules_to_save: as in PEFT: modules that are trained and saved as a whole.
         base_masks: {module path: hash of its zeros} of the base that the adapter was trained on. Filled in when it is
             saved; where it is given, an adapter is refused on a base with other zeros (None skips this check and the
@@ -62,6 +63,7 @@ class SPPPeftConfig(PeftConfig):
     packed: bool = False
     seed: int | None = None
     format_version: int = FORMAT_VERSION
+    also_train: list[str] | tuple[str, ...] = ()
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -73,7 +75,11 @@ class SPPPeftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SPP
         check_choice("init", self.init, INITS)
-        self.spp_config()
+        if self.spp_config().also_train:
+            raise ConfigError(
+                f"also_train is {self.also_train!r}: what trains beside an adapter in PEFT is named in "
+                f"modules_to_save; an adapter that spp trained so is loaded with spp.load_adapter"
+            )
         if self.rule != "spp":
             raise ConfigError(f"rule is {self.rule!r}; the PEFT plug-in knows 'spp'")
         if self.layers_to_transform is None and self.layers_pattern:
@@ -99,6 +105,7 @@ class SPPPeftConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; sets as sorted lists, so that files do not depend on their order."""
         values = super().to_dict()
+        del values["also_train"]  # there is none
         return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
     def belongs_to(self, model: nn.Module, adapter: str) -> None:
