@@ -227,8 +227,9 @@ def merge_also(
     dtype = dtype or base.dtype
     exact = terms[0][0].detach()
     if len(terms) > 1 or terms[0][1] != 1:
-        exact = base.detach().double()
-        exact = exact + sum((w * (p.detach().to(exact.device).double() - exact) for p, w in terms), exact.new_zeros(()))
+        exact = start = base.detach().double()
+        for trained, weight in terms:
+            exact = exact + weight * (trained.detach().to(start.device).double() - start)
     generator = layer_generator(seed, where) if rounding == "stochastic" else None
     if generator is not None and dtype in (torch.bfloat16, torch.float16):
         stored = round_stochastically(exact if exact.dtype == torch.float64 else exact.float(), dtype, generator)

@@ -125,7 +125,7 @@ def test_gradients_are_those_of_plain_autograd(dtype: torch.dtype) -> None:
 def test_small_steps_of_a_16_bit_base_are_not_lost() -> None:
     model = spp.wrap(pruned(torch.bfloat16), r=2, also_train="norms")
     optimizer = torch.optim.AdamW(spp.adapter_parameters(model), lr=1e-4, weight_decay=0.0)
-    for _ in range(40):  # each smaller than half a step of bfloat16 at 1
+    for _ in range(25):  # each smaller than half a step of bfloat16 at 1
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
     assert any(one.changed() for one in also_trained(model).values())
@@ -251,9 +251,9 @@ def test_a_config_that_does_not_say_it_makes_its_tensors_strangers(tmp_path: Pat
 
 def test_an_adapter_for_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     spp.save_adapter(trained(), tmp_path / "a")
-    with pytest.raises(AdapterError, match="not for this model: .*biases"):
+    with pytest.raises(AdapterError, match=r"not for this model: .*biases"):
         spp.load_adapter(prune_nm_(tiny_llama()), tmp_path / "a")
-    with pytest.raises(AdapterError, match="wrapped otherwise .*also_train"):
+    with pytest.raises(AdapterError, match=r"wrapped otherwise .*also_train"):
         spp.load_adapter(spp.wrap(pruned(), r=2), tmp_path / "a")
 
 
