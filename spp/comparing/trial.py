@@ -28,12 +28,15 @@ from spp.certifying.scan import report_from_tensors
 from spp.comparing import measure
 from spp.comparing.data import CompareData
 from spp.comparing.methods import Goal, adapt, masks_of
+from spp.configs.adapter import ALSO_LR
 from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
 from spp.errors import NonFiniteError, SPPError
 from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.models.targets import projection_weights
 from spp.training.loading import load_model
+from spp.training.trainer import set_also_rate, without_also
 from spp.training.tuning import training_arguments
+from spp.wrapping.wrap import is_wrapped
 
 MEMORY_STEPS = 3  # the first makes the optimizer's state
 WARMUP = 1
@@ -162,7 +165,7 @@ def _train(
         arguments = training_arguments(recipe, Path(directory), len(data.train), save=False)
         arguments.data_seed = trial.seed  # else the order of the data hangs on what a contender has drawn before
         arguments.logging_steps = max(1, trial.steps // 20)
-        trainer = Trainer(
+        trainer = (_AlsoTrainer if is_wrapped(model) else Trainer)(
             model,
             arguments,
             train_dataset=data.train,
@@ -177,6 +180,20 @@ def _train(
         "step_wall_s": measure.spread(clock.wall).median,
         "step_process_s": measure.spread(clock.process).median,
     }
+
+
+class _AlsoTrainer(Trainer):
+    """Trains what a contender of spp trains beside its adapter at the rate that SPPTrainer has for it."""
+
+    def create_optimizer(self, *rest: Any, **options: Any) -> Any:
+        """Create the optimizer, with a group of its own for that."""
+        made = super().create_optimizer(*rest, **options)
+        set_also_rate(made, self.accelerator.unwrap_model(self.model, keep_torch_compile=False), ALSO_LR)
+        return made
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of what is decayed."""
+        return without_also(super().get_decay_parameter_names(model), model)
 
 
 def _pattern(mask: Tensor, axis: int) -> str:

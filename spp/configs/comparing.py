@@ -48,12 +48,13 @@ class Kind:
 
 _SPP = {"r": 16, "scaling": 2.0}
 _LOW_RANK = {"r": 8, "scaling": 2.0}
+_ALSO = {"also_train": ""}  # such as norms+biases, at a rate of their own
 
 KINDS: Mapping[str, Kind] = {
     "spp": Kind(
         "SPP: W ⊙ (1 + s·A ⊙ β)",
         (1e-2, 2e-2, 4e-2),
-        {**_SPP, "dropout": 0.0, "dropout_mode": "input"},
+        {**_SPP, "dropout": 0.0, "dropout_mode": "input", **_ALSO},
         rank="r",
     ),
     "spp-no-beta": Kind("SPP without β: W ⊙ (1 + s·A), A from zero", (4e-3, 1e-2, 2e-2), _SPP, rank="r"),
@@ -61,8 +62,12 @@ KINDS: Mapping[str, Kind] = {
         "SPP, β drawn as α is: it starts away from the pruned model", (1e-2, 2e-2, 4e-2), _SPP, rank="r"
     ),
     "hira": Kind("PEFT's HiRA: W ⊙ (1 + BA)", (4e-3, 1e-2, 2e-2), {"r": 8}, rank="r"),
-    "hira-rule": Kind("the same formula as a rule of spp", (4e-3, 1e-2, 2e-2), {"r": 8, "scaling": 1.0}, rank="r"),
-    "masked-lora": Kind("SparsePEFT: W + s·BA on the mask, a rule of spp", (2e-3, 4e-3, 8e-3), _LOW_RANK, rank="r"),
+    "hira-rule": Kind(
+        "the same formula as a rule of spp", (4e-3, 1e-2, 2e-2), {"r": 8, "scaling": 1.0, **_ALSO}, rank="r"
+    ),
+    "masked-lora": Kind(
+        "SparsePEFT: W + s·BA on the mask, a rule of spp", (2e-3, 4e-3, 8e-3), {**_LOW_RANK, **_ALSO}, rank="r"
+    ),
     "lora-remasked": Kind("PEFT's LoRA, masked once it is trained", (2e-3, 4e-3, 8e-3), _LOW_RANK, rank="r"),
     "lora": Kind("PEFT's LoRA, which fills the zeros", (2e-3, 4e-3, 8e-3), _LOW_RANK, keeps=False, rank="r"),
     "ia3": Kind("PEFT's IA³ on keys, values and down projections", (1e-2, 3e-2, 1e-1)),
@@ -95,7 +100,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "dropout": ("spp:dropout=0.05", "spp:dropout=0.05,dropout_mode=alpha"),
     "ablations": ("spp-no-beta", "spp-random-beta"),
 }
-_SHARED = ("r", "scaling", "dropout", "dropout_mode")
+_SHARED = ("r", "scaling", "dropout", "dropout_mode", "also_train")
 REFERENCE = "spp"  # that costs are relative to
 _TRAINING = (  # options that CompareConfig shares with TuneConfig, and all rows of one results.json
     *("batch_size", "block_length", "dtype", "data_format", "completions_only"),

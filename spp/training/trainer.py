@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +104,13 @@ class SPPTrainer(AdapterTrainer):
         """Create the optimizer, with a group of its own for what trains beside the adapter."""
         given = self.optimizer is not None
         made = super().create_optimizer(*rest, **options)
-        also = {id(one.trained) for one in also_trained(self._bare_model()).values()}
-        for group in [] if given or not also else made.param_groups:
-            if group["params"] and all(id(parameter) in also for parameter in group["params"]):
-                group["lr"] = self.also_lr
+        if not given:
+            set_also_rate(made, self._bare_model(), self.also_lr)
         return made
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of all that is decayed: the adapter's, which puts what trains beside it into a group."""
-        also = {id(one.trained) for one in also_trained(self._bare_model()).values()}
-        names = super().get_decay_parameter_names(model)
-        parameters = dict(model.named_parameters())
-        return [name for name in names if id(parameters[name]) not in also]
+        return without_also(super().get_decay_parameter_names(model), model)
 
     def frozen(self, model: nn.Module) -> dict[str, Any]:
         """Return the hash of every layer's zero pattern."""
@@ -149,6 +144,21 @@ class SPPTrainer(AdapterTrainer):
     def sparsity(self) -> float:
         """The fraction of zeros in the weights that the adapter scales, in [0, 1]."""
         return self._zeros.sparsity(self._bare_model())
+
+
+def without_also(names: Iterable[str], model: nn.Module) -> list[str]:
+    """Return the names of parameters of a wrapped model, but those that train beside the adapter."""
+    also = {id(one.trained) for one in also_trained(model).values()}
+    parameters = dict(model.named_parameters())
+    return [name for name in names if id(parameters[name]) not in also]
+
+
+def set_also_rate(optimizer: Any, model: nn.Module, lr: float) -> None:
+    """Give the groups of an optimizer that hold nothing but what trains beside the adapter a rate of their own."""
+    also = {id(one.trained) for one in also_trained(model).values()}
+    for group in optimizer.param_groups:
+        if group["params"] and all(id(parameter) in also for parameter in group["params"]):
+            group["lr"] = lr
 
 
 class _ZeroCount:

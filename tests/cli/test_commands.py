@@ -268,6 +268,23 @@ def test_inspect_an_adapter(spp: Call, adapter: Path) -> None:
     assert rows["self_attn.k_proj.spp_beta"] == ["2", "32×1", "64"]
 
 
+def test_the_road_with_norms(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--data", text, "--eval-fraction", 0, "--steps", 2, "--block-length", 32, "--no-progress")
+    refused = spp("tune", pruned, run, *options, "--also-train", "norms", "--also-train", "biases")
+    assert refused.code == 1 and not run.exists()
+    assert "--also-train names biases, of which LlamaForCausalLM has none. It has norms: 5" in refused.err
+    ok(spp("tune", pruned, run, *options, "--also-train", "norms", "--also-lr", 0.01))
+    inspected = ok(spp("inspect", run / "adapter")).out
+    assert "also trained" in inspected and "5 parameters of the base" in inspected
+    found = json.loads(ok(spp("inspect", run / "adapter", "--json")).out)
+    assert len(found["also_trained"]) == 5 and found["tensors"]["model.norm.weight"]["shape"] == [64]
+    said = ok(spp("merge", pruned, run / "adapter", tmp_path / "merged"))
+    assert "also trained: 5 parameters; the largest change is" in said.out + said.err
+    ok(spp("verify", pruned, tmp_path / "merged"))
+    ok(spp("verify", tmp_path / "merged"))
+
+
 def test_a_rank_of_its_own(spp: Callable[..., Outcome], pruned: Path, text: Path, tmp_path: Path) -> None:
     options = (
         "--data",

@@ -11,7 +11,11 @@ from spp.errors import ConfigError
 
 def test_names_are_canonical() -> None:
     assert parse_contender("spp:dropout=0.05,r=16").name == "spp:dropout=0.05"
-    assert parse_contender("spp:r=8").options == {"r": 8, "scaling": 2.0, "dropout": 0.0, "dropout_mode": "input"}
+    spp = {"r": 8, "scaling": 2.0, "dropout": 0.0, "dropout_mode": "input", "also_train": ""}
+    assert parse_contender("spp:r=8").options == spp
+    assert parse_contender("spp:also_train=norms+head").options["also_train"] == "norms+head"
+    with pytest.raises(ConfigError, match="names out of norms, biases, head"):
+        parse_contender("hira-rule:also_train=all")
     assert parse_contender(" ia3 ").name == "ia3"
     for kind in KINDS:
         assert parse_contender(kind).name == kind

@@ -21,10 +21,12 @@ from spp.comparing.data import load
 from spp.comparing.methods import Goal, adapt, masks_of
 from spp.comparing.study import _count, _nearest, _shapes, compare
 from spp.comparing.trial import Trial, run_trial, zeros
+from spp.configs.adapter import ALSO_LR
 from spp.configs.comparing import KINDS, CompareConfig, parse_contender
 from spp.errors import ConfigError, DataError, DependencyError, NonFiniteError, OutputError
 from spp.models.targets import resolve_projections
 from spp.training.loading import load_model, load_tokenizer
+from spp.training.trainer import set_also_rate
 from tests.helpers.models import moe_model, prune_nm_, tiny_llama, tiny_tokenizer
 
 LINES = "".join(f"Line {i}: {i} and {i + 1} are {2 * i + 1}.\n" for i in range(150))
@@ -86,6 +88,25 @@ def test_a_step_trains_and_the_merge_keeps_what_it_should(name: str, pruned: Pat
         assert found["zeros_kept"] < 0.01 and found["pattern_valid"] is False
     else:
         assert found["zeros_kept"] > 0.2 and found["sparsity"] == 0.5 and found["pattern_valid"] is True
+
+
+def test_a_contender_also_trains_norms_at_their_own_rate(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+
+    def noted(optimizer: Any, *rest: Any) -> None:
+        set_also_rate(optimizer, *rest)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    monkeypatch.setattr(trial, "set_also_rate", noted)
+    options = config(pruned, tmp_path / "out", contenders=["spp:also_train=norms"])
+    (contender,) = options.parsed()
+    run_trial(options, contender, Trial(contender.name, 2e-2, 0, 2), load(options, load_tokenizer(pruned)))
+    assert rates == [[2e-2, ALSO_LR]]
+    model = load_model(pruned)
+    adapted = adapt(contender, model, seed=0)
+    assert adapted.trainable() == adapt(parse_contender("spp"), load_model(pruned), seed=0).trainable() + 3 * 64
 
 
 def test_zeros_are_counted_one_by_one() -> None:

@@ -161,9 +161,20 @@ def test_the_card_of_an_adapter(made: Path) -> None:
         "| after | 17.7912 | 512 | 4 |",
     ):
         assert line in text, line
+    assert "also trained" not in text
     metadata, text = parsed(push(made / "run" / "adapter", REPO, base="org/pruned", dry_run=True))
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/pruned", "adapter")
     assert 'AutoModelForCausalLM.from_pretrained("org/pruned")' in text
+
+
+def test_the_card_says_what_was_also_trained(tmp_path: Path) -> None:
+    model = wrapped_model(also_train="norms")
+    spp.save_adapter(model, tmp_path / "adapter")
+    _, text = parsed(push(tmp_path / "adapter", REPO, dry_run=True))
+    assert "| also_train | norms |" in text
+    assert "| also trained | 5 parameters of the base, such as model.layers.0.input_layernorm.weight |" in text
+    count = sum(parameter.numel() for parameter in spp.adapter_parameters(model))
+    assert f"| parameters | {count} |" in text
 
 
 def test_the_cards_of_pruned_and_packed_models(made: Path) -> None:

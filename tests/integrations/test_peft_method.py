@@ -86,6 +86,7 @@ def test_config_fields_are_those_of_spp_and_are_checked() -> None:
     config = SPPPeftConfig(r=8, target_modules={"up_proj", "q_proj"}, rank_pattern={})
     assert config.spp_config().target_modules == ("q_proj", "up_proj") and config.spp_config().rank_pattern is None
     assert config.to_dict()["target_modules"] == ["q_proj", "up_proj"]
+    assert "also_train" not in config.to_dict()
     assert config.peft_type is PeftType("SPP") and not config.is_prompt_learning
     for options, message in [
         ({"r": 0}, "r is 0"),
@@ -94,6 +95,7 @@ def test_config_fields_are_those_of_spp_and_are_checked() -> None:
         ({"rule": "other"}, "rule is 'other'"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"base_masks": ["x"]}, "base_masks"),
+        ({"also_train": ["norms"]}, "modules_to_save"),
         ({"format_version": 2}, "newer spp"),
     ]:
         with pytest.raises(ConfigError, match=message):
