@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from spp.configs.adapter import (
     ACTIVATIONS,
-    ALSO,
     ALSO_LR,
     DROPOUT_MODES,
     RULES,
@@ -194,7 +193,7 @@ class TuneConfig:
     ] = SPPConfig.rule
     also_train: Annotated[
         str | tuple[str, ...],
-        Option("SPP: what else trains: norms, biases or head; may be repeated.", ADAPTER, choices=ALSO, many=True),
+        Option("SPP: what else trains: norms, biases or head; may be repeated.", ADAPTER, default="nothing", many=True),
     ] = ()
     saved_activations: Annotated[
         str,
