@@ -88,8 +88,7 @@ def merge(
     if requantize:
         _check_requantize(layers, dtype)
     seed, verdict = draw_seed(rounding, seed), base_verdict(model)
-    stored: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
-    compute = partial(_merge_layer, requantize=requantize, **stored)
+    compute = partial(_merge_layer, dtype=dtype, rounding=rounding, seed=seed, requantize=requantize)
     ready: dict[str, tuple[Tensor | QuantizedWeight, LayerMerge]] = {}
     if check:
         for path, layer in layers.items():
@@ -102,6 +101,7 @@ def merge(
     named = {path if isinstance(layer, SPPExperts) else f"{path}.weight": layer for path, layer in layers.items()}
     base = describe_base(model, named)
     idle = idle_reason(layer.adapter() for layer in layers.values())
+    stored: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
     also = {
         name: (one.original, *merge_also([(one.trained, 1.0)], one.original, where=name, **stored))
         for name, one in also_trained(model).items()

@@ -188,7 +188,7 @@ def _check_head(model: nn.Module, head: Any, names: Collection[str], targets: Co
     what = arg("also_train", "head")
     embedding = input_embedding(model)
     shared = {id(p) for p in embedding.parameters()} if embedding is not None else set()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if any(id(p) in shared for p in head.parameters(recurse=False)) or getattr(config, "tie_word_embeddings", False):
         raise ConfigError(
