@@ -193,7 +193,13 @@ class TuneConfig:
     ] = SPPConfig.rule
     also_train: Annotated[
         str | tuple[str, ...],
-        Option("SPP: what else trains: norms, biases or head; may be repeated.", ADAPTER, default="nothing", many=True),
+        Option(
+            "SPP: what else trains: norms, biases or head; may be repeated.",
+            ADAPTER,
+            default="nothing",
+            many=True,
+            parse=check_also_train,
+        ),
     ] = ()
     saved_activations: Annotated[
         str,

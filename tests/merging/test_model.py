@@ -46,7 +46,14 @@ def test_merge_keeps_the_mask_stores_the_forward_weight_and_the_logits(dtype: to
     assert report.kept == sum(layer.kept for layer in report.layers.values())
     assert 0.9 < report.survived < 1.1
     counted = {"kept", "rescued", "lost", "moved", "base_values", "base_values_note"}
-    assert set(report.to_dict()) == {"layers", "survived", "requantize_error", "sparsity_report", *counted}
+    assert set(report.to_dict()) == {
+        "layers",
+        "survived",
+        "requantize_error",
+        "also_trained",
+        "sparsity_report",
+        *counted,
+    }
 
 
 def test_unchanged_adapter_changes_nothing() -> None:
