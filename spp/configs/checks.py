@@ -14,6 +14,7 @@ from spp.errors import ConfigError, arg
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO_DTYPES = ("auto", *DTYPES)  # auto is the checkpoint's own
 DEVICES = ("auto", "cpu", "cuda")
+DATA_FORMATS = ("auto", "text", "alpaca", "chat")
 LARGEST_INT = 2**63 - 1  # that tensors and iterators count to
 LARGEST_SEED = 2**32 - 1  # of NumPy, which transformers seeds too
 BOS = ("auto", "always", "never")  # where windows of text begin with the BOS token

@@ -19,6 +19,7 @@ from spp.configs.adapter import (
 )
 from spp.configs.checks import (
     AUTO_DTYPES,
+    DATA_FORMATS,
     LARGEST_SEED,
     check_choice,
     check_flag,
@@ -27,6 +28,7 @@ from spp.configs.checks import (
     check_path,
     parse_names,
 )
+from spp.configs.distillation import Distillation
 from spp.configs.methods import LR, MASK_UPDATE_FIELDS, METHODS, RECIPES, check_methods, recipe_of
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
@@ -34,7 +36,6 @@ from spp.configs.pruning import BOS_OPTION, DECAYS, DROPS, GROWS, MaskUpdateOpti
 from spp.configs.pst import PSTConfig
 from spp.errors import ConfigError, arg
 
-DATA_FORMATS = ("auto", "text", "alpaca", "chat")
 SCHEDULES = ("linear", "cosine", "constant")
 TRAINING_DEVICES = ("auto", "cpu")
 
@@ -42,7 +43,7 @@ LARGEST_LR = 1e30  # far beyond any sense, and what AdamW makes of it still is a
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(Distillation):
     """The options of one tuning run; the defaults are the paper's recipe without dropout.
 
     Options of another method than the run's, and of mask updates where there are none, must keep their defaults.
@@ -99,7 +100,9 @@ class TuneConfig:
         gradient_accumulation: forward passes of one optimizer step.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together;
-            None takes it at once. Less memory, the same values up to the order of summation.
+            None takes it at once, or 256 with a teacher. Less memory, the same values up to the order of summation.
+        teacher, teacher_bits, teacher_cache, ce_weight, kl_weight, temperature, hidden_weight: as in Distillation
+            (spp.configs.distillation); a teacher in memory is an argument of `tune`.
         saved_activations: "full", or "bfloat16": layers keep float32 inputs rounded for backward. Less memory; see
             spp.wrapping.wrap for what the gradients lose.
         dtype: dtype to load the model in; "auto" is the checkpoint's own.
@@ -229,7 +232,7 @@ class TuneConfig:
     ] = False
     loss_chunk: Annotated[
         int | None,
-        Option("Take the loss over so many tokens at a time: less memory.", OPTIMISATION, default="all"),
+        Option("Take the loss over so many tokens at a time: less memory.", OPTIMISATION, default="all, or 256"),
     ] = None
     schedule: Annotated[str, Option("linear, cosine or constant.", OPTIMISATION, choices=SCHEDULES)] = "linear"
     warmup_ratio: Annotated[float, Option("Share of the steps that warm up; the first has lr 0.", OPTIMISATION)] = 0.03
@@ -296,6 +299,7 @@ class TuneConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("method", self.method, METHODS)
         self._normalise_paths()
         object.__setattr__(self, "also_train", check_also_train(self.also_train))

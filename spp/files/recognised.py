@@ -270,7 +270,14 @@ RESULTS = Kind(
 PRUNING = Kind(
     "a pruning in progress", (r"progress\.json|\.lock", rf"model{_OF}\.safetensors", _TEMPORARY), mark=_is_pruning
 )
-KINDS = (_TRAINED, MODEL, ADAPTER, RUN, RESULTS, PRUNING)
+CACHE_HEAD = "teacher_cache.json"
+CACHE = Kind(
+    "a teacher cache",
+    (r"teacher_cache\.(json|safetensors)", _TEMPORARY),
+    _SHARED,
+    lambda folder: str(_says(folder, CACHE_HEAD).get("format")).startswith("spp-teacher-cache-"),
+)
+KINDS = (_TRAINED, MODEL, ADAPTER, RUN, RESULTS, PRUNING, CACHE)
 
 
 def require_replaceable(

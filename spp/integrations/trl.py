@@ -15,6 +15,7 @@ from torch import nn
 from spp.errors import ConfigError, DependencyError
 from spp.models.targets import output_head
 from spp.training import SPPTrainer
+from spp.training.loss_trainer import TEACHER_OPTIONS
 from spp.wrapping.wrap import adapter_layers
 
 try:
@@ -44,6 +45,9 @@ class SPPSFTTrainer(SPPTrainer, SFTTrainer):
             raise ConfigError("peft_config goes to trl.SFTTrainer, with a model that is not wrapped")
         if options.get("loss_chunk") is not None:
             raise ConfigError("loss_chunk is SPPTrainer's; TRL takes the loss a part of the tokens at a time by itself")
+        taught = [name for name in TEACHER_OPTIONS if options.get(name) is not None]
+        if taught:
+            raise ConfigError(f"{', '.join(taught)}: a teacher is SPPTrainer's; TRL has trainers of its own for one")
         if isinstance(model, nn.Module) and any(
             output_head(model) is layer for layer in adapter_layers(model).values()
         ):

@@ -2,7 +2,7 @@
 
 transformers' Trainer with these differences: a checkpoint holds what the method trains, not the model, and counts only
 once it is whole; nothing else reaches the optimizer; what is frozen is compared with the start at every save; the
-training log has the sparsity; the loss may be taken a chunk of tokens at a time.
+training log has the sparsity; the loss is that of LossTrainer (spp.training.loss_trainer).
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.errors import CheckpointError, ConfigError, DataError, MaskError, WrapError, arg
+from spp.errors import CheckpointError, ConfigError, DataError, MaskError, WrapError
 from spp.files import output_error
 from spp.models.tokens import check_ids, embedding_rows, position_limit, refuse_ids
-from spp.training.causal_loss import captured_states, check_form, loss_of_states
 from spp.training.checkpoints import (
     last_complete,
     mark_complete,
@@ -33,22 +32,19 @@ from spp.training.checkpoints import (
     why_not_written,
 )
 from spp.training.data import TokenBlocks, TokenRows
+from spp.training.loss_trainer import LossTrainer
 
 logger = logging.getLogger(__name__)
 
 _WRITER = ("PytorchStreamWriter", "inline_container")  # in torch.save's RuntimeError where it cannot write
 
 
-class AdapterTrainer(Trainer):
-    """Trains what a method puts into a model; takes the arguments of `transformers.Trainer`.
+class AdapterTrainer(LossTrainer):
+    """Trains what a method puts into a model; takes the arguments of `transformers.Trainer` and LossTrainer.
 
     `train(resume_from_checkpoint=True)` continues from the last whole checkpoint in `args.output_dir`, a path from
     that one; on the same machine the losses and the final state are bit for bit those of an uninterrupted run.
     `save_total_limit` counts whole checkpoints and always keeps the last and the best one.
-
-    Args:
-        loss_chunk: take the loss over so many tokens at a time, so that the logits of a batch never exist together
-            (spp.training.causal_loss); None leaves it to the model. There are no logits for compute_metrics then.
 
     Attributes:
         compared: what `expected` has the hashes of, for messages.
@@ -61,16 +57,10 @@ class AdapterTrainer(Trainer):
         model: nn.Module | None = None,
         args: Any = None,
         *rest: Any,
-        loss_chunk: int | None = None,
         **options: Any,
     ) -> None:
         if model is not None:
             self.require_prepared(model)
-        self.loss_chunk = loss_chunk
-        self._states: list[Tensor] | None = None
-        if loss_chunk is not None:
-            _check_loss_chunk(loss_chunk, args, options)
-            options["compute_loss_func"] = self._chunked_loss
         super().__init__(model, args, *rest, **options)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError(
@@ -160,19 +150,6 @@ class AdapterTrainer(Trainer):
         if ids is not None:
             check_ids(model, ids, "the data", self.processing_class)
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
-        """Compute the loss; with `loss_chunk`, without the logits of the whole batch."""
-        if self.loss_chunk is None:
-            return super().compute_loss(model, inputs, *rest, **options)
-        check_form(model, inputs)
-        with captured_states(model) as self._states:
-            return super().compute_loss(model, inputs, *rest, **options)
-
-    def _chunked_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        assert self._states is not None and self.loss_chunk is not None
-        states, self._states = self._states, None
-        return loss_of_states(self._bare_model(), states, labels, self.loss_chunk, num_items_in_batch)
-
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with the order of the data fixed by `args.seed` where `data_seed` is not given.
 
@@ -234,9 +211,6 @@ class AdapterTrainer(Trainer):
         if "loss" in logs or "train_loss" in logs:
             logs["sparsity"] = self.sparsity
         super().log(logs, *rest, **options)
-
-    def _bare_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -321,17 +295,3 @@ def _all_ids(rows: Any) -> Tensor | list[Tensor] | None:
     if "input_ids" in (getattr(rows, "column_names", None) or ()) and hasattr(rows, "__len__"):  # of `datasets`
         return [torch.as_tensor(ids) for ids in rows["input_ids"]]
     return None
-
-
-def _check_loss_chunk(chunk: object, args: Any, options: Mapping[str, Any]) -> None:
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ConfigError(
-            f"{arg('loss_chunk')} is {chunk!r}; it must be None or an int of at least 1: tokens at a time"
-        )
-    clashes = [name for name in ("compute_loss_func", "compute_metrics") if options.get(name) is not None]
-    if getattr(args, "label_smoothing_factor", 0):
-        clashes.append("label_smoothing_factor")
-    if clashes:
-        raise ConfigError(
-            f"{arg('loss_chunk')} does not go together with {', '.join(clashes)}: there are no logits for it"
-        )

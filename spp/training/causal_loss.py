@@ -5,7 +5,8 @@
 
 h (T, hidden) are the states that the output head gets, W (V, hidden) is the head. Logits, their logarithm and their
 gradient are each T × V values in float32, which for a small model is most of a step's memory; here they are chunk × V.
-The gradient of each chunk is taken while its logits are there, so that no product is computed twice.
+The gradient of each chunk is taken while its logits are there, so that no product is computed twice, and in place, a
+few rows at a time that stay in the processor's cache. Tokens without a label are left out before anything is computed.
 
 `causal_lm_loss` runs a model's own forward, with its wrappers, hooks and checkpointing; only its output head is handed
 no tokens, and the states that it would have got are kept. The model's config names a and c; whether the loss computed
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,16 +32,62 @@ from spp.evaluation import IGNORED, evaluating
 CHECKED_TOKENS = 16  # of the first row, on which the two ways are compared
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; 16 bits: LOW_PRECISION
 LOW_PRECISION = 5e-2
+CACHED = 2**19  # logits of some rows that are worked on together on a CPU: 2 MB in float32, a few reads of each
 
-_forms: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
+_forms: WeakKeyDictionary[nn.Module, Form] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """The function from the head's output to logits: c · tanh(a · … / c)."""
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def apply_(self, outputs: Tensor, *, slope: bool = False) -> Tensor | float:
+        """Make logits of the head's outputs, in place; with `slope`, return ∂z / ∂(W h + b)."""
+        if self.scale != 1.0:
+            outputs *= self.scale
+        if self.softcap is None:
+            return self.scale
+        bent = outputs.div_(self.softcap).tanh_()
+        slopes = (1 - bent.square()).mul_(self.scale) if slope else 1.0
+        bent.mul_(self.softcap)
+        return slopes
+
+
+class Objective:
+    """The loss of tokens as a function of their logits: here the cross-entropy of their labels."""
+
+    def chunk(self, rows: slice) -> None:
+        """Prepare for some of the tokens, whose logits come next, a few rows at a time."""
+
+    def measure_(self, logits: Tensor, labels: Tensor, rows: slice, gradient: bool) -> Tensor:
+        """Return the sum of the losses of some tokens.
+
+        Args:
+            logits: z (k, V), written over: with `gradient`, by the derivative of the sum.
+            labels: (k,), all of them targets.
+            rows: which of all tokens they are.
+        """
+        labels = labels.unsqueeze(1)  # (k, 1)
+        logits.sub_(logits.amax(1, keepdim=True))
+        picked = logits.gather(1, labels)
+        total = logits.exp_().sum(1, keepdim=True)  # (k, 1)
+        if gradient:
+            logits.mul_(total.reciprocal())  # the softmax
+            logits.scatter_add_(1, labels, torch.full_like(picked, -1))
+        return (total.log() - picked).sum()
+
+
+class Lesson(Protocol):
+    """The part of a loss that a teacher has in one batch (spp.training.distillation)."""
+
+    def objective(self, places: Tensor) -> Objective:
+        """Return the loss of the tokens at `places` (k,) of the batch, flattened."""
+
+    def rest(self, places: Tensor) -> Tensor | float:
+        """Return the sum over these tokens of what depends on more than their logits."""
 
 
 def causal_lm_loss(
@@ -99,7 +146,12 @@ def captured_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def loss_of_states(
-    model: nn.Module, states: list[Tensor], labels: Tensor, chunk: int, num_items: Tensor | int | None
+    model: nn.Module,
+    states: list[Tensor],
+    labels: Tensor,
+    chunk: int,
+    num_items: Tensor | int | None,
+    lesson: Lesson | None = None,
 ) -> Tensor:
     """Return the loss from what `captured_states` kept; labels (batch, tokens) are shifted here."""
     if len(states) != 1:
@@ -107,8 +159,13 @@ def loss_of_states(
             f"{type(unwrapped(model)).__name__} used its output head {len(states)} times in one forward; its loss "
             f"cannot be taken in chunks: leave {arg('loss_chunk')} out"
         )
-    form = _forms[unwrapped(model)]
-    return _loss(output_head(model), states[0], F.pad(labels, (0, 1), value=IGNORED)[..., 1:], chunk, num_items, form)
+    shifted = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    return _loss(output_head(model), states[0], shifted, chunk, num_items, form_of(model), lesson)
+
+
+def form_of(model: nn.Module) -> Form:
+    """Return what `check_form` has found out."""
+    return _forms[unwrapped(model)]
 
 
 def check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -165,37 +222,56 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _loss(
-    head: nn.Module, states: Tensor, labels: Tensor, chunk: int, num_items: Tensor | int | None, form: _Form
+    head: nn.Module,
+    states: Tensor,
+    labels: Tensor,
+    chunk: int,
+    num_items: Tensor | int | None,
+    form: Form,
+    lesson: Lesson | None = None,
 ) -> Tensor:
+    places, labels = _targets(labels, states.device)
+    hidden = states.reshape(-1, states.shape[-1])[places]  # (k, hidden)
+    objective = Objective() if lesson is None else lesson.objective(places)
+    total: Any = 0.0 if lesson is None else lesson.rest(places)
     if type(head) is nn.Linear:
         # One that trains beside an adapter is float32, and rounded for the product.
         weight, bias = (p if p is None else p.to(states.dtype) for p in (head.weight, head.bias))
-        options: Any = {"bias": bias, "chunk": chunk, "num_items": num_items}
-        return chunked_cross_entropy(states, weight, labels, scale=form.scale, softcap=form.softcap, **options)
-    # An adapted or quantised head: its logits are computed again in backward.
-    states, labels = states.reshape(-1, states.shape[-1]), labels.reshape(-1).to(states.device)
-    total: Any = 0.0
-    for start in range(0, len(states), chunk):
-        rows = slice(start, start + chunk)
-        total = total + checkpoint(_sum_of_losses, head, states[rows], labels[rows], form, use_reentrant=False)
-    return total / ((labels != IGNORED).sum() if num_items is None else num_items)
+        total = total + _sum_in_chunks(hidden, weight, bias, labels, chunk, form, objective)
+    else:  # an adapted or quantised head: its logits are computed again in backward
+        for start in range(0, max(len(hidden), 1), chunk):
+            rows = slice(start, start + chunk)
+            options = (head, hidden[rows], labels[rows], rows, form, objective)
+            total = total + checkpoint(_sum_of_losses, *options, use_reentrant=False)
+    return _mean(total, len(labels), num_items)
 
 
-def _sum_of_losses(head: nn.Module, states: Tensor, labels: Tensor, form: _Form) -> Tensor:
-    logits = head(states)
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) * form.scale
-    if form.softcap is not None:
-        logits = form.softcap * torch.tanh(logits / form.softcap)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+def _targets(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which of all positions have a label (k,), and their labels (k,)."""
+    flat = labels.reshape(-1).to(device)
+    places = (flat != IGNORED).nonzero().squeeze(1)
+    return places, flat[places]
 
 
-def _known_forms(model: nn.Module) -> list[_Form]:
+def _mean(total: Tensor, count: int, num_items: Tensor | float | None) -> Tensor:
+    if num_items is None:
+        return total / count
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _sum_of_losses(
+    head: nn.Module, hidden: Tensor, labels: Tensor, rows: slice, form: Form, objective: Objective
+) -> Tensor:
+    return _OfLogits.apply(head(hidden), labels, rows, form, objective)  # type: ignore[no-any-return]
+
+
+def _known_forms(model: nn.Module) -> list[Form]:
     """Return what may become of the logits: nothing, or what the config names."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    named = _Form(scale, getattr(config, "final_logit_softcapping", None))
-    return [_Form()] if named == _Form() else [named, _Form()]
+    named = Form(scale, getattr(config, "final_logit_softcapping", None))
+    return [Form()] if named == Form() else [named, Form()]
 
 
 def _first_tokens(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,19 +328,43 @@ def chunked_cross_entropy(
             f"labels are {tuple(labels.shape)}; for hidden states {tuple(hidden.shape)} they must be "
             f"{tuple(hidden.shape[:-1])}"
         )
+    places, labels = _targets(labels, hidden.device)
+    rows = hidden.reshape(-1, hidden.shape[-1])[places]
+    total = _sum_in_chunks(rows, weight, bias, labels, chunk, Form(scale, softcap), Objective())
+    return _mean(total, len(labels), num_items)
+
+
+def _sum_in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, form: Form, objective: Objective
+) -> Tensor:
+    """Return the sum of the losses of tokens (k, hidden) that all have labels (k,)."""
     device_type = hidden.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         if hidden.dtype != torch.float64:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
-    labels = labels.reshape(-1).to(hidden.device)
     with torch.autocast(device_type, enabled=False):
-        total: Tensor = _Chunked.apply(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, chunk, scale, softcap
-        )
-    count = (labels != IGNORED).sum() if num_items is None else num_items
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+        return _Chunked.apply(hidden, weight, bias, labels, chunk, form, objective)  # type: ignore[no-any-return]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _measure_(outputs: Tensor, labels: Tensor, rows: slice, form: Form, objective: Objective, gradient: bool) -> Tensor:
+    """Return the sum of the losses of a chunk, whose head's outputs (k, V) become their derivatives."""
+    objective.chunk(rows)
+    total = torch.zeros((), dtype=outputs.dtype, device=outputs.device)
+    step = len(outputs) if outputs.device.type != "cpu" else max(1, CACHED // max(outputs.shape[1], 1))
+    for start in range(0, len(outputs), max(step, 1)):
+        block = outputs[start : start + step]
+        slope = form.apply_(block, slope=gradient)
+        some = slice(rows.start + start, rows.start + start + len(block))
+        total += objective.measure_(block, labels[start : start + step], some, gradient)
+        if gradient and (isinstance(slope, Tensor) or slope != 1.0):
+            block *= slope
+    return total
 
 
 class _Chunked(torch.autograd.Function):
@@ -278,44 +378,26 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         chunk: int,
-        scale: float,
-        softcap: float | None,
+        form: Form,
+        objective: Objective,
     ) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        wide = _wide(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs_bias else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
-            slope: Tensor | float = scale  # ∂z / ∂(W h + b)
-            logits = F.linear(hidden[rows], weight, bias).to(wide)  # (chunk, V)
-            if scale != 1.0:
-                logits *= scale
-            if softcap is not None:
-                bent = torch.tanh(logits / softcap)
-                slope = (1 - bent.square()) * scale
-                logits = bent.mul_(softcap)
-            counted = labels[rows] != IGNORED
-            target = labels[rows].masked_fill(~counted, 0).unsqueeze(1)  # (chunk, 1)
-            logsumexp = logits.logsumexp(1, keepdim=True)
-            losses = (logsumexp - logits.gather(1, target)).squeeze(1)
-            total += losses.masked_fill(~counted, 0).sum()
-            if not any(ctx.needs_input_grad[:3]):
-                continue
-            gradient = logits.sub_(logsumexp).exp_()  # the softmax
-            gradient.scatter_add_(1, target, torch.full_like(losses, -1).unsqueeze(1))
-            gradient.masked_fill_(~counted.unsqueeze(1), 0)
-            if isinstance(slope, Tensor) or slope != 1.0:
-                gradient *= slope
-            low = gradient.to(hidden.dtype)
+            outputs = F.linear(hidden[rows], weight, bias).to(wide)  # (chunk, V)
+            total += _measure_(outputs, labels[rows], rows, form, objective, any(needs))
+            low = outputs.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(low, weight, out=d_hidden[rows])
             if d_weight is not None:
                 d_weight += low.t() @ hidden[rows]
             if d_bias is not None:
-                d_bias += gradient.sum(0)
+                d_bias += outputs.sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
@@ -329,3 +411,20 @@ class _Chunked(torch.autograd.Function):
         pairs = zip((d_hidden, d_weight, d_bias), dtypes, strict=True)
         scaled = [None if found is None else (found * grad).to(dtype) for found, dtype in pairs]
         return *scaled, None, None, None, None
+
+
+class _OfLogits(torch.autograd.Function):
+    """The sum of the losses of a chunk as a function of its head's outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, labels: Tensor, rows: slice, form: Form, objective: Objective) -> Tensor:
+        held = outputs.to(_wide(outputs.dtype), copy=True)
+        total = _measure_(held, labels, rows, form, objective, ctx.needs_input_grad[0])
+        ctx.save_for_backward(held.to(outputs.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0]).to(gradient.dtype), None, None, None, None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spp.certifying.sources import unreadable_in
-from spp.errors import CheckpointError, some_of
+from spp.errors import CheckpointError, ConfigError, DependencyError, arg, some_of
 from spp.files import CheckpointReader, read_json
 from spp.files.formats import other_weights, stored_format
 from spp.files.hub import local_directory
@@ -21,25 +24,33 @@ from spp.wrapping.adapter_files import CONFIG_NAME
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
-def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
+def load_model(name: str | os.PathLike[str], dtype: str = "auto", *, bits: int | None = None) -> Any:
     """Load a causal language model, or one that reads images as well, with transformers; a packed one as it is stored.
 
     Args:
         name: directory or hub id.
         dtype: "auto" (the checkpoint's own), "float64", "float32", "bfloat16" or "float16".
+        bits: 8 or 4 to let bitsandbytes quantize what is not quantized yet; None loads it as it is stored.
 
     Raises:
+        ConfigError: `bits` of a model that is packed or quantized already.
+        DependencyError: `bits` without bitsandbytes.
         CheckpointError: it cannot be found, reached or read, or lacks weights, which transformers would draw at random.
     """
     from transformers import AutoConfig
 
     directory = local_directory(name, "model")
+    if bits is not None:
+        _require_plain(directory)
     if is_packed_directory(directory):
         return load_packed(name, dtype=FLOATS.get(dtype))
     _refuse_codes(directory)
     try:
-        auto = auto_class(AutoConfig.from_pretrained(directory))
-        model, loaded = auto.from_pretrained(directory, dtype=FLOATS.get(dtype, dtype), output_loading_info=True)
+        config = AutoConfig.from_pretrained(directory)
+        options = {} if bits is None else {"quantization_config": _quantization(bits, config)}
+        model, loaded = auto_class(config).from_pretrained(
+            directory, dtype=FLOATS.get(dtype, dtype), output_loading_info=True, **options
+        )
     except Exception as error:  # OSError, ValueError, KeyError, those of safetensors
         raise _error("model", name, error) from error
     missing = loaded["missing_keys"]
@@ -80,6 +91,26 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
                 "tokenizer.save_pretrained"
             ) from error
         raise _error("tokenizer", name, error) from error
+
+
+def _require_plain(directory: Path) -> None:
+    """Raise unless a model can be quantized as it is loaded."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DependencyError("loading in 8 or 4 bits needs bitsandbytes: pip install 'spp[quantized]'")
+    found = stored_format(directory)
+    if found is not None:
+        raise ConfigError(
+            f"{directory} is {found}, which is small already: load it as it is stored, without {arg('teacher_bits')}"
+        )
+
+
+def _quantization(bits: int, config: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _refuse_codes(directory: Path) -> None:

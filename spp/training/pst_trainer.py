@@ -110,7 +110,7 @@ class PSTTrainer(AdapterTrainer):
         args: TrainingArguments; rest, options: as in transformers.Trainer.
         final_sparsity: s_f in [0, 1), the share that is pruned at the end; None is that of the N:M pattern.
         initial_sparsity, initial_warmup, final_warmup: as in SparsitySchedule; the defaults are the authors'.
-        loss_chunk: as in SPPTrainer.
+        loss_chunk, and the options of a teacher: as in SPPTrainer.
 
     Raises:
         WrapError: the model is not wrapped, or others than PST's parameters require gradients.

@@ -33,7 +33,8 @@ class SPPTrainer(AdapterTrainer):
     Args:
         model: wrapped by `spp.wrap`.
         args: TrainingArguments; rest, options: as in transformers.Trainer.
-        loss_chunk: as in AdapterTrainer.
+        loss_chunk, teacher, teacher_bits, teacher_cache, ce_weight, kl_weight, temperature, hidden_weight: as in
+            LossTrainer (spp.training.loss_trainer): a loss in chunks, and a teacher beside the labels.
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
         strict_values: as in `spp.load_adapter`, for a checkpoint that is resumed.
