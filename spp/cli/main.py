@@ -22,6 +22,7 @@ from spp.cli import (
     reconstruct,
     report,
     run,
+    teacher_cache,
     tune,
     verify,
 )
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {module.NAME: module.run for module in (prune, tune, merge, verify, certify, inspect, eval, compare)}
-COMMANDS |= {module.NAME: module.run for module in (reconstruct, export, report, push, run)}
+COMMANDS |= {module.NAME: module.run for module in (reconstruct, teacher_cache, export, report, push, run)}
 for name, function in COMMANDS.items():
     app.command(name=name, cls=Command)(function)
 

@@ -7,7 +7,7 @@ import gc
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from spp.cli import console, eval, merge, prune, report, tune, verify
+from spp.cli import console, eval, merge, prune, report, teacher_cache, tune, verify
 from spp.cli.options import command, typed
 from spp.cli.spelling import Spelling
 from spp.configs.checkpoints import RunConfig
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NAME = "run"
 # Of each stage, the command that carries it out: a function of its config.
 COMMANDS = {module.NAME: module.run.__wrapped__ for module in (prune, tune, merge, verify, eval, report)}
+COMMANDS["teacher"] = teacher_cache.run.__wrapped__
 # What a shell takes for the texts of Python's reference, of which there is no command.
 _TEXTS = (
     "import pathlib as p; from spp.recipes.stages import python_reference as texts; "
@@ -68,7 +69,8 @@ def _words(step: Step, decision: Decision) -> str:
     files = [str(path) for path in step.writes]
     if step.config is None:
         return shlex.join(["python", "-c", _TEXTS.format(str(step.writes[0].parent), files)])
-    words = shlex.join(["spp", step.stage, *typed(step.ready(decision.replaces, decision.resumes))])
+    name = teacher_cache.NAME if step.stage == "teacher" else step.stage
+    words = shlex.join(["spp", name, *typed(step.ready(decision.replaces, decision.resumes))])
     if step.stage != eval.NAME:
         return words
     folder, file = shlex.quote(str(step.writes[0].parent)), shlex.quote(files[0])

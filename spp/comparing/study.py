@@ -129,6 +129,8 @@ def compare(config: CompareConfig) -> Results:
     tokenizer = load_tokenizer(str(config.model))
     data = load(config, tokenizer)
     contenders, hashes = _examine(config, contenders, lambda model: data.check(model, config, tokenizer))
+    if config.taught:
+        hashes["teacher"] = _teacher_hash(config, data, tokenizer)
     hashes = {**data.hashes(), **hashes}
     conditions = {**config.conditions(), "kind": data.kind, "bos": data.bos, **Provenance(hashes=hashes).to_dict()}
     with Presence(path.parent) as present:
@@ -192,6 +194,15 @@ def _examine(
         _require_unpruned(config, _masks(dense), masks)
         hashes["dense_weights"] = weights_fingerprint(dense) or "unknown"
     return contenders, hashes
+
+
+def _teacher_hash(config: CompareConfig, data: Any, tokenizer: Any) -> str:
+    """Return the hash of the teacher, which fits the pruned model and speaks of all the data."""
+    teacher = trial.teacher_of(config, load_model(config.model, config.dtype), tokenizer)
+    assert teacher is not None
+    teacher.check_rows(data.train)
+    (found,) = teacher.identity.values()
+    return found or "unknown"
 
 
 def _require_unpruned(config: CompareConfig, before: Masks, masks: Masks) -> None:

@@ -1,6 +1,7 @@
 """One trial: a contender, a learning rate and a seed; trained, merged its own way, and measured as a plain model.
 
-And the cost of a contender's step, in a process of its own.
+And the cost of a contender's step, in a process of its own. A teacher speaks to all contenders alike; its own time and
+memory are no part of that cost.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from spp.certifying.scan import report_from_tensors
 from spp.comparing import measure
@@ -30,10 +31,13 @@ from spp.comparing.data import CompareData
 from spp.comparing.methods import Goal, adapt, masks_of
 from spp.configs.adapter import ALSO_LR
 from spp.configs.comparing import REFERENCE, CompareConfig, Contender, parse_contender
+from spp.configs.distillation import DENSE as PRUNED_FROM
 from spp.errors import NonFiniteError, SPPError
 from spp.masks.patterns import DENSE, Pattern, detect_pattern, is_nm, nonzero_mask
 from spp.models.targets import projection_weights
 from spp.training.loading import load_model
+from spp.training.loss_trainer import LossTrainer
+from spp.training.teacher import Teacher, dense_of, find_teacher
 from spp.training.trainer import set_also_rate, without_also
 from spp.training.tuning import training_arguments
 from spp.wrapping.wrap import is_wrapped
@@ -124,6 +128,14 @@ def measure_baseline(config: CompareConfig, name: Any, data: CompareData) -> dic
     return {**measured, "sparsity": report.sparsity, "pattern": report.pattern}
 
 
+def teacher_of(config: CompareConfig, model: nn.Module, tokenizer: Any = None) -> Teacher | None:
+    """Return the teacher of every contender, checked against a model; None where there is none."""
+    dense = None if config.dense is None else os.fspath(config.dense)
+    if config.teacher == PRUNED_FROM and dense is None:
+        dense = dense_of(os.fspath(config.model))
+    return find_teacher(config, model, tokenizer, dense=dense)
+
+
 def device_of(config: CompareConfig) -> str:
     """Return the device that trials run on, as transformers' Trainer chooses it."""
     return "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
@@ -165,12 +177,13 @@ def _train(
         arguments = training_arguments(recipe, Path(directory), len(data.train), save=False)
         arguments.data_seed = trial.seed  # else the order of the data hangs on what a contender has drawn before
         arguments.logging_steps = max(1, trial.steps // 20)
-        trainer = (_AlsoTrainer if is_wrapped(model) else Trainer)(
+        trainer = (_AlsoTrainer if is_wrapped(model) else LossTrainer)(
             model,
             arguments,
             train_dataset=data.train,
             data_collator=data.collate,
             callbacks=[clock, *callbacks],
+            teacher=teacher_of(config, model),
         )
         for shown in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(shown)
@@ -182,7 +195,7 @@ def _train(
     }
 
 
-class _AlsoTrainer(Trainer):
+class _AlsoTrainer(LossTrainer):
     """Trains what a contender of spp trains beside its adapter at the rate that SPPTrainer has for it."""
 
     def create_optimizer(self, *rest: Any, **options: Any) -> Any:

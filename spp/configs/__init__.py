@@ -9,6 +9,7 @@ checks.py       checks that several configs share
 pattern.py      Pattern: "2:4" or a fraction
 adapter.py      SPPConfig
 pst.py          PSTConfig, and checks of its schedule
+distillation.py Distillation: a loss with a teacher; TeacherCacheConfig
 tuning.py       TuneConfig and its recipes
 pruning.py      PruneOptions, OWL, the methods by name, names of calibration data, mask updates; PruneConfig
 reconstruction.py  Reconstruction

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import AUTO_DTYPES, check_choice, check_int
+from spp.configs.distillation import Distillation
 from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, OPTIMISATION, RUN, Option
 from spp.configs.pruning import BOS_OPTION, MaskUpdateOptions
 from spp.configs.tuning import LARGEST_LR, TRAINING_DEVICES, TuneConfig
@@ -216,12 +217,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Distillation):
     """The options of a comparison: each field has its Option, whose text is the help; those without are TuneConfig's.
 
     With a budget of "steps" each contender gets `steps`; of "time", as many as fit into the time of the reference's; of
     "parameters", contenders with a rank get the one whose parameters are nearest to the reference's. Learning rates
-    (`lr`) are those of every contender, "4e-3", or of one by its name or kind, "hira=4e-3,1e-2".
+    (`lr`) are those of every contender, "4e-3", or of one by its name or kind, "hira=4e-3,1e-2". With a teacher, every
+    contender has the loss of spp.training.distillation; "dense" is `dense`, or what the certificate names.
 
     Raises:
         ConfigError: an option makes no sense; the message names it.
@@ -307,6 +309,8 @@ class CompareConfig:
     device: Annotated[str, Option("auto or cpu.", MODEL, choices=TRAINING_DEVICES)] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_weights(self.taught)
         for name in ("contenders", "lr", "seeds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("budget", self.budget, BUDGETS)
@@ -316,6 +320,11 @@ class CompareConfig:
         if self.budget == "time" and not self.cost_rounds:
             raise ConfigError(
                 f"{arg('budget')} is 'time', which needs the time of a step, but {arg('cost_rounds')} is 0"
+            )
+        if self.budget == "time" and self.taught:
+            raise ConfigError(
+                f"{arg('budget')} is 'time', which is the time of a step without a teacher: pass "
+                f"{arg('budget', 'steps')}, or leave the teacher out"
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"{arg('seeds')} is {self.seeds!r}; it must name each seed once, and one at least")
@@ -329,6 +338,11 @@ class CompareConfig:
         for contender in contenders:
             if contender.kind == "spp-mask-updates":
                 _check_mask_updates(contender)
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return self.teacher is not None or self.teacher_cache is not None
 
     def parsed(self) -> list[Contender]:
         """Return the contenders, each once, in order."""
@@ -360,7 +374,9 @@ class CompareConfig:
         """Return what all rows of one results.json share, paths by their last part: they differ between machines."""
         recipe = self.recipe(1.0, 0)
         names = ("budget", "steps", "test_windows", "validation_windows", "window")
+        taught = self.distillation if self.taught else {}
         return {
+            **{name: Path(one).name if isinstance(one, str) else one for name, one in taught.items()},
             **{name: getattr(self, name) for name in (*names, *_TRAINING)},
             "model": Path(str(self.model)).name,
             "dense": None if self.dense is None else Path(str(self.dense)).name,

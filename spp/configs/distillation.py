@@ -165,3 +165,9 @@ class TeacherCacheConfig:
         for name in ("top_k", "batch_size"):
             check_int(name, getattr(self, name), least=1)
         check_flag("completions_only", self.completions_only)
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """`data`, which always is a tuple of str once the config is made."""
+        assert isinstance(self.data, tuple)
+        return tuple(map(str, self.data))

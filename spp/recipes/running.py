@@ -28,8 +28,8 @@ from spp.files import atomic_file, output_error, read_json, recover, write_json
 from spp.files.carry import CERTIFICATE_NAME
 from spp.files.leftovers import LOCK_NAME, FolderLock
 from spp.files.provenance import Provenance
-from spp.files.recognised import EVALUATION, OWN
-from spp.recipes.stages import CHECKPOINT, FILE, RESULT, RUN, Plan, Step, python_reference
+from spp.files.recognised import CACHE_HEAD, EVALUATION, OWN
+from spp.recipes.stages import CACHE, CHECKPOINT, FILE, RESULT, RUN, Plan, Step, python_reference
 
 FORMAT = "spp-run-1"
 RECORD = "run.json"
@@ -37,7 +37,7 @@ _PIECE = 1 << 20  # bytes that are hashed at a time
 _TOLD = 3  # changes in a message
 _TEMPORARY = re.compile(r"\..+\.spp-(tmp|new|old)-\w+")
 # The file of an output that says who wrote it; of what is a single file, itself.
-_OWNER = {CHECKPOINT: CERTIFICATE_NAME, RUN: "config.json"}
+_OWNER = {CHECKPOINT: CERTIFICATE_NAME, RUN: "config.json", CACHE: CACHE_HEAD}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The stages of a run, in one table, and the steps that they make of a recipe.
 
-    prune → tune → merge → verify → eval → report
+    prune → teacher → tune → merge → verify → eval → report
 
 A stage reads what the stages before it have made, as the Road says, and writes into the run's directory: pruned/,
-tuned/ (a run of spp tune), merged/, eval/MODEL-MEASUREMENT.json, report.html. A stage that a recipe leaves out is not
-there: without prune, the model is one that is pruned already.
+teacher/ (the cache of spp teacher-cache), tuned/ (a run of spp tune), merged/, eval/MODEL-MEASUREMENT.json,
+report.html. A stage that a recipe leaves out is not there: without prune, the model is one that is pruned already.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from spp._version import __version__
 from spp.configs.checkpoints import MergeConfig, ReportConfig, RunConfig, VerifyConfig
+from spp.configs.distillation import DENSE, TeacherCacheConfig
 from spp.configs.evaluating import EvalConfig
 from spp.configs.pruning import PruneConfig
 from spp.configs.tuning import TuneConfig
@@ -32,6 +33,7 @@ _OPTIONS = {"model": "MODEL", "out": "--out", "data": "--data", "text": "--text"
 TEXTS = "texts"  # the stage that writes them; no key of a recipe
 MODELS = ("dense", "pruned", "tuned", "merged")  # that eval measures
 CHECKPOINT, RUN, FILE, RESULT, NOTHING = "a checkpoint", "a run", "a file", "a result", "nothing"  # that a step writes
+CACHE = "a cache"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Road:
     Args:
         out: the run's directory. data, text: as in the recipe.
         dense: the dense model; None where the recipe's is pruned already. pruned: the pruned one.
-        base: what the adapter belongs to. adapter, merged: None where there is none.
+        base: what the adapter belongs to. adapter, merged, cache (of a teacher): None where there is none.
     """
 
     out: Path
@@ -110,6 +112,7 @@ class Road:
     base: str = ""
     adapter: str | None = None
     merged: str | None = None
+    cache: str | None = None
     steps: list[Step] = field(default_factory=list)
 
     def add(self, *step: Any, **values: Any) -> None:
@@ -157,6 +160,25 @@ def _prune(road: Road, section: Section, others: Sections) -> None:
     road.pruned = str(config.output)
 
 
+def _teacher(road: Road, section: Section, others: Sections) -> None:
+    if "tune" not in others:
+        raise ConfigError(f"{section.where}: teacher without tune: nothing would read the cache")
+    tune = others["tune"][0]
+    if road.dense is None:
+        raise ConfigError(
+            f"{section.where}: teacher without prune: the dense model is not known here; set tune.teacher instead"
+        )
+    named = ("data", "data_format", "data_split", "text_field", "block_length", "completions_only", "bos")
+    same = {name: found for name in named if (found := tune.get(name)) is not None}
+    if not road.data and "data" not in {**same, **section.values}:
+        raise ConfigError(f"{section.where}: teacher has no data: pass {arg('data', ...)}, or set tune.data")
+    own = {"model": road.dense, "output": road.out / "teacher"}
+    config = section.build(TeacherCacheConfig, {"data": road.data, **same}, own)
+    reads = {"model": config.model, **{f"data {i}": name for i, name in enumerate(config.data_files, start=1)}}
+    road.add("teacher", "teacher", config, reads, (config.output,), CACHE)
+    road.cache = str(config.output)
+
+
 def _tune(road: Road, section: Section, others: Sections) -> None:
     pst, updates = section.get("method") == "pst", section.get("mask_update_every") is not None
     if pst and "prune" in others:
@@ -170,9 +192,14 @@ def _tune(road: Road, section: Section, others: Sections) -> None:
     if updates and road.dense is not None:
         usual["dense_model"] = road.dense
     own = {"model": road.pruned, "output_dir": road.out / "tuned"}
+    if road.cache is not None:
+        usual["teacher_cache"] = road.cache
+    if section.get("teacher") == DENSE and road.dense is not None:
+        own["teacher"] = road.dense
     config = section.build(TuneConfig.from_recipe, {k: v for k, v in usual.items() if v}, own)
     reads = {"model": config.model, **{f"data {i}": name for i, name in enumerate(config.data_files, start=1)}}
-    reads |= {name: str(getattr(config, name)) for name in ("eval_text", "dense_model") if getattr(config, name)}
+    named = ("eval_text", "dense_model", "teacher", "teacher_cache")
+    reads |= {name: str(found) for name in named if (found := getattr(config, name)) and found != DENSE}
     tuned = Path(config.output_dir)
     road.add("tune", "tune", config, reads, (tuned,), RUN)
     road.adapter, road.base = str(tuned / "adapter"), str(tuned / "base") if updates else road.pruned
@@ -262,7 +289,7 @@ STAGES = {
     for stage in (
         Stage("prune", (PruneConfig,), _prune, ("model", "output", *_OWN), ("report", *_SHOWN)),
         Stage("reconstruct"),
-        Stage("teacher"),
+        Stage("teacher", (TeacherCacheConfig,), _teacher, ("model", "output", *_OWN), ("data", "batch_size", *_SHOWN)),
         Stage(
             "tune",
             (TuneConfig, TuneConfig.from_recipe),

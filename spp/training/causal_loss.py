@@ -262,7 +262,7 @@ def _mean(total: Tensor, count: int, num_items: Tensor | float | None) -> Tensor
 def _sum_of_losses(
     head: nn.Module, hidden: Tensor, labels: Tensor, rows: slice, form: Form, objective: Objective
 ) -> Tensor:
-    return _OfLogits.apply(head(hidden), labels, rows, form, objective)  # type: ignore[no-any-return]
+    return _OfLogits.apply(head(hidden), labels, rows, form, objective)
 
 
 def _known_forms(model: nn.Module) -> list[Form]:
@@ -345,7 +345,7 @@ def _sum_in_chunks(
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        return _Chunked.apply(hidden, weight, bias, labels, chunk, form, objective)  # type: ignore[no-any-return]
+        return _Chunked.apply(hidden, weight, bias, labels, chunk, form, objective)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -61,7 +61,8 @@ class LossTrainer(Trainer):
         if isinstance(teacher, Teacher):
             self.teacher = teacher
         elif taught:
-            self.teacher = find_teacher(chosen, self._bare_model(), self.processing_class, model=in_memory)
+            model = in_memory if isinstance(in_memory, nn.Module) else None
+            self.teacher = find_teacher(chosen, self._bare_model(), self.processing_class, model=model)
         if self.teacher is not None:
             self.teacher.place(self.args.device)
 

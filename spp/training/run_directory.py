@@ -1,7 +1,7 @@
 """The directory of a tuning run: what is in it, and who may write there.
 
 .lock           while a process is at work here: which
-config.json     format, version, the options of the run, counts and hash of its data, and the peak memory
+config.json     format, version, the options of the run, counts and hash of its data, hash of its teacher, peak memory
 log.jsonl       one object a log
 checkpoints/    checkpoint-N, to resume from
 adapter/        the final adapter
@@ -81,14 +81,15 @@ class RunDirectory:
             )
             self.earlier = self._check()
 
-    def begin(self, data: dict[str, Any]) -> None:
+    def begin(self, data: dict[str, Any], teacher: dict[str, Any] | None = None) -> None:
         """Create the directory, or compare with the run that is resumed.
 
         Args:
             data: counts and hash of the training data.
+            teacher: its hash; None without one.
 
         Raises:
-            ConfigError: a resumed run had other options or other data.
+            ConfigError: a resumed run had other options, other data or another teacher.
             OutputError: the directory cannot be written, or another process is at work there.
         """
         try:
@@ -97,7 +98,7 @@ class RunDirectory:
         except OSError as error:
             raise output_error(error, self.path) from error
         if self.earlier is not None and self.config.resume:
-            self._compare(self.earlier, data)
+            self._compare(self.earlier, data, teacher)
             return
         try:
             if self.earlier is not None:  # overwrite: only what a run writes, and its config.json last
@@ -108,7 +109,8 @@ class RunDirectory:
                     path.unlink(missing_ok=True)
             options = self.config.to_dict()
             made = {"format": FORMAT, "spp_version": __version__, **Provenance.here().to_dict()}
-            self._write(self.config_file, {**made, "tune": options, "data": data})  # first: it says what this is
+            told = {"data": data} if teacher is None else {"data": data, "teacher": teacher}
+            self._write(self.config_file, {**made, "tune": options, **told})  # first: it says what this is
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise output_error(error, self.path) from error
@@ -166,7 +168,7 @@ class RunDirectory:
         for path, kind in ((self.checkpoints, TRAININGS), (self.adapter, ADAPTER), (self.base, MODEL)):
             require_replaceable(path, copies, kind=kind)
 
-    def _compare(self, earlier: dict[str, Any], data: dict[str, Any]) -> None:
+    def _compare(self, earlier: dict[str, Any], data: dict[str, Any], teacher: dict[str, Any] | None) -> None:
         defaults = {field.name: field.default for field in fields(TuneConfig)}  # options that are newer than the run
         before, now = {**defaults, **dict(earlier.get("tune") or {})}, self.config.to_dict()
         if "bos" not in (earlier.get("tune") or {}):  # such a run had no BOS in its windows, as its data tell
@@ -180,6 +182,12 @@ class RunDirectory:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed with other options:\n  " + "\n  ".join(differing) + "\n"
                 f"use the same options, or {arg('overwrite', True)} to start anew"
+            )
+        if earlier.get("teacher") != teacher:
+            raise ConfigError(
+                f"the run in {self.path} cannot be resumed: its teacher was another then ({earlier.get('teacher')}) "
+                f"than now ({teacher})",
+                remedy=f"learn from the same teacher, or use {arg('overwrite', True)} to start anew",
             )
         if {"bos": False, **(earlier.get("data") or {})} != {"bos": False, **data}:
             raise ConfigError(

@@ -104,7 +104,7 @@ class ModelTeacher(Teacher):
         device = next(bare.parameters()).device
         given = {name: _moved(value, device) for name, value in inputs.items() if name not in _NOT_OF_A_FORWARD}
         cache = {"use_cache": False} if hasattr(getattr(bare, "config", None), "use_cache") else {}
-        hidden = block_outputs(bare) if self.weights.hidden else contextlib.nullcontext([])
+        hidden: Any = block_outputs(bare) if self.weights.hidden else contextlib.nullcontext([])
         with torch.autocast(device.type, enabled=False), evaluating(bare):
             check_form(bare, given)
             with captured_states(bare) as states, hidden as outputs:
@@ -177,7 +177,12 @@ class CachedTeacher(Teacher):
 
 
 def find_teacher(
-    options: Distillation, student: nn.Module, tokenizer: Any = None, *, model: nn.Module | None = None
+    options: Distillation,
+    student: nn.Module,
+    tokenizer: Any = None,
+    *,
+    model: nn.Module | None = None,
+    dense: str | None = None,
 ) -> Teacher | None:
     """Return the teacher that the options name, checked against the model that learns; None where there is none.
 
@@ -186,6 +191,7 @@ def find_teacher(
         student: the model that learns, plain or wrapped; "dense" means the model that it was pruned from.
         tokenizer: the student's, where it is known.
         model: a teacher in memory, in place of one that the options name.
+        dense: the model that "dense" means, where it is known; None asks the student's certificate.
 
     Raises:
         ConfigError: there are two teachers, or weights without one, or it does not fit the student, or "dense" is
@@ -200,7 +206,11 @@ def find_teacher(
     if options.teacher_cache is not None:
         found = CachedTeacher(TeacherCache.open(options.teacher_cache), weights)
     elif options.teacher is not None:
-        name = dense_of(student) if options.teacher == DENSE else os.fspath(options.teacher)
+        name = os.fspath(options.teacher)
+        if name == DENSE:
+            bare: Any = unwrapped(student)
+            source = getattr(getattr(bare, "config", None), "_name_or_path", None)
+            name = dense_of(source, dense or getattr(bare, "_spp_origin", None))
         if tokenizer is not None:
             require_tokenizer(name, tokenizer)
         found = ModelTeacher(load_model(name, bits=options.teacher_bits), weights)
@@ -212,32 +222,32 @@ def find_teacher(
     return found
 
 
-def dense_of(model: nn.Module) -> str:
-    """Return the dense model that a pruned one was made from, as its certificate says.
+def dense_of(source: str | None, noted: str | None = None) -> str:
+    """Return the dense model that a pruned one was made from.
+
+    Args:
+        source: directory or hub id of the pruned model, whose certificate may say it.
+        noted: what is known of one in memory.
 
     Raises:
-        ConfigError: it has none that says so, or that model is not where it was.
+        ConfigError: nothing says so, or that model is not where it was.
     """
-    bare: Any = unwrapped(model)
-    source = getattr(getattr(bare, "config", None), "_name_or_path", None)
-    name = getattr(bare, "_spp_origin", None)
+    name = noted
     if name is None and source:
         with contextlib.suppress(CheckpointError):
             name = origin_of(local_directory(source, "model"))
-    told = f"{arg('teacher', DENSE)}: "
+    told, remedy = f"{arg('teacher', DENSE)}: ", f"name that model's directory or hub id: {arg('teacher', 'DIR')}"
     if name is None:
         raise ConfigError(
             f"{told}{source or 'the model'} has no certificate that names the dense model it was pruned from",
-            remedy=f"name that model's directory or hub id, as {arg('teacher', 'DIR')}",
+            remedy=remedy,
         )
     try:
         local_directory(name, "teacher")
     except CheckpointError as error:
-        raise ConfigError(
-            f"{told}the certificate of {source or 'the model'} names {name}, which is not there: {error}",
-            remedy=f"name the directory or hub id of the dense model, as {arg('teacher', 'DIR')}",
-        ) from error
-    return str(name)
+        where = f"the certificate of {source or 'the model'} names {name}"
+        raise ConfigError(f"{told}{where}, which is not there ({error})", remedy=remedy) from error
+    return name
 
 
 def require_tokenizer(name: str, tokenizer: Any) -> None:
@@ -259,7 +269,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

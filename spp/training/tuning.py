@@ -42,6 +42,7 @@ from spp.training.data import (
 from spp.training.loading import load_model, load_tokenizer
 from spp.training.methods import Method, method_of
 from spp.training.run_directory import RunDirectory
+from spp.training.teacher import Teacher, find_teacher
 from spp.wrapping.wrap import is_wrapped
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class TuneResult:
         return self.table().html()
 
 
-def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> TuneResult:
+def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None, teacher: Any = None) -> TuneResult:
     """Tune a model and write a run directory (config.json, log.jsonl, checkpoints/, adapter/, eval.json).
 
     Args:
@@ -116,12 +117,13 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         model: a causal language model in memory, pruned (for PST, dense), not wrapped; it comes back wrapped and tuned
             in the result, or as it was if anything fails. Goes with `tokenizer`.
         tokenizer: its tokenizer.
+        teacher: a causal language model in memory to learn from too, in place of `config.teacher`; it stays as it is.
 
     Returns:
         The tuned model, still wrapped, and the results of the run; a warning if the adapter changes no weight.
 
     Raises:
-        ConfigError: options contradict each other, or those of the run that is resumed.
+        ConfigError: options contradict each other, or those of the run that is resumed; or a teacher does not fit.
         DataError: the data is missing, malformed or too short; nothing has been written then.
         CheckpointError: the model cannot be loaded.
         OutputExistsError: the run directory holds something already.
@@ -135,15 +137,16 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None) -> Tun
         >>> spp.merge(result.model)  # doctest: +SKIP
     """
     _check_model(config, model, tokenizer)
+    config.require_weights(any(one is not None for one in (teacher, config.teacher, config.teacher_cache)))
     if model is None:
         _check_base(local_directory(str(config.model), "model"))
     if config.pattern is not None:
         tell_patterns(config.pattern)
     with RunDirectory(config) as run:
-        return _tune(config, run, model, tokenizer)
+        return _tune(config, run, model, tokenizer, teacher)
 
 
-def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any) -> TuneResult:
+def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any, teacher: Any) -> TuneResult:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
     data = _load_data(config, tokenizer)
     for number, row in enumerate(shown_rows(data, tokenizer, config.show_rows), start=1):
@@ -151,12 +154,15 @@ def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any) -> 
     measure = _Measure(config, tokenizer, data)
     model = model if model is not None else load_model(str(config.model), config.dtype)
     _check_tokens(config, model, tokenizer, data, measure)
+    taught = find_teacher(config, model, tokenizer, model=teacher)
+    if taught is not None:
+        taught.check_rows(data.train)
     method = method_of(config)
     method.prepare(model)
     try:
-        run.begin(data.summary.to_dict())
+        run.begin(data.summary.to_dict(), None if taught is None else taught.identity)
         with _settings_kept(model):
-            return _run(config, method, run, model, tokenizer, data, measure)
+            return _run(config, method, run, model, tokenizer, data, measure, taught)
     except BaseException:
         method.undo(model)
         raise
@@ -170,6 +176,7 @@ def _run(
     tokenizer: Any,
     data: TrainingData,
     measure: _Measure,
+    teacher: Teacher | None,
 ) -> TuneResult:
     log = LogFile(run.log)
     stop = StopOnSignal()
@@ -180,6 +187,7 @@ def _run(
         data_collator=data.collate,
         callbacks=[log, ProgressBar(config.progress), stop],
         loss_chunk=config.loss_chunk,
+        teacher=teacher,
     )
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)

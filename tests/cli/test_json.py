@@ -77,6 +77,11 @@ RUNS: list[tuple[tuple[object, ...], list[str], set[str]]] = [
         ["{out}"],
         {"blocks", "windows", "held_out", "seqlen", "options", "seconds", "versions", "device"},
     ),
+    (
+        ("teacher-cache", "{dense}", "{out}", "--data", "{text}", "--block-length", 16, "--top-k", 4),
+        ["{out}"],
+        {"rows", "tokens", "top_k", "rest", "bytes", "data", "versions", "device", "dtype"},
+    ),
     (("verify", "{pruned}", "{pruned}"), [], {"ok", "name", "against", "problems", "tensors", "certificate"}),
     (("inspect", "{pruned}"), [], {"kind", "sparsity", "pattern", "tensors"}),
     (("inspect", "{adapter}"), [], {"kind", "method", "config", "base", "parameters", "bytes", "tensors"}),
