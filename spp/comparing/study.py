@@ -130,7 +130,7 @@ def compare(config: CompareConfig) -> Results:
     data = load(config, tokenizer)
     contenders, hashes = _examine(config, contenders, lambda model: data.check(model, config, tokenizer))
     if config.taught:
-        hashes["teacher"] = _teacher_hash(config, data, tokenizer)
+        hashes["teacher_weights"] = _teacher_hash(config, data, tokenizer)
     hashes = {**data.hashes(), **hashes}
     conditions = {**config.conditions(), "kind": data.kind, "bos": data.bos, **Provenance(hashes=hashes).to_dict()}
     with Presence(path.parent) as present:

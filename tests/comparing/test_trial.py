@@ -186,6 +186,36 @@ def test_what_moves_the_mask_moves_it_while_it_trains(both: tuple[Path, Path], t
     assert rows["pst"]["zeros_kept"] < 0.99 and rows["pst"]["test"] != rows["pst-pruned"]["test"]
 
 
+@pytest.mark.parametrize("name", ["spp", "masked-lora", "lora", "pst"])
+def test_contenders_have_one_loss_with_a_teacher(name: str, pruned: Path, tmp_path: Path) -> None:
+    if name == "lora":
+        pytest.importorskip("peft")
+    dense, contender = pruned.parent / "dense", parse_contender(name)
+    given = config(pruned, tmp_path, contenders=(name,), dense=dense, teacher="dense", ce_weight=0.0, kl_weight=1.0)
+    data = load(given, load_tokenizer(pruned))
+    row = run_trial(given, contender, Trial(contender.name, 1e-3, 0, 2), data)
+    alone = run_trial(dataclasses.replace(given, teacher=None, ce_weight=1.0, kl_weight=0.0), contender,
+                      Trial(contender.name, 1e-3, 0, 2), data)  # fmt: skip
+    # What begins as the dense model has little to learn from it, and what is pruned less than from the text.
+    assert 0.01 < row["train_loss"] < (0.3 if name == "pst" else 0.8) * alone["train_loss"]
+
+
+def test_a_study_tells_its_teacher(pruned: Path, tmp_path: Path) -> None:
+    dense = pruned.parent / "dense"
+    given = config(pruned, tmp_path, contenders=("spp",), lr=("1e-3",), dense=dense, teacher="dense", kl_weight=0.5)
+    conditions = compare(given).read()["conditions"]
+    assert conditions["kl_weight"] == 0.5 and conditions["teacher"] == "dense"
+    assert len(conditions["teacher_weights"]) == 64
+    with pytest.raises(ConfigError, match="kl_weight"):
+        compare(dataclasses.replace(given, kl_weight=0.6, resume=True))
+    with pytest.raises(ConfigError, match="time of a step without a teacher"):
+        config(pruned, tmp_path, budget="time", cost_rounds=1, teacher="dense", kl_weight=0.5)
+    with pytest.raises(ConfigError, match=r"kl_weight is 0\.5, but there is no teacher"):
+        config(pruned, tmp_path, kl_weight=0.5)
+    with pytest.raises(ConfigError, match="has no certificate that names the dense model"):
+        compare(config(pruned, tmp_path / "new", contenders=("spp",), teacher="dense", kl_weight=0.5))
+
+
 @pytest.mark.slow
 def test_contenders_get_the_same_batches_whatever_they_draw(pruned: Path, tmp_path: Path) -> None:
     seen: dict[str, list[list[int]]] = {}

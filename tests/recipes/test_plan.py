@@ -48,6 +48,22 @@ def planned(recipe: str, **options: Any) -> Plan:
     return make_plan(RunConfig(recipe="my.yaml", **options))
 
 
+def test_a_teacher_is_the_dense_model_or_a_cache_of_it() -> None:
+    Path("big").mkdir()
+    named = FULL.replace("model: dense", "model: ./big").replace("lr: 1e-2", "teacher: dense\n  kl_weight: 0.7")
+    tune = planned(named).steps[1]
+    assert tune.config.teacher == tune.reads["teacher"] == "./big"
+    assert "teacher" not in planned(named.replace("./big", "dense")).steps[1].reads  # tune asks the certificate
+    cached = FULL.replace("lr: 1e-2", "kl_weight: 0.7\n  block_length: 16")
+    cached = cached.replace("merge:", "teacher:\n  top_k: 8\nmerge:")
+    plan = planned(cached)
+    assert [step.name for step in plan.steps][:3] == ["prune", "teacher", "tune"]
+    teacher, tune = plan.steps[1], plan.steps[2]
+    assert (teacher.config.model, teacher.config.top_k, teacher.config.block_length) == ("dense", 8, 16)
+    assert teacher.config.data == ("text.txt",) and tune.config.teacher is None
+    assert tune.config.teacher_cache == tune.reads["teacher_cache"] == "my-run/teacher"
+
+
 def test_a_recipe_makes_the_steps_and_their_configs() -> None:
     plan = planned(FULL)
     assert [step.name for step in plan.steps] == [
@@ -137,7 +153,10 @@ WRONG = [  # what is written in place of what, and what the message says
     ("merge:", "merge: [a]", "my.yaml, line 10: merge is a list"),
     ("merge:", "merrge:", "my.yaml, line 10: 'merrge' is no key of a recipe; did you mean merge?"),
     ("merge:", "reconstruct:", "my.yaml, line 10: the stage reconstruct is not available in this version"),
-    ("merge:", "teacher: {}", "my.yaml, line 10: the stage teacher is not available in this version"),
+    ("merge:", "teacher: {}", "line 7: tune: there is a teacher, but kl_weight and hidden_weight are 0"),
+    ("prune:\n  method: wanda\n  pattern: 2:4", "teacher:", "line 4: teacher without prune: the dense model is not"),
+    ("tune:\n  lr: 1e-2\n  steps: 3\nmerge:\n", "teacher:\n", "my.yaml, line 7: teacher without tune"),
+    ("  lr: 1e-2", "  teacher: dense", "line 8: tune: there is a teacher, but kl_weight and hidden_weight are 0"),
     ("  lr: 1e-2\n  steps: 3\n", "tune: false\n", "line 8: the key 'tune' occurs twice, first in line 7"),
     ("tune:\n  lr: 1e-2\n  steps: 3\n", "", "my.yaml, line 7: merge without tune"),
     ("  - window: 8", "  - window: 1", "line 13: eval: window is 1; it must be an int of at least 2"),
@@ -153,7 +172,7 @@ WRONG = [  # what is written in place of what, and what the message says
     (FULL, "", "my.yaml is empty"),
     (FULL, "a: \x07", "my.yaml, line 1: a character that YAML does not allow"),
     (FULL, "a: b\nc: [" + "*" * 3, "my.yaml, line 2: "),
-    (FULL, "model: dense\n", "my.yaml has no stage; known: prune, tune"),
+    (FULL, "model: dense\n", "my.yaml has no stage; known: prune, teacher, tune"),
 ]
 
 
