@@ -140,6 +140,8 @@ def test_arguments_that_belong_elsewhere(tmp_path: Path) -> None:
         sft(spp.wrap(model, 4, target_modules=["q_proj", "lm_head"]), tmp_path, SPPSFTTrainer)
     with pytest.raises(ConfigError, match="loss_chunk is SPPTrainer's"):
         SPPSFTTrainer(spp.wrap(pruned(), 4), loss_chunk=8)
+    with pytest.raises(ConfigError, match="teacher: a teacher is SPPTrainer's"):
+        SPPSFTTrainer(spp.wrap(pruned(), 4), teacher="dense")
 
 
 # A template that says what the assistant wrote, which TRL asks for.
