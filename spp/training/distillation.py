@@ -159,7 +159,7 @@ def top_of(outputs: Tensor, form: Form, k: int) -> tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class TaughtBatch:
-    """What a teacher says of a batch: a Lesson of spp.training.causal_loss, and the student's hidden states beside it.
+    """A Lesson of spp.training.causal_loss in one batch, with the student's hidden states beside the teacher's.
 
     Args:
         weights: of the terms.

@@ -127,7 +127,7 @@ class ModelTeacher(Teacher):
 
 
 class CachedTeacher(Teacher):
-    """What a teacher said of the training data, by the hash of each row.
+    """A cache of a teacher on the training data, whose rows are found by their hashes.
 
     Args:
         cache: of `spp teacher-cache`.

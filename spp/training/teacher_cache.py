@@ -45,7 +45,7 @@ CHUNK = 128  # tokens whose logits exist at once
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What `write_cache` wrote.
+    """The counts of a cache that `write_cache` wrote.
 
     Args:
         rows, tokens: counted.
