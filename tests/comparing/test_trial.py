@@ -186,7 +186,8 @@ def test_what_moves_the_mask_moves_it_while_it_trains(both: tuple[Path, Path], t
     assert rows["pst"]["zeros_kept"] < 0.99 and rows["pst"]["test"] != rows["pst-pruned"]["test"]
 
 
-@pytest.mark.parametrize("name", ["spp", "masked-lora", "lora", "pst"])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", ["lora", "spp", "masked-lora", "pst"])
 def test_contenders_have_one_loss_with_a_teacher(name: str, pruned: Path, tmp_path: Path) -> None:
     if name == "lora":
         pytest.importorskip("peft")

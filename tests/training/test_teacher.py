@@ -289,6 +289,7 @@ def test_caches_that_are_no_use(folders: Path, cache: Path, text: Path, tmp_path
     assert TeacherCache.open(tmp_path / "short").head["top_k"] == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bytes(
     folders: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +313,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert bytes_of(resumed.adapter_dir) == bytes_of(whole.adapter_dir)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_fewer_bits(folders: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     whole = dense(intermediate_size=128)  # whole blocks of 64 weights a row
