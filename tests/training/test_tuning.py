@@ -369,9 +369,9 @@ class TestRefused:
     ) -> None:
         late, real = run / "adapter/late.txt", RunDirectory.begin
 
-        def begin(self: RunDirectory, data: dict[str, Any]) -> None:
+        def begin(self: RunDirectory, *given: Any) -> None:
             late.write_text("mine")
-            real(self, data)
+            real(self, *given)
 
         monkeypatch.setattr(RunDirectory, "begin", begin)
         with pytest.raises(OutputExistsError, match=r"late\.txt"):
