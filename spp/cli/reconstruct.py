@@ -67,6 +67,7 @@ def stream(config: ReconstructConfig, device: str) -> ReconstructionReport | Non
             nsamples=config.nsamples,
             seqlen=config.seqlen,
             options=config.options,
+            bos=config.bos,
             dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
             device=device,
             overwrite=config.overwrite,
@@ -81,6 +82,7 @@ def load_and_reconstruct(config: ReconstructConfig, device: str) -> Reconstructi
     from spp.files.hub import local_directory
     from spp.pruning import reconstruct
     from spp.training.loading import load_model, load_tokenizer
+    from spp.wrapping.adapters import save_adapter
 
     directory = local_directory(config.pruned, "model")
     refuse_overlap(config.output, directory, "the pruned model")
@@ -95,6 +97,10 @@ def load_and_reconstruct(config: ReconstructConfig, device: str) -> Reconstructi
         nsamples=config.nsamples,
         seqlen=config.seqlen,
         options=config.options,
+        bos=config.bos,
     )
-    save_model(model, config.output, tokenizer=tokenizer, overwrite=config.overwrite)
+    if config.adapter is not None:
+        save_adapter(model, config.output, overwrite=config.overwrite)
+    else:
+        save_model(model, config.output, tokenizer=tokenizer, overwrite=config.overwrite)
     return found

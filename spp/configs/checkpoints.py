@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from spp.configs.checks import (
     AUTO_DTYPES,
+    BOS,
     DEVICES,
     DTYPES,
     check_chart,
@@ -23,7 +24,7 @@ from spp.configs.checks import (
     check_seed,
 )
 from spp.configs.options import DATA, EVALUATION, METHOD, MODEL, RUN, Option
-from spp.configs.pruning import check_source
+from spp.configs.pruning import BOS_OPTION, check_source
 from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, arg
 
@@ -184,7 +185,7 @@ class ReconstructConfig(Reconstruction):
     """
 
     pruned: Annotated[str, Option("Directory or hub id of the pruned model.", argument=True)]
-    output: Annotated[Path, Option("Directory to write the repaired checkpoint to.", argument=True)]
+    output: Annotated[Path, Option("Directory to write the repaired checkpoint, or the adapter, to.", argument=True)]
     dense: Annotated[str, Option("Directory or hub id of the model that it was pruned from.", MODEL)]
     calibration: Annotated[
         Any,
@@ -196,6 +197,7 @@ class ReconstructConfig(Reconstruction):
     ]
     nsamples: Annotated[int, Option("Calibration windows at most.", DATA)] = 128
     seqlen: Annotated[int, Option("Tokens of a window that is cut from text.", DATA)] = 2048
+    bos: Annotated[str, BOS_OPTION] = "auto"
     dtype: Annotated[
         str, Option("auto (the checkpoint's own), float32, bfloat16 or float16.", MODEL, choices=AUTO_DTYPES)
     ] = "auto"
@@ -210,6 +212,7 @@ class ReconstructConfig(Reconstruction):
         check_source(check_path("calibration", self.calibration))
         check_int("nsamples", self.nsamples, least=1)
         check_int("seqlen", self.seqlen, least=1)
+        check_choice("bos", self.bos, BOS)
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, AUTO_DTYPES)
 

@@ -45,6 +45,7 @@ class Option:
         negatable: whether a bool has a second spelling, --no-…, that switches it off.
         argument: whether it is an argument, which has its place instead of a spelling.
         required: whether it must be given though the field has a default.
+        prefix: of the help of the fields of a dataclass that is the value, where they are options of their own.
     """
 
     help: str
@@ -60,6 +61,7 @@ class Option:
     negatable: bool = False
     argument: bool = False
     required: bool = False
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,18 @@ class Field:
     def nested(self) -> tuple[Field, ...]:
         """The fields of the dataclass that its value is, such as OWL, as options of their own: --owl-threshold."""
         inner = options_of(self.type) if is_dataclass(self.type) else ()
-        spelled = [replace(part.option, name=f"{self.spelling}{part.spelling[1:]}") for part in inner]
+        spelled = [
+            replace(part.option, name=f"{self.spelling}{part.spelling[1:]}", help=self._prefixed(part.option.help))
+            for part in inner
+        ]
         return tuple(
             replace(part, name=f"{self.name}_{part.name}", option=option)
             for part, option in zip(inner, spelled, strict=True)
         )
+
+    def _prefixed(self, text: str) -> str:
+        prefix = self.option.prefix
+        return f"{prefix}: {text[0].lower()}{text[1:]}" if prefix else text
 
     @property
     def help(self) -> str:

@@ -38,7 +38,7 @@ from spp.configs.checks import (
 from spp.configs.options import DATA, METHOD, MODEL, OPTIMISATION, RUN, Option
 from spp.configs.pattern import Pattern
 from spp.configs.reconstruction import Reconstruction
-from spp.errors import ConfigError, DataError, PatternError, arg
+from spp.errors import ConfigError, DataError, PatternError, arg, call
 
 Patterns = str | float | Pattern | Mapping[str, str | float | Pattern]
 BOS_OPTION = Option(
@@ -230,7 +230,11 @@ class PruneOptions:
     ] = True
     reconstruct: Annotated[
         Reconstruction | None,
-        Option("Train each pruned block's kept weights until it gives the dense block's outputs again.", OPTIMISATION),
+        Option(
+            "Train each pruned block's kept weights until it gives the dense block's outputs again.",
+            OPTIMISATION,
+            prefix="Reconstruction",
+        ),
     ] = None
     bos: Annotated[str, BOS_OPTION] = "auto"
 
@@ -239,6 +243,12 @@ class PruneOptions:
         if self.reconstruct is not None and not isinstance(self.reconstruct, Reconstruction):
             raise ConfigError(
                 f"{arg('reconstruct')} is {self.reconstruct!r}; pass spp.Reconstruction() with its options, or None"
+            )
+        if self.reconstruct is not None and self.reconstruct.adapter is not None:
+            raise ConfigError(
+                f"{arg('train', 'adapter')} makes an adapter beside a pruned model, and pruning makes that model: leave "
+                f"out {arg('reconstruct')} here, and give the pruned model to {call('reconstruct', 'pruned, dense')} "
+                f"afterwards"
             )
         check_patterns(self.pattern)
         if owl is not None and not isinstance(owl, OWL):

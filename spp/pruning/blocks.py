@@ -98,6 +98,7 @@ class BlockRunner:
         )
         self._outputs: list[Any] = [None] * len(self._batches)  # of the block before the next one, as it returned them
         self._shared = [_Shared() for _ in self._batches]
+        self.next = 0  # the block that is
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -123,6 +124,11 @@ class BlockRunner:
                 self._outputs[batch] = output
             self._shared[batch].end(keep=keep)
             yield batch
+        self.next += keep
+
+    def kept(self, batch: int) -> Any:
+        """Return the output of the block before the next one."""
+        return self._outputs[batch]
 
     def block(self, index: int) -> nn.Module:
         """Return block `index`."""

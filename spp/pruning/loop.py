@@ -102,7 +102,7 @@ def prune_blocks(
                 done |= found
                 error = max((layer.relative_error or 0.0 for layer in found.values()), default=0.0)
                 bar.set_postfix_str(f"error={error:.3f}{repair_text(repaired.get(index))}", refresh=False)
-            if teacher and dense and index < last:
+            if teacher and dense and index < last and teacher.next == index:
                 with dense.held():
                     teacher.propagate(index)
             if runner is not None and index < last:

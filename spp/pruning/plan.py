@@ -21,6 +21,7 @@ from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
 from spp.configs.reconstruction import Reconstruction
 from spp.data.tokens import find_bos
 from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
+from spp.files.tables import count_text
 from spp.layers.host import refuse_parametrization
 from spp.masks.patterns import Pattern, all_finite
 from spp.models.projection import Projection, find_projections
@@ -96,7 +97,7 @@ class PrunePlan:
             already_sparser=sum(layer.was_sparser for layer in done.values()),
             reconstruction=None
             if self.options.reconstruct is None
-            else reconstruction_report(self.options.reconstruct, self.windows, repaired or {}, seconds),
+            else reconstruction_report(self.options.reconstruct, self.windows, repaired or {}, seconds, self.bos),
         )
         _log(report)
         return report
@@ -119,7 +120,7 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
         windows = draw_windows(
             model, options.calibration, tokenizer, options.nsamples, options.seqlen, options.seed, options.bos
         )
-        bos = needs_tokenizer(options.calibration) and find_bos(tokenizer, options.bos) is not None
+        bos = begins_with_bos(options.calibration, tokenizer, options.bos)
         if options.reconstruct is not None:
             warn_of_one_window(options.reconstruct, windows)
     return PrunePlan(options, get_method(options.method), layers, patterns, windows, bos)
@@ -135,6 +136,11 @@ def draw_windows(
     where = describe_calibration(calibration)
     check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)
     return windows
+
+
+def begins_with_bos(calibration: Calibration, tokenizer: Any, bos: str) -> bool:
+    """Whether calibration windows are cut from text and begin with a BOS token."""
+    return needs_tokenizer(calibration) and find_bos(tokenizer, bos) is not None
 
 
 def batches_of(options: Reconstruction, windows: Tensor) -> tuple[list[int], int]:
@@ -155,16 +161,16 @@ def warn_of_one_window(options: Reconstruction, windows: Tensor) -> None:
 
 
 def reconstruction_report(
-    options: Reconstruction, windows: Tensor, repaired: Mapping[int, BlockReport], seconds: float
+    options: Reconstruction, windows: Tensor, repaired: Mapping[int, BlockReport], seconds: float, bos: bool
 ) -> ReconstructionReport:
     """Return the report of what was done to each block, by index, and log it."""
     _, held = options.split(*windows.shape)
     blocks = tuple(repaired[index] for index in sorted(repaired))
-    report = ReconstructionReport(blocks, len(windows), sum(held), windows.shape[1], asdict(options), seconds)
-    notes = [(index, region) for index, block in repaired.items() for region in block.regions if region.note]
-    for index, region in notes:
-        told = logger.warning if "rolled back" in region.note else logger.info
-        told("block %d%s: %s", index, f", {region.name}" if region.name else "", region.note)
+    report = ReconstructionReport(blocks, len(windows), sum(held), windows.shape[1], asdict(options), seconds, bos)
+    regions = [region for block in blocks for region in block.regions]
+    if back := sum("rolled back" in region.note for region in regions):
+        told = "%d of %s rolled back, to the values of before: training did not lower the error; the report says which"
+        logger.warning(told, back, f"{count_text(len(regions), 'region')} {'was' if back == 1 else 'were'}")
     return report
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from tqdm import tqdm
 from spp._version import __version__
 from spp.certifying.save import note_origin
 from spp.certifying.sources import checkpoint_directory
-from spp.configs.checks import check_int
+from spp.configs.adapter import SPPConfig
+from spp.configs.checks import BOS, check_choice, check_int
 from spp.configs.reconstruction import Reconstruction
 from spp.errors import ConfigError, NonFiniteError, WrapError, arg
 from spp.evaluation import evaluating
@@ -32,18 +33,27 @@ from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.carry import carry_files, refuse_overlap
 from spp.models.projection import Projection, find_projections
 from spp.models.streamed import StreamedModel
-from spp.models.targets import input_embedding, resolve_projections
+from spp.models.targets import input_embedding, name_targets, resolve_projections
 from spp.packing.model import packed_layers
 from spp.pruning.blocks import BlockRunner, find_blocks
 from spp.pruning.disk import checksum, keys_of_blocks, require_safetensors, windows_hash
 from spp.pruning.fitting import fit_block
 from spp.pruning.loop import layers_by_block, repair_text
-from spp.pruning.plan import batches_of, check_layer, draw_windows, reconstruction_report, warn_of_one_window
+from spp.pruning.plan import (
+    batches_of,
+    begins_with_bos,
+    check_layer,
+    draw_windows,
+    reconstruction_report,
+    warn_of_one_window,
+)
 from spp.pruning.regions import Streams
 from spp.pruning.report import BlockReport, ReconstructionReport
 from spp.pruning.windows import Calibration, check_calibration
 from spp.pruning.work import Work
-from spp.wrapping.wrap import is_wrapped
+from spp.rules import get_rule
+from spp.wrapping.adapters import base_values, fill, fill_layers, mask_of, parameters_of, write_tensors_of
+from spp.wrapping.wrap import adapted, is_wrapped, wrap
 
 
 def reconstruct(
@@ -55,11 +65,14 @@ def reconstruct(
     nsamples: int = 128,
     seqlen: int = 2048,
     options: Reconstruction = Reconstruction(),  # noqa: B008  frozen
+    bos: str = "auto",
 ) -> ReconstructionReport:
     """Train a pruned model's blocks, one after another and in place, until they give the dense model's outputs again.
 
     Zeros of its projections stay, bit for bit; trained are the other weights of the decoder blocks' projections, norms
     and biases. A region whose error on held-out windows does not fall keeps the values that it had.
+
+    With `train="adapter"` no weight changes, and the model is left wrapped (`spp.wrap`) with the trained adapter.
 
     Args:
         model: pruned, by whatever; not wrapped, not quantized, its weights in memory.
@@ -69,6 +82,7 @@ def reconstruct(
         nsamples: calibration windows at most.
         seqlen: tokens of a window that is cut from text.
         options: how. Its seed draws the windows too.
+        bos: as for `spp.prune`.
 
     Returns:
         What was done to each block: `.blocks[i].before` and `.after` are errors relative to the dense output.
@@ -83,7 +97,7 @@ def reconstruct(
         True
     """
     started = time.perf_counter()
-    _check(options, calibration, nsamples, seqlen)
+    _check(options, calibration, nsamples, seqlen, bos)
     for name, one in (("model", model), (arg("dense"), dense)):
         if is_wrapped(one) or packed_layers(one):
             raise WrapError(f"{name} is wrapped or packed: spp.merge, spp.unwrap or spp.unpack it first")
@@ -91,19 +105,32 @@ def reconstruct(
     check_dense(model, dense, layers)
     for layer in (*layers.values(), *find_projections(dense)):
         check_layer(layer)
-    windows = draw_windows(model, calibration, tokenizer, nsamples, seqlen, options.seed)
+    _check_rank(options, layers)
+    windows = draw_windows(model, calibration, tokenizer, nsamples, seqlen, options.seed, bos)
     warn_of_one_window(options, windows)
     note_origin(model, dense)
+    store = RepairStore()
     with evaluating(model), evaluating(dense):
         try:
-            repaired = repair_blocks(model, dense, layers, windows, options, RepairStore())
+            repaired = repair_blocks(model, dense, layers, windows, options, store)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error.marked} (blocks before it are repaired already)") from error
-    return reconstruction_report(options, windows, repaired, time.perf_counter() - started)
+            done = "" if options.adapter is not None else " (blocks before it are repaired already)"
+            raise NonFiniteError(f"{error.marked}{done}") from error
+    if options.adapter is not None:
+        fill(wrap(model, options.adapter), store.adapters)
+    starts = begins_with_bos(calibration, tokenizer, bos)
+    return reconstruction_report(options, windows, repaired, time.perf_counter() - started, starts)
 
 
 class RepairStore:
-    """Where blocks of the two models come from and go to; this one is for models in memory."""
+    """Where blocks of the two models come from and go to; this one is for models in memory.
+
+    Attributes:
+        adapters: {"<module path>.<name>": parameter} of those that were trained.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, Tensor] = {}
 
     def resident(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Hold the weights of a block of both models in memory: a context manager."""
@@ -113,8 +140,13 @@ class RepairStore:
         """Whether a block is repaired already."""
         return False
 
-    def finish(self, index: int, repaired: BlockReport) -> None:
-        """Take a resident block that was repaired just now."""
+    def finish(self, index: int, repaired: BlockReport, adapters: Mapping[str, Tensor] | None) -> None:
+        """Take a resident block that was repaired just now, or the adapters that were trained instead."""
+        self.adapters |= adapters or {}
+
+    def adapters_of(self, index: int) -> Mapping[str, Tensor]:
+        """Return the adapters of a block that was finished in an earlier run."""
+        raise NotImplementedError
 
 
 def repair_blocks(
@@ -145,13 +177,19 @@ def repair_blocks(
     bar = tqdm(range(last + 1), desc="reconstructing", unit="block", disable=None)
     of_block = layers_by_block(layers, root, len(blocks))
     for index in bar:
-        with store.resident(index):
+        with store.resident(index), contextlib.ExitStack() as stack:
+            adapters: dict[str, Tensor] | None = None
+            if options.adapter is not None:
+                made = stack.enter_context(adapted(blocks[index], of_block[index], options.adapter))
+                adapters = parameters_of(made)
+                if store.has(index):
+                    fill_layers(made, store.adapters_of(index))
             if not store.has(index):
                 repaired[index] = fit_block(streams, index, of_block[index], options)
-                store.finish(index, repaired[index])
+                store.finish(index, repaired[index], adapters)
                 bar.set_postfix_str(repair_text(repaired[index]).removeprefix(", "), refresh=False)
             if index < last:
-                teacher.propagate(index)
+                streams.advance(index)
                 runner.propagate(index)
     return repaired
 
@@ -166,6 +204,7 @@ def reconstruct_checkpoint(
     nsamples: int = 128,
     seqlen: int = 2048,
     options: Reconstruction = Reconstruction(),  # noqa: B008  frozen
+    bos: str = "auto",
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -174,9 +213,9 @@ def reconstruct_checkpoint(
 
     Args:
         pruned: a checkpoint of safetensors files, or a hub id.
-        out: the directory to make: the weights, the pruned checkpoint's other files, sparsity.json.
+        out: the directory to make: the weights, the pruned checkpoint's other files, sparsity.json; or the adapter.
         dense: the checkpoint that it was pruned from, or its hub id.
-        calibration, tokenizer, nsamples, seqlen, options: as for `spp.reconstruct`.
+        calibration, tokenizer, nsamples, seqlen, options, bos: as for `spp.reconstruct`.
         dtype: of the weights, while they are trained and as they are written; None is the checkpoint's own.
         device: where blocks are run.
         overwrite: replace what is at `out`, if it is an output (spp.files.recognised) and holds nothing else.
@@ -196,7 +235,7 @@ def reconstruct_checkpoint(
         >>> reconstruct_checkpoint("pruned", "repaired", "dense", "corpus.txt", tokenizer=tokenizer)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    _check(options, calibration, nsamples, seqlen)
+    _check(options, calibration, nsamples, seqlen, bos)
     target = Path(os.path.realpath(out))
     source, origin = checkpoint_directory(pruned), checkpoint_directory(dense)
     for directory, what in ((source, "the pruned model"), (origin, "the dense model")):
@@ -210,7 +249,8 @@ def reconstruct_checkpoint(
         layers = resolve_projections(sides[0].model)
         sides[0].streamed.require_floats(layer.parameter_path for layer in layers.values())
         check_dense(sides[0].model, sides[1].model, layers)
-        windows = draw_windows(sides[0].model, calibration, tokenizer, nsamples, seqlen, options.seed)
+        _check_rank(options, layers)
+        windows = draw_windows(sides[0].model, calibration, tokenizer, nsamples, seqlen, options.seed, bos)
         warn_of_one_window(options, windows)
         for side in sides:
             side.split(layers)
@@ -224,24 +264,40 @@ def reconstruct_checkpoint(
             "rest": [checksum(side.reader, side.rest) for side in sides],
         }
         with Work(target, job, len(sides[0].blocks)) as work:
-            store = _Streamed(sides, work, layers)
+            store = _Streamed(sides, work, layers, adapts=options.adapter is not None)
             work.keep_blocks_of(store.checksum)
             for side in sides:
                 side.load_rest()
             _share(*(side.model for side in sides))
             with evaluating(sides[0].model), evaluating(sides[1].model):
                 repair_blocks(sides[0].model, sides[1].model, layers, windows, options, store)
-            rest = sides[0].rest
-            layout = {key: (sides[0].streamed.dtype(key), reader.shape(key)) for key in rest}
             repaired = work.repaired()
-            work.commit(
-                *(reader, layout, sides[0].streamed.value),
-                dtype=dtype,
-                overwrite=overwrite,
-                origin=os.fspath(dense),
-                base=pruned,
-            )
-    return reconstruction_report(options, windows, repaired, time.perf_counter() - started)
+            if options.adapter is not None:
+                store.commit(options.adapter, os.fspath(pruned), overwrite=overwrite)
+            else:
+                _commit(work, sides[0], dtype=dtype, overwrite=overwrite, dense=dense, pruned=pruned)
+    starts = begins_with_bos(calibration, tokenizer, bos)
+    return reconstruction_report(options, windows, repaired, time.perf_counter() - started, starts)
+
+
+def _commit(
+    work: Work,
+    side: _Side,
+    *,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    dense: str | os.PathLike[str],
+    pruned: str | os.PathLike[str],
+) -> None:
+    """Make the checkpoint of the finished blocks and the rest of the pruned model."""
+    layout = {key: (side.streamed.dtype(key), side.reader.shape(key)) for key in side.rest}
+    work.commit(
+        *(side.reader, layout, side.streamed.value),
+        dtype=dtype,
+        overwrite=overwrite,
+        origin=os.fspath(dense),
+        base=pruned,
+    )
 
 
 class _Side:
@@ -269,7 +325,9 @@ class _Side:
 class _Streamed(RepairStore):
     """Blocks that come from the two checkpoints, or finished ones from the work folder."""
 
-    def __init__(self, sides: Sequence[_Side], work: Work, layers: Mapping[str, Projection]) -> None:
+    def __init__(self, sides: Sequence[_Side], work: Work, layers: Mapping[str, Projection], *, adapts: bool) -> None:
+        super().__init__()
+        self._adapts = adapts
         self._pruned, self._dense = sides
         self._work = work
         root, blocks = find_blocks(self._pruned.model, list(layers))
@@ -278,7 +336,7 @@ class _Streamed(RepairStore):
     @contextlib.contextmanager
     def resident(self, index: int) -> Iterator[None]:
         """Load a block of both, and unload it afterwards: a context manager."""
-        finished = self.has(index)
+        finished = self.has(index) and not self._adapts
         directory = self._pruned.reader.directory
         with self._work.reader(index) if finished else CheckpointReader(directory) as origin:
             self._pruned.streamed.load(self._pruned.keys[index], origin)
@@ -294,11 +352,37 @@ class _Streamed(RepairStore):
         """Whether a block is finished."""
         return self._work.has(index)
 
-    def finish(self, index: int, repaired: BlockReport) -> None:
-        """Write a block."""
+    def finish(self, index: int, repaired: BlockReport, adapters: Mapping[str, Tensor] | None) -> None:
+        """Write a block, or its adapters."""
         keys, streamed = self._pruned.keys[index], self._pruned.streamed
-        tensors = {key: streamed.value(key) for key in keys}
+        tensors = adapters
+        if tensors is None:
+            tensors = {key: streamed.value(key) for key in keys}
         self._work.finish(index, tensors, {}, self.checksum(index), repaired)
+
+    def adapters_of(self, index: int) -> Mapping[str, Tensor]:
+        """Read the adapters of a block from the work folder."""
+        with self._work.reader(index) as reader:
+            return {key: reader.load(key) for key in reader.keys()}  # noqa: SIM118  a reader is no mapping
+
+    def commit(self, config: SPPConfig, base: str, *, overwrite: bool) -> None:
+        """Make an adapter directory of the finished blocks' adapters."""
+        hashes: dict[str, dict[str, str]] = {"base_masks": {}}
+        side = self._pruned
+        for index, layers in enumerate(self._of_block):
+            with CheckpointReader(side.reader.directory) as origin:
+                side.streamed.load(side.keys[index], origin)
+            hashes["base_masks"] |= {path: mask for path, layer in layers.items() if (mask := mask_of(layer))}
+            for name, values in base_values((path, layer.held()) for path, layer in layers.items()).items():
+                hashes.setdefault(name, {}).update(values)
+            side.streamed.unload(side.blocks[index])
+        tensors = {key: value for index in range(len(self._of_block)) for key, value in self.adapters_of(index).items()}
+        paths = [path for layers in self._of_block for path in layers]
+        config = replace(config, target_modules=name_targets(side.model, paths))
+        self._work.commit_adapter(
+            lambda directory: write_tensors_of(directory, side.model, config, tensors, base, hashes),
+            overwrite=overwrite,
+        )
 
     def checksum(self, index: int) -> int:
         """Return a checksum of what a finished block was made of."""
@@ -309,12 +393,20 @@ class _Streamed(RepairStore):
         return sums[0] << 32 | sums[1]
 
 
-def _check(options: Reconstruction, calibration: Calibration, nsamples: int, seqlen: int) -> None:
+def _check_rank(options: Reconstruction, layers: Mapping[str, Projection]) -> None:
+    """Raise a ConfigError where an adapter does not fit a layer."""
+    if options.adapter is not None:
+        for path, layer in layers.items():
+            get_rule(options.rule).check_rank(layer.out_features, layer.in_features, options.r, path)
+
+
+def _check(options: Reconstruction, calibration: Calibration, nsamples: int, seqlen: int, bos: str) -> None:
     if not isinstance(options, Reconstruction):
         raise ConfigError(f"{arg('options')} is {options!r}; pass spp.Reconstruction() with its options")
     check_calibration(calibration)
     check_int("nsamples", nsamples, least=1)
     check_int("seqlen", seqlen, least=1)
+    check_choice("bos", bos, BOS)
 
 
 def check_dense(model: nn.Module, dense: nn.Module, layers: Mapping[str, Projection]) -> None:

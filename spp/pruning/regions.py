@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spp.errors import TargetError
+from spp.layers.host import LinearHost
 from spp.models.projection import Projection
 from spp.pruning.blocks import BlockRunner, Reached, hidden_name, replaced_forwards
 
@@ -33,6 +34,7 @@ class Region:
         projections: the targets in it.
         residual: whether the block adds what the norm reads to the module's output; then the sum is the region's
             output, and what the pruned blocks before it have done to the hidden states is made up for, too.
+        last: whether its output is the block's.
     """
 
     block: nn.Module
@@ -41,6 +43,7 @@ class Region:
     argument: int | str
     projections: Sequence[Projection]
     residual: bool = False
+    last: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -55,6 +58,10 @@ class Region:
     def modules(self) -> list[nn.Module]:
         """Return every module whose parameters belong to it."""
         return [*self.module.modules(), *(self.norm.modules() if self.norm is not None else ())]
+
+    def numel(self) -> int:
+        """Return how many values its modules hold."""
+        return sum(value.numel() for module in self.modules() for value in module.parameters(recurse=False))
 
     def trained(self) -> Iterator[tuple[nn.Module, str, bool]]:
         """Yield the module and the name of each parameter that is trained, and whether its zeros stay."""
@@ -71,7 +78,7 @@ class Region:
 
     def output(self, call: Call, dtype: torch.dtype) -> Tensor:
         """Return the region's output for a call that was recorded, in another dtype."""
-        to = torch.empty(0, dtype=dtype, device=self.projections[0].weight.device)  # the dense model may be elsewhere
+        to = torch.empty(0, dtype=dtype, device=next(self.module.parameters()).device)  # the dense may be elsewhere
         args, kwargs = list(_cast(call.args, to)), _cast(call.kwargs, to)
         if self.norm is not None:
             places: Any = args if isinstance(self.argument, int) else kwargs
@@ -91,6 +98,15 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     norm_args: tuple[Any, ...] = ()
     norm_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def without_normed(self, region: Region) -> Call:
+        """Return the call without what the norm gave, which the region computes anew."""
+        if region.norm_path is None:
+            return self
+        place = region.argument
+        args = [None if number == place else value for number, value in enumerate(self.args)]
+        kwargs = {name: None if name == place else value for name, value in self.kwargs.items()}
+        return replace(self, args=tuple(args), kwargs=kwargs)
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -161,14 +177,70 @@ class Streams:
     sizes: Sequence[int]
     held: int
 
-    def example(self, index: int, batch: int, region: Region, inputs: str) -> tuple[Call, Tensor]:
-        """Return the call of a region on a batch, and the dense region's output, the target."""
-        with self.dense_values():
-            call, output = _run_region(self.dense, index, batch, region, to_end=True)
-        target = region.sum(call, hidden_of(output).detach())
-        if inputs == "repaired":
-            call, _ = _run_region(self.repaired, index, batch, region, to_end=False)
+    def advance(self, index: int) -> None:
+        """Run a dense block and keep its outputs as the inputs of the next, unless that is done."""
+        if self.dense.next == index:
+            with self.dense_values():
+                self.dense.propagate(index)
+
+
+class Examples:
+    """The call of a region on each batch, and the dense region's output, the target.
+
+    They are kept from the first use on while there is room, and computed anew where there is not. The output of a block
+    is what the dense stream holds anyway.
+
+    Args:
+        streams: at the state in which block `index` is next; the dense one may be behind it afterwards.
+        index: of the block.
+        region: of the block.
+        inputs: "repaired" or "dense".
+        room: bytes that may be kept.
+    """
+
+    def __init__(self, streams: Streams, index: int, region: Region, inputs: str, room: int) -> None:
+        self._streams, self._index, self._region = streams, index, region
+        self._repaired, self._room = inputs == "repaired", room
+        self._kept: dict[int, tuple[Call, Tensor]] = {}
+        self._advanced = self._repaired and region.last
+        if self._advanced:
+            streams.advance(index)
+
+    def __getitem__(self, batch: int) -> tuple[Call, Tensor]:
+        if batch in self._kept:
+            return self._kept[batch]
+        call, target = self._make(batch)
+        size = _bytes([*call.args, *call.kwargs.values(), *call.norm_args, *call.norm_kwargs.values()])
+        size = None if size is None else size + (0 if self._advanced else _bytes(target) or 0)
+        if size is not None and size <= self._room:
+            self._room -= size
+            self._kept[batch] = (call, target)
         return call, target
+
+    def _make(self, batch: int) -> tuple[Call, Tensor]:
+        streams, region = self._streams, self._region
+        call, output = Call(), None
+        if self._advanced:
+            target = hidden_of(streams.dense.kept(batch))
+        else:
+            with streams.dense_values():
+                call, output = _run_region(streams.dense, self._index, batch, region, to_end=True)
+            target = region.sum(call, hidden_of(output).detach())
+        if self._repaired:
+            call, _ = _run_region(streams.repaired, self._index, batch, region, to_end=False)
+        return call.without_normed(region), target
+
+
+def _bytes(value: Any) -> int | None:
+    """Return the bytes of the tensors in arguments; None where something in them may change from call to call."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if type(value) in (tuple, list):
+        sizes = [_bytes(part) for part in value]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+    if type(value) is dict and not value:
+        return 0
+    return 0 if value is None or isinstance(value, (bool, int, float, str)) else None
 
 
 def _run_region(runner: BlockRunner, index: int, batch: int, region: Region, *, to_end: bool) -> tuple[Call, Any]:
@@ -212,8 +284,8 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
     if not layers:
         return []
     if kind == "block":
-        return [Region(block, "", None, 0, list(layers))]
-    places = {id(module): path for path, module in block.named_modules()}
+        return [Region(block, "", None, 0, list(layers), last=True)]
+    places = {id(m.linear() if isinstance(m, LinearHost) else m): path for path, m in block.named_modules()}
     inside = [(places[id(layer.module)], layer) for layer in layers]
     parts = list(dict.fromkeys(_part_of(block, path) for path, _ in inside))
     others = [name for name, child in block.named_children() if not any(_is_in(part, name) for part in parts)]
@@ -236,7 +308,7 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
     hooks = [block.get_submodule(p).register_forward_pre_hook(enter(p), with_kwargs=True) for p in (*parts, *others)]
     hooks += [block.get_submodule(path).register_forward_hook(leave(path)) for path in (*parts, *others)]
     try:
-        streams = [hidden_of(runner.visit(index, 0))]
+        streams = [given := hidden_of(runner.visit(index, 0))]
     finally:
         for hook in hooks:
             hook.remove()
@@ -249,7 +321,8 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
         norm = source if source in others and sources.count(source) == 1 else None
         held = [layer for name, layer in inside if _is_in(name, path)]
         residual = norm is not None and _is_sum(streams, read[norm], hidden_of(made[path]))
-        found.append(Region(block, path, norm, argument, held, residual))
+        last = residual and torch.equal(read[norm] + hidden_of(made[path]), given)
+        found.append(Region(block, path, norm, argument, held, residual, last))
     return found
 
 

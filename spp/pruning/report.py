@@ -112,6 +112,7 @@ class ReconstructionReport:
         seqlen: their length in tokens.
         options: the options by name.
         seconds: the whole took.
+        bos: whether the windows were cut from text and begin with a BOS token.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -120,6 +121,7 @@ class ReconstructionReport:
     seqlen: int
     options: Mapping[str, Any]
     seconds: float
+    bos: bool = False
 
     @property
     def before(self) -> float:
@@ -135,7 +137,7 @@ class ReconstructionReport:
         """Return the report as JSON-ready values."""
         return {
             "blocks": [block.to_dict() for block in self.blocks],
-            **{name: getattr(self, name) for name in ("windows", "held_out", "seqlen", "options", "seconds")},
+            **{name: getattr(self, name) for name in ("windows", "held_out", "seqlen", "options", "seconds", "bos")},
         }
 
 

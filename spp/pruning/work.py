@@ -207,6 +207,15 @@ class Work:
                 replace(make_certificate(pruned), origin=origin).write(directory)
             if base is not None:
                 certify(directory, base)
+        self._done()
+
+    def commit_adapter(self, write: Callable[[Path], None], *, overwrite: bool) -> None:
+        """Make an output that `write` fills, a directory of adapters, and remove the folder."""
+        with self._writing(), atomic_directory(self._target, overwrite=overwrite) as directory:
+            write(directory)
+        self._done()
+
+    def _done(self) -> None:
         (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         self._discard()
 

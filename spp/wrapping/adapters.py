@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +68,22 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> sorted(adapter_state_dict(model))[0]  # doctest: +SKIP
         'model.layers.0.mlp.down_proj.spp_alpha'
     """
-    found = {
+    found = parameters_of(require_layers(model))
+    return found | {name: one.trained.detach() for name, one in also_trained(model).items()}
+
+
+def parameters_of(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+    """Return {"<module path>.<name>": parameter}, not copied, of {module path: layer}."""
+    return {
         f"{path}.{name}": parameter.detach()
-        for path, layer in require_layers(model).items()
+        for path, layer in layers.items()
         for name, parameter in zip(layer.spp_rule.attribute_names(), layer.adapter_parameters(), strict=True)
     }
-    return found | {name: one.trained.detach() for name, one in also_trained(model).items()}
 
 
 def base_masks(model: nn.Module) -> dict[str, str]:
     """Return {module path: hash of the zero pattern} of the frozen weights of a wrapped model."""
-    masks = {path: _mask_of(layer) for path, layer in require_layers(model).items()}
+    masks = {path: mask_of(layer) for path, layer in require_layers(model).items()}
     return {path: mask for path, mask in masks.items() if mask is not None}
 
 
@@ -128,15 +133,49 @@ def write_adapter(model: nn.Module, directory: Path, masks: Mapping[str, str] | 
     origin = origin_of_loaded(model)
     if origin is None:
         origin = base_values((path, layer.held()) for path, layer in require_layers(model).items())
-    config = {
-        **adapter_config(model).to_dict(),
+    hashes = {"base_masks": base_masks(model) if masks is None else dict(masks), **origin}
+    write_tensors_of(
+        directory, uncompiled(model), adapter_config(model), adapter_state_dict(model), name_of_base(model), hashes
+    )
+
+
+def write_tensors_of(
+    directory: Path,
+    model: nn.Module,
+    config: SPPConfig,
+    tensors: Mapping[str, Tensor],
+    base: str | None,
+    hashes: Mapping[str, Any],
+) -> None:
+    """Write the two files of an adapter that no model may hold.
+
+    Args:
+        directory: that exists.
+        model: that it is for; of what kind it is counts.
+        config: with target_modules resolved.
+        tensors: {"<module path>.<name>": parameter}.
+        base: where the model came from.
+        hashes: the fields base_masks, base_values and base_forms.
+    """
+    values = {
+        **config.to_dict(),
         "peft_type": PEFT_TYPE,
-        "base_model_name_or_path": name_of_base(model),
-        "base_masks": base_masks(model) if masks is None else dict(masks),
-        **origin,
-        "task_type": "CAUSAL_LM" if _generates(uncompiled(model)) else None,  # what PEFT's Auto classes go by
+        "base_model_name_or_path": base,
+        **hashes,
+        "task_type": "CAUSAL_LM" if _generates(model) else None,  # what PEFT's Auto classes go by
     }
-    write_files(directory, config, {PREFIX + key: tensor for key, tensor in adapter_state_dict(model).items()})
+    write_files(directory, values, {PREFIX + key: tensor for key, tensor in tensors.items()})
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapters of a wrapped model the values of {"<module path>.<name>": parameter}."""
+    fill_layers(adapter_layers(model), tensors)
+
+
+def fill_layers(layers: Mapping[str, AdapterLayer], tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapters of {module path: layer} the values of {"<module path>.<name>": parameter}."""
+    for path, layer in layers.items():
+        _fill(layer, path, tensors)
 
 
 def name_of_base(model: nn.Module) -> str | None:
@@ -227,8 +266,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         with torch.random.fork_rng(devices=[]):  # the values drawn by wrap are replaced at once
             held_packed = any(isinstance(t, Projection) and t.packed is not None for t in targets.values())
             wrap(model, replace(files.config, packed=True) if held_packed else files.config)
-    for layer_path, layer in adapter_layers(model).items():
-        _fill(layer, layer_path, files.tensors)
+    fill(model, files.tensors)
     for name, one in also_trained(model).items():
         if name in files.also:
             one.fill(files.also[name])
@@ -312,7 +350,7 @@ def _check_masks(targets: Targets, files: AdapterFiles, given: str | None, *, st
     files.warn_unchecked()
     masks = files.base_masks or {}
     differing = sorted(
-        path for path, target in targets.items() if path in masks and _mask_of(target) not in (None, masks[path])
+        path for path, target in targets.items() if path in masks and mask_of(target) not in (None, masks[path])
     )
     if not differing:
         return True
@@ -348,7 +386,7 @@ def _check_values(
     return verdict
 
 
-def _mask_of(target: Projection | AdapterLayer) -> str | None:
+def mask_of(target: Projection | AdapterLayer) -> str | None:
     """Return the hash of a target's zeros; None for a weight on the meta device."""
     weight = target.held().dense()
     return None if weight.is_meta else mask_sha256(weight)

@@ -32,6 +32,7 @@ from spp.wrapping.state import (
     dtype_of_model,
     guard_saving,
     layer_generator,
+    replace_modules,
     uncompiled,
 )
 
@@ -119,7 +120,7 @@ def wrap(
     refuse_wrapped(model)
     targets = _SPP.targets(model, config.target_modules, config.exclude_modules)
     also, dtype = find_also(model, config.also_train, targets), dtype_of_model(model)
-    _check_targets(config, targets)
+    check_targets(config, targets)
     layers = _SPP.put_in(model, config, targets, lambda target: _make_layer(target, config, dtype))
     _adapt_fused(layers)
     _SPP.state(model).also = put_also(model, also)
@@ -269,6 +270,24 @@ def print_trainable_parameters(model: nn.Module) -> None:
     )
 
 
+@contextlib.contextmanager
+def adapted(
+    block: nn.Module, targets: Mapping[str, Projection], config: SPPConfig
+) -> Iterator[dict[str, AdapterLayer]]:
+    """Have adapters in the place of some projections of a part of a model; yields {path: layer}: a context manager."""
+    layers = {path: _make_layer(target, config, None) for path, target in targets.items()}
+    replace_modules(block, {id(targets[path].module): layers[path] for path in layers if not targets[path].fused})
+    _adapt_fused(layers)
+    try:
+        yield layers
+    finally:
+        for layer in layers.values():
+            if isinstance(layer, SPPExperts):
+                release_experts(layer.projection.module, SPPExperts)
+        plain = {id(layer): layer.restore() for layer in layers.values() if isinstance(layer, SPPLinear)}
+        replace_modules(block, plain)
+
+
 def check_rank_pattern(config: SPPConfig, paths: Sequence[str]) -> None:
     """Raise a ConfigError where an entry of rank_pattern means none of the targets, whose module paths are given."""
     unused = [n for n in config.rank_pattern or {} if not any(name_matches(path, n) for path in paths)]
@@ -297,7 +316,7 @@ def _adapt_fused(layers: dict[str, AdapterLayer]) -> None:
         adapt_experts(adapters)
 
 
-def _check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
+def check_targets(config: SPPConfig, targets: dict[str, Projection]) -> None:
     """Raise what speaks against adapting any of the targets, before the first is touched; warn of dense ones."""
     check_rank_pattern(config, list(targets))
     for path, target in targets.items():

@@ -20,9 +20,10 @@ from spp.models.targets import resolve_projections
 from spp.pruning import prune, reconstruct
 from spp.pruning.blocks import BlockRunner, find_blocks
 from spp.pruning.disk import prune_checkpoint
-from spp.pruning.fitting import Weights, _Value, relative_error
+from spp.pruning.fitting import relative_error
 from spp.pruning.reconstruction import reconstruct_checkpoint
 from spp.pruning.regions import Region, find_regions
+from spp.pruning.values import Weights, _Value
 from tests.helpers.models import assert_same_model, moe_model, projections, prune_nm_, tiny_llama, tiny_tokenizer
 from tests.helpers.tolerances import assert_same_bits
 
@@ -276,7 +277,7 @@ def test_a_mask_that_was_filled_is_never_written(tmp_path: Path, monkeypatch: py
     source = _source(tmp_path)
     prune_checkpoint(source, tmp_path / "pruned", "magnitude", "2:4")
     monkeypatch.setattr(_Value, "keep", lambda self: self.best.copy_(self.value.detach()))
-    monkeypatch.setattr(Weights, "mask_gradients", lambda self: None)
+    monkeypatch.setattr(Weights, "mask_gradient", lambda self, parameter: None)
     with pytest.raises(MaskError, match=r"would change the zeros of model\.layers\.0\.mlp"):
         reconstruct_checkpoint(tmp_path / "pruned", tmp_path / "out", source, _ids(), options=FASTER)
     monkeypatch.setattr("spp.pruning.fitting.pack_bits", lambda weight: torch.zeros(1))
