@@ -246,9 +246,8 @@ class PruneOptions:
             )
         if self.reconstruct is not None and self.reconstruct.adapter is not None:
             raise ConfigError(
-                f"{arg('train', 'adapter')} makes an adapter beside a pruned model, and pruning makes that model: leave "
-                f"out {arg('reconstruct')} here, and give the pruned model to {call('reconstruct', 'pruned, dense')} "
-                f"afterwards"
+                f"{arg('reconstruct', ...)} is to train an adapter beside a pruned model, which pruning has yet to make: "
+                f"prune without it, and give {call('reconstruct')} the pruned model afterwards"
             )
         check_patterns(self.pattern)
         if owl is not None and not isinstance(owl, OWL):

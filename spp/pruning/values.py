@@ -38,7 +38,7 @@ class Trained(ABC):
 
     @abstractmethod
     def training(self) -> contextlib.AbstractContextManager[None]:
-        """Have the parameters in the region, and nothing else trainable; afterwards as `kept` says: a context manager."""
+        """Have nothing but the parameters trainable, and afterwards the values that `kept` says: a context manager."""
 
     @abstractmethod
     def count(self) -> int:
@@ -52,6 +52,7 @@ class Trained(ABC):
     def load_best(self) -> None:
         """Give the region the best values."""
 
+    @abstractmethod
     def mask_gradient(self, parameter: nn.Parameter) -> None:
         """Set the gradient of values that are not trained to zero."""
 
@@ -167,6 +168,7 @@ class Weights(Trained):
         self._nonzero = {value.value: value.nonzero for value in self.trained if value.masked}
 
     def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the values that are trained, of 16 bits their masters."""
         return [value.value for value in self.trained]
 
     @contextlib.contextmanager
@@ -187,17 +189,21 @@ class Weights(Trained):
                     value.stored.detach().copy_(value.best)
 
     def count(self) -> int:
+        """Return how many values are trained: of weights, the kept ones."""
         return sum(int(v.nonzero.sum()) if v.masked else v.value.numel() for v in self.trained)
 
     def mask_gradient(self, parameter: nn.Parameter) -> None:
+        """Set the gradient of pruned weights to zero."""
         if parameter in self._nonzero and parameter.grad is not None:
             parameter.grad.mul_(self._nonzero[parameter])  # a fifth of the time of masked_fill_
 
     def keep(self) -> None:
+        """Take the values that there are, rounded to what is stored, as the best."""
         for value in self.trained:
             value.keep()
 
     def load_best(self) -> None:
+        """Give the region the best values."""
         for value in self.trained:
             assert value.best is not None
             value.value.detach().copy_(value.best)
@@ -219,10 +225,12 @@ class Adapters(Trained):
         self._best = [value.clone() for value in self._first]
 
     def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the parameters of the adapters."""
         return self._parameters
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
+        """Freeze everything but the adapters, which get the best values, or those of before, at the end."""
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
         for parameter in self._parameters:
@@ -235,13 +243,19 @@ class Adapters(Trained):
                 parameter.requires_grad_(flag)
 
     def count(self) -> int:
+        """Return how many values the adapters have."""
         return sum(parameter.numel() for parameter in self._parameters)
 
+    def mask_gradient(self, parameter: nn.Parameter) -> None:
+        """Leave the gradient as it is."""
+
     def keep(self) -> None:
+        """Take the values that there are as the best."""
         for best, parameter in zip(self._best, self._parameters, strict=True):
             best.copy_(parameter.detach())
 
     def load_best(self) -> None:
+        """Give the adapters the best values."""
         self._give(self._best)
 
     def _give(self, values: Sequence[Tensor]) -> None:

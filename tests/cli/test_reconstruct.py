@@ -50,6 +50,19 @@ def test_a_pruned_checkpoint_is_repaired(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_an_adapter_is_written_that_merge_and_inspect_read(
+    spp: Call, dense: Path, text: Path, pruned: Path, tmp_path: Path
+) -> None:
+    arguments = ("--dense", dense, "--calibration", text, *WINDOWS, "--epochs", 3, "--bos", "always", "--json")
+    found = ok(spp("reconstruct", pruned, tmp_path / "out", *arguments, "--train", "adapter", "--rule", "hira"))
+    told = json.loads(found.out)
+    assert told["bos"] and told["options"]["rule"] == "hira"
+    assert all(block["after"] < block["before"] for block in told["blocks"])
+    assert "hira" in ok(spp("inspect", tmp_path / "out")).out
+    ok(spp("merge", pruned, tmp_path / "out", tmp_path / "merged"))
+    assert "exactly the zeros" in ok(spp("verify", pruned, tmp_path / "merged")).out
+
+
 @pytest.mark.slow
 def test_prune_reconstructs_as_it_goes(spp: Call, dense: Path, text: Path, tmp_path: Path) -> None:
     options = ("--calibration", text, *WINDOWS, "--reconstruct", "--reconstruct-epochs", 2, "--reconstruct-lr", 1e-3)
@@ -67,7 +80,10 @@ def test_prune_reconstructs_as_it_goes(spp: Call, dense: Path, text: Path, tmp_p
     [
         (("--reconstruct-epochs", 2), "--reconstruct-epochs is an option of RECONSTRUCT: add --reconstruct"),
         (("--method", "magnitude", "--reconstruct"), "--reconstruct needs calibration data: pass --calibration"),
-        (("--reconstruct", "--reconstruct-train", "adapter"), "cannot be done yet"),
+        (
+            ("--reconstruct", "--reconstruct-train", "adapter"),
+            "--reconstruct is to train an adapter",
+        ),
     ],
 )
 def test_prune_refuses(spp: Call, dense: Path, tmp_path: Path, options: tuple[Any, ...], complaint: str) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spp
+import spp.pruning.fitting as fitting
 import spp.pruning.loop as loop
+import spp.pruning.reconstruction as reconstruction
 from spp.certifying.certificate import Certificate
-from spp.errors import ConfigError, MaskError, SPPWarning
+from spp.errors import ConfigError, MaskError, NonFiniteError, SPPWarning
 from spp.masks.patterns import nonzero_mask
 from spp.models.targets import resolve_projections
 from spp.pruning import prune, reconstruct
@@ -290,6 +293,130 @@ def test_a_mask_that_was_filled_is_never_written(tmp_path: Path, monkeypatch: py
         spp.verify(tmp_path / "pruned", model)
 
 
+# ---- An adapter in place of the weights.
+
+ADAPTER = spp.Reconstruction(train="adapter", rule="hira", r=4, epochs=3, batch_size=4, held_out=0.25)
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {path: value.clone() for path, value in model.named_parameters()}
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("rule", ["spp", "hira", "masked_lora"])
+def test_an_adapter_is_trained_beside_frozen_weights(rule: str) -> None:
+    dense = _llama().double()
+    model = prune_nm_(copy.deepcopy(dense))
+    before, flags = _parameters(model), {path: p.requires_grad for path, p in model.named_parameters()}
+    options = spp.Reconstruction(train="adapter", rule=rule, r=4, epochs=6, batch_size=4, held_out=0.25)
+    report = reconstruct(model, dense, _ids(), options=options)
+    for block in report.blocks:
+        assert all(part.after < part.before and part.trained and not part.note for part in block.regions)
+    config = spp.adapter_config(model)
+    assert (config.rule, config.r, config.scaling, config.seed) == (rule, 4, 2.0, 0)
+    found, trained = _parameters(model), {id(p) for p in spp.adapter_parameters(model)}
+    assert all(torch.equal(found[path], value) for path, value in before.items())  # norms and biases too
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained and not any(
+        p.grad is not None for p in model.parameters()
+    )
+    ids, seen = _ids(), dict[str, Tensor]()
+
+    def second(one: nn.Module) -> Tensor:  # what the second block reads
+        handle = one.model.layers[1].register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+        with torch.no_grad():
+            one(ids[-4:])
+        handle.remove()
+        return seen["x"]
+
+    target, adapted = second(dense), second(model)
+    assert float(relative_error(adapted, target).sqrt()) == pytest.approx(
+        report.blocks[0].regions[1].after, rel=1e-9
+    )  # of what the wrapped model gives, and not of what was trained and thrown away
+    spp.unwrap(model)
+    assert_same_model(model, prune_nm_(_llama().double()))
+    assert {path: p.requires_grad for path, p in model.named_parameters()} == flags
+
+
+def test_a_model_whose_adapter_cannot_be_trained_is_left_as_it_was() -> None:
+    dense = _llama()
+    model = prune_nm_(copy.deepcopy(dense))
+    with pytest.raises(ConfigError, match=r"k_proj: r = 24 does not fit .* lower r"):
+        reconstruct(model, dense, _ids(2), options=spp.Reconstruction(train="adapter", r=24))
+    dense.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.full((32,), float("nan")))
+    with pytest.raises(NonFiniteError, match=r"layers\.1 holds NaN or infinity$"):
+        reconstruct(model, dense, _ids(2), options=ADAPTER)
+    assert_same_model(model, prune_nm_(_llama()))
+    with pytest.raises(ConfigError, match="reconstruct=… is to train an adapter"):
+        prune(dense, "wanda", "2:4", _ids(), reconstruct=ADAPTER)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_an_adapter_of_experts(architecture: str) -> None:
+    dense = moe_model(architecture)
+    model = copy.deepcopy(dense)
+    prune(model, "magnitude", "2:4")
+    expected = copy.deepcopy(model)
+    report = reconstruct(model, dense, _ids(), options=ADAPTER)
+    assert all(block.after < block.before for block in report.blocks)  # type: ignore[operator]
+    assert_same_model(spp.unwrap(model), expected)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_streamed_adapter_has_the_bytes_of_one_in_memory_and_a_killed_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    source, pruned = _source(tmp_path, dtype), tmp_path / "pruned"
+    prune_checkpoint(source, pruned, "magnitude", "2:4")
+    report = reconstruct_checkpoint(pruned, tmp_path / "out", source, _ids(), options=ADAPTER)
+    model, dense = (AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval() for path in (pruned, source))
+    expected = reconstruct(model, dense, _ids(), options=ADAPTER)
+    assert [block.after for block in report.blocks] == [block.after for block in expected.blocks]
+    spp.save_adapter(model, tmp_path / "memory")
+    assert _files(tmp_path / "out") == _files(tmp_path / "memory")
+    fitted, real = [], reconstruction.fit_block
+
+    def dying(streams: Any, index: int, *rest: Any) -> Any:
+        fitted.append(index)
+        if fitted.count(2) == 1 and index == 2:
+            raise KeyboardInterrupt
+        return real(streams, index, *rest)
+
+    monkeypatch.setattr(reconstruction, "fit_block", dying)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_checkpoint(pruned, tmp_path / "again", source, _ids(), options=ADAPTER)
+    reconstruct_checkpoint(pruned, tmp_path / "again", source, _ids(), options=ADAPTER)
+    assert fitted == [0, 1, 2, 2] and _files(tmp_path / "again") == _files(tmp_path / "out")
+    spp.merge_checkpoint(pruned, tmp_path / "again", tmp_path / "merged")
+    spp.verify(pruned, tmp_path / "merged")
+    loaded = spp.load_adapter(AutoModelForCausalLM.from_pretrained(pruned, dtype="auto"), tmp_path / "out")
+    for path, value in spp.merge(loaded).state_dict().items():
+        assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors").get(path, value), value), path
+    names = ["again", "memory", "merged", "model", "out", "pruned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+# ---- What a region keeps.
+
+
+def test_examples_that_do_not_fit_are_computed_anew_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, runs = _llama(num_hidden_layers=1), list[int]()
+    real = BlockRunner.visit
+    monkeypatch.setattr(BlockRunner, "visit", lambda self, *rest: (runs.append(1), real(self, *rest))[1])
+    made = {}
+    for room in (fitting._KEPT, 0):
+        monkeypatch.setattr(fitting, "_KEPT", room)
+        monkeypatch.setattr(Region, "numel", lambda self: 0)
+        runs.clear()
+        model = prune_nm_(copy.deepcopy(dense))
+        reconstruct(model, dense, _ids(), options=FASTER)
+        made[room] = model.state_dict(), len(runs)
+    (one, kept), (other, anew) = made.values()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert kept == 1 + 2 * 2 + 2 < anew  # regions are found; two models for the attention, one for the MLP, two batches
+
+
 # ---- Bad input.
 
 
@@ -334,7 +461,15 @@ def test_what_makes_no_sense_is_refused() -> None:
         prune(model, "magnitude", "2:4", reconstruct=spp.Reconstruction())
     with pytest.raises(ConfigError, match="reconstruct is True"):
         prune(model, "wanda", "2:4", _ids(), reconstruct=True)  # type: ignore[arg-type]
-    for options in ({"region": "layer"}, {"train": "adapter"}, {"epochs": 0}, {"lr": 0}, {"held_out": 1.0}):
+    for options in (
+        {"region": "layer"},
+        {"train": "all"},
+        {"rule": "hira"},
+        {"r": 4},
+        {"epochs": 0},
+        {"lr": 0},
+        {"held_out": 1.0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             spp.Reconstruction(**options)  # type: ignore[arg-type]
 
