@@ -246,7 +246,7 @@ class PruneOptions:
             )
         if self.reconstruct is not None and self.reconstruct.adapter is not None:
             raise ConfigError(
-                f"{arg('reconstruct', ...)} is to train an adapter beside a pruned model, which pruning has yet to make: "
+                f"{arg('reconstruct', ...)} is to train an adapter beside a pruned model, which is yet to be made: "
                 f"prune without it, and give {call('reconstruct')} the pruned model afterwards"
             )
         check_patterns(self.pattern)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,6 +26,7 @@ from spp.pruning.fitting import relative_error
 from spp.pruning.reconstruction import reconstruct_checkpoint
 from spp.pruning.regions import Region, find_regions
 from spp.pruning.values import Weights, _Value
+from spp.wrapping.wrap import adapter_config
 from tests.helpers.models import assert_same_model, moe_model, projections, prune_nm_, tiny_llama, tiny_tokenizer
 from tests.helpers.tolerances import assert_same_bits
 
@@ -308,11 +308,12 @@ def test_an_adapter_is_trained_beside_frozen_weights(rule: str) -> None:
     dense = _llama().double()
     model = prune_nm_(copy.deepcopy(dense))
     before, flags = _parameters(model), {path: p.requires_grad for path, p in model.named_parameters()}
-    options = spp.Reconstruction(train="adapter", rule=rule, r=4, epochs=6, batch_size=4, held_out=0.25)
+    lr = 2e-3 if rule == "masked_lora" else None  # which adds, where the others scale
+    options = spp.Reconstruction(train="adapter", rule=rule, r=4, epochs=6, batch_size=4, held_out=0.25, lr=lr)
     report = reconstruct(model, dense, _ids(), options=options)
     for block in report.blocks:
         assert all(part.after < part.before and part.trained and not part.note for part in block.regions)
-    config = spp.adapter_config(model)
+    config = adapter_config(model)
     assert (config.rule, config.r, config.scaling, config.seed) == (rule, 4, 2.0, 0)
     found, trained = _parameters(model), {id(p) for p in spp.adapter_parameters(model)}
     assert all(torch.equal(found[path], value) for path, value in before.items())  # norms and biases too
@@ -343,7 +344,7 @@ def test_a_model_whose_adapter_cannot_be_trained_is_left_as_it_was() -> None:
     with pytest.raises(ConfigError, match=r"k_proj: r = 24 does not fit .* lower r"):
         reconstruct(model, dense, _ids(2), options=spp.Reconstruction(train="adapter", r=24))
     dense.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.full((32,), float("nan")))
-    with pytest.raises(NonFiniteError, match=r"layers\.1 holds NaN or infinity$"):
+    with pytest.raises(NonFiniteError, match=r"layers\.1 holds NaN or infinity; ((?!repaired).)*$"):
         reconstruct(model, dense, _ids(2), options=ADAPTER)
     assert_same_model(model, prune_nm_(_llama()))
     with pytest.raises(ConfigError, match="reconstruct=… is to train an adapter"):
@@ -391,8 +392,8 @@ def test_a_streamed_adapter_has_the_bytes_of_one_in_memory_and_a_killed_run_goes
     spp.merge_checkpoint(pruned, tmp_path / "again", tmp_path / "merged")
     spp.verify(pruned, tmp_path / "merged")
     loaded = spp.load_adapter(AutoModelForCausalLM.from_pretrained(pruned, dtype="auto"), tmp_path / "out")
-    for path, value in spp.merge(loaded).state_dict().items():
-        assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors").get(path, value), value), path
+    spp.merge(loaded)
+    assert_same_model(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto"))
     names = ["again", "memory", "merged", "model", "out", "pruned"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
@@ -461,15 +462,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         prune(model, "magnitude", "2:4", reconstruct=spp.Reconstruction())
     with pytest.raises(ConfigError, match="reconstruct is True"):
         prune(model, "wanda", "2:4", _ids(), reconstruct=True)  # type: ignore[arg-type]
-    for options in (
-        {"region": "layer"},
-        {"train": "all"},
-        {"rule": "hira"},
-        {"r": 4},
-        {"epochs": 0},
-        {"lr": 0},
-        {"held_out": 1.0},
-    ):
+    wrong = ({"region": "layer"}, {"train": "all"}, {"rule": "hira"}, {"r": 4}, {"scaling": 1.0})  # without an adapter
+    for options in (*wrong, {"epochs": 0}, {"lr": 0}, {"held_out": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             spp.Reconstruction(**options)  # type: ignore[arg-type]
 
