@@ -308,11 +308,11 @@ def test_an_adapter_is_trained_beside_frozen_weights(rule: str) -> None:
     dense = _llama().double()
     model = prune_nm_(copy.deepcopy(dense))
     before, flags = _parameters(model), {path: p.requires_grad for path, p in model.named_parameters()}
-    lr = 2e-3 if rule == "masked_lora" else None  # which adds, where the others scale
+    lr = 5e-4 if rule == "masked_lora" else None  # which adds, where the others scale
     options = spp.Reconstruction(train="adapter", rule=rule, r=4, epochs=6, batch_size=4, held_out=0.25, lr=lr)
     report = reconstruct(model, dense, _ids(), options=options)
     for block in report.blocks:
-        assert all(part.after < part.before and part.trained and not part.note for part in block.regions)
+        assert all(part.after < part.before and part.trained and "rolled" not in part.note for part in block.regions)
     config = adapter_config(model)
     assert (config.rule, config.r, config.scaling, config.seed) == (rule, 4, 2.0, 0)
     found, trained = _parameters(model), {id(p) for p in spp.adapter_parameters(model)}
@@ -347,7 +347,7 @@ def test_a_model_whose_adapter_cannot_be_trained_is_left_as_it_was() -> None:
     with pytest.raises(NonFiniteError, match=r"layers\.1 holds NaN or infinity; ((?!repaired).)*$"):
         reconstruct(model, dense, _ids(2), options=ADAPTER)
     assert_same_model(model, prune_nm_(_llama()))
-    with pytest.raises(ConfigError, match="reconstruct=… is to train an adapter"):
+    with pytest.raises(ConfigError, match="reconstruct= is to train an adapter"):
         prune(dense, "wanda", "2:4", _ids(), reconstruct=ADAPTER)
 
 
