@@ -321,7 +321,7 @@ def find_regions(runner: BlockRunner, index: int, layers: Collection[Projection]
         norm = source if source in others and sources.count(source) == 1 else None
         held = [layer for name, layer in inside if _is_in(name, path)]
         residual = norm is not None and _is_sum(streams, read[norm], hidden_of(made[path]))
-        last = residual and torch.equal(read[norm] + hidden_of(made[path]), given)
+        last = residual and norm is not None and torch.equal(read[norm] + hidden_of(made[path]), given)
         found.append(Region(block, path, norm, argument, held, residual, last))
     return found
 
