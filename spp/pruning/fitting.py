@@ -8,8 +8,8 @@ whose activations are a thousand times as large. ε is 1 % of the median of ‖t
 
 Regions (spp.pruning.regions) are trained in the order in which the block calls them, each on what the repaired ones
 before it give. Trained are the weights of the projections that are not zero, norms and biases: by Adam, in
-float32 where they are stored in 16 bits; or adapters beside frozen ones. Pruned positions keep their bits. Values are stored only where they lower the
-error on the held-out windows.
+float32 where they are stored in 16 bits; or adapters beside frozen ones. Pruned positions keep their bits.
+Values are stored only where they lower the error on the held-out windows.
 """
 
 from __future__ import annotations
