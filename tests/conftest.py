@@ -64,6 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
+gc.set_threshold(50_000, 20, 50)  # garbage of small models is no reason to look at all objects
 _modules = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from typing import Annotated, Any
@@ -78,13 +79,19 @@ def options(
         console.quiet_imports()
 
 
+@functools.cache
+def program() -> Any:
+    """Return the commands with all their options: making them takes a third of a small command."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the program; an error of spp is one message and exit code 1, an interruption exit code 130."""
     with console.safe_streams():
         console.speak_json(False)
         code: Any = 1
         try:
-            app(prog_name="spp")
+            program()(prog_name="spp")
         except SystemExit as stop:
             code = stop.code
         except KeyboardInterrupt as interruption:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -168,6 +169,7 @@ def peak_bytes(device: str | torch.device = "cpu") -> int:
     return resident_bytes()
 
 
+@functools.cache
 def installed(package: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -70,6 +71,9 @@ def moe_model(architecture: str) -> torch.nn.Module:
     return model
 
 
+_MADE: dict[tuple[object, ...], LlamaForCausalLM] = {}  # a copy takes half of the time
+
+
 def tiny_llama(**overrides: object) -> LlamaForCausalLM:
     """A two-layer Llama with random weights (seed 0), float32, in eval mode."""
     options: dict[str, object] = {
@@ -86,11 +90,13 @@ def tiny_llama(**overrides: object) -> LlamaForCausalLM:
         "tie_word_embeddings": False,
         **overrides,
     }
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**options))  # type: ignore[arg-type]
-    torch.set_rng_state(state)
-    return model.eval()
+    how = (repr(options), torch.get_default_dtype(), torch.get_default_device(), torch.is_inference_mode_enabled())
+    if how not in _MADE:
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a traceback for GPUs that are not in use
+        _MADE[how] = LlamaForCausalLM(LlamaConfig(**options)).eval()  # type: ignore[arg-type]
+        torch.set_rng_state(state)
+    return copy.deepcopy(_MADE[how])
 
 
 def projections(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
