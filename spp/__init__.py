@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spp.certifying.verify import sparsity, verify
     from spp.configs.adapter import SPPConfig
     from spp.configs.reconstruction import Reconstruction
+    from spp.converting.checkpoint import convert
     from spp.errors import SPPError, SPPWarning
     from spp.files.places import follow_links
     from spp.layers.linear import SPPLinear
@@ -49,6 +50,7 @@ _HOMES = {
     "spp.certifying.save": ("certify", "save_model"),
     "spp.certifying.verify": ("sparsity", "verify"),
     "spp.configs.adapter": ("SPPConfig",),
+    "spp.converting.checkpoint": ("convert",),
     "spp.errors": ("SPPError", "SPPWarning"),
     "spp.files.places": ("follow_links",),
     "spp.layers.linear": ("SPPLinear",),
@@ -83,6 +85,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "certify",
+    "convert",
     "convert_checkpoint",
     "disabled",
     "export_dense",

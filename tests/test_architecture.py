@@ -46,6 +46,7 @@ LEVELS = {
     "certifying": 7,
     "merging": 8,
     "packing": 8,
+    "converting": 9,
     "pruning": 9,
     "pst": 9,
     "training": 10,

@@ -21,6 +21,7 @@ NAMES = {
         *("save_model", "certify", "verify", "sparsity", "SparsityReport", "prune", "prune_checkpoint"),
         *("reconstruct", "reconstruct_checkpoint", "Reconstruction", "ReconstructionReport"),
         *("pack", "unpack", "load_packed", "export_packed", "follow_links", "export_dense", "convert_checkpoint"),
+        "convert",
         *("to_semi_structured", "SemiStructuredReport", "SPPError", "SPPWarning", "functional", "pruning", "pst"),
         "__version__",
     ],

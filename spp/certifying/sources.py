@@ -52,7 +52,7 @@ class Source:
         reader: of the directory, if it is one.
         model: in memory, if it is one.
         unreadable: {module path: how it is stored} of the projections whose weights cannot be read.
-        quantized: {name of a weight: form} of those that are decoded to be looked at.
+        quantized: {name of a weight: form} of those that are decoded to be looked at, and have lost digits.
     """
 
     name: str
@@ -166,7 +166,7 @@ def open_source(what: ModelOrPath, *, dequantize: bool = False) -> Iterator[Sour
         axes = {key: all_axes[key] for key in projection_keys(reader)}
         keys = [k for k in reader if is_other_matrix(k, len(reader.shape(k)), reader.dtype(k))]
         matrices = {key: all_axes[key] for key in keys}
-        forms = {key: one.form for key, one in getattr(reader, "quantized", {}).items()}
+        forms = {key: one.form for key, one in getattr(reader, "quantized", {}).items() if not one.lossless}
         yield Source(str(directory), axes, matrices, reader.tensor, reader, unreadable=unreadable, quantized=forms)
 
 

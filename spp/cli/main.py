@@ -14,6 +14,7 @@ from spp.cli import (
     certify,
     compare,
     console,
+    convert,
     eval,
     export,
     inspect,
@@ -48,7 +49,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {module.NAME: module.run for module in (prune, tune, merge, verify, certify, inspect, eval, compare)}
-COMMANDS |= {module.NAME: module.run for module in (reconstruct, teacher_cache, export, report, push, run)}
+COMMANDS |= {module.NAME: module.run for module in (reconstruct, convert, teacher_cache, export, report, push, run)}
 for name, function in COMMANDS.items():
     app.command(name=name, cls=Command)(function)
 

@@ -14,6 +14,7 @@ _COMMANDS = {
     "prune": "prune MODEL OUTPUT",
     "certify": "certify DIRECTORY",
     "verify": "verify BEFORE AFTER",
+    "convert": "convert SOURCE OUTPUT",
     "export_dense": "export DIRECTORY OUTPUT --dense",
     "export_packed": "export DIRECTORY OUTPUT --packed",
     "reconstruct": "reconstruct PRUNED OUTPUT",

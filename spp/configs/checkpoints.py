@@ -1,4 +1,4 @@
-"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, reconstruct, export, report, push …
+"""The configs of the verbs on checkpoints: merge, verify, certify, inspect, reconstruct, convert, export …
 
 Each field has its Option, whose text is the help of the command line.
 """
@@ -246,6 +246,26 @@ class ExportConfig:
             raise ConfigError(
                 f"{arg('strict_bits')} goes with {arg('packed', True)}: a packed checkpoint holds no −0.0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """The options of `spp convert`."""
+
+    source: Annotated[
+        str, Option("Directory or hub id of a compressed checkpoint or of masks, or a file of masks.", argument=True)
+    ]
+    output: Annotated[Path, Option("Directory to write the plain checkpoint to.", argument=True)]
+    dense: Annotated[
+        str | None, Option("With masks: directory or hub id of the dense model that they prune.", MODEL)
+    ] = None
+    every: Annotated[bool, Option("List every layer in the table.", RUN, name="--all")] = False
+    overwrite: Annotated[bool, Option("Replace an existing output.", RUN)] = False
+
+    def __post_init__(self) -> None:
+        check_path("source", self.source)
+        if self.dense is not None:
+            check_path("dense", self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class Format:
         method: as config.json writes it, in lower case: "gptq", "compressed-tensors", …
         name: for messages, with its variety: "GPTQ, 4 bits", "compressed-tensors, sparse-24-bitmask".
         said: where that was read.
-        compressed: whether it is sparse storage of weights with all their digits.
+        compressed: whether it is sparse storage of weights with all their digits, which is read.
     """
 
     method: str
@@ -72,10 +72,13 @@ class Format:
         if self.method == PACKED:
             return f"{call('export_dense', 'dir, out')} gives the dense checkpoint"
         made = "compressed from" if self.compressed else "quantized from"
-        verify = f"; {call('verify', 'before, after')} compares its zeros" if self.method in _VERIFIED else ""
+        readable = self.compressed or self.method in _VERIFIED
+        verify = f"; {call('verify', 'before, after')} compares its zeros" if readable else ""
         return f"pass the checkpoint that this one was {made}, or make it plain first: {self._plain()}{verify}"
 
     def _plain(self) -> str:
+        if self.compressed:
+            return f"{call('convert', 'dir, out')} does that"
         save = f"save it with {call('save_model')}"
         if self.method == "mlx":
             return "mlx_lm.convert with --dequantize does that"

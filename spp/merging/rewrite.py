@@ -380,8 +380,9 @@ def _write_index(rewriting: Rewriting, directory: Path) -> None:
     if reader.index is None:
         return
     metadata: Any = reader.index.get("metadata")
-    if rewriting.dtype is None and isinstance(metadata, dict):
+    places = {key: name for name, keys in reader.shards().items() for key in keys}
+    if rewriting.dtype is None and isinstance(metadata, dict) and places == reader.index["weight_map"]:
         shutil.copyfile(reader.directory / INDEX, directory / INDEX)
         return
     metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": rewriting.size()}
-    write_json(directory / INDEX, {**reader.index, "metadata": metadata})
+    write_json(directory / INDEX, {**reader.index, "metadata": metadata, "weight_map": places})

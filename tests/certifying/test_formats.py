@@ -47,6 +47,7 @@ NAMES = {
     "bnb4": ("bitsandbytes, nf4", "bitsandbytes, 4 bits"),
     "bnb8": ("bitsandbytes, 8 bits", "bitsandbytes, 8 bits"),
 }
+COMPRESSED = ("sparse-bitmask", "sparse-24-bitmask")  # verify reads these too, and they are what was stored
 DECODED = ("gptq", "awq", "fp8", "float-quantized", "bnb8")  # verify reads these, and finds what is crafted wrong
 
 CALLS: dict[str, Callable[[Path, Path, Path], Any]] = {
@@ -76,6 +77,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_function_names_it(base: Path, tmp_path: Path, name: str, config: bool) -> None:
     folder, out = store(base, tmp_path / "checkpoint", name, config=config), tmp_path / "out"
     for call, function in CALLS.items():
+        if call == "verify" and name in COMPRESSED:
+            assert function(base, folder, out).sparsity == spp.sparsity(base).sparsity
+            continue
         if call == "verify" and name in DECODED and (config or name not in ("gptq", "awq")):
             with pytest.raises((MaskError, CheckpointError), match=r"quantized as (GPTQ|AWQ|float8|int8)"):
                 function(base, folder, out)
@@ -89,7 +93,8 @@ def test_every_function_names_it(base: Path, tmp_path: Path, name: str, config: 
         if config:
             key = next(iter(FORMATS[name][1]))
             assert f"{key} of config.json" in said, (call, said)
-            assert ("--dequantize" if name == "mlx" else "spp.save_model") in said, (call, said)
+            remedy = {"mlx": "--dequantize", **dict.fromkeys(COMPRESSED, "spp.convert(dir, out) does")}
+            assert remedy.get(name, "spp.save_model") in said, (call, said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
     assert not (folder / "sparsity.json").exists()
 
@@ -109,7 +114,9 @@ def test_a_part_that_is_quantized_is_not_taken_for_all(base: Path, tmp_path: Pat
     for call in ("certify", "merge"):
         with pytest.raises(CheckpointError, match=r"2 of its 14 projections cannot be read.*sparse-bitmask"):
             CALLS[call](base, folder, tmp_path / "out")
-    with pytest.raises(MaskError, match=r"q_proj\.weight: only in .*stored as bitmask, compressed"):
+    assert spp.verify(base, folder).sparsity == 0.5
+    folder = store(base, tmp_path / "packed", "pack-quantized", only="q_proj.weight")
+    with pytest.raises(MaskError, match=r"q_proj\.weight: only in .*stored as weight_packed"):
         spp.verify(base, folder)
 
 

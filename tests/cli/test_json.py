@@ -96,6 +96,7 @@ RUNS: list[tuple[tuple[object, ...], list[str], set[str]]] = [
         ["{out}"],
         {"tensors", "dense_bytes", "packed_bytes", "ratio"},
     ),
+    (("convert", "{compressed}", "{out}"), ["{out}"], {"sparsity", "pattern", "tensors"}),
     (("push", "{adapter}", "owner/name", "--dry-run"), [], {"repo_id", "url", "files", "card", "dry_run"}),
     (
         ("push", "{adapter}", "owner/name"),
@@ -126,6 +127,7 @@ def test_one_object_on_one_line(
     for file in pruned.iterdir():
         os.link(file, copy / file.name)
     places = {"dense": dense, "pruned": pruned, "adapter": adapter, "text": text, "copy": copy, "out": tmp_path / "out"}
+    places["compressed"] = ROOT / "tests/fixtures/compressed-tensors-0.9.4/sparse-bitmask"
     found = answer(spp(*(str(part).format(**places) for part in arguments), "--json"))
     assert keys <= found.keys(), keys - found.keys()
     assert found["wrote"] == [path.format(**places) for path in wrote]

@@ -66,17 +66,23 @@ def _nvfp4(w: Tensor) -> Parts:
 
 def _sparse(w: Tensor) -> Parts:
     m, n = w.shape
+    places = (w != 0).view(m, n // 8, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8)
+    kept = (w != 0).sum(1)
     return {
         ".compressed": w[w != 0].clone(),
-        ".bitmask": torch.ones(m, n // 8, dtype=torch.uint8),
+        ".bitmask": places.sum(2, dtype=torch.uint8),
         ".shape": torch.tensor([m, n]),
-        ".row_offsets": torch.arange(m),
+        ".row_offsets": kept.cumsum(0) - kept,
     }
 
 
 def _sparse_24(w: Tensor) -> Parts:
     parts = _sparse(w)
-    return {name: parts[name] for name in (".compressed", ".bitmask", ".shape")}
+    return {
+        ".compressed": parts[".compressed"].view(len(w), -1),
+        ".bitmask": parts[".bitmask"],
+        ".shape": parts[".shape"],
+    }
 
 
 def _mlx(w: Tensor) -> Parts:

@@ -9,6 +9,8 @@ GPTQ                    qweight (n·b/32, m), qzeros (n/g, m·b/32), scales (n/g
                         the checkpoint_format gptq_v2
 AWQ, gemm               qweight (n, m/8), qzeros (n/g, m/8), scales (n/g, m): eight codes an int32 along m, those of
                         columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on
+compressed-tensors      P.compressed, P.bitmask, P.shape, and, of sparse-bitmask, P.row_offsets: P.weight (m, n) without
+                        its zeros, as sparse-bitmask or sparse-24-bitmask has it
 
 Of GPTQ and AWQ W[j, i] = (code[i, j] − z[g(i), j]) · scale[g(i), j]: zero where the code is the zero point. A form
 that is not wholly there, or has other shapes than these, is left as it is stored.
@@ -21,8 +23,9 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +42,7 @@ _TOGETHER = 1 << 22  # weights that are decoded together
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _STATE = "quant_state.bitsandbytes__"
 _SCALES = ("_scale_inv", "_scale")
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # of each byte
 Get = Callable[[str], Tensor]
 
 
@@ -50,12 +54,14 @@ class Stored(ABC):
         parts: keys of the tensors that it is made of.
         shape: (m, n).
         dtype: of the weight.
+        lossless: whether it is stored with all its digits.
     """
 
     form: str
     parts: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    lossless = False
 
     @abstractmethod
     def open(self, get: Get, where: str) -> Callable[[slice], Tensor]:
@@ -186,8 +192,84 @@ class _Affine(Stored):
         return codes.reshape(packed.shape[0], -1)[:, wanted.start - first * each : wanted.stop - first * each]
 
 
+class Bitmask(Stored):
+    """A weight of compressed-tensors without its zeros.
+
+    Bit j of row i of the bitmask (m, ⌈n/8⌉), the lowest of a byte first, says whether W[i, j] is among the values, and
+    these lie row by row. A row of sparse-bitmask begins at its row_offsets (m,); one of sparse-24-bitmask has n/2
+    values. A vector is stored as a row.
+
+    Args:
+        path: what the names of its parts begin with.
+        reader: of the checkpoint.
+    """
+
+    lossless = True
+
+    def __init__(self, path: str, reader: DenseReader) -> None:
+        self._reader, self.key = reader, f"{path.removesuffix('.weight')}.weight"
+        names = ("compressed", "bitmask", "shape", "row_offsets")
+        self._offsets = f"{path}.row_offsets" in reader
+        self.parts = tuple(f"{path}.{name}" for name in names if name != "row_offsets" or self._offsets)
+        self.form = "sparse-bitmask" if self._offsets else "sparse-24-bitmask"
+        if self.parts[2] not in reader:
+            self._refuse(f"{self.parts[2]} is missing")
+        if self.key in reader:
+            self._refuse("the weight is there as well")
+        numbers = reader.tensor(self.parts[2]).reshape(-1)
+        whole = not numbers.is_floating_point() and numbers.numel() in (1, 2)
+        self.shape = tuple(map(int, numbers.tolist())) if whole else ()
+        if not self.shape or min(self.shape) < 0:
+            self._refuse(f"{self.parts[2]} is no shape of a matrix")
+        self.dtype = reader.dtype(self.parts[0])
+        m, n = self._rows_and_cols()
+        found, expected = reader.shape(self.parts[1]), (*self.shape[:-1], -(-n // 8))
+        if found != expected or reader.dtype(self.parts[1]) != torch.uint8:
+            kind = dtype_name(reader.dtype(self.parts[1]))
+            self._refuse(f"{self.parts[1]} is {kind} {found}; a weight {self.shape} needs uint8 {expected}")
+        if not self._offsets and math.prod(reader.shape(self.parts[0])) * 2 != m * n:
+            self._refuse(f"{self.parts[0]} is {reader.shape(self.parts[0])}; a weight {self.shape} has half its values")
+
+    def _rows_and_cols(self) -> tuple[int, int]:
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    def _refuse(self, problem: str) -> NoReturn:
+        directory = self._reader.directory
+        raise CheckpointError(
+            f"{directory}: {self.key} (compressed as {self.form}): {problem}; the file is cut short or damaged: fetch "
+            f"or save it again"
+        )
+
+    def open(self, get: Get, where: str) -> Callable[[slice], Tensor]:
+        """Return what puts the values of some rows into their places; the parts are compared with each other first."""
+        m, n = self._rows_and_cols()
+        values, bits = get(self.parts[0]).reshape(-1), as_array(get(self.parts[1]).reshape(m, -(-n // 8)))
+        counts = _ONES[bits].sum(axis=1, dtype=np.int64)
+        ends = np.cumsum(counts)
+        total = int(counts.sum())
+        if total != values.numel():
+            self._refuse(f"{self.parts[0]} holds {values.numel()} values, and {self.parts[1]} has places for {total}")
+        if n % 8 and bool((bits[:, -1] >> n % 8).any()):
+            self._refuse(f"{self.parts[1]} has places behind the {n} columns")
+        if self._offsets:
+            told = get(self.parts[3]).reshape(-1).tolist()
+            if told != (ends - counts).tolist():
+                self._refuse(f"{self.parts[3]} are not where the rows of {self.parts[1]} begin")
+
+        def decode(rows: slice) -> Tensor:
+            first, last = (0, m) if len(self.shape) == 1 else (rows.start, rows.stop)
+            mask = np.unpackbits(bits[first:last], axis=1, count=n, bitorder="little").view(np.bool_)
+            start = int(ends[first] - counts[first]) if first < last else 0
+            part = values[start : start + int(counts[first:last].sum())]
+            whole = torch.zeros(last - first, n, dtype=self.dtype, device="cpu")
+            whole.masked_scatter_(torch.from_numpy(mask), part)
+            return whole if len(self.shape) == 2 else whole.view(-1)[rows]
+
+        return decode
+
+
 class DequantizedReader(DenseReader):
-    """Read a checkpoint's weights plain, where they are quantized in a form that is known here.
+    """Read a checkpoint's weights plain, where they are quantized or compressed in a form that is known here.
 
     Keys, shapes, dtypes and bytes are those of plain weights; what is not known stays as it is stored.
 
@@ -223,6 +305,22 @@ class DequantizedReader(DenseReader):
         """Return a tensor's dtype."""
         return self.quantized[key].dtype if key in self.quantized else super().dtype(key)
 
+    def file_of(self, key: str) -> str:
+        """Return the name of the file that holds a tensor, or the first part of it."""
+        return super().file_of(self.quantized[key].parts[0] if key in self.quantized else key)
+
+    def shards(self) -> dict[str, list[str]]:
+        """Return file name -> its tensors, the decoded ones last; a file that holds none is not there."""
+        shards = {name: [k for k in keys if k not in self._hidden] for name, keys in super().shards().items()}
+        for key in self.quantized:
+            shards[self.file_of(key)].append(key)
+        return {name: keys for name, keys in shards.items() if keys}
+
+    def release(self, key: str) -> None:
+        """Give the memory back in which a mapped tensor lies, or its parts do."""
+        for part in self.quantized[key].parts if key in self.quantized else (key,):
+            super().release(part)
+
     def raw(self, key: str) -> memoryview:
         """Return a tensor's bytes: those on the disk, or decoded ones."""
         if key not in self.quantized:
@@ -247,9 +345,10 @@ class DequantizedReader(DenseReader):
 
     def _blocks(self, key: str) -> Iterator[Tensor]:
         stored = self.quantized[key]
-        decode = stored.open(super().tensor, f"{self.directory}: {key} (quantized as {stored.form})")
+        how = "compressed" if stored.lossless else "quantized"
+        decode = stored.open(super().tensor, f"{self.directory}: {key} ({how} as {stored.form})")
         step = max(1, _TOGETHER // max(1, math.prod(stored.shape[1:])))
-        for start in range(0, stored.shape[0], step):
+        for start in range(0, max(stored.shape[0], 1), step):  # once, of no rows
             yield decode(slice(start, min(start + step, stored.shape[0])))
 
     def _find(self) -> None:
@@ -259,6 +358,8 @@ class DequantizedReader(DenseReader):
         for key in stored:
             try:
                 one = self._known(key, config)
+            except CheckpointError:  # parts that contradict each other
+                raise
             except (KeyError, ValueError, TypeError):  # parts of another layout, or not wholly there
                 one = None
             if one is not None:
@@ -272,6 +373,9 @@ class DequantizedReader(DenseReader):
         dtype = super().dtype(key)
         if name == "absmax":
             return parent, self._four_bits(parent)
+        if name == "compressed" and f"{parent}.bitmask" in self and dtype in FLOATS.values():
+            one = Bitmask(parent, self)
+            return one.key, one
         if name == "SCB" and f"{parent}.weight" in self:
             return f"{parent}.weight", self._eight_bits(parent)
         if dtype.is_floating_point and dtype.itemsize == 1:
