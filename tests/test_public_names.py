@@ -29,7 +29,7 @@ NAMES = {
     "spp.functional": ["spp_linear", "effective_weight", "spp_linear_reference"],
     "spp.pruning": [
         *("magnitude_mask", "wanda_mask", "sparsegpt", "dsnot", "InputStats", "OWL", "calibration_windows"),
-        *("prune", "PruneReport", "LayerReport"),
+        *("own_windows", "prune", "PruneReport", "LayerReport"),
     ],
     "spp.pst": [
         *("PSTConfig", "PSTLinear", "wrap", "unwrap", "is_wrapped", "convert", "save", "load", "pst_layers"),

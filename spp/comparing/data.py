@@ -106,6 +106,11 @@ def load(config: CompareConfig, tokenizer: Any) -> CompareData:
         DataError: the data is missing, malformed or too short.
     """
     recipe = config.recipe(1.0, 0)
+    if recipe.own_tokens is not None:
+        raise DataError(
+            f"{arg('data')} is {recipe.data_files[0]}: a comparison reads its data; what a model writes is to "
+            f"calibrate and to tune on"
+        )
     found = load_data(
         recipe.data_files,
         tokenizer,

@@ -190,7 +190,8 @@ class ReconstructConfig(Reconstruction):
     calibration: Annotated[
         Any,
         Option(
-            "Data to repair on, as of spp prune: a text file, rows with a field text, token ids, or a data set.",
+            "Data to repair on, as of spp prune: a text file, rows with a field text, token ids, a data set, or self: "
+            "text that the dense model writes itself.",
             DATA,
             type=str,
         ),

@@ -78,7 +78,8 @@ def check_methods(config: Any) -> None:
         object.__setattr__(config, "pattern", str(Pattern.parse(config.pattern)))
         check_schedule(config.initial_warmup, config.final_warmup, config.initial_sparsity, config.final_sparsity)
     elif config.mask_update_every is None:
-        for name in (*MASK_UPDATE_FIELDS, "dense_model"):
+        needs_dense = config.own_tokens is not None
+        for name in MASK_UPDATE_FIELDS if needs_dense else (*MASK_UPDATE_FIELDS, "dense_model"):
             if getattr(config, name) != defaults[name]:
                 raise ConfigError(
                     f"{arg(name)} is {getattr(config, name)!r}, but there are no mask updates without "

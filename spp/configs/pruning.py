@@ -7,6 +7,7 @@ mask updates, which prune while an adapter trains (spp.training.mask_updates). A
     rows.json, .jsonl, .ndjson        rows: documents or conversations, as `spp tune` reads them
     rows.csv, .tsv, .parquet, .arrow  the same
     ids.pt, ids.safetensors           token ids (k, L)
+    self                              text that the dense model writes itself (a file of that name is ./self)
     NAME[:CONFIG[:SPLIT[:FIELD]]]     a data set: an id of the Hugging Face hub (owner/name), or a folder that
                                       `datasets` can load; by default its only config, split train, field text
 
@@ -47,6 +48,8 @@ BOS_OPTION = Option(
     choices=BOS,
 )
 Names = str | list[str] | tuple[str, ...] | None
+SELF = "self"  # in place of a name of data
+OWN_TOKENS = 100_000  # that the dense model writes to tune on, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,8 @@ class PruneOptions:
         Option(
             "Data for the methods that look at activations: a text file (.txt, .md, .raw), rows of text or "
             "conversations (.json, .jsonl, .csv, .parquet), token ids (.pt, .safetensors), or a data set, "
-            "NAME[:CONFIG[:SPLIT[:FIELD]]] with a folder or hub id as NAME, such as allenai/c4:en.",
+            "NAME[:CONFIG[:SPLIT[:FIELD]]] with a folder or hub id as NAME, such as allenai/c4:en; or self: text that "
+            "the model writes itself.",
             DATA,
             type=str,
         ),
@@ -331,7 +335,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN = (
     f"{', '.join(TEXT_SUFFIXES)} (plain text), {', '.join(ROW_SUFFIXES)} (rows of text or conversations), "
     f"{', '.join(TENSOR_SUFFIXES)} (token ids (k, L)), or a data set: a folder or hub id owner/name, as "
-    f"NAME[:CONFIG[:SPLIT[:FIELD]]]"
+    f"NAME[:CONFIG[:SPLIT[:FIELD]]]; or {SELF}: text that the dense model writes itself"
 )
 
 
@@ -368,11 +372,32 @@ def check_source(source: str) -> None:
         source: as in the head of this file.
     """
     path = Path(source)
+    if is_self(source):
+        return
     if path.is_file():
         if path.suffix.lower() not in ("", *TEXT_SUFFIXES, *ROW_SUFFIXES, *TENSOR_SUFFIXES):
             raise DataError(f"calibration file {source} ends in {path.suffix}, which is not understood; known: {KNOWN}")
     elif DataSet.parse(source) is None:
         raise DataError(f"{arg('calibration')} is {source[:200]!r}, which is no file; known: {KNOWN}")
+
+
+def is_self(source: object) -> bool:
+    """Whether this asks for text that the dense model writes itself."""
+    return isinstance(source, str) and source == SELF
+
+
+def own_tokens(source: str) -> int | None:
+    """Return how many tokens `self` or `self:N` asks the dense model to write; None for any other name of data.
+
+    Raises:
+        ConfigError: N is no number of tokens.
+    """
+    name, colon, number = source.partition(":")
+    if name != SELF:
+        return None
+    if colon and not (number.isascii() and number.isdigit() and int(number) > 0):
+        raise ConfigError(f"{arg('data')} is {source!r}: behind {SELF}: stands how many tokens the dense model writes")
+    return int(number) if colon else OWN_TOKENS
 
 
 def is_ids(source: str) -> bool:

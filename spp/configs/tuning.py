@@ -32,7 +32,7 @@ from spp.configs.distillation import Distillation
 from spp.configs.methods import LR, MASK_UPDATE_FIELDS, METHODS, RECIPES, check_methods, recipe_of
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
-from spp.configs.pruning import BOS_OPTION, DECAYS, DROPS, GROWS, MaskUpdateOptions
+from spp.configs.pruning import BOS_OPTION, DECAYS, DROPS, GROWS, MaskUpdateOptions, own_tokens
 from spp.configs.pst import PSTConfig
 from spp.errors import ConfigError, arg
 
@@ -53,7 +53,9 @@ class TuneConfig(Distillation):
         data: training file (or several): .txt is plain text; .json, .jsonl, .csv and .parquet hold Alpaca rows
             {"instruction", "input", "output"}, chat rows {"messages": [{"role", "content"}]} or
             {"conversations": [{"from", "value"}]}, {"prompt", "completion"}, or text rows {"text"}
-            (spp.data.parsing). A folder or an id on the Hugging Face hub is loaded by `datasets`.
+            (spp.data.parsing). A folder or an id on the Hugging Face hub is loaded by `datasets`. "self" or "self:N" is
+            text of N tokens, 100,000 without N, that the dense model writes: `dense_model`, else the one that the
+            pruned model's certificate names, for PST the model itself.
         output_dir: the run directory: config.json, log.jsonl, eval.json, adapter/, checkpoints/.
         model: directory or hub id of the pruned model, for PST of the dense one; None where `tune` is handed a model.
         data_format: "auto" (by extension and by the fields of the first row), "text", "alpaca" or "chat".
@@ -79,7 +81,7 @@ class TuneConfig(Distillation):
         dropout_mode: SPP: "input" or "alpha".
         rule: SPP: "spp", or a peer's, "hira" or "masked_lora".
         also_train: SPP: what else trains, out of "norms", "biases" and "head"; see SPPConfig.
-        dense_model: SPP: directory or hub id of the dense model, for mask updates.
+        dense_model: SPP: directory or hub id of the dense model, for mask updates and text of its own.
         mask_update_every: SPP: optimizer steps between two mask updates (spp.training.mask_updates); None has none.
             The run then writes the pruned model with its final masks to base/, and the adapter belongs to that.
         mask_update_fraction, mask_update_until, mask_update_decay, mask_update_drop, mask_update_grow: SPP: as
@@ -154,7 +156,7 @@ class TuneConfig(Distillation):
         str | os.PathLike[str] | tuple[str | os.PathLike[str], ...],
         Option(
             ".txt, or text, Alpaca, chat or prompt and completion rows (.json, .jsonl, .csv, .parquet), or a folder or "
-            "hub id of a dataset; may be repeated.",
+            "hub id of a dataset; may be repeated. self[:N]: N tokens of text that the dense model writes.",
             DATA,
             many=True,
             parse=tuple,
@@ -266,7 +268,7 @@ class TuneConfig(Distillation):
     ] = None
     dense_model: Annotated[
         str | os.PathLike[str] | None,
-        Option("Directory or hub id of the dense model, which mask updates need.", MASK_UPDATES),
+        Option("Directory or hub id of the dense model: mask updates need it, and data of its own.", MASK_UPDATES),
     ] = None
     mask_update_fraction: Annotated[
         float, Option("Share of kept weights that the first update exchanges.", MASK_UPDATES)
@@ -361,6 +363,11 @@ class TuneConfig(Distillation):
         return tuple(map(str, self.data))
 
     @property
+    def own_tokens(self) -> int | None:
+        """Tokens that the dense model writes to tune on; None where data is read."""
+        return own_tokens(self.data_files[0])
+
+    @property
     def final_sparsity(self) -> float:
         """The fraction that PST prunes at the end."""
         assert self.pattern is not None
@@ -452,6 +459,11 @@ class TuneConfig(Distillation):
         if not files:
             raise ConfigError(f"{arg('data')} is empty; give at least one file or hub id")
         object.__setattr__(self, "data", tuple(check_path("data", f) for f in files))
+        own = [name for name in self.data_files if own_tokens(name) is not None]
+        if own and len(files) > 1:
+            raise ConfigError(
+                f"{arg('data')} has {own[0]} beside {len(files) - 1} others: what a model writes stands alone"
+            )
         object.__setattr__(self, "output_dir", check_path("output_dir", self.output_dir))
         for name in ("model", "eval_text", "dense_model"):
             if getattr(self, name) is not None:

@@ -203,3 +203,10 @@ def _homes() -> set[str]:
 
         homes.add(pwd.getpwuid(os.getuid()).pw_dir)
     return {home for home in homes if os.path.isabs(home)}
+
+
+def cache_directory() -> Path:
+    """Return the folder in which spp keeps what it can make again: SPP_CACHE, or spp in the user's own cache."""
+    named = os.environ.get("SPP_CACHE")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(named) if named else Path(caches) / "spp"

@@ -203,6 +203,14 @@ class StreamedModel:
             )
 
 
+def load_whole(reader: CheckpointReader, dtype: torch.dtype | None, device: str | torch.device) -> nn.Module:
+    """Return a checkpoint's model with all of its weights in memory; arguments and errors as of StreamedModel."""
+    streamed = StreamedModel(reader, dtype, device)
+    streamed.load(reader.keys(), reader)
+    streamed.model.tie_weights()  # type: ignore[operator]
+    return streamed.model.to(device)
+
+
 def refuse_quantized(source: Path) -> None:
     """Raise a ConfigError where a checkpoint's config says that it is quantized."""
     found = stored_format(source)

@@ -14,6 +14,7 @@ from spp.masks.stats import InputStats
 from spp.masks.swaps import swap
 from spp.masks.wanda import wanda_mask
 from spp.pruning.model import prune
+from spp.pruning.own_text import own_windows
 from spp.pruning.reconstruction import reconstruct
 from spp.pruning.report import LayerReport, PruneReport
 from spp.pruning.windows import calibration_windows
@@ -27,6 +28,7 @@ __all__ = [
     "dsnot",
     "least_squares",
     "magnitude_mask",
+    "own_windows",
     "prune",
     "reconstruct",
     "sparsegpt",

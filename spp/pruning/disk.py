@@ -35,7 +35,7 @@ from spp.files.formats import pickled
 from spp.files.reader import INDEX, SINGLE
 from spp.masks.patterns import Pattern, as_array
 from spp.models.projection import Projection
-from spp.models.streamed import StreamedModel
+from spp.models.streamed import StreamedModel, load_whole
 from spp.pruning.blocks import find_blocks
 from spp.pruning.loop import BlockStore, layers_by_block, prune_blocks
 from spp.pruning.plan import PrunePlan, check_layer, make_plan, tell_patterns
@@ -136,7 +136,7 @@ def prune_checkpoint_by(
         carry_files(source, None, set(reader.shards()), told=False)  # what cannot be copied is told before any work
         streamed = StreamedModel(reader, dtype, device)
         model = streamed.model
-        plan = make_plan(model, options, tokenizer)
+        plan = make_plan(model, options, tokenizer, lambda: load_whole(reader, dtype, device))
         streamed.require_floats(layer.parameter_path for layer in plan.layers.values())
         root, blocks = _blocks(model, plan)
         of_block = layers_by_block(plan.layers, root, len(blocks))

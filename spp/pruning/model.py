@@ -57,8 +57,9 @@ def prune(
             "sparsegpt+dsnot" (their masks refined, on the weights as they were).
         pattern: "N:M" (N kept of every M inputs), the fraction pruned, or {name suffix or regular expression: pattern},
             of which the first that matches a module path counts.
-        calibration: token ids (k, L), a list of texts, or the path of a text or JSONL ({"text": …}) file. "magnitude"
-            needs none, and with some reports its output errors.
+        calibration: token ids (k, L), a list of texts, the path of a text or JSONL ({"text": …}) file, or "self": text
+            that the model writes before it is pruned (spp.pruning.own_text). "magnitude" needs none, and with some
+            reports its output errors.
         target_modules, exclude_modules: as for `spp.wrap`.
         tokenizer: the model's, where calibration is text.
         nsamples: calibration windows at most.

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.checks import name_matches
-from spp.configs.pruning import Method, Patterns, PruneOptions, get_method
+from spp.configs.pruning import Method, Patterns, PruneOptions, get_method, is_self
 from spp.configs.reconstruction import Reconstruction
 from spp.data.tokens import find_bos
 from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
@@ -25,9 +25,11 @@ from spp.files.tables import count_text
 from spp.layers.host import refuse_parametrization
 from spp.masks.patterns import Pattern, all_finite
 from spp.models.projection import Projection, find_projections
+from spp.models.streamed import trim_memory
 from spp.models.targets import resolve_projections
 from spp.models.tokens import check_ids, check_length, position_limit, trained_length, warn_length
 from spp.pruning.blocks import BlockRunner
+from spp.pruning.own_text import own_windows
 from spp.pruning.report import BlockReport, LayerReport, PruneReport, ReconstructionReport
 from spp.pruning.windows import Calibration, calibration_windows, describe_calibration, load_ids, needs_tokenizer
 from spp.weights import FLOATS
@@ -88,7 +90,7 @@ class PrunePlan:
             windows=self.windows.shape[0],
             seqlen=self.windows.shape[1],
             seed=self.options.seed,
-            calibration=describe_calibration(self.options.calibration),
+            calibration=describe_calibration(self.options.calibration, self.windows),
             owl=None if self.options.owl is None else asdict(self.options.owl),
             sparsity_before=share_of(done, "sparsity_before"),
             keeps_zeros=self.options.keep_zeros or not self.method.updates,
@@ -103,8 +105,13 @@ class PrunePlan:
         return report
 
 
-def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> PrunePlan:
+def make_plan(
+    model: nn.Module, options: PruneOptions, tokenizer: Any = None, author: Callable[[], nn.Module] | None = None
+) -> PrunePlan:
     """Return the plan for a model, whose weights need not be in memory.
+
+    Args:
+        author: loads the model with its weights, where it is to write its own text; None takes `model`.
 
     Raises:
         PatternError, TargetError, DataError: the options do not fit the model, or the data not its tokenizer.
@@ -118,7 +125,8 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
     windows, bos = torch.empty(0, 0, dtype=torch.int64, device="cpu"), False
     if options.calibration is not None:
         windows = draw_windows(
-            model, options.calibration, tokenizer, options.nsamples, options.seqlen, options.seed, options.bos
+            *(model, options.calibration, tokenizer, options.nsamples, options.seqlen, options.seed, options.bos),
+            author=author,
         )
         bos = begins_with_bos(options.calibration, tokenizer, options.bos)
         if options.reconstruct is not None:
@@ -127,11 +135,31 @@ def make_plan(model: nn.Module, options: PruneOptions, tokenizer: Any = None) ->
 
 
 def draw_windows(
-    model: nn.Module, calibration: Calibration, tokenizer: Any, nsamples: int, seqlen: int, seed: int, bos: str = "auto"
+    model: nn.Module,
+    calibration: Calibration,
+    tokenizer: Any,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    bos: str = "auto",
+    *,
+    author: Callable[[], nn.Module] | None = None,
 ) -> Tensor:
-    """Return calibration windows (k, L) that the model can read; arguments and errors as of `calibration_windows`."""
+    """Return calibration windows (k, L) that the model can read; arguments and errors as of `calibration_windows`.
+
+    Args:
+        author: returns the dense model, which writes them where they are to be its own; None takes `model`.
+    """
     data = load_ids(calibration)
     length = fitting_seqlen(model, data, seqlen)
+    if is_self(calibration):
+        if author is not None:
+            logger.info("the dense model is loaded whole to write its own text, and freed before it is used")
+        writer = model if author is None else author()
+        found = own_windows(writer, tokenizer, count=nsamples, length=length, seed=seed, bos=bos)
+        del writer
+        trim_memory()
+        return found
     windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed, bos=bos)
     where = describe_calibration(calibration)
     check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)

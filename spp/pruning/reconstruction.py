@@ -32,7 +32,7 @@ from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
 from spp.files.carry import carry_files, refuse_overlap
 from spp.models.projection import Projection, find_projections
-from spp.models.streamed import StreamedModel
+from spp.models.streamed import StreamedModel, load_whole
 from spp.models.targets import input_embedding, name_targets, resolve_projections
 from spp.packing.model import packed_layers
 from spp.pruning.blocks import BlockRunner, find_blocks
@@ -77,7 +77,8 @@ def reconstruct(
     Args:
         model: pruned, by whatever; not wrapped, not quantized, its weights in memory.
         dense: the model that it was pruned from; it is not changed.
-        calibration: token ids (k, L), a list of texts, or the path of a text or JSONL file.
+        calibration: token ids (k, L), a list of texts, the path of a text or JSONL file, or "self": text that `dense`
+            writes.
         tokenizer: the model's, where calibration is text.
         nsamples: calibration windows at most.
         seqlen: tokens of a window that is cut from text.
@@ -106,7 +107,7 @@ def reconstruct(
     for layer in (*layers.values(), *find_projections(dense)):
         check_layer(layer)
     _check_rank(options, layers)
-    windows = draw_windows(model, calibration, tokenizer, nsamples, seqlen, options.seed, bos)
+    windows = draw_windows(*(model, calibration, tokenizer, nsamples, seqlen, options.seed, bos), author=lambda: dense)
     warn_of_one_window(options, windows)
     note_origin(model, dense)
     store = RepairStore()
@@ -250,7 +251,10 @@ def reconstruct_checkpoint(
         sides[0].streamed.require_floats(layer.parameter_path for layer in layers.values())
         check_dense(sides[0].model, sides[1].model, layers)
         _check_rank(options, layers)
-        windows = draw_windows(sides[0].model, calibration, tokenizer, nsamples, seqlen, options.seed, bos)
+        windows = draw_windows(
+            *(sides[0].model, calibration, tokenizer, nsamples, seqlen, options.seed, bos),
+            author=lambda: load_whole(dense_reader, dtype, device),
+        )
         warn_of_one_window(options, windows)
         for side in sides:
             side.split(layers)

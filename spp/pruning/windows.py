@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.configs.pruning import KNOWN, DataSet, check_source, is_data_set, is_ids
+from spp.configs.pruning import KNOWN, DataSet, check_source, is_data_set, is_ids, is_self
 from spp.data.encoding import example_ids
 from spp.data.parsing import Example, Text, read_examples
 from spp.data.tokens import added_bos, cut_windows, find_bos, tokens_of, without_bos
 from spp.errors import CheckpointError, DataError, SPPWarning, arg
-from spp.files import CheckpointReader
+from spp.files import CheckpointReader, content_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,10 @@ def load_ids(calibration: Calibration) -> Calibration:
     return ids
 
 
-def describe_calibration(calibration: Calibration | None) -> str:
-    """Return what a report says of where the windows are from."""
+def describe_calibration(calibration: Calibration | None, windows: Tensor | None = None) -> str:
+    """Return what a report says of where the windows are from; of a model's own text the hash of its tokens, too."""
+    if is_self(calibration) and windows is not None:
+        return f"{calibration}, sha256 {content_sha256(windows)[:16]}"
     if isinstance(calibration, (str, os.PathLike)):
         return os.fspath(calibration)
     return "" if calibration is None else "token ids" if isinstance(calibration, Tensor) else "texts"
@@ -98,6 +100,10 @@ def calibration_windows(
         torch.Size([3, 2])
     """
     check_calibration(calibration)
+    if is_self(calibration):
+        raise DataError(
+            f"{arg('calibration', 'self')} is written by a model: spp.pruning.own_windows(model, …) gives it"
+        )
     calibration = load_ids(calibration)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(calibration, Tensor):

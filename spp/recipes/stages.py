@@ -21,7 +21,7 @@ from spp._version import __version__
 from spp.configs.checkpoints import MergeConfig, ReportConfig, RunConfig, VerifyConfig
 from spp.configs.distillation import DENSE, TeacherCacheConfig
 from spp.configs.evaluating import EvalConfig
-from spp.configs.pruning import PruneConfig
+from spp.configs.pruning import SELF, PruneConfig, own_tokens
 from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, arg
 from spp.recipes.reading import Section, Value, parse, read, told_together
@@ -149,6 +149,8 @@ class Stage:
 def _prune(road: Road, section: Section, others: Sections) -> None:
     calibrated = section.get("method") != "magnitude" or "owl" in section.values
     source = section.get("calibration", road.data[0] if road.data and calibrated else None)
+    if isinstance(source, str) and own_tokens(source) is not None:
+        source = SELF  # how many tokens it has, nsamples and seqlen say
     own: dict[str, Any] = {"model": road.pruned, "output": road.out / "pruned"}
     if road.coming(source) and not section.get("calibration"):
         config = section.build(PruneConfig, {"calibration": [""]}, own)  # checked without the file, which is not there

@@ -282,6 +282,45 @@ def _text_data(
     return TrainingData(TokenBlocks(blocks), rest if held else None, None, summary, Collator(_pad_id(tokenizer)), bos)
 
 
+def own_data(
+    windows: Tensor, tokenizer: Any, *, held_out: float, least_held_out: int, bos: int | None, seed: int
+) -> TrainingData:
+    """Return blocks of text that a model wrote, and what is held out of them: the last ones.
+
+    Args:
+        windows: (k, L), each beginning with BOS where `bos` is not None.
+        held_out, least_held_out: as of `load_data`.
+        bos: the token that blocks begin with.
+        seed: with which they were written.
+
+    Raises:
+        DataError: there are not blocks enough for one to train on and those held out.
+    """
+    count, length = windows.shape
+    held = math.ceil(max(held_out * count, least_held_out / (length - (bos is not None)))) if held_out else 0
+    if held >= count:
+        raise DataError(
+            f"{count} blocks of {length} tokens are too few to hold out {held} for the perplexity and train on the "
+            f"rest: let the model write more, or pass a text of its own ({arg('eval_text')})"
+        )
+    train, rest = windows[: count - held], windows[count - held :, bos is not None :]
+    summary = DataSummary(
+        kind="text",
+        rows=len(train),
+        tokens=train.numel(),
+        labelled=len(train) * (length - 1),
+        truncated=0,
+        unlearnable=0,
+        empty=0,
+        held_out=rest.numel(),
+        sha256=tokens_sha256(train.flatten()),
+        bos=bos is not None,
+    )
+    logger.info("text of the model's own (seed %d): %d rows, %d tokens", seed, summary.rows, summary.tokens)
+    blocks, apart = TokenBlocks(train), rest.flatten() if held else None
+    return TrainingData(blocks, apart, None, summary, Collator(_pad_id(tokenizer)), bos)
+
+
 def _row_data(
     source: Source,
     tokenizer: Any,

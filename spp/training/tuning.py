@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
+from spp.certifying.save import origin_of
 from spp.configs.tuning import TuneConfig
 from spp.data.encoding import read_tokens
 from spp.data.reading import file_facts
-from spp.data.tokens import cut_windows
+from spp.data.tokens import cut_windows, find_bos
 from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, WrapError, arg, call
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, with_provenance
 from spp.files.formats import other_weights, pickled, stored_format
 from spp.files.hub import local_directory
 from spp.files.provenance import peak_bytes
 from spp.files.tables import Table, time_text
+from spp.models.streamed import trim_memory
 from spp.models.tokens import check_ids, check_length
+from spp.pruning.own_text import own_windows
 from spp.pruning.plan import tell_patterns
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
@@ -36,6 +39,7 @@ from spp.training.data import (
     batches,
     check_data,
     load_data,
+    own_data,
     shown_rows,
     tokens_sha256,
 )
@@ -148,7 +152,7 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None, teache
 
 def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any, teacher: Any) -> TuneResult:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
-    data = _load_data(config, tokenizer)
+    data = _load_data(config, tokenizer, model)
     for number, row in enumerate(shown_rows(data, tokenizer, config.show_rows), start=1):
         logger.info("row %d, what is learned in [+ +]: %s", number, row)
     measure = _Measure(config, tokenizer, data)
@@ -345,7 +349,9 @@ def _check_base(directory: Path) -> None:
         )
 
 
-def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
+def _load_data(config: TuneConfig, tokenizer: Any, model: Any) -> TrainingData:
+    if config.own_tokens is not None:
+        return _own_data(config, tokenizer, model, config.own_tokens)
     return load_data(
         config.data_files,
         tokenizer,
@@ -358,6 +364,40 @@ def _load_data(config: TuneConfig, tokenizer: Any) -> TrainingData:
         least_held_out=config.eval_window,
         seed=config.seed,
         bos=config.bos,
+    )
+
+
+def _own_data(config: TuneConfig, tokenizer: Any, model: Any, tokens: int) -> TrainingData:
+    """Let the dense model write what is tuned on; it is freed then, unless it is what is tuned."""
+    name = config.dense_model
+    if name is None and config.method != "pst":
+        loaded = None if model is not None else local_directory(str(config.model), "model")
+        given = loaded or getattr(model.config, "_name_or_path", None)
+        name = getattr(model, "_spp_origin", None) or (origin_of(given) if given else None)
+        if name is None:
+            raise ConfigError(
+                f"{arg('data')} is {config.data_files[0]}, and nothing names the dense model that is to write: no "
+                f"certificate of {given or 'the model'} has it; pass {arg('dense_model', ...)}"
+            )
+    if name is None and model is not None:
+        author = model
+    else:
+        author = load_model(str(name or config.model), config.dtype)
+        if config.device != "cpu" and torch.cuda.is_available():
+            author = author.to("cuda")
+    length, seed = config.block_length, config.seed
+    check_length(author, length, "blocks", "block_length")
+    rows = math.ceil(tokens / length)
+    windows = own_windows(author, tokenizer, count=rows, length=length, seed=seed, bos=config.bos)
+    del author
+    trim_memory()
+    return own_data(
+        windows,
+        tokenizer,
+        held_out=0.0 if config.eval_text is not None else config.eval_fraction,
+        least_held_out=config.eval_window,
+        bos=find_bos(tokenizer, config.bos),
+        seed=seed,
     )
 
 

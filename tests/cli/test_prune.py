@@ -41,6 +41,24 @@ def test_by_magnitude(spp: Call, dense: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pruned"]
 
 
+def test_on_text_of_the_models_own(
+    spp: Call, dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spp.pruning.own_text.cache_directory", lambda: tmp_path / "cache")
+    few = ("--nsamples", 2, "--seqlen", 16, "--calibration", "self", "--device", "cpu")
+    streamed = ok(spp("prune", dense, tmp_path / "one", *few))
+    assert "loaded whole to write its own text" in streamed.err and "tokens from self, sha256 " in streamed.out
+    memory = ok(spp("prune", dense, tmp_path / "two", *few, "--in-memory"))
+    assert "was written by the model before" in memory.err
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert same[0].keys() == same[1].keys() and all(torch.equal(t, same[1][key]) for key, t in same[0].items())
+    tune = ("--steps", 2, "--warmup-ratio", 0, "--block-length", 16, "--window", 16, "--eval-windows", 1)
+    ok(spp("tune", tmp_path / "one", tmp_path / "run", "--data", "self:200", *tune))
+    found = spp("tune", pruned, tmp_path / "no", "--data", "self", *tune)  # whose certificate names nothing
+    refused(found, "--data is self", "pass --dense-model")
+    refused(spp("tune", pruned, tmp_path / "no", "--data", "self:x", *tune), "--data is 'self:x'")
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options", [(), ("--method", "sparsegpt"), ("--pattern", 0.6, "--owl"), ("--dtype", "bfloat16")]

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from spp.files.places import cache_directory
+
 _log = logging.getLogger(__name__)
 _preparing = threading.Lock()  # several threads may want a library first
 
@@ -192,10 +194,7 @@ def _version(compiler: str) -> str:
 
 def _folder() -> Path:
     """Return a folder of the user's own that can be written."""
-    named = os.environ.get("SPP_CACHE")
-    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    folder = Path(named) if named else Path(caches) / "spp"
-    folder = folder / "native"
+    folder = cache_directory() / "native"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
