@@ -7,7 +7,7 @@ import gc
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from spp.cli import console, eval, merge, prune, report, teacher_cache, tune, verify
+from spp.cli import console, eval, merge, prune, reconstruct, report, teacher_cache, tune, verify
 from spp.cli.options import command, typed
 from spp.cli.spelling import Spelling
 from spp.configs.checkpoints import RunConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "run"
 # Of each stage, the command that carries it out: a function of its config.
-COMMANDS = {module.NAME: module.run.__wrapped__ for module in (prune, tune, merge, verify, eval, report)}
+COMMANDS = {module.NAME: module.run.__wrapped__ for module in (prune, reconstruct, tune, merge, verify, eval, report)}
 COMMANDS["teacher"] = teacher_cache.run.__wrapped__
 # What a shell takes for the texts of Python's reference, of which there is no command.
 _TEXTS = (

@@ -437,7 +437,8 @@ class TuneConfig(Distillation):
         recipe: Annotated[
             str,
             Option(
-                "default, paper (SPP: dropout 0.05; PST: no decay, no warm-up) or short (SPP: lr 2e-2; PST: lr 1e-3); "
+                "default, paper (SPP: dropout 0.05; PST: no decay, no warm-up), short (SPP: lr 2e-2; PST: lr 1e-3) or "
+                "best (SPP: HiRA's form, taught by the dense model, whatever the text); "
                 "other options override it.",
                 METHOD,
                 choices=tuple(RECIPES),

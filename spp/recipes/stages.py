@@ -1,10 +1,11 @@
 """The stages of a run, in one table, and the steps that they make of a recipe.
 
-    prune → teacher → tune → merge → verify → eval → report
+    prune → reconstruct → teacher → tune → merge → verify → eval → report
 
 A stage reads what the stages before it have made, as the Road says, and writes into the run's directory: pruned/,
-teacher/ (the cache of spp teacher-cache), tuned/ (a run of spp tune), merged/, eval/MODEL-MEASUREMENT.json,
-report.html. A stage that a recipe leaves out is not there: without prune, the model is one that is pruned already.
+reconstructed/, teacher/ (the cache of spp teacher-cache), tuned/ (a run of spp tune), merged/,
+eval/MODEL-MEASUREMENT.json, report.html. A stage that a recipe leaves out is not there: without prune, the model is
+one that is pruned already.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from spp._version import __version__
-from spp.configs.checkpoints import MergeConfig, ReportConfig, RunConfig, VerifyConfig
+from spp.configs.checkpoints import MergeConfig, ReconstructConfig, ReportConfig, RunConfig, VerifyConfig
 from spp.configs.distillation import DENSE, TeacherCacheConfig
 from spp.configs.evaluating import EvalConfig
+from spp.configs.methods import recipe_of
 from spp.configs.pruning import SELF, PruneConfig, own_tokens
 from spp.configs.tuning import TuneConfig
 from spp.errors import ConfigError, DataError, arg
@@ -133,14 +134,14 @@ class Stage:
 
     Args:
         name: its key in a recipe.
-        source: the config whose fields are its options, or what makes one; empty where no version has it yet.
+        source: the config whose fields are its options, or what makes one.
         add: adds its steps to the road. own: fields that the run sets. free: fields that do not change the result.
         extra: keys beside the options; with any, a stage may be a list of such mappings.
     """
 
     name: str
-    source: tuple[Any, ...] = ()
-    add: Callable[[Road, Section, Sections], None] | None = None
+    source: tuple[Any, ...]
+    add: Callable[[Road, Section, Sections], None]
     own: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
@@ -159,6 +160,30 @@ def _prune(road: Road, section: Section, others: Sections) -> None:
         config = section.build(PruneConfig, {} if source is None else {"calibration": source}, own)
     reads = {"model": config.model} | ({} if source is None else {"calibration": str(config.calibration)})
     road.add("prune", "prune", config, reads, (config.output,), CHECKPOINT)
+    road.pruned = str(config.output)
+
+
+def _reconstruct(road: Road, section: Section, others: Sections) -> None:
+    if section.get("train", "weights") != "weights":
+        raise ConfigError(
+            f"{section.place('train')}: reconstruct.train is {section.get('train')}, whose adapter no later stage "
+            f"reads; it must be weights"
+        )
+    usual: dict[str, Any] = {} if road.dense is None else {"dense": road.dense}
+    if road.data:
+        own_text = own_tokens(road.data[0]) is not None
+        usual["calibration"] = SELF if own_text else road.data[0]
+    for name, what in (("dense", "the dense model is not known here"), ("calibration", "there is no data")):
+        if name not in {**usual, **section.values}:
+            raise ConfigError(f"{section.where}: reconstruct: {what}; set reconstruct.{name}")
+    own = {"pruned": road.pruned, "output": road.out / "reconstructed"}
+    if road.coming(usual.get("calibration")) and not section.get("calibration"):
+        config = section.build(ReconstructConfig, {**usual, "calibration": [""]}, own)  # its file is not there yet
+        config = copy_with(config, calibration=str(usual["calibration"]))
+    else:
+        config = section.build(ReconstructConfig, usual, own)
+    reads = {"pruned": config.pruned, "dense": config.dense, "calibration": str(config.calibration)}
+    road.add("reconstruct", "reconstruct", config, reads, (config.output,), CHECKPOINT)
     road.pruned = str(config.output)
 
 
@@ -196,7 +221,8 @@ def _tune(road: Road, section: Section, others: Sections) -> None:
     own = {"model": road.pruned, "output_dir": road.out / "tuned"}
     if road.cache is not None:
         usual["teacher_cache"] = road.cache
-    if section.get("teacher") == DENSE and road.dense is not None:
+    recipe = recipe_of(section.get("recipe", "default"), section.get("method", "spp"))
+    if section.get("teacher", recipe.get("teacher")) == DENSE and road.dense is not None and road.cache is None:
         own["teacher"] = road.dense
     config = section.build(TuneConfig.from_recipe, {k: v for k, v in usual.items() if v}, own)
     reads = {"model": config.model, **{f"data {i}": name for i, name in enumerate(config.data_files, start=1)}}
@@ -290,7 +316,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("prune", (PruneConfig,), _prune, ("model", "output", *_OWN), ("report", *_SHOWN)),
-        Stage("reconstruct"),
+        Stage("reconstruct", (ReconstructConfig,), _reconstruct, ("pruned", "output", *_OWN), ("report", *_SHOWN)),
         Stage("teacher", (TeacherCacheConfig,), _teacher, ("model", "output", *_OWN), ("data", "batch_size", *_SHOWN)),
         Stage(
             "tune",
@@ -352,10 +378,9 @@ def make_plan(config: RunConfig) -> Plan:
     _reference(road)
     for stage in STAGES.values():
         for section in sections.get(stage.name, []):
-            assert stage.add is not None
             stage.add(road, section, sections)
     if all(step.stage == TEXTS for step in road.steps):
-        raise ConfigError(f"{config.recipe} has no stage; known: {', '.join(s.name for s in STAGES.values() if s.add)}")
+        raise ConfigError(f"{config.recipe} has no stage; known: {', '.join(STAGES)}")
     for step in road.steps:
         _require_inputs(step, road, sections)
     return Plan(name, out, model, tuple(road.steps))
@@ -374,14 +399,10 @@ def _take(
         return
     stage = STAGES.get(key)
     if stage is None:
-        known = (*OPEN, *(one.name for one in STAGES.values() if one.add))
+        known = (*OPEN, *STAGES)
         near = difflib.get_close_matches(key, known, n=1)
         meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ConfigError(f"{value.where}: {key!r} is no key of a recipe; {meant}")
-    if stage.add is None:
-        raise ConfigError(
-            f"{value.where}: the stage {key} is not available in this version of spp ({__version__}): leave it out"
-        )
     if value.value is False:
         sections.pop(key, None)
         return

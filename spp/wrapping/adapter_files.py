@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spp.configs.adapter import SPPConfig
-from spp.errors import AdapterError, CheckpointError, NonFiniteError, some_of
+from spp.errors import AdapterError, CheckpointError, NonFiniteError, arg, some_of
 from spp.files import CheckpointReader, read_json, save_tensors, write_json
 from spp.files.hub import local_directory
 from spp.files.places import check_link
@@ -306,7 +306,9 @@ def _ours(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -
     if (problem := why_malformed(hashes, forms)) is not None:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {problem}")
     if config.also_train and not also:
-        raise AdapterError(f"{directory}: also_train is {'+'.join(config.also_train)}, but no such tensor is there")
+        raise AdapterError(
+            f"{directory}: {arg('also_train')} is {'+'.join(config.also_train)}, but no such tensor is there"
+        )
     named = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k not in also}
     trained = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k in also}
     return AdapterFiles(directory, config, named, masks, base_name_of(values), hashes, forms, trained)

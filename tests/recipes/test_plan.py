@@ -152,7 +152,8 @@ WRONG = [  # what is written in place of what, and what the message says
     ("merge:", "merge: 3", "my.yaml, line 10: merge is 3; it must be a mapping"),
     ("merge:", "merge: [a]", "my.yaml, line 10: merge is a list"),
     ("merge:", "merrge:", "my.yaml, line 10: 'merrge' is no key of a recipe; did you mean merge?"),
-    ("merge:", "reconstruct:", "my.yaml, line 10: the stage reconstruct is not available in this version"),
+    ("merge:", "reconstruct: {train: adapter}", "line 10: reconstruct.train is adapter, whose adapter no later"),
+    ("prune:\n  method: wanda\n  pattern: 2:4", "reconstruct:", "line 4: reconstruct: the dense model is not known"),
     ("merge:", "teacher: {}", "line 7: tune: there is a teacher, but kl_weight and hidden_weight are 0"),
     ("prune:\n  method: wanda\n  pattern: 2:4", "teacher:", "line 4: teacher without prune: the dense model is not"),
     ("tune:\n  lr: 1e-2\n  steps: 3\nmerge:\n", "teacher:\n", "my.yaml, line 7: teacher without tune"),
@@ -172,7 +173,7 @@ WRONG = [  # what is written in place of what, and what the message says
     (FULL, "", "my.yaml is empty"),
     (FULL, "a: \x07", "my.yaml, line 1: a character that YAML does not allow"),
     (FULL, "a: b\nc: [" + "*" * 3, "my.yaml, line 2: "),
-    (FULL, "model: dense\n", "my.yaml has no stage; known: prune, teacher, tune"),
+    (FULL, "model: dense\n", "my.yaml has no stage; known: prune, reconstruct, teacher, tune"),
 ]
 
 
@@ -199,7 +200,6 @@ def test_every_unknown_key_is_told_at_once() -> None:
         ({"settings": ("tone.lr=1",)}, "--set tone.lr: 'tone' is no key of a recipe; did you mean tune?"),
         ({"settings": ("tune.lr",)}, "write STAGE.OPTION=VALUE"),
         ({"settings": ("tune.lr=[1",)}, "--set tune.lr, line 1: "),
-        ({"settings": ("reconstruct.lr=1",)}, "the stage reconstruct is not available"),
         ({"text": Path("gone.txt")}, "reads gone.txt, and there is no such file"),
     ],
 )
@@ -220,7 +220,7 @@ def test_the_recipes_are_package_data() -> None:
 
 
 def test_a_recipe_by_name_and_one_that_is_not_there() -> None:
-    assert shipped() == ["demo", "fast", "paper-7b"]
+    assert shipped() == ["best", "demo", "fast", "paper-7b"]
     with pytest.raises(SPPError, match="paper7b is no file; did you mean paper-7b"):
         make_plan(RunConfig(recipe="paper7b"))
     with pytest.raises(SPPError, match="fast leaves the model open"):
