@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 DROPOUT_MODES = ("input", "alpha")
 INITS = ("paper",)  # what files may say of the start: W_α Kaiming-uniform with a = √5, W_β zero
 ALSO = ("norms", "biases", "head")  # what may train beside the adapter
-ALSO_LR = 1e-4  # of that: norms and biases are not small beside their steps, as W_α and W_β are
+ALSO_LR = 1e-3  # of that: norms and biases are not small beside their steps, as W_α and W_β are
 RULES = ("spp", "hira", "masked_lora")  # the names of spp.rules.RULES
 ACTIVATIONS = ("full", "bfloat16")  # what layers keep of their inputs for backward
 

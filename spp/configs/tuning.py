@@ -91,7 +91,7 @@ class TuneConfig(Distillation):
         weight_rank, weight_scale, mask_rank, low_rank_scale, structured_scale: PST: as in PSTConfig.
         lr: peak learning rate of AdamW; None is the method's, 4e-3 for SPP and 1e-4 for PST, the papers'. SPP's is for
             about 1,200 steps; for some hundred, 2e-2 ends lower.
-        also_lr: SPP: peak learning rate of what `also_train` names, which is not decayed; None is 1e-4.
+        also_lr: SPP: peak learning rate of what `also_train` names, which is not decayed; None is 1e-3.
         weight_decay: AdamW's decoupled weight decay.
         warmup_ratio: part of the steps in which the learning rate rises linearly, in [0, 1).
         schedule: "linear" (to zero), "cosine" (to zero) or "constant" after the warm-up.

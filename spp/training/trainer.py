@@ -38,7 +38,7 @@ class SPPTrainer(AdapterTrainer):
         mask_updates: prune and regrow a few weights now and then (spp.training.mask_updates); None keeps every zero.
             Checkpoints hold the masks then, and the adapter belongs to the pruned model as it is at the end.
         strict_values: as in `spp.load_adapter`, for a checkpoint that is resumed.
-        also_lr: peak learning rate of what trains beside the adapter; None is 1e-4 (spp.configs.adapter.ALSO_LR).
+        also_lr: peak learning rate of what trains beside the adapter; None is 1e-3 (spp.configs.adapter.ALSO_LR).
 
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
