@@ -389,11 +389,14 @@ class Verification:
             "survival": {key: asdict(survival) for key, survival in self.survival.items()},
         }
 
-    def require(self) -> SparsityReport:
+    def require(self, most: int | None = None) -> SparsityReport:
         """Return the report.
 
+        Args:
+            most: problems that a message lists; None lists all.
+
         Raises:
-            MaskError, NonFiniteError, CheckpointError: there are problems; all of them are listed.
+            MaskError, NonFiniteError, CheckpointError: there are problems.
         """
         if not self.problems:
             return self.report
@@ -404,23 +407,34 @@ class Verification:
             if self.survival:
                 why = "all survived the quantization, which rounded other weights to zero:"
             more = f"\nNo zero was lost: {why} {way} accepts the new ones." if further else ""
-            raise_differences(self.problems, self.against, self.name, more)
+            raise_differences(self.problems, self.against, self.name, more, most)
         listed = sorted(self.problems, key=lambda problem: (_ORDER.index(problem.kind), str(problem)))
-        problems = "\n  ".join(dict.fromkeys(map(str, listed)))
+        problems = _listing(dict.fromkeys(map(str, listed)), most)
         if listed[0].kind == FINITE:
             raise NonFiniteError(f"{self.name} holds weights that are not finite:\n  {problems}")
         error = MaskError if listed[0].kind == MASK else CheckpointError
         raise error(f"{self.name} fails its certificate:\n  {problems}")
 
 
-def raise_differences(problems: tuple[Problem, ...], before: str, after: str, more: str = "") -> None:
+def _listing(problems: Iterable[object], most: int | None) -> str:
+    lines = [str(problem) for problem in problems]
+    left = 0 if most is None else len(lines) - most
+    if left > 0:
+        lines[most:] = [f"… and {left} more; {arg('every', True)} lists all"]
+    return "\n  ".join(lines)
+
+
+def raise_differences(
+    problems: tuple[Problem, ...], before: str, after: str, more: str = "", most: int | None = None
+) -> None:
     """Raise a MaskError, NonFiniteError or CheckpointError, whichever problem is gravest, if two models differ."""
     if not problems:
         return
-    listing = "\n  ".join(map(str, problems))
+    listing = _listing(problems, most)
+    many = "1 tensor" if len(problems) == 1 else f"{len(problems)} tensors"
     kind = min((problem.kind for problem in problems), key=_ORDER.index)
     if kind == FINITE:
         raise NonFiniteError(f"weights are not finite:\n  {listing}")
     if kind == CONTENTS:
-        raise CheckpointError(f"{after} and {before} cannot be compared in {len(problems)} tensors:\n  {listing}")
-    raise MaskError(f"the zeros of {after} are not those of {before}, in {len(problems)} tensors:\n  {listing}{more}")
+        raise CheckpointError(f"{after} and {before} cannot be compared in {many}:\n  {listing}")
+    raise MaskError(f"the zeros of {after} are not those of {before}, in {many}:\n  {listing}{more}")

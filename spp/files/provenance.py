@@ -98,40 +98,6 @@ class Provenance:
         return f"{self.device}, {threads}, {self.dtype}, {products}; {self.packages}"
 
 
-# What numbers must share to stand in one column, as their results say it.
-_OF_TEXT = ("text_sha256", "tokenizer_sha256", "window", "windows", "bos", "protocol")
-_OF_TASKS = ("tokenizer_sha256", "limit", "apply_chat_template")
-_OF_A_TASK = ("version", "num_fewshot", "split", "documents_sha256")
-
-
-def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return what keeps two results from standing in one column; empty where nothing does.
-
-    What one of them does not say, as results of earlier versions do not, is no difference; such results had no BOS in
-    their windows.
-
-    Args:
-        a, b: `to_dict()` of two PerplexityResults or TaskResults, or the JSON of `spp eval`.
-
-    Returns:
-        One line for each difference, with both values.
-
-    Example:
-        >>> comparable({"perplexity": 9.0, "window": 1024}, {"perplexity": 8.0, "window": 2048})
-        ['window: 1024 and 2048']
-    """
-    found: dict[str, tuple[Any, Any]] = {}
-    if "perplexity" in a and "perplexity" in b:
-        one, other = {"bos": False, **a}, {"bos": False, **b}
-        found |= {name: (one[name], other[name]) for name in _OF_TEXT if name in one and name in other}
-    if "scores" in a and "scores" in b:
-        found |= {name: (a[name], b[name]) for name in _OF_TASKS if name in a and name in b}
-        for task, facts in (a.get("tasks") or {}).items():
-            same = (b.get("tasks") or {}).get(task, {})
-            found |= {f"{task}, {n}": (facts[n], same[n]) for n in _OF_A_TASK if n in facts and n in same}
-    return [f"{name}: {one} and {other}" for name, (one, other) in found.items() if one != other]
-
-
 def _counted(count: int | None, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 

@@ -53,11 +53,13 @@ class FromLogits(Objective):
         self.weights = weights
         self._head, self._form, self._states = head, form, states
         self._start, self._outputs = 0, states
+        kind = states.device.type  # the loss calls outside of autocast
+        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def chunk(self, rows: slice) -> None:
         """Compute the teacher's outputs for a chunk."""
         states = self._states[rows]
-        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(states.device.type, dtype=self._autocast, enabled=bool(self._autocast)):
             outputs = self._head(states)  # (chunk, V)
         self._start, self._outputs = rows.start, outputs
 

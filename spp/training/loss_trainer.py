@@ -6,6 +6,7 @@ contenders of a comparison have one loss.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -25,6 +26,8 @@ TEACHER_OPTIONS = tuple(one.name for one in fields(Distillation))
 
 class LossTrainer(Trainer):
     """transformers' Trainer, with the loss in chunks and a teacher; evaluation measures the cross-entropy alone.
+
+    With args.bf16 the teacher and both output heads compute under autocast as the model does.
 
     Args:
         model, args, rest, options: as in transformers.Trainer.
@@ -80,13 +83,15 @@ class LossTrainer(Trainer):
         """Compute the loss; with `loss_chunk`, without the logits of the whole batch."""
         if self.loss_chunk is None:
             return super().compute_loss(model, inputs, *rest, **options)
-        check_form(model, inputs)
-        if self.teacher is None or not model.training:
-            with captured_states(model) as self._states:
+        # Float16 has too few exponents for gradients that the scaler has not scaled yet.
+        with self.accelerator.autocast() if self.args.bf16 else contextlib.nullcontext():
+            check_form(model, inputs)
+            if self.teacher is None or not model.training:
+                with captured_states(model) as self._states:
+                    return super().compute_loss(model, inputs, *rest, **options)
+            self._lesson = self.teacher.lesson(inputs)  # before the student's activations are there
+            with captured_states(model) as self._states, self._lesson.watching(self._bare_model()):
                 return super().compute_loss(model, inputs, *rest, **options)
-        self._lesson = self.teacher.lesson(inputs)  # before the student's activations are there
-        with captured_states(model) as self._states, self._lesson.watching(self._bare_model()):
-            return super().compute_loss(model, inputs, *rest, **options)
 
     def _chunked_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         assert self._states is not None and self.loss_chunk is not None

@@ -105,7 +105,7 @@ class ModelTeacher(Teacher):
         given = {name: _moved(value, device) for name, value in inputs.items() if name not in _NOT_OF_A_FORWARD}
         cache = {"use_cache": False} if hasattr(getattr(bare, "config", None), "use_cache") else {}
         hidden: Any = block_outputs(bare) if self.weights.hidden else contextlib.nullcontext([])
-        with torch.autocast(device.type, enabled=False), evaluating(bare):
+        with evaluating(bare):
             check_form(bare, given)
             with captured_states(bare) as states, hidden as outputs:
                 bare(**given, **cache)

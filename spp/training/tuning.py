@@ -427,7 +427,7 @@ def training_arguments(config: TuneConfig, output_dir: Path, rows: int, *, save:
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
         bf16=config.bf16,
-        use_cpu=config.device == "cpu",
+        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # else no bf16 on a CPU
         seed=config.seed,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # LogFile stops a run whose loss is not finite

@@ -225,7 +225,7 @@ def test_zeros_that_came_back(tmp_path: Path, form: str) -> None:
     for other in (after, model):
         with pytest.raises(MaskError, match=rf"{Q0}\.weight: 1 became non-zero") as raised:
             spp.verify(before, other, more_zeros_allowed=True)
-        assert "in 1 tensors" in str(raised.value)
+        assert "in 1 tensor" in str(raised.value)
     one = examine(before, after).survival[f"{Q0}.weight"]
     assert (one.zeros, one.survived) == (2048, 2047)
 

@@ -171,7 +171,7 @@ def test_experts_that_are_stored_apart_are_compared_with_those_in_memory(tmp_pat
         rewrite(folder, {key: grown(tensors_of(folder)[key])})
 
     model.save_pretrained = careless
-    with pytest.raises(MaskError, match=f"in 1 tensors:\n  {key}: 2 became non-zero, 1 became zero"):
+    with pytest.raises(MaskError, match=f"in 1 tensor:\n  {key}: 2 became non-zero, 1 became zero"):
         save_model(model, tmp_path / "out")
     assert os.listdir(tmp_path) == ["right"]
 

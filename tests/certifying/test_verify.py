@@ -233,7 +233,7 @@ def test_one_zero_that_came_back_is_found_among_many_new_ones(tmp_path: Path, ke
     verify(last)  # its own certificate knows nothing of the model before
     for one in (before, first):
         for other in (model, last, shard(last, tmp_path / f"shards-{type(one).__name__}")):
-            with pytest.raises(MaskError, match="in 1 tensors:") as caught:
+            with pytest.raises(MaskError, match="in 1 tensor:") as caught:
                 verify(one, other, more_zeros_allowed=True)
             assert str(caught.value).splitlines()[1:] == [f"  {key}: 1 became non-zero, {gone} became zero"]
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_experts_that_are_stored_otherwise_than_they_are_held(tmp_path: Path, wr
     with torch.no_grad():
         model.get_parameter(name)[1][zero] = 1.0
     key = r"block_sparse_moe\.experts\.1\.w2\.weight: "
-    with pytest.raises(MaskError, match=rf"in 1 tensors:\n  model\.layers\.1\.{key}1 became non-zero, 0 became zero"):
+    with pytest.raises(MaskError, match=rf"in 1 tensor:\n  model\.layers\.1\.{key}1 became non-zero, 0 became zero"):
         spp.verify(folder, model)
     with pytest.raises(MaskError, match=rf"{key}0 became non-zero, 1 became zero"):
         spp.verify(model, folder)

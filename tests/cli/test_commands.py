@@ -162,6 +162,15 @@ def test_verify_gives_a_verdict_on_each_tensor(spp: Call, pruned: Path, adapter:
     assert failed.code == 1 and "2 of 2 not as they should be" in failed.out
     assert "became non-zero" in failed.err
 
+    for key in tensors:
+        if "proj" in key:
+            tensors[key].fill_(1.0)
+    save_tensors(merged / "model.safetensors", tensors)
+    failed, every = spp("verify", pruned, merged), spp("verify", pruned, merged, "--all")
+    (more,) = [line for line in failed.err.splitlines() if "more" in line]
+    count = every.err.count("became non-zero")
+    assert failed.err.count("became non-zero") == 10 < count and f"… and {count - 10} more; --all lists all" in more
+
     refused = spp("verify", pruned, merged, "--against", pruned)
     assert refused.code == 1 and "--against" in refused.err
 

@@ -16,7 +16,6 @@ import pytest
 from spp.configs.evaluating import EvalConfig, parse_window
 from spp.errors import ConfigError, DataError, DependencyError, SPPWarning
 from spp.evaluation import dataset_text, dataset_windows, paper_window, perplexity_result
-from spp.files.provenance import comparable
 from tests.cli.conftest import Outcome
 from tests.data.test_bos import TEXT, adding
 from tests.helpers.models import tiny_llama, tiny_tokenizer
@@ -149,27 +148,6 @@ def test_a_result_says_what_it_was_measured_on() -> None:
         name for name in ("text_sha256", "tokenizer_sha256", "model_fingerprint") if values[name] != other[name]
     }
     assert differing == {"text_sha256", "tokenizer_sha256"}
-
-
-def test_what_does_not_compare_is_named() -> None:
-    one = perplexity_result(tiny_llama(), adding(), TEXT[:200], window=16, batch_size=16).to_dict()
-    assert comparable(one, {**one, "perplexity": 1.0, "model_fingerprint": "other", "dtype": "bfloat16"}) == []
-    for name, value in {
-        "text_sha256": "ab",
-        "tokenizer_sha256": "cd",
-        "window": 32,
-        "windows": 7,
-        "bos": False,
-        "protocol": "paper",
-    }.items():
-        assert comparable(one, {**one, name: value}) == [f"{name}: {one[name]} and {value}"]
-    old = {"perplexity": 9.0, "window": 16, "windows": one["windows"]}  # of a version without BOS in its windows
-    assert comparable(old, one) == ["bos: False and True"] and comparable(old, {**one, "bos": False}) == []
-    facts = {"version": 1.0, "num_fewshot": 0, "split": "validation", "documents_sha256": "ab"}
-    scored = {"scores": {"rte": {"acc": 0.5}}, "tasks": {"rte": facts}, "limit": None, "tokenizer_sha256": "ef"}
-    assert comparable(scored, scored) == comparable(scored, one) == []
-    assert comparable(scored, {**scored, "limit": 100}) == ["limit: None and 100"]
-    assert comparable(scored, {**scored, "tasks": {"rte": {**facts, "version": 2.0}}}) == ["rte, version: 1.0 and 2.0"]
 
 
 @pytest.fixture
