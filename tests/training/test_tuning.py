@@ -180,7 +180,9 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(text: Path, t
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True, "device": "auto"}, {"dropout": 0.05}])
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"bf16": True, "device": "auto"}, {"dropout": 0.05}]
+)
 def test_other_ways_to_compute(text: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     result = run_tune(config(text, tmp_path / "run", steps=10, **options))
     assert result.perplexity_after < result.perplexity_before
