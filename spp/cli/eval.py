@@ -111,7 +111,6 @@ def to_dict(
     A second perplexity, by the other protocol, is under the name of that: "per_window".
     """
     from spp.comparing.measure import environment
-    from spp.files.provenance import peak_bytes
 
     values: dict[str, Any] = {"model": config.model, "adapter": str(config.adapter) if config.adapter else None}
     here = environment(where, model.dtype)
@@ -126,7 +125,7 @@ def to_dict(
     if scored is not None:
         values |= scored.to_dict()
         versions |= scored.provenance.versions or {}
-    return values | replace(here, seconds=seconds, versions=versions).to_dict() | {"peak_bytes": peak_bytes(where)}
+    return values | replace(here, seconds=seconds, versions=versions).to_dict()
 
 
 def read_text_of(config: EvalConfig) -> Read | None:
