@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from spp.cli import console
@@ -21,6 +22,7 @@ def run(config: TeacherCacheConfig) -> None:
     Example: spp teacher-cache MODEL cache --data train.txt --block-length 512
     """
     from spp.files import check_target
+    from spp.files.carry import refuse_overlap
     from spp.files.hub import local_directory
     from spp.files.provenance import Provenance
     from spp.report import Table, byte_text
@@ -31,6 +33,7 @@ def run(config: TeacherCacheConfig) -> None:
     device = console.pick_device(config.device)
     check_target(config.output, overwrite=config.overwrite)
     directory = local_directory(config.model, "model")
+    refuse_overlap(config.output, Path(directory), "the teacher")
     console.quiet_libraries()
     with console.step(f"asking {config.model}"), console.log():
         tokenizer = load_tokenizer(directory)

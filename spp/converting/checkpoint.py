@@ -152,6 +152,8 @@ def _prune(file: Path, source: Path, given: str | os.PathLike[str], target: Path
     refuse_overlap(target, dense, "the dense model")
     if source.is_dir():
         refuse_overlap(target, source, "the folder of masks")
+    elif Path(os.path.realpath(source)).is_relative_to(os.path.realpath(target)):
+        raise ConfigError(f"the output {target} contains the masks, {source}; choose a path outside it")
     refuse_quantized(dense)
     with MaskFile(file) as masks, CheckpointReader(dense) as reader:
         require_projections(reader, whole=True)

@@ -21,11 +21,12 @@ from spp.report.runs import STAGES, Changes, Sources, TuningRun, Zeros
 
 FORMAT = "spp-report-1"
 NOT_MEASURED = "not measured"
+_TAUGHT = ("ce_weight", "kl_weight", "hidden_weight", "temperature")
 RECIPE = (  # options of a run that decide what comes out
     *("method", "data", "steps", "epochs", "batch_size", "gradient_accumulation", "block_length", "completions_only"),
     *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "rule", "r", "scaling", "dropout"),
     *("dropout_mode", "target_modules", "exclude_modules", "mask_update_every", "mask_update_fraction", "pattern"),
-    *("dtype", "bf16", "seed"),
+    *("also_train", "also_lr", "teacher", "teacher_bits", "teacher_cache", *_TAUGHT, "dtype", "bf16", "seed"),
 )
 _NOT_REPEATED = ("overwrite", "resume", "progress")
 
@@ -257,5 +258,7 @@ def shown(value: Any) -> str:
 
 def recipe_of(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the options of a tuning run that decide what comes out, {name: value as text}."""
-    unused = () if options.get("mask_update_every") else ("mask_update_fraction",)
+    unused: tuple[str, ...] = () if options.get("mask_update_every") else ("mask_update_fraction",)
+    unused += () if options.get("also_train") else ("also_train", "also_lr")
+    unused += () if options.get("kl_weight") or options.get("hidden_weight") else _TAUGHT  # no teacher
     return {name: shown(options[name]) for name in RECIPE if options.get(name) is not None and name not in unused}

@@ -16,6 +16,7 @@ so is the model's own is checked on a few tokens, once a model.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spp.errors import ConfigError, arg
+from spp.errors import ConfigError, NonFiniteError, arg
 from spp.evaluation import IGNORED, evaluating
 
 CHECKED_TOKENS = 16  # of the first row, on which the two ways are compared
@@ -173,6 +174,7 @@ def check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: in no way that is known here.
+        NonFiniteError: it is NaN or infinite.
     """
     bare = unwrapped(model)
     if bare in _forms:
@@ -190,6 +192,12 @@ def check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             form: float(_loss(output_head(bare), states[0], shifted, CHECKED_TOKENS, None, form).detach())
             for form in _known_forms(bare)
         }
+    if not math.isfinite(expected):
+        name = getattr(getattr(bare, "config", None), "_name_or_path", None) or "the model"
+        raise NonFiniteError(
+            f"the loss of {type(bare).__name__} is {expected} on the first tokens, before any step: check the weights "
+            f"of {name}, or load it in a wider dtype"
+        )
     low = torch.is_autocast_enabled(states[0].device.type)
     tolerance = LOW_PRECISION if low else TOLERANCE.get(states[0].dtype, LOW_PRECISION)
     fitting = [form for form, loss in found.items() if abs(loss - expected) <= tolerance * abs(expected)]

@@ -1,6 +1,6 @@
 """The cache of a teacher: of every token to learn, its highest log-probabilities and the logarithm of the rest as one.
 
-teacher_cache.json          format, versions, counts, and hashes: of the rows, the tokenizer and the teacher
+teacher_cache.json          format, versions, counts, and hashes: of each tensor, the tokenizer and the teacher
 teacher_cache.safetensors   rows (R, 32) uint8, the sha256 of each row's tokens and labels, in the order of the data
                             starts (R + 1,) int64: tokens starts[i] to starts[i + 1] are those of row i
                             ids (N, k) int32, log_probs (N, k) float32, rest (N,) float32
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from spp._version import __version__
 from spp.data.tokens import tokenizer_sha256
-from spp.errors import CheckpointError, ConfigError, DataError, arg
+from spp.errors import CheckpointError, ConfigError, DataError, NonFiniteError, arg
 from spp.evaluation import IGNORED, evaluating
 from spp.files import CheckpointReader, atomic_directory, read_json, write_json
 from spp.files.hashes import tensor_bytes, weights_fingerprint
@@ -41,6 +41,7 @@ from spp.training.distillation import top_of
 FORMAT = "spp-teacher-cache-1"
 FILE = "teacher_cache.safetensors"
 CHUNK = 128  # tokens whose logits exist at once
+_SAID = ("ids", "log_probs", "rest")  # tensors of what the teacher says of each token
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def write_cache(
     Raises:
         ConfigError: `top_k` is not less than the vocabulary.
         DataError: the model cannot read the data.
+        NonFiniteError: its logits are not finite.
         OutputError: the directory exists, or cannot be written.
     """
     check_data(model, data.train, data.collate, "the training data", "block_length", tokenizer)
@@ -114,7 +116,7 @@ def write_cache(
             file.write_all("rows", tensor_bytes(keys))
             file.write_all("starts", tensor_bytes(starts))
             said = _said(model, data, batch_size, top_k)
-            vocabulary, outside = _write_all(file, said, total, progress)
+            vocabulary, outside, hashes = _write_all(file, said, total, progress)
         head = {
             "format": FORMAT,
             "spp_version": __version__,
@@ -122,7 +124,9 @@ def write_cache(
             "tokens": total,
             "top_k": top_k,
             "vocabulary": vocabulary,
+            **{f"{name}_sha256": value for name, value in hashes.items()},
             "rows_sha256": _sha256(keys),
+            "starts_sha256": _sha256(starts),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "teacher": getattr(getattr(model, "config", None), "_name_or_path", None),
             "teacher_fingerprint": fingerprint,
@@ -136,18 +140,21 @@ def write_cache(
 
 def _write_all(
     file: TensorFile, said: Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]], total: int, progress: bool
-) -> tuple[int, float]:
-    """Write what is said of each token as it comes; return the size of the vocabulary, and the mass of the rests."""
+) -> tuple[int, float, dict[str, str]]:
+    """Write what is said of each token as it comes; return the vocabulary's size, the mass of the rests, and hashes."""
     done, outside, vocabulary = 0, 0.0, 0
+    digests = {name: hashlib.sha256() for name in _SAID}
     with tqdm(total=total, desc="teacher", unit=" tokens", disable=None if progress else True, leave=False) as bar:
         for size, parts in said:
-            for name, part in zip(("ids", "log_probs", "rest"), parts, strict=True):
+            for name, part in zip(_SAID, parts, strict=True):
                 flat = part.contiguous().view(torch.uint8).reshape(-1)
-                file.write(name, done * (len(flat) // max(len(part), 1)), as_array(flat).data)
+                data = as_array(flat).data
+                file.write(name, done * (len(flat) // max(len(part), 1)), data)
+                digests[name].update(data)
             done, vocabulary = done + len(parts[2]), size
             outside += float(parts[2].double().exp().sum())
             bar.update(len(parts[2]))
-    return vocabulary, outside
+    return vocabulary, outside, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _said(model: Any, data: TrainingData, size: int, k: int) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
@@ -170,6 +177,11 @@ def _said(model: Any, data: TrainingData, size: int, k: int) -> Iterator[tuple[i
                 )
             wide = outputs.to(torch.float64 if outputs.dtype == torch.float64 else torch.float32, copy=True)
             ids, logs, rest = (one.cpu() for one in top_of(wide, form_of(model), k))
+            if logs.isnan().any() or rest.isnan().any():
+                raise NonFiniteError(
+                    "the teacher's logits are not finite for some of the training data: check its weights, or load it "
+                    "in a wider dtype"
+                )
             yield outputs.shape[1], (ids, logs, rest)
 
 
@@ -216,9 +228,10 @@ class TeacherCache:
         shapes = {"rows": (rows, 32), "starts": (rows + 1 if isinstance(rows, int) else None,), "ids": (tokens, k)}
         shapes |= {"log_probs": (tokens, k), "rest": (tokens,)}
         wrong = sorted(name for name, shape in shapes.items() if tuple(tensors[name].shape) != shape)
-        if wrong or _sha256(tensors["rows"]) != head.get("rows_sha256"):
+        wrong = wrong or sorted(name for name in shapes if _sha256(tensors[name]) != head.get(f"{name}_sha256"))
+        if wrong:
             raise CheckpointError(
-                f"{folder / FILE} does not belong to {CACHE_HEAD} beside it ({', '.join(wrong) or 'other rows'}): "
+                f"{folder / FILE} does not belong to {CACHE_HEAD} beside it (other {', '.join(wrong)}): "
                 f"write the cache again"
             )
         return cls(folder, head, tensors)
@@ -273,8 +286,8 @@ def _ids(row: Any) -> Tensor:
     return torch.as_tensor(row, device="cpu")
 
 
-def _sha256(keys: Tensor) -> str:
+def _sha256(values: Tensor) -> str:
     digest = hashlib.sha256()
-    for piece in tensor_bytes(keys):
+    for piece in tensor_bytes(values):
         digest.update(piece)
     return digest.hexdigest()

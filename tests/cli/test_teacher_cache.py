@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.cli.conftest import Outcome
+from tests.helpers.checkpoints import contents
 
 Call = Callable[..., Outcome]
 SMALL = ("--steps", 2, "--block-length", 16, "--batch-size", 1, "--window", 16, "--eval-windows", 1, "--device", "cpu")
@@ -29,6 +30,9 @@ def test_a_cache_is_written_and_read(spp: Call, dense: Path, pruned: Path, text:
     assert "notes.txt" in spp(*make, "--overwrite").err and (cache / "notes.txt").exists()
     found = spp(*make[:-1], 256, "--overwrite")
     assert found.code == 1
+    held = contents(dense)
+    found = spp("teacher-cache", dense, dense, *make[3:], "--overwrite")
+    assert found.code == 1 and "is the teacher" in found.err and contents(dense) == held
 
 
 def test_a_teacher_that_is_not_known(spp: Call, pruned: Path, text: Path, tmp_path: Path) -> None:

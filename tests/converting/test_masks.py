@@ -230,3 +230,12 @@ def test_the_sources(dense: Path, masks: Masks, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected the path"):
         spp.convert(5, tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_the_masks_is_refused(dense: Path, masks: Masks, tmp_path: Path) -> None:
+    """Of a name that overwriting would take for a checkpoint's own weights."""
+    held = write(shutil.copytree(dense, tmp_path / "out") / "pytorch_model.safetensors", masks)
+    before = held.read_bytes()
+    with pytest.raises(ConfigError, match="contains the masks"):
+        spp.convert(held, tmp_path / "out", dense=dense, overwrite=True)
+    assert held.read_bytes() == before

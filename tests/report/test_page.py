@@ -21,6 +21,7 @@ from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsErro
 from spp.merging.disk import merge_checkpoint
 from spp.merging.model import merge
 from spp.report import html_report
+from spp.report.contents import recipe_of
 from spp.report.measured import Measured, columns_of
 from spp.report.page import html_page
 from spp.report.runs import read_sources
@@ -198,6 +199,18 @@ def test_the_road_through_reconstruction_and_mask_updates(road: Path, tmp_path: 
     shares = {stage: share for stage, share in cells(report, 3).items() if stage != "pruned"}
     told = [f"{100 * math.log(100 / p) / math.log(10):.1f} %" for p in (40, 20, 20)]
     assert shares == dict(zip(("dense", "reconstructed", "tuned", "merged"), ("–", *told), strict=True))
+
+
+def test_a_recipe_says_what_taught_and_what_trained_too() -> None:
+    """And is silent on both, and on their weights, where there were none."""
+    plain = TuneConfig(model="m", data="t", output_dir="o", steps=4).to_dict()
+    assert not recipe_of(plain).keys() & {"teacher", "kl_weight", "ce_weight", "temperature", "also_train", "also_lr"}
+    taught = {"teacher": "dense", "kl_weight": 0.7, "ce_weight": 0.3, "also_train": ("norms",), "also_lr": 0.002}
+    found = recipe_of(TuneConfig(model="m", data="t", output_dir="o", steps=4, **taught).to_dict())
+    assert found | {"teacher": "dense", "kl_weight": "0.7", "ce_weight": "0.3"} == found
+    assert found | {"also_train": "norms", "also_lr": "0.002", "temperature": "1.0"} == found
+    memory = recipe_of({**plain, "kl_weight": 0.7})  # a teacher in memory has no name
+    assert memory["kl_weight"] == "0.7" and "teacher" not in memory
 
 
 def test_a_result_of_tune_names_its_run_and_nothing_is_read_twice(road: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import spp
-from spp.errors import CheckpointError, ConfigError, DataError, OutputExistsError
+from spp.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputExistsError
 from spp.training import Collator, SPPTrainer, TrainingInterrupted, tune
 from spp.training.data import TokenRows, load_data
 from spp.training.loading import load_model
@@ -268,6 +269,11 @@ def test_caches_that_are_no_use(folders: Path, cache: Path, text: Path, tmp_path
     rows_of = json.loads((cache / head).read_text())["rows_sha256"].encode()
     with pytest.raises(CheckpointError, match="other rows"):
         TeacherCache.open(spoiled("rows", head, lambda b: b.replace(rows_of, b"0" * 64)))
+    for name in ("ids", "log_probs", "rest", "starts"):
+        changed = load_file(cache / FILE)
+        changed[name] = changed[name].flip(0).contiguous()
+        with pytest.raises(CheckpointError, match=f"other {name}"):
+            TeacherCache.open(spoiled(name, FILE, lambda b, new=changed: save(new)))
     found = TeacherCache.open(cache)
     with pytest.raises(ConfigError, match="vocabulary 256, the model that learns 300"):
         found.check(300)
@@ -287,6 +293,19 @@ def test_caches_that_are_no_use(folders: Path, cache: Path, text: Path, tmp_path
     assert not (tmp_path / "new").exists()
     write_cache(dense(), tiny_tokenizer(), data, tmp_path / "short", top_k=3, overwrite=True)  # of a damaged one
     assert TeacherCache.open(tmp_path / "short").head["top_k"] == 3
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_teacher_that_is_not_finite_is_not_cached(everywhere: bool, text: Path, tmp_path: Path) -> None:
+    """Nor where it is finite on the first row, and an earlier cache stays."""
+    data, model = load_data([str(text)], tiny_tokenizer(), block_length=32), dense()
+    rows = [set(data.train[i]["input_ids"].tolist()) for i in range(len(data.train))]
+    later = set().union(*rows) - rows[0]
+    with torch.no_grad():
+        (model.model.norm.weight if everywhere else model.model.embed_tokens.weight[later.pop()]).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="check"):
+        write_cache(model, tiny_tokenizer(), data, tmp_path / "cache", top_k=3)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
