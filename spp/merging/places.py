@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def read_parts(adapters: AdapterLike) -> list[Part]:
     """
     if isinstance(adapters, (str, os.PathLike)):
         return [_part(adapters, 1.0)]
+    if isinstance(adapters, Mapping):  # whose weights would be passed over
+        raise ConfigError("adapters are given as a dict; pass pairs instead: [(path, weight), …]")
     parts = [_part(path, weight) for path, weight in map(_pair, adapters)]
     if not parts:
         raise ConfigError("there is no adapter to merge")

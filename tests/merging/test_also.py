@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import spp
-from spp.errors import AdapterError, CheckpointError, NonFiniteError
+from spp.errors import AdapterError, CheckpointError, ConfigError, NonFiniteError
 from spp.wrapping.wrap import also_trained
 from tests.helpers.checkpoints import contents, rewrite, shard, tensors_of
 from tests.helpers.models import prune_nm_, tiny_llama
@@ -89,6 +89,8 @@ def test_disk_and_memory_give_the_same_bits(
 def test_sums_add_differences_to_the_base(made: Path, tmp_path: Path) -> None:
     part = made / "float32"
     spp.merge_checkpoint(part / "base", [(part / "a", 0.7), (part / "b", 0.3), (part / "c", 2.0)], tmp_path / "out")
+    with pytest.raises(ConfigError, match="pass pairs"):  # iterated, it would be adapters without weights
+        spp.merge_checkpoint(part / "base", {part / "a": 0.7, part / "b": 0.3}, tmp_path / "dict")  # type: ignore[arg-type]
     base, found = tensors_of(part / "base"), tensors_of(tmp_path / "out")
     one, two = (load_file(part / name / "adapter_model.safetensors") for name in ("a", "b"))
     names = [key.removeprefix("base_model.model.") for key in one if "spp_" not in key]
