@@ -33,6 +33,7 @@ LEVELS = {
     "configs": 1,  # the options of every verb; loads no torch
     "supported": 1,
     "masks": 1,
+    "distributed": 1,  # asked by every verb; loads no torch for one process
     "files": 2,
     "rules": 2,
     "weights": 3,

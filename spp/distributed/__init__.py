@@ -1,0 +1,1 @@
+"""Several processes: which rank this is, what all ranks agree on, and weights of which each rank holds a shard."""
