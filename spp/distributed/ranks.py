@@ -1,4 +1,4 @@
-"""Which process of several this is: torchrun and accelerate launch start one a device and name it in the environment."""
+"""Which process of several this is: torchrun and accelerate launch start one a device and name it by environment."""
 
 from __future__ import annotations
 
