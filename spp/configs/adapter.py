@@ -24,7 +24,7 @@ DROPOUT_MODES = ("input", "alpha")
 INITS = ("paper",)  # what files may say of the start: W_α Kaiming-uniform with a = √5, W_β zero
 ALSO = ("norms", "biases", "head")  # what may train beside the adapter
 ALSO_LR = 1e-3  # of that: norms and biases are not small beside their steps, as W_α and W_β are
-RULES = ("spp", "hira", "masked_lora")  # the names of spp.rules.RULES
+RULES = ("spp", "hira", "masked_lora", "full")  # the names of spp.rules.RULES
 ACTIVATIONS = ("full", "bfloat16")  # what layers keep of their inputs for backward
 
 
@@ -69,9 +69,10 @@ class SPPConfig:
             a list of name suffixes, or a regular expression that must match the whole module path.
         exclude_modules: a list of name suffixes or a regular expression of modules to leave alone.
         rank_pattern: {name suffix or regular expression: r} for modules whose rank differs from `r`.
-        rule: "spp"; or a peer's, which keeps the mask too, in place of W_α and W_β: "hira" (W scaled by 1 + s·B A) or
+        rule: "spp"; or another that keeps the mask, in place of W_α and W_β: "hira" (W scaled by 1 + s·B A) or
             "masked_lora" (W plus s·B A on the mask), of rank r. r and scaling default to SPP's; PEFT's HiRA has no
-            factor, scaling=1.0, and about as many parameters as SPP's r=16 at r=8.
+            factor, scaling=1.0, and about as many parameters as SPP's r=16 at r=8. "full" trains every kept weight
+            (W plus D on the mask): it has neither r nor scaling, and writes 1 for both.
         packed: keep the frozen weights packed (kept values and a mask) instead of dense.
         seed: draw each layer from a generator keyed by (seed, module path); None uses torch's global generator.
         also_train: what else trains, out of "norms", "biases" (of linears) and "head" (the output head, refused where
@@ -102,6 +103,8 @@ class SPPConfig:
     def __post_init__(self) -> None:
         check_int("r", self.r, least=1)
         self._check_rank_pattern()
+        if self.rule == "full":
+            self._check_full()
         check_number("scaling", self.scaling, above=0.0)
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         check_choice("dropout_mode", self.dropout_mode, DROPOUT_MODES)
@@ -131,6 +134,18 @@ class SPPConfig:
         for name, r in ranks.items():
             check_int(f"rank_pattern[{name!r}]", r, least=1)
             check_regex("rank_pattern", name)
+
+    def _check_full(self) -> None:
+        """Raise for a rank or a scaling that is asked of a rule without them; write 1 for both."""
+        for name in ("r", "scaling"):
+            value = getattr(self, name)
+            if value not in (1, getattr(type(self), name)):
+                raise ConfigError(
+                    f"{arg(name)} is {value!r}, which means nothing to {arg('rule', 'full')}: leave it out"
+                )
+            object.__setattr__(self, name, 1)
+        if self.rank_pattern:
+            raise ConfigError(f"{arg('rank_pattern', ...)} is given, but {arg('rule', 'full')} has no ranks")
 
     def rank_for(self, path: str) -> int:
         """Return the rank for a module path: its `rank_pattern` entry, or `r` where it has none.

@@ -13,6 +13,7 @@ from spp.errors import ConfigError, arg
 
 METHODS = ("spp", "pst")
 LR = {"spp": 4e-3, "pst": 1e-4}  # the papers'
+FULL_LR = 4e-4  # of the rule "full", whose parameters are as small as the weights'
 
 Recipes = Mapping[str, Mapping[str, Any]]
 # Named sets of options; what a recipe does not name keeps the default of its field.

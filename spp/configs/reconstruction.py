@@ -82,7 +82,9 @@ class Reconstruction:
         Option("Share of the windows that is held out to see whether a region gets worse.", DATA),
     ] = 0.125
     seed: Annotated[int, Option("Of the order of windows, and of the start of an adapter.", OPTIMISATION)] = 0
-    rule: Annotated[str, Option("Of an adapter: spp, hira or masked_lora.", ADAPTER, choices=RULES)] = SPPConfig.rule
+    rule: Annotated[str, Option("Of an adapter: spp, hira, masked_lora or full.", ADAPTER, choices=RULES)] = (
+        SPPConfig.rule
+    )
     r: Annotated[int, Option("Rank of an adapter.", ADAPTER)] = SPPConfig.r
     scaling: Annotated[float, Option("Factor s of an adapter.", ADAPTER)] = SPPConfig.scaling
 
@@ -119,7 +121,7 @@ class Reconstruction:
     @property
     def rate(self) -> float:
         """The learning rate."""
-        return self.lr or (LR if self.train == "weights" else ADAPTER_LR)
+        return self.lr or (LR if self.train == "weights" or self.rule == "full" else ADAPTER_LR)
 
     def split(self, windows: int, length: int) -> tuple[list[int], list[int]]:
         """Return how many windows each batch has: those that are trained on, and those that are held out, last.

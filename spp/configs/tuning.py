@@ -29,7 +29,7 @@ from spp.configs.checks import (
     parse_names,
 )
 from spp.configs.distillation import Distillation
-from spp.configs.methods import LR, MASK_UPDATE_FIELDS, METHODS, RECIPES, check_methods, recipe_of
+from spp.configs.methods import FULL_LR, LR, MASK_UPDATE_FIELDS, METHODS, RECIPES, check_methods, recipe_of
 from spp.configs.options import ADAPTER, DATA, EVALUATION, MASK_UPDATES, METHOD, MODEL, OPTIMISATION, PST, RUN, Option
 from spp.configs.pattern import Pattern
 from spp.configs.pruning import BOS_OPTION, DECAYS, DROPS, GROWS, MaskUpdateOptions, own_tokens
@@ -79,7 +79,7 @@ class TuneConfig(Distillation):
         scaling: SPP: s.
         dropout: SPP: probability in [0, 1).
         dropout_mode: SPP: "input" or "alpha".
-        rule: SPP: "spp", or a peer's, "hira" or "masked_lora".
+        rule: SPP: "spp", "full" (every kept weight), "hira" or "masked_lora".
         also_train: SPP: what else trains, out of "norms", "biases" and "head"; see SPPConfig.
         dense_model: SPP: directory or hub id of the dense model, for mask updates and text of its own.
         mask_update_every: SPP: optimizer steps between two mask updates (spp.training.mask_updates); None has none.
@@ -89,7 +89,8 @@ class TuneConfig(Distillation):
         pattern: PST: what is pruned at the end, "N:M" or a fraction; required.
         initial_sparsity, initial_warmup, final_warmup: PST: as in SparsitySchedule.
         weight_rank, weight_scale, mask_rank, low_rank_scale, structured_scale: PST: as in PSTConfig.
-        lr: peak learning rate of AdamW; None is the method's, 4e-3 for SPP and 1e-4 for PST, the papers'. SPP's is for
+        lr: peak learning rate of AdamW; None is 4e-3 for SPP and 1e-4 for PST, the papers', and 4e-4 for the rule
+            "full". SPP's is for
             about 1,200 steps; for some hundred, 2e-2 ends lower.
         also_lr: SPP: peak learning rate of what `also_train` names, which is not decayed; None is 1e-3.
         weight_decay: AdamW's decoupled weight decay.
@@ -191,7 +192,7 @@ class TuneConfig(Distillation):
     rule: Annotated[
         str,
         Option(
-            "SPP: spp, hira or masked_lora; spp compare runs hira with --r 8 --scaling 1, masked_lora with --r 8.",
+            "SPP: spp, full (every kept weight), hira (--r 8 --scaling 1) or masked_lora (--r 8).",
             ADAPTER,
             choices=RULES,
         ),
@@ -221,7 +222,7 @@ class TuneConfig(Distillation):
         Option(
             "Peak learning rate.",
             OPTIMISATION,
-            default=f"SPP's {LR['spp']}, for some 1,200 steps; PST's {LR['pst']}",
+            default=f"SPP's {LR['spp']}, for some 1,200 steps; PST's {LR['pst']}; --rule full's {FULL_LR}",
         ),
     ] = None
     also_lr: Annotated[
@@ -307,7 +308,7 @@ class TuneConfig(Distillation):
         object.__setattr__(self, "also_train", check_also_train(self.also_train))
         check_methods(self)
         if self.lr is None:
-            object.__setattr__(self, "lr", LR[self.method])
+            object.__setattr__(self, "lr", FULL_LR if self.rule == "full" else LR[self.method])
         self._check_choices()
         self._check_numbers()
         for name in ("completions_only", "gradient_checkpointing", "bf16", "overwrite", "resume", "strict_values"):

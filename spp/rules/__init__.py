@@ -9,10 +9,11 @@ from __future__ import annotations
 from spp.errors import ConfigError
 from spp.rules.adapter import Adapter, effective_block, effective_weight, rescue_
 from spp.rules.base import Rule
+from spp.rules.full import FullRule
 from spp.rules.low_rank import HiRARule, MaskedLoRARule
 from spp.rules.spp import SPPRule
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (SPPRule(), HiRARule(), MaskedLoRARule())}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (SPPRule(), HiRARule(), MaskedLoRARule(), FullRule())}
 
 
 def get_rule(name: str) -> Rule:

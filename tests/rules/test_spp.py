@@ -127,5 +127,5 @@ def test_the_cheap_bound_never_misses_a_vanishing_weight() -> None:
 
 
 def test_unknown_rules_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no rule 'lora'; known: hira, masked_lora, spp"):
+    with pytest.raises(ConfigError, match="no rule 'lora'; known: full, hira, masked_lora, spp"):
         get_rule("lora")
