@@ -57,7 +57,7 @@ class _Text:
 
 _TEXTS = {
     "wikitext2": _Text(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "test", (("wikitext", "wikitext-2-raw-v1"), {}), "\n\n"
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "test", (("Salesforce/wikitext", "wikitext-2-raw-v1"), {}), "\n\n"
     ),
     "c4": _Text(
         "allenai/c4",
@@ -149,7 +149,8 @@ def _hub_rows(name: str, known: _Text) -> Iterable[Any]:
         import datasets
     except ImportError:
         raise DependencyError(
-            f"to load {name} the package datasets is needed: pip install 'spp[eval]'", remedy=f"or pass {_local_hint()}"
+            f"to load {name} the package datasets is needed: pip install 'spp[eval]'",
+            remedy=f"or pass {_local_hint(known)}",
         ) from None
     places, options = known.arguments
     try:
@@ -158,12 +159,14 @@ def _hub_rows(name: str, known: _Text) -> Iterable[Any]:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"the data set {name} cannot be loaded from the hub: {type(error).__name__}: {reason}",
-            remedy=f"for local files pass {_local_hint()}",
+            remedy=f"for local files pass {_local_hint(known)}",
         ) from error
 
 
-def _local_hint() -> str:
-    return arg("data_dir", ...)
+def _local_hint(known: _Text) -> str:
+    """Say which option names local files, and where they lie in its folder."""
+    place = Path("DIR", known.local.rpartition("/")[2], known.config, known.split)
+    return f"{arg('data_dir', 'DIR')} with {place}.jsonl, .parquet or .arrow"
 
 
 def _local_rows(root: Path, name: str, known: _Text) -> Iterable[Any]:

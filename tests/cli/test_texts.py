@@ -70,12 +70,12 @@ def test_the_hub_is_asked_for_the_papers_files(monkeypatch: pytest.MonkeyPatch) 
 
     def load_dataset(*places: str, **options: Any) -> list[dict[str, str]]:
         asked.append((places, options))
-        return [{"text": line} for line in LINES] if places[0] == "wikitext" else DOCUMENTS  # type: ignore[return-value]
+        return [{"text": line} for line in LINES] if places[0] == "Salesforce/wikitext" else DOCUMENTS  # type: ignore[return-value]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert dataset_text("wikitext2") == "\n\n".join(LINES) and dataset_text("c4") == C4
     assert asked == [
-        (("wikitext", "wikitext-2-raw-v1"), {"split": "test"}),
+        (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"}),
         (("allenai/c4",), {"split": "validation", "data_files": {"validation": f"en/{NAME}"}}),
     ]
 
@@ -84,7 +84,8 @@ def test_the_hub_is_asked_for_the_papers_files(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=unreachable))
     with pytest.raises(
-        DataError, match=r"wikitext2 cannot be loaded from the hub: ConnectionError: no route; .*data_dir"
+        DataError,
+        match=r"wikitext2 cannot be loaded from the hub: ConnectionError: no route; .*data_dir.*-raw-v1/test.jsonl",
     ):
         dataset_text("wikitext2")
     monkeypatch.setitem(sys.modules, "datasets", None)
