@@ -438,8 +438,8 @@ class TuneConfig(Distillation):
         recipe: Annotated[
             str,
             Option(
-                "default, paper (SPP: dropout 0.05; PST: no decay, no warm-up), short (SPP: lr 2e-2; PST: lr 1e-3) or "
-                "best (SPP: HiRA's form, taught by the dense model, whatever the text); "
+                "default, paper (SPP: dropout 0.05; PST: no decay, no warm-up), short (SPP: lr 2e-2; PST: lr 1e-3), "
+                "best (every kept weight, taught by the dense model and the text) or lean (HiRA's form, taught so); "
                 "other options override it.",
                 METHOD,
                 choices=tuple(RECIPES),
@@ -450,8 +450,8 @@ class TuneConfig(Distillation):
         """Build a config from a recipe's values and the `options` that override them.
 
         Args:
-            recipe: of the method that the options name (RECIPES, PST_RECIPES): "default", "paper" or "short", for
-                some hundred steps.
+            recipe: of the method that the options name (RECIPES, PST_RECIPES): "default", "paper", or for some
+                hundred steps "short", "best" and "lean".
             options: fields of this class.
         """
         return cls.from_dict({**recipe_of(recipe, options.get("method", "spp")), **options})

@@ -24,13 +24,15 @@ def test_the_defaults_are_the_papers_recipe_without_dropout() -> None:
 
 
 def test_recipes() -> None:
-    assert set(RECIPES) == {"default", "paper", "short", "best"}
+    assert set(RECIPES) == {"default", "paper", "short", "best", "lean"}
     common = {"data": "train.txt", "output_dir": "run", "model": "pruned"}
     assert TuneConfig.from_recipe(**common) == config()
     assert TuneConfig.from_recipe("paper", **common) == config(dropout=0.05, dropout_mode="input")
     assert TuneConfig.from_recipe("short", **common) == config(lr=2e-2)
     best = TuneConfig.from_recipe("best", **common)
-    assert best == config(rule="hira", r=8, scaling=1.0, lr=2e-2, teacher="dense", ce_weight=0.0, kl_weight=1.0)
+    taught = {"schedule": "cosine", "teacher": "dense", "ce_weight": 0.3, "kl_weight": 0.7}
+    assert best == config(rule="full", lr=4e-4, **taught)
+    assert TuneConfig.from_recipe("lean", **common) == config(rule="hira", r=8, scaling=1.0, lr=2e-2, **taught)
     with pytest.raises(ConfigError, match="recipe is 'best'; known: default, paper, short"):
         TuneConfig.from_recipe("best", method="pst", pattern="2:4", **common)
     assert TuneConfig.from_recipe("paper", dropout=0.1, **common).dropout == 0.1
