@@ -164,7 +164,7 @@ def _hub_rows(name: str, known: _Text) -> Iterable[Any]:
 
 
 def _local_hint(known: _Text) -> str:
-    """Say which option names local files, and where they lie in its folder."""
+    """Say which option names local files, and where they are in its folder."""
     place = Path("DIR", known.local.rpartition("/")[2], known.config, known.split)
     return f"{arg('data_dir', 'DIR')} with {place}.jsonl, .parquet or .arrow"
 
