@@ -28,7 +28,7 @@ _CHUNK = 1 << 17  # weights looked at together: bits, bools and packed bytes of 
 
 _EXPECTED = 14.0  # groups with too many weights, from which on their absence is no chance: once in 10⁶ tensors
 
-_BITS: dict[torch.dtype, torch.dtype] = {  # the integer type whose bits a floating type is read as
+BITS: dict[torch.dtype, torch.dtype] = {  # the integer type whose bits a floating type is read as
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.float16: torch.int16,
@@ -77,7 +77,7 @@ def nonzero_mask(t: Tensor) -> Tensor:
     """
     if t.dtype == torch.bool:
         return t.clone()
-    bits = _BITS.get(t.dtype)
+    bits = BITS.get(t.dtype)
     if bits is None:
         if t.dtype.is_floating_point or t.dtype.is_complex:
             raise PatternError(f"a mask cannot be read from the bits of {t.dtype}")
@@ -94,7 +94,7 @@ def nonzero_mask(t: Tensor) -> Tensor:
 
 def magnitude_bits(t: Tensor) -> Tensor:
     """Return the bits of |t| as integers: of finite numbers the larger one has the larger bits."""
-    bits = _BITS.get(t.dtype)
+    bits = BITS.get(t.dtype)
     if bits is None:
         raise PatternError(f"magnitudes cannot be read from the bits of {t.dtype}")
     return t.detach().view(bits) & torch.iinfo(bits).max
@@ -104,7 +104,7 @@ def all_finite(t: Tensor) -> bool:
     """Whether t holds neither NaN nor infinity; one pass, nothing of t's size is allocated."""
     if t.numel() == 0 or not (t.dtype.is_floating_point or t.dtype.is_complex):
         return True
-    if t.dtype not in _BITS:
+    if t.dtype not in BITS:
         return bool(torch.isfinite(t).all())
     if t.element_size() == 1:
         return all(bool(torch.isfinite(part.float()).all()) for part in t.reshape(-1).split(_CHUNK))
@@ -117,8 +117,8 @@ def pack_bits(t: Tensor) -> npt.NDArray[np.uint8]:
     count = t.numel()
     packed = np.empty((count + 7) // 8, dtype=np.uint8)
     for start, part in _chunks(t.detach()):
-        if t.device.type == "cpu" and t.dtype in _BITS:  # numpy: no bool outlives the cache, no pool of threads to wake
-            mask = _nonzero(as_array(part.view(_BITS[t.dtype])))
+        if t.device.type == "cpu" and t.dtype in BITS:  # numpy: no bool outlives the cache, no pool of threads to wake
+            mask = _nonzero(as_array(part.view(BITS[t.dtype])))
         elif t.device.type == "cpu" and t.dtype == torch.bool:
             mask = as_array(part)
         else:

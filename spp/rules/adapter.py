@@ -67,13 +67,18 @@ def effective_block(
         rounded: scratch of the block's shape in the dtype of `weight`, or None to allocate where it is needed.
         may_vanish: False where the caller has shown that no kept weight can come out as zero.
     """
-    rule.build(weight, factors, rows, cols, arithmetic)
-    if arithmetic.dtype == weight.dtype:
-        result = arithmetic
-    else:
-        result = arithmetic.to(weight.dtype) if rounded is None else rounded.copy_(arithmetic)
-    if may_vanish:
-        rescue_(result, weight)
+    result = arithmetic
+    if arithmetic.dtype != weight.dtype:
+        result = torch.empty_like(arithmetic, dtype=weight.dtype) if rounded is None else rounded
+    first, step = rows.start or 0, rule.rows_at_once(weight)
+    for start in range(0, len(weight), step):
+        part = slice(start, min(start + step, len(weight)))
+        block, exact, stored = weight[part], arithmetic[part], result[part]
+        rule.build(block, factors, slice(first + part.start, first + part.stop), cols, exact)
+        if stored.dtype != exact.dtype:
+            stored.copy_(exact)
+        if may_vanish and not rule.keeps_all(block, stored):
+            rescue_(stored, block)
     return result
 
 

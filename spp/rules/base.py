@@ -116,6 +116,14 @@ class Rule(ABC):
     def largest_factor(self, factors: Any) -> float:
         """Return an upper bound of |W_eff / W − 1| over the layer: it tells cheaply that nothing can round to zero."""
 
+    def rows_at_once(self, block: Tensor) -> int:
+        """Return how many rows of a block are built, rounded and looked at before the next ones: by default all."""
+        return max(1, len(block))
+
+    def keeps_all(self, weight: Tensor, result: Tensor) -> bool:
+        """Return whether it is plain at little cost that no kept weight of W has come out as zero; False if unknown."""
+        return False
+
     @abstractmethod
     def is_idle(self, params: Params, scaling: float) -> bool:
         """Return whether the parameters alone, of a matrix or of experts, say that W_eff is W."""

@@ -33,7 +33,7 @@ SMALL_FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2]
 def subnormals(dtype: torch.dtype) -> torch.Tensor:
     """The smallest and the largest subnormal of a dtype with both signs, made from bits."""
     mantissa = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}[dtype]
-    bits = torch.tensor([1, (1 << mantissa) - 1], dtype=patterns._BITS[dtype])
+    bits = torch.tensor([1, (1 << mantissa) - 1], dtype=patterns.BITS[dtype])
     return torch.cat([bits, bits | torch.iinfo(bits.dtype).min]).view(dtype)
 
 

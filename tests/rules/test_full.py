@@ -105,3 +105,15 @@ def test_it_has_no_rank_no_scaling_and_a_rate_of_its_own() -> None:
             spp.SPPConfig(rule="full", **options)  # type: ignore[arg-type]
     tuned = TuneConfig(model="m", data="d.txt", output_dir="run", rule="full")
     assert tuned.lr == 4e-4 and tuned.adapter_config().r == 1
+
+
+def test_negative_zeros_and_vanishing_weights_are_told_apart() -> None:
+    """Where the counts could agree by chance: a zero with a sign, beside a weight that cancels."""
+    weight = torch.tensor([[0.5, -0.0, 0.0, -0.25]])
+    d = torch.tensor([[-0.5, 1.0, 1.0, 0.0]])
+    merged = effective_weight(weight, Adapter(RULE, [d], 1.0))
+    assert merged[0, 0] != 0 and not merged[0, 1] and not merged[0, 2] and merged[0, 3] == -0.25
+    low = torch.tensor([[-1e-7, 0.0]]).to(torch.float16)  # rounds to zero with a sign in the dtype of the base
+    assert low[0, 0] != 0
+    lost = effective_weight(low, Adapter(RULE, [torch.tensor([[1.19e-7 - 1e-8, 0.0]])], 1.0))
+    assert lost[0, 0] != 0 and not lost[0, 1]
