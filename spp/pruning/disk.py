@@ -27,6 +27,7 @@ from spp.certifying.save import origin_of
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.configs.reconstruction import Reconstruction
+from spp.distributed.sums import together
 from spp.errors import StreamingError, TargetError
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
@@ -67,6 +68,8 @@ def prune_checkpoint(
     overwrite: bool = False,
 ) -> PruneReport:
     """Prune a checkpoint into another one, block by block, and certify it.
+
+    Inside a process group as `spp.prune`; rank 0 writes, and finished blocks lie where all ranks can read them.
 
     Args:
         directory: a checkpoint of safetensors files, or a hub id.
@@ -126,6 +129,20 @@ def prune_checkpoint_by(
     overwrite: bool = False,
 ) -> PruneReport:
     """Prune as `prune_checkpoint`, by options that are checked and told."""
+    with together():
+        return _prune_checkpoint(directory, out, options, tokenizer, dtype, device, overwrite=overwrite)
+
+
+def _prune_checkpoint(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: PruneOptions,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    *,
+    overwrite: bool,
+) -> PruneReport:
     started = time.perf_counter()
     target = Path(os.path.realpath(out))
     source = checkpoint_directory(directory)

@@ -27,6 +27,7 @@ from spp.certifying.sources import checkpoint_directory
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import BOS, check_choice, check_int
 from spp.configs.reconstruction import Reconstruction
+from spp.distributed.sums import share, together
 from spp.errors import ConfigError, NonFiniteError, WrapError, arg
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
@@ -74,6 +75,9 @@ def reconstruct(
 
     With `train="adapter"` no weight changes, and the model is left wrapped (`spp.wrap`) with the trained adapter.
 
+    Inside a process group (torch.distributed) every rank calls it with the same models and options: each computes its
+    part of every batch, gradients are summed, and all end with the same weights.
+
     Args:
         model: pruned, by whatever; not wrapped, not quantized, its weights in memory.
         dense: the model that it was pruned from; it is not changed.
@@ -97,6 +101,20 @@ def reconstruct(
         >>> report.blocks[0].after < report.blocks[0].before  # doctest: +SKIP
         True
     """
+    with together():
+        return _reconstruct(model, dense, calibration, tokenizer, nsamples, seqlen, options, bos)
+
+
+def _reconstruct(
+    model: nn.Module,
+    dense: nn.Module,
+    calibration: Calibration,
+    tokenizer: Any,
+    nsamples: int,
+    seqlen: int,
+    options: Reconstruction,
+    bos: str,
+) -> ReconstructionReport:
     started = time.perf_counter()
     _check(options, calibration, nsamples, seqlen, bos)
     for name, one in (("model", model), (arg("dense"), dense)):
@@ -116,7 +134,9 @@ def reconstruct(
             repaired = repair_blocks(model, dense, layers, windows, options, store)
         except NonFiniteError as error:
             done = "" if options.adapter is not None else " (blocks before it are repaired already)"
-            raise NonFiniteError(f"{error.marked}{done}") from error
+            told = NonFiniteError(f"{error.marked}{done}")
+            share(told, error)
+            raise told from error
     if options.adapter is not None:
         fill(wrap(model, options.adapter), store.adapters)
     starts = begins_with_bos(calibration, tokenizer, bos)
@@ -235,6 +255,28 @@ def reconstruct_checkpoint(
     Example:
         >>> reconstruct_checkpoint("pruned", "repaired", "dense", "corpus.txt", tokenizer=tokenizer)  # doctest: +SKIP
     """
+    with together():
+        return _reconstruct_checkpoint(
+            *(pruned, out, dense, calibration, tokenizer, nsamples, seqlen, options, bos, dtype, device),
+            overwrite=overwrite,
+        )
+
+
+def _reconstruct_checkpoint(
+    pruned: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dense: str | os.PathLike[str],
+    calibration: Calibration,
+    tokenizer: Any,
+    nsamples: int,
+    seqlen: int,
+    options: Reconstruction,
+    bos: str,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    *,
+    overwrite: bool,
+) -> ReconstructionReport:
     started = time.perf_counter()
     _check(options, calibration, nsamples, seqlen, bos)
     target = Path(os.path.realpath(out))
