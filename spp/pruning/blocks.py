@@ -98,7 +98,8 @@ def share_of(
         return [(start, min(start + together, last)) for start in range(first, last, together)]
     starts = [sum(sizes[:batch]) for batch in range(len(sizes))]
     return [
-        part(start, size, (place - batch) % members) for batch, (start, size) in enumerate(zip(starts, sizes, strict=True))
+        part(start, size, (place - batch) % members)
+        for batch, (start, size) in enumerate(zip(starts, sizes, strict=True))
     ]
 
 

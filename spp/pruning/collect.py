@@ -77,7 +77,9 @@ def _summed(
         return collectors
     first = {id(several[0]): path for path, several in reversed(collectors.items())}
     ran = any(collector.count for several in collectors.values() for collector in several)
-    shared = [found for found in gathered({p: first[id(c[0])] for p, c in collectors.items()} if ran else None) if found]
+    shared = [
+        found for found in gathered({p: first[id(c[0])] for p, c in collectors.items()} if ran else None) if found
+    ]
     if any(found != shared[0] for found in shared):
         raise _NotSharedError
     leaders = shared[0] if shared else {path: path for path in collectors}
