@@ -1,4 +1,4 @@
-"""Sums over the ranks of a process group, errors that end all ranks, values of one; alone, each leaves things as they are.
+"""Sums over the ranks of a process group, errors that end all, values of one; alone, each leaves things as they are.
 
 Every rank calls each of these in the same order. What can fail on one rank runs inside `together`, and sums follow it
 at once: so no rank waits for one that has failed.

@@ -127,7 +127,8 @@ _RECONSTRUCTIONS = [
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_a_step_of_reconstruction_counts_the_batches_of_all_ranks(architecture: str) -> None:
     dense = tiny_llama(hidden_size=32, intermediate_size=48) if architecture == "llama" else moe_model("mixtral")
-    dense, ids = dense.double(), _ids(7, 8)
+    dense, ids = dense.double() if architecture == "llama" else dense, _ids(7, 8)
+    exact = {"rtol": 1e-6, "atol": 1e-9} if architecture == "llama" else {"rtol": 2e-2, "atol": 2e-3}
     model = copy.deepcopy(dense)
     prune(model, "magnitude", "2:4")
     ranks = values_of_ranks(_reconstruct_on_a_rank, 2, model, dense, ids)
@@ -136,10 +137,10 @@ def test_a_step_of_reconstruction_counts_the_batches_of_all_ranks(architecture: 
         for found, told in [of_rank[number] for of_rank in ranks]:
             assert [(name, steps, note) for name, _, _, steps, note in told] == [(r[0], r[3], r[4]) for r in regions]
             errors = [error for region in told for error in region[1:3]]
-            assert errors == pytest.approx([error for region in regions for error in region[1:3]], rel=1e-9)
+            assert errors == pytest.approx([error for region in regions for error in region[1:3]], rel=exact["rtol"])
             assert found.keys() == weights.keys()
             for name, value in weights.items():
-                torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(found[name], value, **exact)
                 assert torch.equal(found[name], ranks[0][number][0][name]), name
         changed = any(
             not torch.equal(value, dict(model.named_parameters()).get(n, value)) for n, value in weights.items()
@@ -198,7 +199,7 @@ def test_one_rank_writes_a_killed_run_goes_on_and_an_error_of_one_ends_all(tmp_p
     model.save_pretrained(tmp_path / "model")
     for found in values_of_ranks(_streamed, 2, tmp_path, ids):
         assert found[0] == ("NonFiniteError", "model.layers.0.self_attn.o_proj on rank 1") and found[1] == ["model"]
-        assert found[2][0] == "OutputError" and "no space" in found[2][1].lower() and found[3] == ["model"]
+        assert found[2][0] == "OutputError" and "the disk is full" in found[2][1] and found[3] == ["model"]
         assert found[4] == ("_Killed", "") and found[5] == [".out.pruning", "model"]
         assert found[6:8] == [7, ["model", "out"]] and found[-1] == ["1", "2"]
         assert found[8][0] == "OutputExistsError"
