@@ -118,6 +118,7 @@ def prune_checkpoint(
     )
 
 
+@together()
 def prune_checkpoint_by(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -129,20 +130,6 @@ def prune_checkpoint_by(
     overwrite: bool = False,
 ) -> PruneReport:
     """Prune as `prune_checkpoint`, by options that are checked and told."""
-    with together():
-        return _prune_checkpoint(directory, out, options, tokenizer, dtype, device, overwrite=overwrite)
-
-
-def _prune_checkpoint(
-    directory: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    options: PruneOptions,
-    tokenizer: Any,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-    *,
-    overwrite: bool,
-) -> PruneReport:
     started = time.perf_counter()
     target = Path(os.path.realpath(out))
     source = checkpoint_directory(directory)

@@ -109,13 +109,9 @@ def prune(
     return prune_by(model, options, tokenizer)
 
 
+@together()
 def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> PruneReport:
     """Prune as `prune`, by options that are checked and told."""
-    with together():
-        return _prune(model, options, tokenizer)
-
-
-def _prune(model: nn.Module, options: PruneOptions, tokenizer: Any) -> PruneReport:
     started = time.perf_counter()
     if is_wrapped(model):
         raise WrapError("the model is wrapped: spp.merge(model) or spp.unwrap(model) first, then prune")

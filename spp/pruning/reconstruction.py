@@ -57,6 +57,7 @@ from spp.wrapping.adapters import base_values, fill, fill_layers, mask_of, param
 from spp.wrapping.wrap import adapted, is_wrapped, wrap
 
 
+@together()
 def reconstruct(
     model: nn.Module,
     dense: nn.Module,
@@ -101,20 +102,6 @@ def reconstruct(
         >>> report.blocks[0].after < report.blocks[0].before  # doctest: +SKIP
         True
     """
-    with together():
-        return _reconstruct(model, dense, calibration, tokenizer, nsamples, seqlen, options, bos)
-
-
-def _reconstruct(
-    model: nn.Module,
-    dense: nn.Module,
-    calibration: Calibration,
-    tokenizer: Any,
-    nsamples: int,
-    seqlen: int,
-    options: Reconstruction,
-    bos: str,
-) -> ReconstructionReport:
     started = time.perf_counter()
     _check(options, calibration, nsamples, seqlen, bos)
     for name, one in (("model", model), (arg("dense"), dense)):
@@ -215,6 +202,7 @@ def repair_blocks(
     return repaired
 
 
+@together()
 def reconstruct_checkpoint(
     pruned: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -255,28 +243,6 @@ def reconstruct_checkpoint(
     Example:
         >>> reconstruct_checkpoint("pruned", "repaired", "dense", "corpus.txt", tokenizer=tokenizer)  # doctest: +SKIP
     """
-    with together():
-        return _reconstruct_checkpoint(
-            *(pruned, out, dense, calibration, tokenizer, nsamples, seqlen, options, bos, dtype, device),
-            overwrite=overwrite,
-        )
-
-
-def _reconstruct_checkpoint(
-    pruned: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    dense: str | os.PathLike[str],
-    calibration: Calibration,
-    tokenizer: Any,
-    nsamples: int,
-    seqlen: int,
-    options: Reconstruction,
-    bos: str,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-    *,
-    overwrite: bool,
-) -> ReconstructionReport:
     started = time.perf_counter()
     _check(options, calibration, nsamples, seqlen, bos)
     target = Path(os.path.realpath(out))
