@@ -86,14 +86,10 @@ def share(error: BaseException, other: BaseException) -> None:
 
 
 def _told(error: Exception | None) -> Exception | None:
-    """Return an error as it can be sent."""
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # of a class that takes other arguments than its message
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    """Return an error as it can be sent: one of Python's or of spp's own."""
+    if error is None or type(error).__module__.partition(".")[0] in ("builtins", "spp"):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def add_(tensor: Tensor) -> Tensor:
