@@ -16,6 +16,7 @@ import spp
 import spp.pruning.loop as loop
 import spp.pruning.work as work
 from spp.configs.pruning import OWL
+from spp.distributed.sums import gathered
 from spp.errors import NonFiniteError
 from spp.masks.patterns import nonzero_mask
 from spp.models.projection import Projection, find_projections
@@ -165,7 +166,9 @@ def _streamed(rank: int, folder: Path, ids: Tensor) -> list[Any]:
                 found.append(prune_checkpoint(source, out, "wanda", "2:4", ids).windows)
             except BaseException as error:
                 found.append((type(error).__name__, str(error)))
+        gathered(None)  # rank 0 has tidied up
         found.append(sorted(path.name for path in folder.iterdir()))
+        gathered(None)  # and all have seen it
 
     def one_fails(layer: Projection, *arguments: Any) -> Any:
         if rank == 1:
