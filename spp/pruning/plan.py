@@ -165,7 +165,7 @@ def draw_windows(
             windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed, bos=bos)
             where = f"calibration: {describe_calibration(calibration)}"
             check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), where, tokenizer)
-    return of_first(windows)  # type: ignore[no-any-return]
+    return of_first(windows)
 
 
 def begins_with_bos(calibration: Calibration, tokenizer: Any, bos: str) -> bool:

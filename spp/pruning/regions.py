@@ -61,7 +61,8 @@ class Region:
 
     def named(self) -> Region:
         """Return it without its modules, as it can be sent to another rank: projections are paths."""
-        return replace(self, block=None, projections=[layer.path for layer in self.projections])  # type: ignore[arg-type]
+        paths: Any = [layer.path for layer in self.projections]
+        return replace(self, block=None, projections=paths)  # type: ignore[arg-type]
 
     def told(self, block: nn.Module, layers: Mapping[str, Projection]) -> Region:
         """Return a named region with the modules of a block."""
