@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from spp.cli import console
 from spp.cli.options import command
+from spp.cli.ranks import ranks
 from spp.configs.checks import finite
 from spp.configs.pruning import PruneConfig
+from spp.distributed.ranks import is_first
 from spp.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,10 +19,12 @@ NAME = "prune"
 
 
 @command(PruneConfig)
+@ranks()
 def run(config: PruneConfig) -> None:
     """Prune a dense model, one block at a time in memory, and write a plain checkpoint.
 
-    A run that was killed continues after its last finished block when the same command is given again.
+    A run that was killed continues after its last finished block when the same command is given again. Started by
+    torchrun or accelerate launch, each process runs its share of the calibration windows.
 
     Example: spp prune MODEL pruned --method wanda --pattern 2:4 --calibration texts.txt
     """
@@ -49,8 +53,9 @@ def run(config: PruneConfig) -> None:
         console.say(line)
     console.wrote(config.output)
     if config.report is not None:
-        with atomic_file(config.report, overwrite=overwrite, kind=PRUNE_REPORT) as path:
-            write_json(path, finite(values))
+        if is_first():
+            with atomic_file(config.report, overwrite=overwrite, kind=PRUNE_REPORT) as path:
+                write_json(path, finite(values))
         console.wrote(config.report)
 
 
@@ -103,5 +108,6 @@ def load_and_prune(config: PruneConfig, device: str) -> PruneReport:
         console.note(f"no tokenizer is saved: {console.said(error).splitlines()[0]}")
     loaded = load_model(directory, config.dtype).to(device)
     report = prune_by(loaded, config, tokenizer)
-    save_model(loaded, config.output, tokenizer=tokenizer, overwrite=config.overwrite)
+    if is_first():
+        save_model(loaded, config.output, tokenizer=tokenizer, overwrite=config.overwrite)
     return report

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from spp.cli import console
 from spp.cli.options import command
+from spp.cli.ranks import ranks
 from spp.configs.checkpoints import ReconstructConfig
 from spp.configs.checks import finite
+from spp.distributed.ranks import is_first
 
 if TYPE_CHECKING:
     from spp.pruning.report import ReconstructionReport
@@ -16,10 +18,12 @@ NAME = "reconstruct"
 
 
 @command(ReconstructConfig)
+@ranks()
 def run(config: ReconstructConfig) -> None:
     """Train the kept weights of a pruned model until each block gives the dense one's outputs again; zeros stay.
 
-    A run that was killed continues after its last finished block when the same command is given again.
+    A run that was killed continues after its last finished block when the same command is given again. Started by
+    torchrun or accelerate launch, each process computes its part of every batch.
 
     Example: spp reconstruct pruned repaired --dense MODEL --calibration texts.txt
     """
@@ -41,8 +45,9 @@ def run(config: ReconstructConfig) -> None:
     console.show(reconstruction_table(found))
     console.wrote(config.output)
     if config.report is not None:
-        with atomic_file(config.report, overwrite=overwrite, kind=RECONSTRUCTION_REPORT) as path:
-            write_json(path, finite(values))
+        if is_first():
+            with atomic_file(config.report, overwrite=overwrite, kind=RECONSTRUCTION_REPORT) as path:
+                write_json(path, finite(values))
         console.wrote(config.report)
 
 
@@ -99,6 +104,8 @@ def load_and_reconstruct(config: ReconstructConfig, device: str) -> Reconstructi
         options=config.options,
         bos=config.bos,
     )
+    if not is_first():
+        return found
     if config.adapter is not None:
         save_adapter(model, config.output, overwrite=config.overwrite)
     else:

@@ -8,6 +8,7 @@ both are S_a + S_b + d² T_a T_b / (T_a + T_b), so nothing is lost where the mea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,35 +89,97 @@ class StatsCollector:
         self._mean = torch.zeros((), device="cpu")
         self._deviation = torch.zeros((), device="cpu")
 
-    def add(self, x: Tensor) -> None:
-        """Take in a batch of inputs x (…, n)."""
+    def add(self, x: Tensor, at: int | None = None) -> None:
+        """Take in a batch of inputs x (…, n).
+
+        Args:
+            x: the inputs.
+            at: how many tokens of the whole come before it, for the sample; None: as many as were taken in.
+        """
         x = x.detach().reshape(-1, self.features)  # (T, n)
         tokens = x.shape[0]
         if tokens == 0:
             return
         if self.count == 0:
-            exact = torch.float32 if x.device.type == "mps" else torch.float64
-            self._square = torch.zeros(self.features, dtype=exact, device=x.device)
-            self._mean, self._deviation = self._square.clone(), self._square.clone()
+            self._begin(x.device)
         if self._stride:
-            first = -self.count % self._stride
+            first = -(self.count if at is None else at) % self._stride
             self._rows.append(x[first :: self._stride].clone())
         if x.dtype != torch.float64:
             x = x.float()
-        self._square += _sum_of_squares(x).to(self._square.dtype)
+        square = _sum_of_squares(x)
+        mean = deviation = None
         if self._moments:
             mean = x.mean(dim=0)
-            deviation = _sum_of_squares(x - mean).to(self._square.dtype)
-            shift = mean.to(self._square.dtype) - self._mean
-            total = self.count + tokens
-            self._deviation += deviation + shift.square() * (self.count * tokens / total)
-            self._mean += shift * (tokens / total)
+            deviation = _sum_of_squares(x - mean)
         if self._hessian:
             if self._upper is None:
                 self._upper = torch.zeros(self.features, self.features, dtype=x.dtype, device=x.device)
             for first in range(0, self.features, _ROWS):
                 self._upper[first : first + _ROWS, first:].addmm_(x[:, first : first + _ROWS].T, x[:, first:])
+        self._merge(tokens, square, mean, deviation)
+
+    def _begin(self, device: torch.device) -> None:
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._square = torch.zeros(self.features, dtype=exact, device=device)
+        self._mean, self._deviation = self._square.clone(), self._square.clone()
+
+    def _merge(self, tokens: int, square: Tensor, mean: Tensor | None, deviation: Tensor | None) -> None:
+        """Take in the sums of a batch, (n,) each."""
+        self._square += square.to(self._square.dtype)
+        if mean is not None and deviation is not None:
+            shift = mean.to(self._square.dtype) - self._mean
+            total = self.count + tokens
+            self._deviation += deviation.to(self._square.dtype) + shift.square() * (self.count * tokens / total)
+            self._mean += shift * (tokens / total)
         self.count += tokens
+
+    def seen(self) -> tuple[int, int, torch.dtype | None]:
+        """Return the tokens that came, those in the sample, and their dtype where that is known."""
+        dtype = self._rows[0].dtype if self._rows else None if self._upper is None else self._upper.dtype
+        return self.count, sum(len(rows) for rows in self._rows), dtype
+
+    def sum_over(
+        self,
+        seen: Sequence[tuple[int, int, torch.dtype | None]],
+        place: int,
+        device: torch.device,
+        add_: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Take in what collectors of the same input on other ranks have seen; all of them call it at once.
+
+        Args:
+            seen: of each of them, in their order.
+            place: of this one among them.
+            device: of the inputs.
+            add_: sums a tensor over them in place.
+        """
+        counts = [count for count, _, _ in seen]
+        if sum(counts) == 0:
+            return
+        if self.count == 0:
+            self._begin(device)
+        sums = torch.zeros(len(seen), 3, self.features, dtype=self._square.dtype, device=device)
+        sums[place] = torch.stack([self._square, self._mean, self._deviation])
+        add_(sums)
+        self.count = 0
+        self._begin(device)
+        for count, (square, mean, deviation) in zip(counts, sums.unbind(), strict=True):
+            if count:
+                moments = (mean, deviation) if self._moments else (None, None)
+                self._merge(count, square, *moments)
+        dtype = next((dtype for _, _, dtype in seen if dtype is not None), torch.float32)
+        if self._hessian:
+            if self._upper is None:
+                wide = torch.float64 if dtype == torch.float64 else torch.float32
+                self._upper = torch.zeros(self.features, self.features, dtype=wide, device=device)
+            add_(self._upper)
+        if self._stride:
+            sizes = [size for _, size, _ in seen]
+            rows = torch.zeros(sum(sizes), self.features, dtype=dtype, device=device)
+            if self._rows:
+                rows[sum(sizes[:place]) : sum(sizes[: place + 1])] = torch.cat(self._rows)
+            self._rows = [add_(rows)]
 
     def hessian(self) -> Tensor | None:
         """Return XᵀX (n, n) of the inputs so far, not a copy; None where it is not gathered or no token came."""

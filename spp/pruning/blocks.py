@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from spp.distributed.sums import members, place, together
 from spp.errors import NonFiniteError, TargetError, arg
 from spp.masks.patterns import all_finite
 from spp.models.targets import input_embedding
@@ -71,6 +72,37 @@ def _inside(target: str, path: str) -> bool:
     return not path or target.startswith(path + ".")
 
 
+def share_of(
+    windows: int, together: int, sizes: Sequence[int] | None, place: int, members: int
+) -> list[tuple[int, int]]:
+    """Return the first window and the last but one of each batch of a rank; rank 0 has a part of the first batch.
+
+    Args:
+        windows: of all ranks.
+        together: windows of a batch where no sizes are given: a rank's share is cut into such batches.
+        sizes: windows of each batch of all ranks; the rank has a part of each, which may be none. The larger parts go
+            round.
+        place: of the rank.
+        members: how many ranks there are.
+
+    Example:
+        >>> share_of(5, 2, None, 0, 2), share_of(5, 2, None, 1, 2)
+        ([(0, 2), (2, 3)], [(3, 5)])
+    """
+
+    def part(first: int, size: int, number: int) -> tuple[int, int]:
+        return first - (-number * size // members), first - (-(number + 1) * size // members)
+
+    if sizes is None:
+        first, last = part(0, windows, place)
+        return [(start, min(start + together, last)) for start in range(first, last, together)]
+    starts = [sum(sizes[:batch]) for batch in range(len(sizes))]
+    return [
+        part(start, size, (place - batch) % members)
+        for batch, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+
+
 class BlockRunner:
     """Runs one block after another on batches of windows, keeping the hidden states between them.
 
@@ -78,8 +110,12 @@ class BlockRunner:
         model: in eval mode.
         path: of the list of blocks, for messages.
         blocks: in the order in which the model runs them.
-        windows: token ids (k, L).
-        sizes: windows of each batch; None runs up to BATCH_TOKENS tokens together.
+        windows: token ids (k, L); of several ranks each runs its share.
+        sizes: windows of each batch, of which each rank has a part; None runs up to BATCH_TOKENS tokens together.
+
+    Attributes:
+        places: how many tokens of `windows` come before each batch that this rank has a part of.
+        next: the block that is next.
     """
 
     def __init__(
@@ -93,15 +129,20 @@ class BlockRunner:
         self._model = model
         self._path = path
         self._blocks = blocks
-        self._batches = windows.to(_input_device(model)).split(
-            max(1, BATCH_TOKENS // windows.shape[1]) if sizes is None else list(sizes)
-        )
+        windows = windows.to(_input_device(model))
+        spans = share_of(len(windows), max(1, BATCH_TOKENS // windows.shape[1]), sizes, place(), members())
+        self._batches = [windows[first:last] for first, last in spans]
+        self.places = [first * windows.shape[1] for first, last in spans if first < last]
         self._outputs: list[Any] = [None] * len(self._batches)  # of the block before the next one, as it returned them
         self._shared = [_Shared() for _ in self._batches]
-        self.next = 0  # the block that is
+        self.next = 0
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def holds(self, batch: int) -> bool:
+        """Whether this rank has windows of a batch."""
+        return len(self._batches[batch]) > 0
 
     def run(self, index: int, *, keep: bool) -> Iterator[int]:
         """Run block `index` on its inputs batch by batch; what is of interest in it, hooks have seen.
@@ -117,7 +158,7 @@ class BlockRunner:
         Raises:
             NonFiniteError: an output that is to be kept holds NaN or infinity.
         """
-        for batch in range(len(self._batches)):
+        for batch in filter(self.holds, range(len(self._batches))):
             output = self._run(index, batch)
             if keep:
                 self._check(index, output)
@@ -143,8 +184,9 @@ class BlockRunner:
 
     def propagate(self, index: int) -> None:
         """Run block `index` and keep its outputs as the inputs of the next one."""
-        for _ in self.run(index, keep=True):
-            pass
+        with together():
+            for _ in self.run(index, keep=True):
+                pass
 
     def _check(self, index: int, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.pruning import Method
+from spp.distributed.sums import add_, gathered, members, place, together
 from spp.errors import NonFiniteError, TargetError, arg
 from spp.masks.stats import StatsCollector
 from spp.models.expert_products import ExpertProducts, plain_experts
@@ -36,6 +37,7 @@ def gather_inputs(
     """Run block `index` over all batches and return what each matrix of its layers reads.
 
     Layers that read one tensor share an entry; a fused weight has one entry an expert, of the tokens routed to it.
+    Each rank runs its share of the windows, and all return the statistics of all windows.
 
     Args:
         runner: at the state in which block `index` is next.
@@ -50,11 +52,11 @@ def gather_inputs(
     """
 
     def gather(*, share: bool) -> dict[str, Sequence[StatsCollector]]:
-        hooks = _Hooks(layers, method, windows.numel(), share=share, whole=keep)
-        with hooks.installed():
+        hooks = _Hooks(layers, method, windows, runner.places, share=share, whole=keep)
+        with together(), hooks.installed():
             for _ in runner.run(index, keep=keep):
                 hooks.end_batch()
-        return hooks.collectors
+        return _summed(hooks.collectors, layers)
 
     try:  # a run that keeps its outputs cannot be repeated, so it does not count on inputs being shared
         collectors = gather(share=not keep)
@@ -65,6 +67,28 @@ def gather_inputs(
         for number, collector in enumerate(several):
             _require_finite(collector, path if len(several) == 1 else f"{path}[{number}]")
     return {path: [shared[id(collector)] for collector in several] for path, several in collectors.items()}
+
+
+def _summed(
+    collectors: dict[str, Sequence[StatsCollector]], layers: Mapping[str, Projection]
+) -> dict[str, Sequence[StatsCollector]]:
+    """Return the collectors with what those of all ranks have seen."""
+    if members() == 1:
+        return collectors
+    first = {id(several[0]): path for path, several in reversed(collectors.items())}
+    ran = any(collector.count for several in collectors.values() for collector in several)
+    shared = [
+        found for found in gathered({p: first[id(c[0])] for p, c in collectors.items()} if ran else None) if found
+    ]
+    if any(found != shared[0] for found in shared):
+        raise _NotSharedError
+    leaders = shared[0] if shared else {path: path for path in collectors}
+    collectors = {path: collectors[leaders[path]] for path in layers}  # a rank without windows saw nothing shared
+    own = {id(c): (c, layers[path].weight.device) for path, several in collectors.items() for c in several}
+    seen = gathered([collector.seen() for collector, _ in own.values()])
+    for (collector, device), of_ranks in zip(own.values(), zip(*seen, strict=True), strict=True):
+        collector.sum_over(of_ranks, place(), device, add_)
+    return collectors
 
 
 def _require_finite(collector: StatsCollector, where: str) -> None:
@@ -83,13 +107,22 @@ class _Hooks:
     """Forward pre-hooks on the layers of a block; `whole` runs it to its end, else only as far as there is to read."""
 
     def __init__(
-        self, layers: Mapping[str, Projection], method: Method, tokens: int, *, share: bool, whole: bool
+        self,
+        layers: Mapping[str, Projection],
+        method: Method,
+        windows: Tensor,
+        places: Sequence[int],
+        *,
+        share: bool,
+        whole: bool,
     ) -> None:
         self.collectors: dict[str, Sequence[StatsCollector]] = {}
         self._layers = {path: layer for path, layer in layers.items() if not layer.fused}
         self._fused = {path: layer for path, layer in layers.items() if layer.fused}
         self._method = method
-        self._tokens = tokens
+        self._windows = windows
+        self._places = iter(places if members() > 1 else ())
+        self._at = next(self._places, None)  # tokens before this batch, where other ranks run some of them
         self._share = share
         self._whole = whole or bool(self._fused)
         self._first_batch = True
@@ -122,6 +155,7 @@ class _Hooks:
         if self._first_batch and not self._whole and sorted(self._calls) == sorted(self._layers):
             self._last = self._calls[-1]
         self._first_batch = False
+        self._at = next(self._places, None)
         self._seen.clear()
 
     def _hook(self, path: str) -> Any:
@@ -150,7 +184,7 @@ class _Hooks:
                 raise _NotSharedError
             return
         self._seen[path] = x, _changes(x)
-        self.collectors[path][0].add(x)
+        self.collectors[path][0].add(x, self._at)
 
     def _reads_same(self, leader: str, x: Tensor) -> bool:
         """Whether x is the tensor that a leader read in this batch, and was not changed in place since."""
@@ -164,7 +198,7 @@ class _Hooks:
             moments=self._method.refined,
             hessian=hessian,
             sample=0 if hessian else _SAMPLED,
-            expected=self._tokens,
+            expected=self._windows.numel(),
         )
 
 

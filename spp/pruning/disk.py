@@ -27,6 +27,7 @@ from spp.certifying.save import origin_of
 from spp.certifying.sources import checkpoint_directory
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.configs.reconstruction import Reconstruction
+from spp.distributed.sums import together
 from spp.errors import StreamingError, TargetError
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
@@ -67,6 +68,8 @@ def prune_checkpoint(
     overwrite: bool = False,
 ) -> PruneReport:
     """Prune a checkpoint into another one, block by block, and certify it.
+
+    Inside a process group as `spp.prune`; rank 0 writes, and finished blocks lie where all ranks can read them.
 
     Args:
         directory: a checkpoint of safetensors files, or a hub id.
@@ -115,6 +118,7 @@ def prune_checkpoint(
     )
 
 
+@together()
 def prune_checkpoint_by(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],

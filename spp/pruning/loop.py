@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spp.configs.pruning import METHODS
+from spp.distributed.sums import gathered, members, of_first, place, send_, together
 from spp.masks.patterns import Pattern
 from spp.masks.wanda import outlier_share, owl_fractions, wanda_score
 from spp.models.projection import Projection
@@ -120,14 +121,23 @@ def repair_text(block: BlockReport | None) -> str:
 def _prune_block(
     plan: PrunePlan, index: int, layers: Layers, patterns: Mapping[str, Pattern], runner: BlockRunner | None
 ) -> dict[str, LayerReport]:
+    """Prune the layers of a block; of several ranks each prunes some, one all that read one input, and gives them."""
     inputs: dict[str, list[LayerInputs]] = {}
     if runner is not None and layers:
         inputs = gather_inputs(runner, index, layers, plan.method, plan.windows)
-    keep = plan.options.keep_zeros
-    return {
-        path: prune_layer(layer, inputs.pop(path, None), plan.method, patterns[path], keep)
-        for path, layer in layers.items()
-    }
+    groups = {id(known[0].collector): None for known in inputs.values()}
+    turns = {group: turn % members() for turn, group in enumerate(groups)}
+    owners = {path: turns[id(inputs[path][0].collector)] if path in inputs else 0 for path in layers}
+    done: dict[str, LayerReport] = {}
+    with together():
+        for path, layer in layers.items():
+            known = inputs.pop(path, None)
+            if owners[path] == place():
+                done[path] = prune_layer(layer, known, plan.method, patterns[path], plan.options.keep_zeros)
+    for path, layer in layers.items():
+        send_(layer.weight, owners[path])
+    everything = {path: report for of_rank in gathered(done) for path, report in of_rank.items()}
+    return {path: everything[path] for path in layers}
 
 
 def owl_patterns(
@@ -153,6 +163,7 @@ def owl_patterns(
             else:
                 runner.propagate(index)
     fractions = owl_fractions(outliers, fraction, owl.spread)
+    fractions = of_first(fractions)
     return {
         path: Pattern(fraction=round(block_fraction, 6))
         for index, block_fraction in zip(held, fractions, strict=True)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from spp.certifying.save import note_origin
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.configs.reconstruction import Reconstruction
+from spp.distributed.sums import share, together
 from spp.errors import NonFiniteError, WrapError
 from spp.evaluation import evaluating
 from spp.packing.model import packed_layers
@@ -50,6 +51,9 @@ def prune(
     keeps at most N, a fraction is the share pruned with them, and patterns that nest (2:4 in 2:8) lose nothing. Where
     there are more of them than the pattern asks for, nothing else is pruned, and the report counts the layers that are
     sparser than asked for.
+
+    Inside a process group (torch.distributed) every rank calls it with the same model and options: each runs its share
+    of the windows, statistics are summed, and all end with the same weights.
 
     Args:
         model: not wrapped, not quantized; its weights must be in memory.
@@ -105,6 +109,7 @@ def prune(
     return prune_by(model, options, tokenizer)
 
 
+@together()
 def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> PruneReport:
     """Prune as `prune`, by options that are checked and told."""
     started = time.perf_counter()
@@ -127,7 +132,7 @@ def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> 
         try:
             done, repaired = prune_blocks(plan, of_block, lambda: plan.runner(model, root, blocks), BlockStore())
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{error.marked} (blocks before it are pruned already: load the model anew)"
-            ) from error
+            told = NonFiniteError(f"{error.marked} (blocks before it are pruned already: load the model anew)")
+            share(told, error)
+            raise told from error
     return plan.report(done, started, repaired)

@@ -20,6 +20,7 @@ from spp.configs.checks import name_matches
 from spp.configs.pruning import Method, Patterns, PruneOptions, get_method, is_self
 from spp.configs.reconstruction import Reconstruction
 from spp.data.tokens import find_bos
+from spp.distributed.sums import of_first, together
 from spp.errors import ConfigError, NonFiniteError, PatternError, SPPWarning, arg
 from spp.files.tables import count_text
 from spp.layers.host import refuse_parametrization
@@ -145,25 +146,26 @@ def draw_windows(
     *,
     author: Callable[[], nn.Module] | None = None,
 ) -> Tensor:
-    """Return calibration windows (k, L) that the model can read; arguments and errors as of `calibration_windows`.
+    """Return calibration windows (k, L) that the model can read, those of rank 0; otherwise as `calibration_windows`.
 
     Args:
         author: returns the dense model, which writes them where they are to be its own; None takes `model`.
     """
-    data = load_ids(calibration)
-    length = fitting_seqlen(model, data, seqlen)
-    if is_self(calibration):
-        if author is not None:
-            logger.info("the dense model is loaded whole to write its own text, and freed before it is used")
-        writer = model if author is None else author()
-        found = own_windows(writer, tokenizer, count=nsamples, length=length, seed=seed, bos=bos)
-        del writer
-        trim_memory()
-        return found
-    windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed, bos=bos)
-    where = describe_calibration(calibration)
-    check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), f"calibration: {where}", tokenizer)
-    return windows
+    with together():
+        data = load_ids(calibration)
+        length = fitting_seqlen(model, data, seqlen)
+        if is_self(calibration):
+            if author is not None:
+                logger.info("the dense model is loaded whole to write its own text, and freed before it is used")
+            writer = model if author is None else author()
+            windows = own_windows(writer, tokenizer, count=nsamples, length=length, seed=seed, bos=bos)
+            del writer
+            trim_memory()
+        else:
+            windows = calibration_windows(data, tokenizer, nsamples=nsamples, seqlen=length, seed=seed, bos=bos)
+            where = f"calibration: {describe_calibration(calibration)}"
+            check_ids(model, data if isinstance(data, Tensor) else windows.flatten(), where, tokenizer)
+    return of_first(windows)
 
 
 def begins_with_bos(calibration: Calibration, tokenizer: Any, bos: str) -> bool:

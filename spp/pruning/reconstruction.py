@@ -27,6 +27,7 @@ from spp.certifying.sources import checkpoint_directory
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import BOS, check_choice, check_int
 from spp.configs.reconstruction import Reconstruction
+from spp.distributed.sums import share, together
 from spp.errors import ConfigError, NonFiniteError, WrapError, arg
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
@@ -56,6 +57,7 @@ from spp.wrapping.adapters import base_values, fill, fill_layers, mask_of, param
 from spp.wrapping.wrap import adapted, is_wrapped, wrap
 
 
+@together()
 def reconstruct(
     model: nn.Module,
     dense: nn.Module,
@@ -73,6 +75,9 @@ def reconstruct(
     and biases. A region whose error on held-out windows does not fall keeps the values that it had.
 
     With `train="adapter"` no weight changes, and the model is left wrapped (`spp.wrap`) with the trained adapter.
+
+    Inside a process group (torch.distributed) every rank calls it with the same models and options: each computes its
+    part of every batch, gradients are summed, and all end with the same weights.
 
     Args:
         model: pruned, by whatever; not wrapped, not quantized, its weights in memory.
@@ -116,7 +121,9 @@ def reconstruct(
             repaired = repair_blocks(model, dense, layers, windows, options, store)
         except NonFiniteError as error:
             done = "" if options.adapter is not None else " (blocks before it are repaired already)"
-            raise NonFiniteError(f"{error.marked}{done}") from error
+            told = NonFiniteError(f"{error.marked}{done}")
+            share(told, error)
+            raise told from error
     if options.adapter is not None:
         fill(wrap(model, options.adapter), store.adapters)
     starts = begins_with_bos(calibration, tokenizer, bos)
@@ -195,6 +202,7 @@ def repair_blocks(
     return repaired
 
 
+@together()
 def reconstruct_checkpoint(
     pruned: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -9,7 +9,7 @@ with the number of windows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +58,15 @@ class Region:
     def modules(self) -> list[nn.Module]:
         """Return every module whose parameters belong to it."""
         return [*self.module.modules(), *(self.norm.modules() if self.norm is not None else ())]
+
+    def named(self) -> Region:
+        """Return it without its modules, as it can be sent to another rank: projections are paths."""
+        paths: Any = [layer.path for layer in self.projections]
+        return replace(self, block=None, projections=paths)  # type: ignore[arg-type]
+
+    def told(self, block: nn.Module, layers: Mapping[str, Projection]) -> Region:
+        """Return a named region with the modules of a block."""
+        return replace(self, block=block, projections=[layers[path] for path in self.projections])  # type: ignore[index]
 
     def numel(self) -> int:
         """Return how many values its modules hold."""

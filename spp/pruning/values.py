@@ -1,19 +1,20 @@
 """The values that are trained in a region, while they are trained: its kept weights, or adapters beside frozen ones.
 
 Both give their parameters to one optimizer each, whose step is taken within backward as soon as the gradient is there,
-so that the gradients of a region are never in memory together.
+so that the gradients of a region are never in memory together; of several ranks, after it, with the sum of theirs.
 """
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from spp.distributed.sums import add_, device_of_group, members, together
 from spp.layers.adapted import HoldsAdapter
 from spp.masks.patterns import nonzero_mask
 from spp.masks.select import work_dtype
@@ -37,6 +38,10 @@ class Trained(ABC):
         """Return what the optimizer trains."""
 
     @abstractmethod
+    def stored(self) -> Sequence[nn.Parameter]:
+        """Return what holds the values once training has ended."""
+
+    @abstractmethod
     def training(self) -> contextlib.AbstractContextManager[None]:
         """Have nothing but the parameters trainable, and afterwards the values that `kept` says: a context manager."""
 
@@ -58,9 +63,8 @@ class Trained(ABC):
 
     @contextlib.contextmanager
     def stepping(self, lr: float) -> Iterator[Rate]:
-        """Take a step of Adam in each backward; yields what the rate is set by: a context manager."""
+        """Yield what takes steps of Adam at a rate that is set: a context manager."""
         optimizers = {one: torch.optim.Adam([one], lr=lr, fused=True) for one in self.parameters()}
-        rate = Rate(lr)
 
         def step(parameter: Tensor) -> None:
             assert isinstance(parameter, nn.Parameter)
@@ -70,7 +74,21 @@ class Trained(ABC):
             optimizer.step()
             parameter.grad = None
 
-        hooks = [parameter.register_post_accumulate_grad_hook(step) for parameter in optimizers]
+        def step_of_ranks(loss: Tensor) -> None:
+            with together():
+                if loss.requires_grad:
+                    loss.backward()
+            reached = torch.tensor([float(one.grad is not None) for one in optimizers], device=device_of_group())
+            for parameter, reaches in zip(optimizers, add_(reached).tolist(), strict=True):
+                if reaches:  # a rank's experts may have no token
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    add_(parameter.grad)
+                    step(parameter)
+
+        alone = members() == 1
+        rate = Rate(lr, torch.Tensor.backward if alone else step_of_ranks)
+        hooks = [parameter.register_post_accumulate_grad_hook(step) for parameter in optimizers] if alone else []
         try:
             yield rate
         finally:
@@ -91,9 +109,10 @@ class Trained(ABC):
 
 @dataclass
 class Rate:
-    """The learning rate of the next step."""
+    """The learning rate of the next step, and the function that takes it along the gradient of a loss."""
 
     lr: float
+    step: Callable[[Tensor], None]
 
 
 @dataclass
@@ -171,6 +190,10 @@ class Weights(Trained):
         """Return the values that are trained, of 16 bits their masters."""
         return [value.value for value in self.trained]
 
+    def stored(self) -> Sequence[nn.Parameter]:
+        """Return the parameters of the region."""
+        return [value.stored for value in self.trained]
+
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Put trainable values in place of the stored ones; these get the best if `kept` is set: a context manager."""
@@ -225,6 +248,10 @@ class Adapters(Trained):
         self._best = [value.clone() for value in self._first]
 
     def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the parameters of the adapters."""
+        return self._parameters
+
+    def stored(self) -> Sequence[nn.Parameter]:
         """Return the parameters of the adapters."""
         return self._parameters
 

@@ -3,7 +3,8 @@
     .NAME.pruning/progress.json                      what the blocks belong to, and what was done to their layers
     .NAME.pruning/model-00002-of-00005.safetensors   a finished block, as it goes into the output
 
-A run that was killed finds its blocks there. The folder vanishes when the output appears.
+A run that was killed finds its blocks there. The folder vanishes when the output appears. Of several ranks the first
+writes and locks; the others know what it knows, and read the finished blocks that they go through again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spp.certifying.save import certify, make_certificate
+from spp.distributed.sums import of_first, place, together
 from spp.errors import CheckpointError, OutputError, OutputExistsError
 from spp.files import (
     CheckpointReader,
@@ -63,20 +65,30 @@ class Work:
         self._blocks = blocks
         self._folder = work_folder(target)
         self._progress: dict[str, Any] = {"job": dict(job), "blocks": {}}
-        with self._writing():
-            self._folder.mkdir(parents=True, exist_ok=True)
-        told = f"another run is pruning into {target}"
-        self._lock = FolderLock(self._folder, told, "let it finish, or choose another path")
+        self._first = place() == 0
+        self._lock: FolderLock | None = None
         try:
-            self._resume()
+            with together():
+                if self._first:
+                    self._begin()
         except BaseException:
             self.__exit__()
             raise
+        self._progress = of_first(self._progress)
+
+    def _begin(self) -> None:
+        with self._writing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+        told = f"another run is pruning into {self._target}"
+        self._lock = FolderLock(self._folder, told, "let it finish, or choose another path")
+        self._resume()
 
     def __enter__(self) -> Work:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._lock is None:
+            return
         if self._lock.held and not (self._folder / _PROGRESS).exists():  # nothing is finished
             self._discard()
         self._lock.release()
@@ -93,14 +105,16 @@ class Work:
         """Start anew unless the finished blocks were made of the weights that `source` gives the checksums of."""
         known = self._progress.get("sources")
         known = known if isinstance(known, dict) else {}
-        changed = [index for index in self._progress["blocks"] if known.get(index) != source(int(index))]
-        if changed:
-            logger.warning(
-                "%s holds blocks of a model that has changed since (block %s); starting anew", self._folder, changed[0]
-            )
-            self._progress = {"job": self._progress["job"], "blocks": {}}
-            with self._writing():
-                self._remove_files()
+        with together():
+            blocks = self._progress["blocks"] if self._first else ()
+            changed = [index for index in blocks if known.get(index) != source(int(index))]
+            if changed:
+                told = "%s holds blocks of a model that has changed since (block %s); starting anew"
+                logger.warning(told, self._folder, changed[0])
+                self._progress = {"job": self._progress["job"], "blocks": {}}
+                with self._writing():
+                    self._remove_files()
+        self._progress = of_first(self._progress)
 
     def finish(
         self,
@@ -117,9 +131,10 @@ class Work:
             source: a checksum of the block's weights in the model.
             repaired: what its reconstruction did.
         """
-        with self._writing():
-            with atomic_file(self._folder / self._shard(index + 1), overwrite=True, kind=OWN) as path:
-                save_tensors(path, tensors)
+        with together(), self._writing():
+            if self._first:
+                with atomic_file(self._folder / self._shard(index + 1), overwrite=True, kind=OWN) as path:
+                    save_tensors(path, tensors)
             self._progress["blocks"][str(index)] = {path: asdict(layer) for path, layer in layers.items()}
             self._progress.setdefault("sources", {})[str(index)] = source
             if repaired is not None:
@@ -138,7 +153,7 @@ class Work:
 
     def remember(self, name: str, value: Any) -> None:
         """Keep a JSON-ready value for a run that goes on here."""
-        with self._writing():
+        with together(), self._writing():
             self._progress[name] = value
             self._note()
 
@@ -180,7 +195,9 @@ class Work:
             origin: path or hub id of the dense model, which the certificate names.
             base: the pruned checkpoint whose zeros the output must have, and which its certificate names.
         """
-        with self._writing(), contextlib.ExitStack() as stack:
+        with together(), self._writing(), contextlib.ExitStack() as stack:
+            if not self._first:
+                return
             made = atomic_directory(self._target, overwrite=overwrite, copies=[source.directory])
             directory = stack.enter_context(made)
             carry_files(source.directory, directory, set(source.shards()))
@@ -207,19 +224,24 @@ class Work:
                 replace(make_certificate(pruned), origin=origin).write(directory)
             if base is not None:
                 certify(directory, base)
-        self._done()
+            stack.close()
+            self._done()
 
     def commit_adapter(self, write: Callable[[Path], None], *, overwrite: bool) -> None:
         """Make an output that `write` fills, a directory of adapters, and remove the folder."""
-        with self._writing(), atomic_directory(self._target, overwrite=overwrite) as directory:
-            write(directory)
-        self._done()
+        with together():
+            if self._first:
+                with self._writing(), atomic_directory(self._target, overwrite=overwrite) as directory:
+                    write(directory)
+                self._done()
 
     def _done(self) -> None:
         (self._folder / _PROGRESS).unlink()  # first: a run that is killed here leaves no note of blocks that are gone
         self._discard()
 
     def _note(self) -> None:
+        if not self._first:
+            return
         with atomic_file(self._folder / _PROGRESS, overwrite=True, kind=OWN) as path:
             write_json(path, self._progress)
 
@@ -250,7 +272,8 @@ class Work:
         """Remove the folder, as far as the system lets us; what somebody else has put there stays."""
         with contextlib.suppress(OSError):
             self._remove_files()
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
             self._folder.rmdir()
 
     def _remove_files(self) -> None:

@@ -1,0 +1,31 @@
+"""Commands that a launcher starts once a device: they work together, and the first of them prints and writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+
+from spp.distributed.ranks import is_first, world
+
+
+@contextmanager
+def ranks() -> Iterator[None]:
+    """Run a command as one rank of several, silent unless it is the first: a context manager, and a decorator.
+
+    An error of one rank ends all: the first prints it.
+    """
+    if world() == 1:
+        yield
+        return
+    from spp.distributed.sums import is_shared, joined, together
+
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            silent = () if is_first() else (redirect_stdout(nowhere), redirect_stderr(nowhere))
+            with silent[0] if silent else nullcontext(), silent[1] if silent else nullcontext(), joined(), together():
+                yield
+    except Exception as error:
+        if is_shared(error) and not is_first():
+            raise SystemExit(1) from error
+        raise

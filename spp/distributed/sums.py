@@ -1,0 +1,144 @@
+"""Sums over the ranks of a process group, errors that end all, values of one; alone, each leaves things as they are.
+
+Every rank calls each of these in the same order. What can fail on one rank runs inside `together`, and sums follow it
+at once: so no rank waits for one that has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+_SHARED = "_shared"  # the attribute of an error that all ranks raise
+_LIMIT = datetime.timedelta(minutes=30)  # that a rank waits for the others, at the start and in each sum
+
+
+def members() -> int:
+    """Return how many ranks compute together: those of the process group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def place() -> int:
+    """Return this rank's number among them, from 0."""
+    return dist.get_rank() if members() > 1 else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return the value of each rank, in their order.
+
+    Args:
+        value: of this rank, which can be pickled.
+    """
+    if members() == 1:
+        return [value]
+    values = [None] * members()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def of_first(value: Any) -> Any:
+    """Return the value of rank 0.
+
+    Args:
+        value: of this rank; only that of rank 0 counts.
+    """
+    if members() == 1:
+        return value
+    values = [value if place() == 0 else None]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Run what can fail on one rank: an error of one is raised by all, that of the lowest rank: a context manager."""
+    if members() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        if is_shared(found):
+            raise
+        error = found
+    first = next((found for found in gathered(_told(error)) if found is not None), None)
+    if first is not None:
+        first.__dict__[_SHARED] = True
+        raise first from error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Tell whether all ranks raise an error, so that one of them may speak for all."""
+    return bool(error.__dict__.get(_SHARED))
+
+
+def share(error: BaseException, other: BaseException) -> None:
+    """Note that all ranks raise an error if all raise another one, which it tells more of."""
+    error.__dict__[_SHARED] = is_shared(other)
+
+
+def _told(error: Exception | None) -> Exception | None:
+    """Return an error as it can be sent: one of Python's or of spp's own."""
+    if error is None or type(error).__module__.partition(".")[0] in ("builtins", "spp"):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def add_(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the ranks, in place; every rank gets the same bits."""
+    if members() > 1:
+        wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.contiguous()
+        dist.all_reduce(wide)
+        if wide is not tensor:
+            tensor.copy_(wide)
+    return tensor
+
+
+def total(value: float) -> float:
+    """Return the sum of a number over the ranks."""
+    if members() == 1:
+        return value
+    dtype, device = torch.float64, device_of_group()
+    return float(add_(torch.tensor(value, dtype=dtype, device=device)))
+
+
+def send_(tensor: Tensor, source: int) -> None:
+    """Give every rank the values that a tensor has on rank `source`, bit for bit."""
+    if members() > 1:
+        values = tensor.detach()
+        whole = values.contiguous()
+        dist.broadcast(whole.reshape(-1).view(torch.uint8), source)
+        if whole.data_ptr() != values.data_ptr():
+            values.copy_(whole)
+
+
+def device_of_group() -> torch.device:
+    """Return where a tensor lies that has no place of its own: on the CPU, unless the group knows only GPUs."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Make the process group of a launcher's ranks, unless there is one, and end it afterwards: a context manager.
+
+    A rank takes the GPU of its local number.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if own:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=_LIMIT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
