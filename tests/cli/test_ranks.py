@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -38,6 +39,25 @@ def program_stopped(rank: int, arguments: Sequence[str], run: str) -> None:
 
     if rank == 1:
         threading.Thread(target=stop, daemon=True).start()
+    program(rank, [arguments])
+
+
+def program_failing(rank: int, arguments: Sequence[str], killed: bool) -> None:
+    """The same; rank 1 fails, or dies, in its third step."""
+    from spp.training import SPPTrainer
+
+    step, calls = SPPTrainer.training_step, [0]
+
+    def failing(self: Any, *rest: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3 and killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if calls[0] == 3:
+            raise ValueError("no third step")
+        return step(self, *rest, **options)
+
+    if rank == 1:
+        SPPTrainer.training_step = failing
     program(rank, [arguments])
 
 
@@ -70,12 +90,12 @@ def assert_well(outcomes: Sequence[Outcome]) -> None:
 def test_two_ranks_are_one_run(pruned: Path, text: Path, tmp_path: Path) -> None:
     """A late rank waits; one line a step, one table; the steps and losses of one process with the whole batch."""
     two, one = tmp_path / "two", tmp_path / "one"
-    words = tuning(pruned, two, text, "--batch-size", 2, "--epochs", 1)
+    words = tuning(pruned, two, text, "--batch-size", 2, "--epochs", 0.2)
     outcomes = launch(2, words, delays=(0.0, 2.0))
     assert_well(outcomes)
     assert outcomes[0].output.count("perplexity before") == 1 and "wrote" in outcomes[0].output
     assert outcomes[1].output == ""
-    (alone,) = launch(1, tuning(pruned, one, text, "--batch-size", 4, "--epochs", 1))
+    (alone,) = launch(1, tuning(pruned, one, text, "--batch-size", 4, "--epochs", 0.2))
     assert_well([alone])
     found, expected = log_of(two), log_of(one)
     assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
@@ -122,6 +142,19 @@ def test_what_fails_on_one_rank_ends_all(pruned: Path, text: Path, tmp_path: Pat
     other.write_text("\n\n".join(reversed(LINES)), encoding="utf-8")
     outcomes = launch(2, good, [other if word is text else word for word in good])
     assert [outcome.code for outcome in outcomes] == [1, 1] and "rank 1 has read other" in outcomes[0].output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed", "told"), [(False, "rank 1: no third step"), (True, "was lost")])
+def test_a_failing_step_ends_all(killed: bool, told: str, pruned: Path, text: Path, tmp_path: Path) -> None:
+    """Rank 0 is in the midst of a sum then; what was saved stays, and the run goes on from there."""
+    words = [str(w) for w in tuning(pruned, tmp_path / "run", text, "--batch-size", 1, "--steps", 4)]
+    outcomes = run_ranks(program_failing, 2, words, killed, group=False)
+    assert [outcome.code for outcome in outcomes] == [1, -9 if killed else 1], outcomes
+    assert f"error: {told}" in outcomes[0].output or told in outcomes[0].output
+    assert "Traceback" not in outcomes[0].output and outcomes[1].output == ""
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert_well(launch(2, [*words, "--resume"]))
 
 
 @pytest.mark.slow
