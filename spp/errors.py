@@ -15,6 +15,7 @@
     ├── HubError (ConnectionError)        the hub cannot be reached, or refuses
     ├── DataError (ValueError)            training, calibration or evaluation data is empty or malformed
     ├── GradientError (RuntimeError)      a derivative that does not exist here was asked for
+    ├── RankError (RuntimeError)          another rank of several failed, or was lost
     └── DependencyError (ImportError)     an optional package is missing; the message names the extra
     SPPWarning (UserWarning)
 
@@ -190,6 +191,10 @@ class DataError(SPPError, ValueError):
 
 class GradientError(SPPError, RuntimeError):
     """A derivative was asked for that the fast path does not have."""
+
+
+class RankError(SPPError, RuntimeError):
+    """Another rank of several has failed, or was lost; the message is that rank's."""
 
 
 class DependencyError(SPPError, ImportError):

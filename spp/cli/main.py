@@ -29,6 +29,7 @@ from spp.cli import (
     verify,
 )
 from spp.cli.options import Command, Program
+from spp.cli.ranks import require_ranks
 from spp.errors import SPPError
 
 app = typer.Typer(
@@ -76,6 +77,7 @@ def options(
     command = COMMANDS.get(context.invoked_subcommand or "")
     console.speak_of(None if command is None else command.spellings)
     console.show_warnings_on_one_line()
+    require_ranks(context.invoked_subcommand)
     if not debug:
         console.quiet_imports()
 

@@ -7,6 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 from spp.distributed.ranks import is_first, world
+from spp.errors import ConfigError
+
+_TOGETHER = ("prune", "reconstruct", "tune")
+_ALONE = ("compare", "run")
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def require_ranks(command: str | None) -> None:
+    """Let the first of several ranks run a command that is for one process; the others end.
+
+    Raises:
+        ConfigError: the command trains by itself, and is for one process.
+    """
+    if world() == 1 or command is None or command in _TOGETHER:
+        return
+    if not is_first():
+        raise SystemExit(0)
+    if command in _ALONE:
+        raise ConfigError(
+            f"spp {command} runs in one process, and {world()} were started: start spp {command} alone; spp tune, "
+            f"prune and reconstruct are for several"
+        )
+    for name in _LAUNCHED:
+        os.environ.pop(name, None)
 
 
 @contextmanager

@@ -6,17 +6,22 @@ from typing import Any
 
 from spp.cli import console
 from spp.cli.options import command
+from spp.cli.ranks import ranks
 from spp.configs.tuning import TuneConfig
 
 NAME = "tune"
 
 
 @command(TuneConfig, build=TuneConfig.from_recipe)
+@ranks()
 def run(config: TuneConfig) -> None:
     """Tune a pruned model with an adapter that keeps its zeros, or prune a dense one while it trains (--method pst).
 
     Ctrl-C saves a checkpoint; the same command with --resume continues from it. Then: spp merge MODEL RUN/adapter
     MERGED; after mask updates, with RUN/base for MODEL.
+
+    Started by torchrun or accelerate launch, each process trains on its share of every batch: --batch-size is that of
+    each.
 
     Example: spp tune pruned run --data train.txt --steps 200 --lr 2e-2
 

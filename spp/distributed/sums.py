@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from spp.errors import RankError, SPPError
+
 _SHARED = "_shared"  # the attribute of an error that all ranks raise
+_FAILED = "spp/failed"  # the key of the group's store under which a rank that fails says why
+_CLOSED = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "imed out", "imeout")
 _LIMIT = datetime.timedelta(minutes=30)  # that a rank waits for the others, at the start and in each sum
 
 
@@ -73,6 +77,60 @@ def together() -> Iterator[None]:
     if first is not None:
         first.__dict__[_SHARED] = True
         raise first from error
+
+
+@contextlib.contextmanager
+def ending_all() -> Iterator[None]:
+    """Run steps that sum over the ranks: where one fails, the others end with what it says: a context manager.
+
+    Unlike in `together`, the others may be in the midst of a sum. The rank that fails leaves its message in the group's
+    store and then the group, which ends their sum with an error.
+
+    Raises:
+        RankError: another rank failed, or was lost.
+    """
+    if members() == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield
+    except Exception as error:
+        found = _failure(store, error)
+        found.__dict__[_SHARED] = True
+        if found is error:
+            raise
+        raise found from error
+
+
+def _failure(store: Any, error: Exception) -> Exception:
+    """Return what ends this rank: its own error, which it tells the others, or that of the rank that failed first."""
+    try:
+        if isinstance(error, SPPError) or not isinstance(error, RuntimeError):
+            store.set(_FAILED, f"rank {place()}: {error}")
+            return error
+        if store.check([_FAILED]):
+            return RankError(store.get(_FAILED).decode())
+    except Exception:  # the store went with the rank that held it
+        return RankError("rank 0 has ended; what it printed says why")
+    return _lost(store, error)
+
+
+def _lost(store: Any, error: Exception) -> Exception:
+    """Return what to say of a RuntimeError: that a rank was lost, if a connection was closed, else the error."""
+    if not any(word in str(error) for word in _CLOSED):
+        store.set(_FAILED, f"rank {place()}: {error}")
+        return error
+    return RankError(f"another rank was lost without a word: {str(error).splitlines()[0]}")
+
+
+def largest(value: int) -> int:
+    """Return the largest of a number over the ranks."""
+    if members() == 1:
+        return value
+    found = torch.tensor([value], dtype=torch.int64, device=device_of_group())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def is_shared(error: BaseException) -> bool:

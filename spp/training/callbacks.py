@@ -16,6 +16,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from spp.distributed.ranks import is_first
+from spp.distributed.sums import largest
 from spp.errors import DataError, Marked, NonFiniteError, arg
 from spp.files import atomic_file, output_error
 from spp.files.recognised import OWN
@@ -31,11 +33,12 @@ class LogFile(TrainerCallback):
     `seconds` is the time spent in training up to that line, that of the runs before an interruption included.
 
     Args:
-        path: the file.
+        path: the file. Of several ranks the first one writes it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._writes = is_first()
         logged = read_log(path)
         self.seconds = self._before = logged[-1]["seconds"] if logged else 0.0
         self._start = time.perf_counter()
@@ -43,10 +46,12 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Drop the lines after the step that training starts from: a killed run logs steps that it never saved."""
         kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
-        with atomic_file(self.path, overwrite=True, kind=OWN) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         self._before = self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._start = time.perf_counter()
+        if not self._writes:
+            return
+        with atomic_file(self.path, overwrite=True, kind=OWN) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Take the time."""
@@ -67,6 +72,8 @@ class LogFile(TrainerCallback):
                 f"{arg('lr')}, {arg('max_grad_norm')} above 0, or bf16 / float32 instead of float16. "
                 f"Earlier checkpoints are intact"
             )
+        if not self._writes:
+            return
         entry: dict[str, float] = {ours: logs[theirs] for theirs, ours in _FIELDS.items() if theirs in logs}
         line = json.dumps({"step": state.global_step, **entry, "seconds": self.seconds})
         try:
@@ -105,7 +112,7 @@ class ProgressBar(TrainerCallback):
     """
 
     def __init__(self, show: bool | None = None) -> None:
-        self._show = sys.stderr.isatty() if show is None else show
+        self._show = (sys.stderr.isatty() if show is None else show) and is_first()
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -157,8 +164,8 @@ class TrainingInterrupted(Marked, KeyboardInterrupt):
 class StopOnSignal(TrainerCallback):
     """A Trainer callback and a context manager: inside it, the first signal asks for a stop after the current step.
 
-    The second one is handled as it was before, so that impatience still works. Outside the main thread nothing is
-    installed, because Python allows it there only.
+    Several ranks agree on it in each step. The second signal is handled as it was before, so that impatience still
+    works. Outside the main thread nothing is installed, because Python allows it there only.
     """
 
     def __init__(self) -> None:
@@ -176,7 +183,8 @@ class StopOnSignal(TrainerCallback):
         self._restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
-        """Ask the Trainer to save and stop."""
+        """Ask the Trainer to save and stop; of several ranks all, after the step in which one got a signal."""
+        self.received = largest(self.received or 0) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -11,7 +11,6 @@ eval.json       perplexity before and after
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from spp._version import __version__
 from spp.configs.checks import finite, is_number
 from spp.configs.tuning import TuneConfig
+from spp.distributed.ranks import is_first, world
 from spp.errors import CheckpointError, ConfigError, OutputExistsError, arg
 from spp.files import atomic_file, output_error, read_json, recover, require_directory, require_replaceable, write_json
 from spp.files.leftovers import LOCK_NAME, FolderLock
@@ -39,7 +39,8 @@ class RunDirectory:
     """Paths in the directory of a run; creating this object checks, and writes nothing.
 
     Within `with`, no other process works there: one that tries is refused. The directory of an earlier run is locked
-    from the start, a new one when the run begins. Of several ranks the first one locks.
+    from the start, a new one when the run begins. Of several ranks the first one checks, locks and writes; to the
+    others the directory is what the first finds or makes.
 
     Args:
         config: options of the run.
@@ -60,7 +61,7 @@ class RunDirectory:
         self.base = self.path / "base"
         self.eval_file = self.path / "eval.json"
         self._lock: FolderLock | None = None
-        self.earlier = self._check()
+        self.earlier = self._check() if is_first() else None
 
     def __enter__(self) -> RunDirectory:
         if self.earlier is not None:
@@ -73,7 +74,7 @@ class RunDirectory:
 
     def _take(self) -> None:
         """Lock the directory, and look again at what is in it: another process may have been there meanwhile."""
-        if self._lock is None and os.environ.get("RANK", "0") == "0":
+        if self._lock is None:
             self._lock = FolderLock(
                 self.path,
                 f"another process is at work in {self.path}",
@@ -92,6 +93,8 @@ class RunDirectory:
             ConfigError: a resumed run had other options, other data or another teacher.
             OutputError: the directory cannot be written, or another process is at work there.
         """
+        if not is_first():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -110,14 +113,17 @@ class RunDirectory:
             options = self.config.to_dict()
             made = {"format": FORMAT, "spp_version": __version__, **Provenance.here().to_dict()}
             told = {"data": data} if teacher is None else {"data": data, "teacher": teacher}
-            self._write(self.config_file, {**made, "tune": options, **told})  # first: it says what this is
+            self._write(
+                self.config_file, {**made, "ranks": world(), "tune": options, **told}
+            )  # first: it says what this is
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise output_error(error, self.path) from error
 
     def write_eval(self, values: dict[str, Any]) -> None:
         """Write eval.json."""
-        self._write(self.eval_file, values)
+        if is_first():
+            self._write(self.eval_file, values)
 
     def read_eval(self) -> dict[str, Any]:
         """Return eval.json, or {} where there is none yet."""
@@ -125,6 +131,8 @@ class RunDirectory:
 
     def write_peak(self, peak: int) -> None:
         """Note in config.json the peak memory in bytes; of a resumed run, the largest of its processes'."""
+        if not is_first():
+            return
         values = read_json(self.config_file, "the run's config")
         earlier: Any = values.get("peak_bytes")
         if is_number(earlier):
@@ -173,6 +181,15 @@ class RunDirectory:
         before, now = {**defaults, **dict(earlier.get("tune") or {})}, self.config.to_dict()
         if "bos" not in (earlier.get("tune") or {}):  # such a run had no BOS in its windows, as its data tell
             before["bos"] = now["bos"]
+        ranks = int(earlier.get("ranks", 1))
+        if before["batch_size"] * ranks == now["batch_size"] * world():
+            before["batch_size"] = now["batch_size"]  # the same rows in each step, on another number of ranks
+        elif ranks != world():
+            raise ConfigError(
+                f"the run in {self.path} took {before['batch_size']} rows on each of {ranks} ranks, and cannot go on "
+                f"with {now['batch_size']} on each of {world()}",
+                remedy=f"pass {arg('batch_size', ...)} so that ranks × rows is {before['batch_size'] * ranks} again",
+            )
         differing = [
             f"{arg(name)}: {before.get(name)!r} then, {now.get(name)!r} now"
             for name in sorted(set(before) | set(now))

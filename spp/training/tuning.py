@@ -20,6 +20,8 @@ from spp.configs.tuning import TuneConfig
 from spp.data.encoding import read_tokens
 from spp.data.reading import file_facts
 from spp.data.tokens import cut_windows, find_bos
+from spp.distributed.ranks import is_first, world
+from spp.distributed.sums import ending_all, gathered, of_first, together
 from spp.errors import CheckpointError, ConfigError, DataError, SPPWarning, WrapError, arg, call
 from spp.evaluation import PerplexityResult, rows_perplexity, token_perplexity, with_provenance
 from spp.files.formats import other_weights, pickled, stored_format
@@ -146,25 +148,28 @@ def tune(config: TuneConfig, *, model: Any = None, tokenizer: Any = None, teache
         _check_base(local_directory(str(config.model), "model"))
     if config.pattern is not None:
         tell_patterns(config.pattern)
-    with RunDirectory(config) as run:
+    with together(), RunDirectory(config) as run:
         return _tune(config, run, model, tokenizer, teacher)
 
 
 def _tune(config: TuneConfig, run: RunDirectory, model: Any, tokenizer: Any, teacher: Any) -> TuneResult:
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
-    data = _load_data(config, tokenizer, model)
-    for number, row in enumerate(shown_rows(data, tokenizer, config.show_rows), start=1):
-        logger.info("row %d, what is learned in [+ +]: %s", number, row)
-    measure = _Measure(config, tokenizer, data)
-    model = model if model is not None else load_model(str(config.model), config.dtype)
-    _check_tokens(config, model, tokenizer, data, measure)
-    taught = find_teacher(config, model, tokenizer, model=teacher)
-    if taught is not None:
-        taught.check_rows(data.train)
-    method = method_of(config)
-    method.prepare(model)
+    with together():
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
+        data = _load_data(config, tokenizer, model)
+        for number, row in enumerate(shown_rows(data, tokenizer, config.show_rows), start=1):
+            logger.info("row %d, what is learned in [+ +]: %s", number, row)
+        measure = _Measure(config, tokenizer, data)
+        model = model if model is not None else load_model(str(config.model), config.dtype)
+        _check_tokens(config, model, tokenizer, data, measure)
+        taught = find_teacher(config, model, tokenizer, model=teacher)
+        if taught is not None:
+            taught.check_rows(data.train)
+        method = method_of(config)
+        method.prepare(model)
     try:
-        run.begin(data.summary.to_dict(), None if taught is None else taught.identity)
+        with together():
+            run.begin(data.summary.to_dict(), None if taught is None else taught.identity)
+        _require_one_text(data)
         with _settings_kept(model):
             return _run(config, method, run, model, tokenizer, data, measure, taught)
     except BaseException:
@@ -182,11 +187,17 @@ def _run(
     measure: _Measure,
     teacher: Teacher | None,
 ) -> TuneResult:
+    with together():
+        started = _start(config, run, model, measure) if is_first() else None
+    checkpoint, perplexities = of_first(started)
     log = LogFile(run.log)
     stop = StopOnSignal()
+    arguments = training_arguments(config, run.checkpoints, len(data.train))
+    if world() > 1:  # an expert may get no token; elsewhere every parameter has a gradient
+        arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_parameters())
     trainer = method.trainer(
         model,
-        training_arguments(config, run.checkpoints, len(data.train)),
+        arguments,
         train_dataset=data.train,
         data_collator=data.collate,
         callbacks=[log, ProgressBar(config.progress), stop],
@@ -195,25 +206,23 @@ def _run(
     )
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
-    checkpoint = last_complete(run.checkpoints) if config.resume else None
-    if config.resume and checkpoint is None:
-        logger.info("there is no whole checkpoint in %s: training starts anew", run.checkpoints)
-    perplexities = run.read_eval() if checkpoint is not None else {}
-    if "before" not in perplexities:
-        perplexities = {"text": measure.text, **measure.hashes, "before": measure(model), "after": None}
-        run.write_eval(perplexities)
     timed = log.seconds
-    with stop:
+    with stop, ending_all():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if log.seconds > timed:  # resuming a finished run changes nothing
         run.write_peak(peak_bytes(next(model.parameters()).device))
     if stop.received is not None:
-        saved = last_complete(run.checkpoints)
+        saved = of_first(last_complete(run.checkpoints))
         assert saved is not None, "the callback asked for a checkpoint"
         raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
-    base = method.finish(model, tokenizer, run, trainer.check(model))
-    perplexities["after"] = measure(model)
-    run.write_eval(perplexities)
+    base: Path | None = None
+    with together():
+        frozen = trainer.check(model)
+        if is_first():
+            base = method.finish(model, tokenizer, run, frozen)
+            perplexities["after"] = measure(model)
+            run.write_eval(perplexities)
+    base, perplexities = of_first((base, perplexities))
     before, after = perplexities["before"], perplexities["after"]
     return TuneResult(
         model=model,
@@ -233,6 +242,29 @@ def _run(
             name: value for name, value in (after or {}).items() if name not in ("perplexity", "loss", "window")
         },
     )
+
+
+def _start(config: TuneConfig, run: RunDirectory, model: nn.Module, measure: _Measure) -> tuple[Any, dict[str, Any]]:
+    """Return the checkpoint to go on from, and the perplexity before, which is measured where it is not known yet."""
+    checkpoint = last_complete(run.checkpoints) if config.resume else None
+    if config.resume and checkpoint is None:
+        logger.info("there is no whole checkpoint in %s: training starts anew", run.checkpoints)
+    perplexities = run.read_eval() if checkpoint is not None else {}
+    if "before" not in perplexities:
+        perplexities = {"text": measure.text, **measure.hashes, "before": measure(model), "after": None}
+        run.write_eval(perplexities)
+    return checkpoint, perplexities
+
+
+def _require_one_text(data: TrainingData) -> None:
+    """Raise a DataError where the ranks have read other data: each computes a part of every batch."""
+    hashes = gathered(data.summary.sha256)
+    other = [place for place, found in enumerate(hashes) if found != hashes[0]]
+    if other:
+        raise DataError(
+            f"rank {other[0]} has read other training data than rank 0 ({hashes[other[0]]}, {hashes[0]})",
+            remedy="give every machine the same files",
+        )
 
 
 def _check_tokens(config: TuneConfig, model: nn.Module, tokenizer: Any, data: TrainingData, measure: _Measure) -> None:
@@ -410,7 +442,7 @@ def training_arguments(config: TuneConfig, output_dir: Path, rows: int, *, save:
         rows: of the training data.
         save: False writes no checkpoint at all.
     """
-    passes = math.ceil(rows / config.batch_size)  # forward passes of an epoch
+    passes = math.ceil(rows / (config.batch_size * world()))  # forward passes of an epoch, on each rank
     steps = config.steps or math.ceil(config.epochs * math.ceil(passes / config.gradient_accumulation))
     known = {f.name for f in fields(TrainingArguments)}
     # The option was renamed within transformers 5.
