@@ -43,6 +43,7 @@ LEVELS = {
     "layers": 5,
     "functional": 5,
     "evaluation": 5,
+    "planning": 5,
     "wrapping": 6,
     "certifying": 7,
     "merging": 8,

@@ -19,6 +19,7 @@ from spp.cli import (
     export,
     inspect,
     merge,
+    plan,
     prune,
     push,
     reconstruct,
@@ -50,7 +51,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {module.NAME: module.run for module in (prune, tune, merge, verify, certify, inspect, eval, compare)}
-COMMANDS |= {module.NAME: module.run for module in (reconstruct, convert, teacher_cache, export, report, push, run)}
+COMMANDS |= {
+    module.NAME: module.run for module in (reconstruct, convert, teacher_cache, export, report, push, run, plan)
+}
 for name, function in COMMANDS.items():
     app.command(name=name, cls=Command)(function)
 

@@ -1,0 +1,172 @@
+"""The plan against what torch keeps for backward and allocates in a step, and what each strategy shares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spp
+from benchmarks.harness import saved_bytes
+from spp.configs.planning import PlanConfig, parse_size
+from spp.errors import CheckpointError, ConfigError
+from spp.planning import Memory, plan, shape_of
+from spp.planning.shape import shape_of_model
+from tests.helpers.models import moe_model, prune_nm_, tiny_llama
+
+# hidden, inner, blocks, vocabulary, heads, keys' heads, rows, tokens of a row, checkpointing, packed, tied
+CASES = [
+    (64, 160, 2, 256, 4, 4, 2, 256, False, False, False),
+    (64, 160, 2, 256, 4, 2, 2, 256, False, False, False),
+    (128, 320, 4, 1024, 4, 2, 2, 256, False, False, False),
+    (128, 320, 4, 1024, 4, 2, 2, 256, False, True, False),
+    (128, 320, 4, 1024, 4, 2, 2, 256, True, False, False),
+    (128, 320, 4, 1024, 4, 2, 4, 512, False, False, False),
+    (192, 512, 2, 8192, 3, 1, 1, 64, False, False, True),
+]
+
+
+def llama(case: tuple[Any, ...]) -> LlamaForCausalLM:
+    h, inner, blocks, vocabulary, heads, keys, *_, tied = case
+    config = LlamaConfig(
+        hidden_size=h,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def measured(case: tuple[Any, ...]) -> tuple[int, int]:
+    """The bytes that a forward leaves for its backward, and the most that a step allocates beside what is held."""
+    vocabulary, rows, tokens, checkpointing, packed = case[3], *case[6:10]
+    model = spp.wrap(prune_nm_(llama(case)), r=4, packed=packed, seed=0)
+    model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("spp_beta"):
+                parameter.fill_(0.01)
+    ids = torch.randint(3, vocabulary, (rows, tokens))
+
+    def loss() -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        return found
+
+    def step() -> None:
+        loss().backward()
+        for parameter in spp.adapter_parameters(model):
+            parameter.grad = None
+
+    step()
+    saved = saved_bytes(loss, model)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = found.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return saved, peak
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_the_estimate_is_what_a_step_takes(case: tuple[Any, ...]) -> None:
+    rows, tokens, checkpointing, packed = case[6:10]
+    config = PlanConfig(
+        model="here",
+        dtype="float32",
+        batch_size=rows,
+        block_length=tokens,
+        gradient_checkpointing=checkpointing,
+        weights="packed" if packed else "dense",
+        r=4,
+    )
+    found = plan(config, shape_of(llama(case).config)).memory
+    saved, peak = measured(case)
+    assert 0.99 <= found.saved / saved <= 1.2, (found.saved, saved)
+    step = found.saved + found.head + found.gradients + found.workspace
+    assert 0.99 <= step / peak <= 1.2, (step, peak, found)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_and_parameters_are_counted_exactly(packed: bool) -> None:
+    model = prune_nm_(tiny_llama())
+    shape = shape_of(model.config)
+    assert shape == shape_of_model(model) and shape.parameters == sum(p.numel() for p in model.parameters())
+    form = "packed" if packed else "dense"
+    found = plan(PlanConfig(model="here", dtype="float32", weights=form, r=4), shape).memory
+    spp.wrap(model, r=4, packed=packed)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    trained = sum(p.nbytes for p in spp.adapter_parameters(model))
+    assert found.adapter == trained and found.optimizer == 2 * trained
+    rotary = sum(b.nbytes for name, b in model.named_buffers() if "inv_freq" in name)
+    assert found.weights == held - trained - rotary
+
+
+def test_experts_count_each() -> None:
+    model = moe_model("mixtral")
+    shape = shape_of(model.config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.routed == model.config.num_experts_per_tok
+    spp.prune(model, "magnitude", "2:4")
+    spp.wrap(model, r=2)
+    trained = sum(p.nbytes for p in spp.adapter_parameters(model))
+    assert plan(PlanConfig(model="here", r=2), shape).memory.adapter == trained
+
+
+def memory_of(strategy: str, **options: Any) -> Memory:
+    world = 1 if strategy == "none" else 4
+    return plan(PlanConfig(model="x", world=world, strategy=strategy, **options), SHAPE).memory
+
+
+SHAPE = shape_of(LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=2, vocab_size=256))
+
+
+def test_what_each_strategy_shares() -> None:
+    none, ddp, fsdp, zero2, zero3 = map(memory_of, ("none", "ddp", "fsdp", "zero2", "zero3"))
+    assert ddp.weights == none.weights == zero2.weights == 4 * fsdp.weights and fsdp == zero3
+    assert ddp.gradients == 2 * none.gradients and none.optimizer == 4 * zero2.optimizer == 4 * fsdp.optimizer
+    assert none.units == ddp.units == 0 < fsdp.units and none.saved == fsdp.saved
+    assert memory_of("none", gradient_checkpointing=True).saved < none.saved
+    chunked = memory_of("none", loss_chunk=64)
+    assert chunked.saved < none.saved and chunked.head == 8 * 64 * 256
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    config = PlanConfig(model="x", block_length=128, memory="64MiB")
+    found = plan(config, SHAPE)
+    assert found.largest_batch is not None and min(found.largest_batch) > 1
+    for kind, rows in zip(("memory", "lora", "full"), found.largest_batch, strict=True):
+        for batch, fits in ((rows, True), (rows + 1, False)):
+            again = plan(PlanConfig(model="x", block_length=128, batch_size=batch), SHAPE)
+            assert (getattr(again, kind).total <= 64 * 2**20) is fits
+    assert plan(PlanConfig(model="x", memory="1KB"), SHAPE).largest_batch == (0, 0, 0)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    for text in ("80 gigs", "GB", "0GB", "-1GB", ""):
+        with pytest.raises(ConfigError, match="memory"):
+            parse_size(text)
+    assert parse_size("80GB") == 80 * 10**9 and parse_size("24 GiB") == 24 * 2**30
+    with pytest.raises(ConfigError, match="strategy"):
+        PlanConfig(model="x", world=8)
+    with pytest.raises(ConfigError, match="loss_chunk"):
+        PlanConfig(model="x", world=8, strategy="fsdp", loss_chunk=64)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        plan(PlanConfig(model=str(tmp_path / "config.json")))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="causal"):
+        plan(PlanConfig(model=str(tmp_path / "config.json")))
