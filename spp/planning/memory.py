@@ -63,7 +63,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes.
+    """The memory that a training takes.
 
     Attributes:
         config: what was asked.

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from spp.errors import CheckpointError, ConfigError
-from spp.files.hub import local_directory
 from spp.models.targets import output_head, resolve_projections
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")  # the path of the block that a module is in
@@ -20,7 +19,7 @@ _BLOCK = re.compile(r"^(.*?\.\d+)\.")  # the path of the block that a module is 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on.
+    """The sizes that memory depends on.
 
     Attributes:
         name: what the config calls the architecture.
@@ -60,12 +59,16 @@ def read_config(model: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(model)
-    where = path if path.is_file() else local_directory(model, "model", weights_only=False)
     try:
-        return AutoConfig.from_pretrained(where)
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{model} has no config that transformers reads: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        if Path(model).exists():
+            raise CheckpointError(f"{model} has no config that transformers reads: {reason}") from error
+        raise CheckpointError(
+            f"there is no model or config {model}, and fetching it as a hub id failed: {reason}",
+            remedy="check the spelling and the network, or pass a local directory or config.json",
+        ) from error
 
 
 def shape_of(config: Any) -> ModelShape:

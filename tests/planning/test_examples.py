@@ -18,7 +18,7 @@ def test_the_tables_are_the_planners() -> None:
     spec.loader.exec_module(tables)
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert tables.written(text) == text, "run python examples/distributed/tables.py"
-    assert text.count("| llama-") == 20 and text.count("accelerate launch") == 3
+    assert text.count("| llama-") == 20 and text.count("\naccelerate launch") == 3
 
 
 @pytest.mark.parametrize(
