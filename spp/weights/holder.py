@@ -77,7 +77,7 @@ class HoldsWeight(HookedAdapter):
         if self.packed_layout is None:
             return parameter_weight(self, input_axis=self.input_axis)
         weight = _KINDS[type(self.packed_layout)](
-            self.packed_layout, *(values(self, name) for name in NAMES if name in self._buffers)
+            self.packed_layout, *(values(self, name) for name in NAMES if self._holds(name))
         )
         weight.input_axis = self.input_axis
         return weight
@@ -87,13 +87,22 @@ class HoldsWeight(HookedAdapter):
         self.drop_weight()
         self.packed_layout = packed.layout
         for name, tensor in zip(NAMES, packed.tensors(), strict=False):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.detach())
+
+    def make_shardable(self) -> None:
+        """Hold packed tensors as frozen Parameters: FSDP2 shards these, and leaves buffers whole on every rank."""
+        for name in [name for name in NAMES if name in self._buffers]:
+            self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))  # type: ignore[arg-type]
+
+    def _holds(self, name: str) -> bool:
+        return name in self._buffers or name in self._parameters
 
     def drop_weight(self) -> None:
         """Free the weight, in any form."""
         self._parameters.pop("weight", None)
         for name in NAMES:
             self._buffers.pop(name, None)
+            self._parameters.pop(name, None)
         self.packed_layout = None
 
     def resident_names(self) -> tuple[str, ...]:

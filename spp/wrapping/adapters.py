@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
+from spp.distributed.ranks import is_first
+from spp.distributed.sharded import agree, full, gathered, holds_shards, is_sharded, like, meet, refuse_shards, settle
 from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
 from spp.models.projection import Projection
@@ -87,6 +90,16 @@ def base_masks(model: nn.Module) -> dict[str, str]:
     return {path: mask for path, mask in masks.items() if mask is not None}
 
 
+def whole_weight(target: Projection | AdapterLayer) -> Weight:
+    """Return a target's weight, gathered where it is sharded, which every rank must ask for: one at a time."""
+    held = target.held()
+    if not any(map(is_sharded, held.storage())):
+        return held
+    whole: Weight = held.maker()(*map(full, held.storage()))
+    whole.input_axis = held.input_axis
+    return whole
+
+
 def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, str]]:
     """Return what an adapter's config says of the values of its base: the fields "base_values" and "base_forms".
 
@@ -102,6 +115,8 @@ def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, st
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the adapter to a directory that appears whole or not at all; identical input gives identical bytes.
+
+    Of a model that is sharded (FSDP2) every rank must call this: all gather, and rank 0 writes.
 
     Args:
         model: wrapped.
@@ -119,18 +134,57 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     Example:
         >>> save_adapter(model, "adapter")  # doctest: +SKIP
     """
+    if holds_shards(uncompiled(model)):
+        require_layers(model)
+        _save_together(model, path, overwrite)
+        return Path(path)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
     warn_without_effect(model)
     return Path(path)
 
 
-def write_adapter(model: nn.Module, directory: Path, masks: Mapping[str, str] | None = None) -> None:
+def _save_together(model: nn.Module, path: str | Path, overwrite: bool) -> None:
+    """Write the adapter of a sharded model: every rank gathers, a weight at a time for its hashes, and one writes."""
+    meet("spp.save_adapter")
+    problem: Exception | None = None
+    with whole_adapter(model):
+        masks = base_masks(model)
+        values = base_values((path, whole_weight(layer)) for path, layer in adapter_layers(model).items())
+        try:
+            if is_first():
+                with atomic_directory(path, overwrite=overwrite) as directory:
+                    write_adapter(model, directory, masks, values)
+        except Exception as error:  # the others have to hear of it
+            problem = error
+    agree(problem)
+
+
+@contextlib.contextmanager
+def whole_adapter(model: nn.Module) -> Iterator[None]:
+    """Have the adapter of a sharded model whole, to be read: a context manager that every rank must enter."""
+    settle(uncompiled(model))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gathered(adapter_layers(model).values(), lambda layer: layer.resident_names()))
+        for one in also_trained(model).values():
+            stack.enter_context(one.whole())
+        yield
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: Path,
+    masks: Mapping[str, str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> None:
     """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole).
 
     One that was loaded, and not trained since, belongs to the values that its files name, whatever it was loaded onto.
+
+    Args:
+        masks, values: of the base, as `base_masks` and `base_values` return them; None looks.
     """
-    origin = origin_of_loaded(model)
+    origin = origin_of_loaded(model) or values
     if origin is None:
         origin = base_values((path, layer.held()) for path, layer in require_layers(model).items())
     hashes = {"base_masks": base_masks(model) if masks is None else dict(masks), **origin}
@@ -251,6 +305,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         >>> model = load_adapter(pruned, "adapter")  # doctest: +SKIP
     """
     passed, model = model, uncompiled(model)
+    refuse_shards(model, "spp.load_adapter", "load the adapter first and shard the model afterwards")
     files = read_adapter(path)
     wrapped = is_wrapped(model)
     targets: Targets = require_layers(model) if wrapped else _targets(model, files)
@@ -276,6 +331,29 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     return passed
 
 
+def refill(model: nn.Module, path: str | Path, masks: Mapping[str, str]) -> None:
+    """Give the adapter of a sharded model the values of another one of the same run, without a look at a weight.
+
+    Args:
+        masks: of the base, as `base_masks` returned them while it was whole.
+
+    Raises:
+        AdapterError, MaskError: as `load_adapter`.
+    """
+    model, files = uncompiled(model), read_adapter(path)
+    settle(model)
+    layers, also = require_layers(model), also_trained(model)
+    _check_same_config(adapter_config(model), files)
+    _check_keys(layers, also, files, strict=True)
+    differing = sorted(path for path, mask in masks.items() if (files.base_masks or {}).get(path, mask) != mask)
+    if differing:
+        raise MaskError(f"the zeros of the base differ from those of {files.source}: {some_of(differing)}")
+    fill(model, files.tensors)
+    for name, one in also.items():
+        if name in files.also:
+            one.fill(files.also[name])
+
+
 @torch.no_grad()
 def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Give a layer the values that there are for its parameters; those on the meta device become materialised."""
@@ -286,7 +364,7 @@ def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None
             value = tensor.to(tensor.device if weight.device.type == "meta" else weight.device, copy=True)
             setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         elif tensor is not None:
-            parameter.copy_(tensor)
+            parameter.copy_(like(tensor.to(parameter.dtype), parameter))
 
 
 def _generates(model: nn.Module) -> bool:
@@ -387,6 +465,6 @@ def _check_values(
 
 
 def mask_of(target: Projection | AdapterLayer) -> str | None:
-    """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = target.held().dense()
+    """Return the hash of a target's zeros, of a sharded one gathered; None for a weight on the meta device."""
+    weight = whole_weight(target).dense()
     return None if weight.is_meta else mask_sha256(weight)
