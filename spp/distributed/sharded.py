@@ -1,11 +1,12 @@
-"""Weights of which each rank holds a shard: FSDP2's (DTensor).
+"""Weights of which each rank holds a shard: FSDP2's (DTensor), and DeepSpeed's ZeRO-3 (empty, beside a flat shard).
 
     full      the whole tensor: a collective, so every rank must ask for it
     local     what this rank holds
     like      this rank's shard of a whole tensor, without communication
+    assign    a parameter takes whole values; with ZeRO-3 a collective
 
-α and β are ordinary parameters of their block and are sharded with it; a layer computes with whole tensors, since FSDP2
-gathers a block before its forward and its backward. What asks for weights outside of these meets shards.
+α and β are ordinary parameters of their block and are sharded with it; a layer computes with whole tensors, since the
+engine gathers a block before its forward and its backward. What asks for weights outside of these meets shards.
 """
 
 from __future__ import annotations
@@ -28,17 +29,24 @@ _meetings = itertools.count()
 
 
 def is_sharded(t: object) -> bool:
-    """Whether a tensor is a shard of one; costs nothing for a Tensor or Parameter."""
+    """Whether a tensor is a shard of one; costs next to nothing for a Tensor or Parameter."""
+    if hasattr(t, "ds_id"):
+        return True
     return type(t) is not Tensor and type(t) is not nn.Parameter and hasattr(t, "full_tensor")
 
 
 def full(t: Tensor) -> Tensor:
     """Return the whole tensor; of a sharded one a gathered copy, which every rank must ask for."""
+    if hasattr(t, "ds_id"):
+        with _zero().GatheredParameters([t]):
+            return t.detach().clone()
     return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
 
 
 def local(t: Tensor) -> Tensor:
     """Return what this rank holds of a tensor; it shares the memory."""
+    if hasattr(t, "ds_tensor"):
+        return t.ds_tensor  # type: ignore[no-any-return]
     return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
 
 
@@ -55,6 +63,24 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
     shard = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
     return shard.to(local(target).device)  # offloaded shards are on the CPU
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter the values of a whole tensor, the same on every rank; every rank must call it."""
+    value = value.to(parameter.dtype)
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(like(value, parameter))
+        return
+    with _zero().GatheredParameters([parameter], modifier_rank=0):
+        if rank() == 0:
+            parameter.copy_(value)
+
+
+def _zero() -> Any:
+    import deepspeed
+
+    return deepspeed.zero
 
 
 def holds_shards(model: nn.Module) -> bool:
@@ -88,7 +114,7 @@ def gathered(modules: Iterable[nn.Module], names: Any) -> Iterator[None]:
                 parameter: Any = module._parameters[name]
                 if is_sharded(parameter):
                     held.append((module, name, parameter))
-                    whole = full(parameter.detach())
+                    whole = full(parameter).detach()
                     module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         yield
     finally:
@@ -128,12 +154,13 @@ def agree(problem: Exception | None) -> None:
             raise kind(f"rank {one[0]}: {one[2]}")
 
 
-def meet(what: str, limit: float = MEETING) -> None:
+def meet(what: str, limit: float | None = None) -> None:
     """Wait until every rank has called this, so that one that is alone gets an error and does not hang.
 
     Raises:
-        WrapError: not all came within `limit` seconds.
+        WrapError: not all came within `limit` seconds; None is MEETING.
     """
+    limit = MEETING if limit is None else limit
     from torch.distributed import distributed_c10d
 
     store, key = distributed_c10d._get_default_store(), f"spp/meeting/{next(_meetings)}/{what}"

@@ -80,8 +80,8 @@ def refuse_sharded(weight: object, where: str) -> None:
     """Raise a TargetError for a weight that is sharded already, by FSDP2 or by tensor parallelism."""
     if is_sharded(weight):
         raise TargetError(
-            f"{where} is sharded (a DTensor): wrap the model first and shard it afterwards with fully_shard (FSDP2), "
-            f"which shards the adapter with it; tensor-parallel weights are not supported"
+            f"{where} is sharded already: load the model whole, wrap it and shard it afterwards, with fully_shard "
+            f"(FSDP2) or by the Trainer, so that the adapter is sharded with it; tensor-parallel weights are not supported"
         )
 
 

@@ -34,7 +34,15 @@ from spp.training.checkpoints import (
 )
 from spp.training.data import TokenBlocks, TokenRows
 from spp.training.loss_trainer import LossTrainer
-from spp.training.sharding import Sharding, check_engine, load_optimizer, save_optimizer
+from spp.training.sharding import (
+    Sharding,
+    check_engine,
+    check_resumable,
+    load_deepspeed,
+    load_optimizer,
+    save_deepspeed,
+    save_optimizer,
+)
 from spp.wrapping.adapters import whole_adapter
 
 logger = logging.getLogger(__name__)
@@ -51,8 +59,8 @@ class AdapterTrainer(LossTrainer):
 
     Attributes:
         compared: what `expected` has the hashes of, for messages.
-        can_shard: whether it trains a model that FSDP2 shards.
-        sharding: what is known of a base that FSDP2 shards; None without.
+        can_shard: whether it trains a model that FSDP2 or DeepSpeed shards.
+        sharding: what is known of a base that they shard; None without.
     """
 
     compared: str
@@ -183,6 +191,7 @@ class AdapterTrainer(LossTrainer):
         elif resume_from_checkpoint:
             resume_from_checkpoint = str(require_complete(resume_from_checkpoint))
         if resume_from_checkpoint:
+            check_resumable(self, resume_from_checkpoint)
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:  # transformers would train one step too many
                 return self._finish(state, resume_from_checkpoint)
@@ -229,8 +238,12 @@ class AdapterTrainer(LossTrainer):
         if self.sharding is None:
             return super()._prepare_for_training(max_steps, batches, checkpoint)
         self._shard_soon(checkpoint)
-        found = super()._prepare_for_training(max_steps, batches, checkpoint)
-        self.sharding.sharded(self._bare_model())
+        found = super()._prepare_for_training(max_steps, batches, None if self.is_deepspeed_enabled else checkpoint)
+        if self.is_deepspeed_enabled and checkpoint is not None:
+            load_deepspeed(self, checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_scaler(checkpoint)
+        self.sharding.sharded(self._bare_model(), self.args.device)
         return found
 
     def evaluation_loop(self, *rest: Any, **options: Any) -> Any:
@@ -239,7 +252,7 @@ class AdapterTrainer(LossTrainer):
             return super().evaluation_loop(*rest, **options)
         self._shard_soon(None)
         found = super().evaluation_loop(*rest, **options)
-        self.sharding.sharded(self._bare_model())
+        self.sharding.sharded(self._bare_model(), self.args.device)
         return found
 
     def _shard_soon(self, checkpoint: str | None) -> None:
@@ -257,7 +270,7 @@ class AdapterTrainer(LossTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained; of a sharded model every rank must ask for it, and one writes."""
-        if not self.is_sharded:
+        if self.sharding is None:
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir)
@@ -284,13 +297,16 @@ class AdapterTrainer(LossTrainer):
         agree(problem)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            save_deepspeed(self, output_dir)
+            return
         if not self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         save_optimizer(self.optimizer.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.sharding is None:
+        if checkpoint is None or not self.is_sharded or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load_optimizer(self.optimizer.optimizer, self.lr_scheduler, checkpoint)
@@ -317,7 +333,7 @@ class AdapterTrainer(LossTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self._bare_model() if model is None else model
         if self.sharding is not None:
-            self.sharding.sharded(model)
+            self.sharding.sharded(model, self.args.device)
         self.read(model, require_complete(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

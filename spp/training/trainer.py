@@ -44,7 +44,7 @@ class SPPTrainer(AdapterTrainer):
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
         MaskError: at a save, the base's zero pattern is not the one at the start, or of the last mask update.
-        ConfigError: an engine that shards otherwise than FSDP2, or FSDP2 with mixed precision.
+        ConfigError: FSDP1, FSDP2 with mixed precision, or DeepSpeed in another dtype than the base's.
         AdapterError: a checkpoint does not fit the model.
         CheckpointError: a checkpoint to resume from is not whole.
 
@@ -94,7 +94,7 @@ class SPPTrainer(AdapterTrainer):
             self._masks = base_masks(model)
         else:
             self.mask_updates.attach(model)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.sharding = Sharding(model, self.expected, self.args.should_save)
 
     @property

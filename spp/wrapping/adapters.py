@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
 from spp.distributed.ranks import is_first
-from spp.distributed.sharded import agree, full, gathered, holds_shards, is_sharded, like, meet, refuse_shards, settle
+from spp.distributed.sharded import (
+    agree,
+    assign,
+    full,
+    gathered,
+    holds_shards,
+    is_sharded,
+    meet,
+    refuse_shards,
+    settle,
+)
 from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
 from spp.models.projection import Projection
@@ -364,7 +374,7 @@ def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None
             value = tensor.to(tensor.device if weight.device.type == "meta" else weight.device, copy=True)
             setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         elif tensor is not None:
-            parameter.copy_(like(tensor.to(parameter.dtype), parameter))
+            assign(parameter, tensor)
 
 
 def _generates(model: nn.Module) -> bool:

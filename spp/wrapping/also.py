@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spp.distributed.sharded import full, is_sharded, like
+from spp.distributed.sharded import assign, full, is_sharded
 from spp.errors import ConfigError, SPPWarning, arg
 from spp.models.projection import find_projections, plain_name
 from spp.models.targets import input_embedding, other_sides, output_head, text_side
@@ -73,7 +73,7 @@ class AlsoTrained:
     def whole(self) -> Iterator[None]:
         """Have `trained` whole where it is sharded, to be read: a context manager that every rank must enter."""
         held = self.trained
-        self.trained = nn.Parameter(full(held.detach()), requires_grad=held.requires_grad)
+        self.trained = nn.Parameter(full(held).detach(), requires_grad=held.requires_grad)
         try:
             yield
         finally:
@@ -90,7 +90,7 @@ class AlsoTrained:
     def fill(self, value: Tensor) -> None:
         """Take trained values; of a parameter on the meta device, which becomes materialised, in a new one."""
         if not self.trained.is_meta:
-            self.trained.copy_(like(value.to(self.trained.dtype), self.trained))
+            assign(self.trained, value)
             return
         self.trained = nn.Parameter(value.to(self.dtype, copy=True), requires_grad=self.trained.requires_grad)
         self.show(self.trained)
