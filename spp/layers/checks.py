@@ -81,7 +81,7 @@ def refuse_sharded(weight: object, where: str) -> None:
     if is_sharded(weight):
         raise TargetError(
             f"{where} is sharded already: load the model whole, wrap it and shard it afterwards, with fully_shard "
-            f"(FSDP2) or by the Trainer, so that the adapter is sharded with it; tensor-parallel weights are not supported"
+            f"(FSDP2) or by the Trainer, which shards the adapter with it; tensor-parallel weights are not supported"
         )
 
 

@@ -46,7 +46,7 @@ def check_engine(trainer: Any, supported: bool) -> None:
     if trainer.is_deepspeed_enabled:
         _check_dtypes(trainer)
         return
-    if getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+    if getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "fsdp_version", 1) != 2:
         raise ConfigError(
             f"{name} does not support FSDP1, which flattens the weights of a block into one: set fsdp_version to 2 in "
             "accelerate's config, or version to 2 in fsdp_config"
