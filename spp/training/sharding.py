@@ -164,7 +164,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, directory: str, write: bool) 
 
 def save_deepspeed(trainer: Any, directory: str) -> None:
     """Write DeepSpeed's optimizer, without the frozen weights, and the scheduler beside it; every rank calls it."""
-    from transformers.trainer_pt_utils import DeepSpeedSchedulerWrapper
+    from accelerate.utils import DeepSpeedSchedulerWrapper
 
     trainer.model_wrapped.save_checkpoint(directory, exclude_frozen_parameters=True)
     if trainer.args.should_save and not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):

@@ -73,11 +73,16 @@ class AlsoTrained:
     def whole(self) -> Iterator[None]:
         """Have `trained` whole where it is sharded, to be read: a context manager that every rank must enter."""
         held = self.trained
-        self.trained = nn.Parameter(full(held).detach(), requires_grad=held.requires_grad)
         try:
+            self._hold(nn.Parameter(full(held).detach(), requires_grad=held.requires_grad))
             yield
         finally:
-            self.trained = held
+            self._hold(held)
+
+    def _hold(self, parameter: nn.Parameter) -> None:
+        self.trained = parameter
+        for module, name in self.holders:
+            module._parameters[name] = parameter
 
     def changed(self) -> bool:
         """Whether rounding to the base's dtype leaves other values than the original's; False on the meta device."""

@@ -34,7 +34,12 @@ def run(folder: Path, model: Any = None, *, fsdp: bool = True, resume: Any = Non
     made.save_model(str(folder / "final"))
     torch.distributed.barrier()
     logged = [entry for entry in made.state.log_history if "loss" in entry]
-    held = [local(p) for layer in adapter_layers(made._bare_model()).values() for p in layer._parameters.values()]
+    held = [
+        local(p)
+        for layer in adapter_layers(made._bare_model()).values()
+        for p in layer._parameters.values()
+        if p is not None
+    ]
     return {
         "losses": [entry["loss"] for entry in logged],
         "sparsity": logged[0]["sparsity"],
@@ -168,7 +173,7 @@ def refusals(rank: int, folder: str) -> dict[str, str]:
         said[name] = str(caught.value)
 
     at = Path(folder)
-    refused("version 1", lambda: trainer(at, **fsdp_options(version=1)))
+    refused("version 1", lambda: trainer(at, **fsdp_options(version=1, reshard_after_forward="FULL_SHARD")))
     refused("mixed precision", lambda: trainer(at, **fsdp_options(), bf16=True))
     refused("mask updates", lambda: trainer(at, **fsdp_options(), mask_updates=MaskUpdates(pruned(), every=1)))
     wrapped_for_pst = spp.pst.wrap(pruned())
