@@ -50,6 +50,11 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
 
 
+def whole_shape(t: Tensor) -> tuple[int, ...]:
+    """Return the shape of the whole tensor."""
+    return tuple(getattr(t, "ds_shape", t.shape))
+
+
 def like(value: Tensor, target: Tensor) -> Tensor:
     """Return a whole tensor in the form of `target`: this rank's shard of it where that is sharded.
 

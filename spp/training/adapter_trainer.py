@@ -259,7 +259,8 @@ class AdapterTrainer(LossTrainer):
         """Load a checkpoint while the weights are whole, and every check of it is the one of one process."""
         if self.is_sharded:
             return
-        self.sharding.prepare(self._bare_model())  # type: ignore[union-attr]
+        if self.is_fsdp_enabled:
+            self.sharding.prepare(self._bare_model())  # type: ignore[union-attr]
         problem: Exception | None = None
         try:
             if checkpoint is not None:

@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from spp.distributed.sharded import agree, full_optimizer_state, holds_shards, load_optimizer_state, local, settle
+from spp.distributed.sharded import (
+    agree,
+    full_optimizer_state,
+    holds_shards,
+    is_sharded,
+    load_optimizer_state,
+    local,
+    settle,
+)
 from spp.errors import CheckpointError, ConfigError, MaskError
 from spp.files import content_sha256, dtype_name, mask_sha256
 from spp.masks.patterns import nonzero_mask
@@ -125,10 +133,12 @@ class Sharding:
         settle(model)
         layers = adapter_layers(model)
         self.on, self._shards = True, {path: _hashes(layer) for path, layer in layers.items()}
-        shards = [local(layer.stored_weight).detach() for layer in layers.values()]
-        total = torch.tensor(sum(int(nonzero_mask(shard).sum()) for shard in shards), device=device)
+        stored = [layer.stored_weight for layer in layers.values()]
+        kept = [int(nonzero_mask(local(one).detach()).sum()) for one in stored]
+        whole = sum(count for count, one in zip(kept, stored, strict=True) if not is_sharded(one))  # packed, in buffers
+        total = torch.tensor(sum(kept) - whole, device=device)
         torch.distributed.all_reduce(total)
-        self.sparsity = 1 - int(total) / max(self._numel, 1)
+        self.sparsity = 1 - (int(total) + whole) / max(self._numel, 1)
 
     def check(self, model: nn.Module, compared: str) -> None:
         """Compare this rank's shards with what they were; every rank calls it, and all raise if one has to.
@@ -150,7 +160,7 @@ class Sharding:
 
 def _hashes(layer: AdapterLayer) -> tuple[str, ...]:
     """Return the hashes of this rank's shard of a layer's weight: the zero pattern of values, the contents of codes."""
-    parts = [local(t).detach() for t in layer.held().storage()]
+    parts = [local(t).detach() for t in layer.stored_tensors()]
     return tuple(mask_sha256(t) if t.is_floating_point() else content_sha256(t) for t in parts)
 
 

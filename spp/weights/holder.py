@@ -76,11 +76,15 @@ class HoldsWeight(HookedAdapter):
         """Return the frozen weight; its tensors are the module's."""
         if self.packed_layout is None:
             return parameter_weight(self, input_axis=self.input_axis)
-        weight = _KINDS[type(self.packed_layout)](
-            self.packed_layout, *(values(self, name) for name in NAMES if self._holds(name))
-        )
+        weight = _KINDS[type(self.packed_layout)](self.packed_layout, *self.stored_tensors())
         weight.input_axis = self.input_axis
         return weight
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Return the tensors that hold W: the Parameter, or what is packed; they may be sharded."""
+        if self.packed_layout is None:
+            return [self.stored_weight]
+        return [values(self, name) for name in NAMES if name in self._buffers or name in self._parameters]
 
     def hold_packed(self, packed: Weight) -> None:
         """Take a packed or quantized weight in place of what is held."""
@@ -93,9 +97,6 @@ class HoldsWeight(HookedAdapter):
         """Hold packed tensors as frozen Parameters: FSDP2 shards these, and leaves buffers whole on every rank."""
         for name in [name for name in NAMES if name in self._buffers]:
             self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))  # type: ignore[arg-type]
-
-    def _holds(self, name: str) -> bool:
-        return name in self._buffers or name in self._parameters
 
     def drop_weight(self) -> None:
         """Free the weight, in any form."""

@@ -25,6 +25,7 @@ from spp.distributed.sharded import (
     meet,
     refuse_shards,
     settle,
+    whole_shape,
 )
 from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
@@ -33,6 +34,7 @@ from spp.models.targets import resolve_projections
 from spp.rules import get_rule
 from spp.rules.adapter import effect_of, idle_reason, no_update_text, rounded_away_text
 from spp.weights import Weight
+from spp.weights.base import DenseWeight
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, where_it_belongs
 from spp.wrapping.adapter_files import (
     PEFT_TYPE,
@@ -102,11 +104,12 @@ def base_masks(model: nn.Module) -> dict[str, str]:
 
 def whole_weight(target: Projection | AdapterLayer) -> Weight:
     """Return a target's weight, gathered where it is sharded, which every rank must ask for: one at a time."""
-    held = target.held()
-    if not any(map(is_sharded, held.storage())):
-        return held
-    whole: Weight = held.maker()(*map(full, held.storage()))
-    whole.input_axis = held.input_axis
+    if isinstance(target, Projection) or not any(map(is_sharded, target.stored_tensors())):
+        return target.held()
+    if target.packed_layout is None:
+        return DenseWeight(full(target.stored_weight), target.input_axis)
+    whole: Weight = target.held().maker()(*map(full, target.stored_tensors()))
+    whole.input_axis = target.input_axis
     return whole
 
 
@@ -417,12 +420,12 @@ def _check_keys(
     rule = get_rule(files.config.rule)
     expected: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
-        experts = target.held().shape[:-2]
+        experts = tuple(target.held().shape[:-2]) if isinstance(target, Projection) else target.experts_shape
         shapes = rule.shapes(target.out_features, target.in_features, files.config.rank_for(path))
         for name, shape in zip(rule.attribute_names(), shapes, strict=True):
             expected[f"{path}.{name}"] = (*experts, *shape)
     for name, one in also.items():
-        expected[name] = tuple((one.trained if isinstance(one, AlsoTrained) else one).shape)
+        expected[name] = whole_shape(one.trained if isinstance(one, AlsoTrained) else one)
     keys, misshapen = misfits(expected, shapes_of({**files.tensors, **files.also}))
     strange = sorted((files.base_masks or {}).keys() - targets.keys())
     keys += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]

@@ -13,7 +13,7 @@ from torch import nn
 import spp
 from spp.distributed.sharded import local
 from spp.errors import ConfigError, MaskError
-from spp.training import MaskUpdates, PSTTrainer
+from spp.training import MaskUpdates, PSTTrainer, SPPTrainer
 from spp.wrapping.adapters import base_masks
 from spp.wrapping.wrap import adapter_layers
 from tests.helpers.fsdp import choose_engine, fsdp_options
@@ -173,7 +173,15 @@ def refusals(rank: int, folder: str) -> dict[str, str]:
         said[name] = str(caught.value)
 
     at = Path(folder)
-    refused("version 1", lambda: trainer(at, **fsdp_options(version=1, reshard_after_forward="FULL_SHARD")))
+    real = SPPTrainer.create_accelerator_and_postprocess
+
+    def older(self: SPPTrainer) -> None:
+        real(self)
+        self.accelerator.state.fsdp_plugin.fsdp_version = 1  # accelerate makes that of accelerators alone
+
+    SPPTrainer.create_accelerator_and_postprocess = older  # type: ignore[method-assign]
+    refused("version 1", lambda: trainer(at, **fsdp_options()))
+    SPPTrainer.create_accelerator_and_postprocess = real  # type: ignore[method-assign]
     refused("mixed precision", lambda: trainer(at, **fsdp_options(), bf16=True))
     refused("mask updates", lambda: trainer(at, **fsdp_options(), mask_updates=MaskUpdates(pruned(), every=1)))
     wrapped_for_pst = spp.pst.wrap(pruned())

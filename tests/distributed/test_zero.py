@@ -74,13 +74,13 @@ def on_ranks(rank: int, folder: str) -> dict[str, Any]:
         found[f"resumed-{stage}"] = run(at / f"again{stage}", stage, resume=at / f"{stage}" / "checkpoint-3")
     half = wrapped()
     half.to(torch.bfloat16)
-    found["half"] = run(at / "half", 3, half, config={"bf16": {"enabled": True}})
+    found["half"] = run(at / "half", 3, half, bf16=True, config={"bf16": {"enabled": "auto"}})
     with pytest.raises(CheckpointError, match="is DeepSpeed's, which no other engine reads"):
         run(at / "other", 0, resume=at / "3" / "checkpoint-3")
     with pytest.raises(CheckpointError, match="written without DeepSpeed"):
         run(at / "other", 3, resume=at / "ddp" / "checkpoint-3")
     with pytest.raises(ConfigError, match="would convert the base, which is float32"):
-        run(at / "other", 3, config={"bf16": {"enabled": True}})
+        run(at / "other", 3, bf16=True, config={"bf16": {"enabled": "auto"}})
     other = pruned()
     with torch.no_grad():
         weight = other.model.layers[1].mlp.up_proj.weight
