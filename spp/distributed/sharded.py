@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp import errors
 from spp.distributed.ranks import rank, world
 from spp.errors import SPPError, WrapError
 
@@ -154,9 +153,15 @@ def agree(problem: Exception | None) -> None:
         raise problem
     for one in found:
         if one is not None:
-            known = getattr(errors, one[1], None)
-            kind = known if isinstance(known, type) and issubclass(known, SPPError) else RuntimeError
-            raise kind(f"rank {one[0]}: {one[2]}")
+            kinds = {kind.__name__: kind for kind in _kinds(SPPError)}
+            raise kinds.get(one[1], RuntimeError)(f"rank {one[0]}: {one[2]}")
+
+
+def _kinds(kind: type[Exception]) -> Iterator[type[Exception]]:
+    """Yield a class of exceptions and all below it."""
+    yield kind
+    for one in kind.__subclasses__():
+        yield from _kinds(one)
 
 
 def meet(what: str, limit: float | None = None) -> None:

@@ -78,7 +78,8 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
 
 def refuse_sharded(weight: object, where: str) -> None:
     """Raise a TargetError for a weight that is sharded already, by FSDP2 or by tensor parallelism."""
-    if is_sharded(weight):
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id")
+    if not plain and is_sharded(weight):
         raise TargetError(
             f"{where} is sharded already: load the model whole, wrap it and shard it afterwards, with fully_shard "
             f"(FSDP2) or by the Trainer, which shards the adapter with it; tensor-parallel weights are not supported"

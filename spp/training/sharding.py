@@ -102,7 +102,7 @@ def check_resumable(trainer: Any, checkpoint: str) -> None:
 
 
 class Sharding:
-    """What a trainer remembers of a base that it shards.
+    """The facts that a trainer remembers of a base that it shards.
 
     Attributes:
         on: whether the model is sharded by now.
