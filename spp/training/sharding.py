@@ -33,8 +33,8 @@ from spp.errors import CheckpointError, ConfigError, MaskError
 from spp.files import content_sha256, dtype_name, mask_sha256
 from spp.masks.patterns import nonzero_mask
 from spp.weights import HoldsWeight
-from spp.wrapping.adapters import base_values
-from spp.wrapping.wrap import AdapterLayer, adapter_layers
+from spp.wrapping.adapters import base_values, fill_layers
+from spp.wrapping.wrap import AdapterLayer, adapter_layers, also_trained
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
@@ -121,10 +121,20 @@ class Sharding:
         self._shards: dict[str, tuple[str, ...]] = {}
 
     def prepare(self, model: nn.Module) -> None:
-        """Have the packed weights sharded too."""
+        """Have the packed weights sharded too, and on a rank whose weights rank 0 sends, an adapter in memory.
+
+        accelerate tells the optimizer's parameters apart by their addresses, and those on the meta device have none.
+        """
         for module in model.modules():
             if isinstance(module, HoldsWeight):
                 module.make_shardable()
+        for path, layer in adapter_layers(model).items():
+            named = zip(layer.resident_names(), layer.adapter_parameters(), strict=True)
+            empty = {f"{path}.{name}": torch.zeros_like(p, device="cpu") for name, p in named if p.is_meta}
+            fill_layers({path: layer}, empty)
+        for one in also_trained(model).values():
+            if one.trained.is_meta:
+                one.fill(torch.zeros_like(one.trained, device="cpu"))
 
     def sharded(self, model: nn.Module, device: torch.device) -> None:
         """Take note of the shards; every rank calls it, with the device that the ranks communicate by."""

@@ -16,7 +16,11 @@ def choose_engine(fsdp: bool) -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+    for name in [
+        name
+        for name in os.environ
+        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED"))
+    ]:
         del os.environ[name]
     begin = _BEGIN.setdefault("state", PartialState.__init__)
 
