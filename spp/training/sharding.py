@@ -29,7 +29,7 @@ from spp.distributed.sharded import (
     local,
     settle,
 )
-from spp.errors import CheckpointError, ConfigError, MaskError
+from spp.errors import CheckpointError, ConfigError, MaskError, arg
 from spp.files import content_sha256, dtype_name, mask_sha256
 from spp.masks.patterns import nonzero_mask
 from spp.weights import HoldsWeight
@@ -51,6 +51,12 @@ def check_engine(trainer: Any, supported: bool) -> None:
     if not supported:
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
         raise ConfigError(f"{name} does not support {engine}; use one device or plain DDP")
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 3
+    if trainer.loss_chunk is not None and stage == 3:
+        raise ConfigError(
+            "a loss in chunks, which a teacher needs too, reads the output head after the forward, when a sharded one is "
+            f"not whole: leave {arg('loss_chunk')} and {arg('teacher')} out, or use plain DDP or ZeRO-2"
+        )
     if trainer.is_deepspeed_enabled:
         _check_dtypes(trainer)
         return
