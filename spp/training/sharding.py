@@ -54,8 +54,8 @@ def check_engine(trainer: Any, supported: bool) -> None:
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 3
     if trainer.loss_chunk is not None and stage == 3:
         raise ConfigError(
-            "a loss in chunks, which a teacher needs too, reads the output head after the forward, when a sharded one is "
-            f"not whole: leave {arg('loss_chunk')} and {arg('teacher')} out, or use plain DDP or ZeRO-2"
+            "a loss in chunks, which a teacher needs too, reads the output head after the forward, when a sharded one "
+            f"is not whole: leave {arg('loss_chunk')} and {arg('teacher')} out, or use plain DDP or ZeRO-2"
         )
     if trainer.is_deepspeed_enabled:
         _check_dtypes(trainer)
