@@ -197,7 +197,8 @@ def write_adapter(
     Args:
         masks, values: of the base, as `base_masks` and `base_values` return them; None looks.
     """
-    origin = origin_of_loaded(model) or values
+    origin = origin_of_loaded(model)
+    origin = values if origin is None else origin
     if origin is None:
         origin = base_values((path, layer.held()) for path, layer in require_layers(model).items())
     hashes = {"base_masks": base_masks(model) if masks is None else dict(masks), **origin}
