@@ -12,6 +12,7 @@ engine gathers a block before its forward and its backward. What asks for weight
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -39,14 +40,14 @@ def full(t: Tensor) -> Tensor:
     if hasattr(t, "ds_id"):
         with _zero().GatheredParameters([t]):
             return t.detach().clone()
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def local(t: Tensor) -> Tensor:
     """Return what this rank holds of a tensor; it shares the memory."""
     if hasattr(t, "ds_tensor"):
-        return t.ds_tensor  # type: ignore[no-any-return]
-    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
+        return t.ds_tensor
+    return t.to_local() if is_sharded(t) else t
 
 
 def whole_shape(t: Tensor) -> tuple[int, ...]:
@@ -82,9 +83,7 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _zero() -> Any:
-    import deepspeed
-
-    return deepspeed.zero
+    return importlib.import_module("deepspeed").zero
 
 
 def holds_shards(model: nn.Module) -> bool:

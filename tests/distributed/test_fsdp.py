@@ -193,6 +193,7 @@ def own_loop(rank: int, folder: str) -> dict[str, str]:
     return said
 
 
+@pytest.mark.slow
 def test_an_own_loop_saves_together_and_is_refused_the_rest(tmp_path: Path) -> None:
     first, second = values_of_ranks(own_loop, 2, str(tmp_path))
     assert "merge_checkpoint" in first["merge"] and "on every rank" in first["merge"]

@@ -189,6 +189,7 @@ def refusals(rank: int, folder: str) -> dict[str, str]:
     return said
 
 
+@pytest.mark.slow
 def test_what_is_refused(tmp_path: Path) -> None:
     said, _ = values_of_ranks(refusals, 2, str(tmp_path))
     assert "fsdp_version to 2" in said["version 1"]
