@@ -40,14 +40,14 @@ def full(t: Tensor) -> Tensor:
     if hasattr(t, "ds_id"):
         with _zero().GatheredParameters([t]):
             return t.detach().clone()
-    return t.full_tensor() if is_sharded(t) else t
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def local(t: Tensor) -> Tensor:
     """Return what this rank holds of a tensor; it shares the memory."""
     if hasattr(t, "ds_tensor"):
         return t.ds_tensor
-    return t.to_local() if is_sharded(t) else t
+    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def whole_shape(t: Tensor) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class HoldsWeight(HookedAdapter):
         self.drop_weight()
         self.packed_layout = packed.layout
         for name, tensor in zip(NAMES, packed.tensors(), strict=False):
-            self.register_buffer(name, tensor.detach())
+            self.register_buffer(name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
 
     def make_shardable(self) -> None:
         """Hold packed tensors as frozen Parameters: FSDP2 shards these, and leaves buffers whole on every rank."""
