@@ -88,6 +88,7 @@ def quick(rank: int, folder: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     for found in (ranks := values_of_ranks(quick, 2, str(tmp_path), limit=120)):
         assert found["fsdp"]["losses"] == found["ddp"]["losses"]
