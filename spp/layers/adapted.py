@@ -160,6 +160,7 @@ class HoldsAdapter(HoldsWeight):
     out_features: int
     in_features: int
     _adapter_names: tuple[str, ...] = ()
+    experts_shape: tuple[int, ...] = ()  # (E,) of fused experts
 
     @torch.inference_mode(False)  # what is made inside it could never be trained
     def add_adapter(self, config: SPPConfig, where: str, weight: Weight, generator: torch.Generator | None) -> None:
@@ -169,6 +170,7 @@ class HoldsAdapter(HoldsWeight):
         self.dropout, self.dropout_mode, self.disabled = config.dropout, config.dropout_mode, False
         self._adapter_names = self.spp_rule.attribute_names()
         shapes = self.spp_rule.shapes(self.out_features, self.in_features, config.r)
+        self.experts_shape = tuple(weight.shape[:-2])
         is_meta = weight.device.type == "meta"
         for name, shape in zip(self._adapter_names, shapes, strict=True):
             size, dtype = (*weight.shape[:-2], *shape), arithmetic_dtype(weight.dtype)

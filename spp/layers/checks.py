@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spp.configs.adapter import SPPConfig
+from spp.distributed.sharded import is_sharded
 from spp.errors import ConfigError, NonFiniteError, SPPWarning, TargetError, arg, call
 from spp.layers.host import PackedLinear, refuse_parametrization
 from spp.masks.patterns import all_finite, nonzero_mask
@@ -53,6 +54,7 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
             f"{where}.weight is a semi-structured tensor, for inference only: load the pruned model again to train it"
         )
     refuse_parametrization(linear, where)
+    refuse_sharded(linear._parameters.get("weight"), f"{where}.weight")
     if is_quantized:
         if config.packed:
             raise ConfigError(f"{where} is quantized, which is small already: pass {arg('packed', False)}")
@@ -72,6 +74,16 @@ def check_linear(linear: nn.Module, config: SPPConfig, where: str, r: int | None
     if config.packed and weight.is_meta:
         raise ConfigError(f"{where}.weight is on the meta device and has no values to pack; load the model first")
     check_rank(config, features(linear), where, r)
+
+
+def refuse_sharded(weight: object, where: str) -> None:
+    """Raise a TargetError for a weight that is sharded already, by FSDP2 or by tensor parallelism."""
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id")
+    if not plain and is_sharded(weight):
+        raise TargetError(
+            f"{where} is sharded already: load the model whole, wrap it and shard it afterwards, with fully_shard "
+            f"(FSDP2) or by the Trainer, which shards the adapter with it; tensor-parallel weights are not supported"
+        )
 
 
 def check_rank(config: SPPConfig, shape: tuple[int, int], where: str, r: int | None = None) -> None:

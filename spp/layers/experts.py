@@ -14,7 +14,7 @@ from spp.errors import ConfigError, TargetError, arg
 from spp.kernels import Run, base_linear
 from spp.kernels.linear import linear
 from spp.layers.adapted import HoldsAdapter
-from spp.layers.checks import check_rank, check_values
+from spp.layers.checks import check_rank, check_values, refuse_sharded
 from spp.layers.host import Opaque, check_packable_weight, refuse_parametrization
 from spp.models.expert_products import ExpertProducts, plain_experts
 from spp.models.projection import Projection
@@ -329,6 +329,7 @@ def check_experts(projection: Projection, config: SPPConfig, r: int) -> None:
     if projection.packed is not None and not config.packed:
         raise ConfigError(f"{where} is packed: pass {arg('packed', True)}, or call spp.unpack(model) first")
     refuse_parametrization(projection.module, where)
+    refuse_sharded(projection.module._parameters.get(projection.name), where)
     if weight.dtype not in DTYPES:
         raise TargetError(f"{where} is {weight.dtype}; SPP adapts float64, float32, bfloat16 and float16 weights")
     if config.packed and (weight.is_meta if projection.packed else projection.operand.is_meta):

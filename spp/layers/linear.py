@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
+from spp.distributed.sharded import is_sharded
 from spp.errors import ConfigError, NonFiniteError
 from spp.layers.adapted import AdaptedLinear, HoldsAdapter
 from spp.layers.checks import check_linear, check_values
@@ -37,7 +38,8 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
             the calls; `held().dense()` has the values.
         spp_alpha: W_α (r, n). spp_beta: W_β (m, 1). With another rule its own, such as hira_A and hira_B.
         cache_effective: whether evaluation without gradients keeps W_eff (m, n) between calls of a few tokens, so that
-            generation does not build it for each. False for a packed or offloaded weight, whose saving it would undo:
+            generation does not build it for each. False for a packed, offloaded or sharded weight, whose saving it
+            would undo:
             set it to True where there is memory for the dense weights after all.
 
     Raises:
@@ -134,6 +136,7 @@ class SPPLinear(HoldsAdapter, LinearHost, AdaptedLinear):
         return self._parameters["bias"]
 
     def hook_changed(self) -> None:
-        """Keep no W_eff of a weight that is offloaded."""
+        """Keep no W_eff of a weight that is offloaded or sharded: whole, it would undo that."""
         self._cached = None
-        self.cache_effective = self.packed_layout is None and offloader(self) is None
+        sharded = is_sharded(self._parameters.get("weight"))
+        self.cache_effective = self.packed_layout is None and offloader(self) is None and not sharded

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spp.certifying.certificate import TensorSparsity, make_report
 from spp.certifying.scan import scan_tensor
+from spp.distributed.sharded import refuse_shards
 from spp.errors import ConfigError, NonFiniteError, arg, call
 from spp.files import dtype_name
 from spp.files.hashes import fingerprint
@@ -37,7 +38,7 @@ from spp.weights import NAMES as PACKED_NAMES
 from spp.weights import HoldsWeight, QuantizedLayout, QuantizedWeight, quantize_like
 from spp.weights.offload import in_memory, is_offloaded, offloader, write
 from spp.wrapping.state import forget_quantizer, uncompiled
-from spp.wrapping.wrap import AdapterLayer, also_trained, base_verdict, require_layers, unwrap
+from spp.wrapping.wrap import SAVED_BY_ALL, AdapterLayer, also_trained, base_verdict, require_layers, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def merge(
         the error of quantizing again is large beside it, or if the adapter changes no weight at all.
 
     Raises:
-        WrapError: the model is not wrapped.
+        WrapError: the model is not wrapped, or is sharded.
         ConfigError: an option makes no sense, or accelerate has a weight offloaded to a disk, or any, and `dtype` is
             given: `spp.merge_checkpoint` is the way then. What is offloaded to memory is written there.
         NonFiniteError: the adapter or a merged weight holds NaN or infinity, or a tensor overflows in `dtype`; named.
@@ -83,6 +84,8 @@ def merge(
     """
     model = uncompiled(model)
     layers = require_layers(model)
+    out = call("merge_checkpoint", "base, adapter, out")
+    refuse_shards(model, "spp.merge", f"merge on the disk with {out}; {SAVED_BY_ALL}")
     check_rounding(dtype, rounding)
     _check_offloaded(model, layers, dtype)
     if requantize:

@@ -178,9 +178,12 @@ class Projection:
         return as_matrices(self.weight.detach(), transposed=self.input_axis == -2)
 
 
+_INSERTED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
 def plain_name(name: str) -> str:
-    """Return the path of a module, or the name of a parameter, without what torch.compile(module) puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Return a module's path or a parameter's name without what torch.compile and checkpoint_wrapper put into it."""
+    return ".".join(part for part in name.split(".") if part not in _INSERTED)
 
 
 def is_compiled(module: object) -> bool:

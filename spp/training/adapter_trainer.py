@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.errors import CheckpointError, ConfigError, DataError, MaskError, WrapError
+from spp.distributed.sharded import agree
+from spp.errors import CheckpointError, DataError, MaskError, WrapError
 from spp.files import output_error
 from spp.models.tokens import check_ids, embedding_rows, position_limit, refuse_ids
 from spp.training.checkpoints import (
@@ -33,6 +34,16 @@ from spp.training.checkpoints import (
 )
 from spp.training.data import TokenBlocks, TokenRows
 from spp.training.loss_trainer import LossTrainer
+from spp.training.sharding import (
+    Sharding,
+    check_engine,
+    check_resumable,
+    load_deepspeed,
+    load_optimizer,
+    save_deepspeed,
+    save_optimizer,
+)
+from spp.wrapping.adapters import whole_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +59,13 @@ class AdapterTrainer(LossTrainer):
 
     Attributes:
         compared: what `expected` has the hashes of, for messages.
+        can_shard: whether it trains a model that FSDP2 or DeepSpeed shards.
+        sharding: what is known of a base that they shard; None without.
     """
 
     compared: str
+    can_shard = False
+    sharding: Sharding | None = None
 
     def __init__(
         self,
@@ -62,10 +77,7 @@ class AdapterTrainer(LossTrainer):
         if model is not None:
             self.require_prepared(model)
         super().__init__(model, args, *rest, **options)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError(
-                f"{type(self).__name__} does not support DeepSpeed or FSDP yet; use one device or plain DDP"
-            )
+        check_engine(self, self.can_shard)
         self.data_collator: Any = _Readable(self.data_collator)
         self.begin(self._bare_model())
 
@@ -108,6 +120,9 @@ class AdapterTrainer(LossTrainer):
         Raises:
             MaskError: they differ; the message names the layers, and nothing is saved.
         """
+        if self.is_sharded:
+            self.sharding.check(model, self.compared)  # type: ignore[union-attr]
+            return dict(self.expected)
         expected, now = self.expected, self.frozen(model)
         changed = sorted(path for path in expected.keys() | now.keys() if expected.get(path) != now.get(path))
         if changed:
@@ -176,6 +191,7 @@ class AdapterTrainer(LossTrainer):
         elif resume_from_checkpoint:
             resume_from_checkpoint = str(require_complete(resume_from_checkpoint))
         if resume_from_checkpoint:
+            check_resumable(self, resume_from_checkpoint)
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:  # transformers would train one step too many
                 return self._finish(state, resume_from_checkpoint)
@@ -212,13 +228,89 @@ class AdapterTrainer(LossTrainer):
             logs["sparsity"] = self.sparsity
         super().log(logs, *rest, **options)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights of the model are sharded by now."""
+        return self.sharding is not None and self.sharding.on
+
+    def _prepare_for_training(self, max_steps: Any, batches: Any, checkpoint: Any) -> Any:
+        """Prepare as transformers does; what is sharded is loaded before and hashed after."""
+        if self.sharding is None:
+            return super()._prepare_for_training(max_steps, batches, checkpoint)
+        self._shard_soon(checkpoint)
+        found = super()._prepare_for_training(max_steps, batches, None if self.is_deepspeed_enabled else checkpoint)
+        if self.is_deepspeed_enabled and checkpoint is not None:
+            load_deepspeed(self, checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_scaler(checkpoint)
+        self.sharding.sharded(self._bare_model(), self.args.device)
+        return found
+
+    def evaluation_loop(self, *rest: Any, **options: Any) -> Any:
+        """Evaluate; a model that is sharded for it is looked at after."""
+        if self.sharding is None:
+            return super().evaluation_loop(*rest, **options)
+        self._shard_soon(None)
+        found = super().evaluation_loop(*rest, **options)
+        self.sharding.sharded(self._bare_model(), self.args.device)
+        return found
+
+    def _shard_soon(self, checkpoint: str | None) -> None:
+        """Load a checkpoint while the weights are whole, and every check of it is the one of one process."""
+        if self.is_sharded:
+            return
+        if self.is_fsdp_enabled:
+            self.sharding.prepare(self._bare_model())  # type: ignore[union-attr]
+        problem: Exception | None = None
+        try:
+            if checkpoint is not None:
+                self.read(self._bare_model(), require_complete(checkpoint))
+        except Exception as error:  # a rank without weights has nothing to compare
+            problem = error
+        agree(problem)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; of a sharded model every rank must ask for it, and one writes."""
+        if self.sharding is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save and not self.is_sharded:
             return
         model, directory = self._bare_model(), output_dir if output_dir is not None else str(self.args.output_dir)
         frozen = self.check(model)
-        unmark(directory)  # a checkpoint with another adapter is no whole one
-        replace_files(lambda folder: self.write(model, folder, frozen), directory)
+        if not self.is_sharded:
+            unmark(directory)  # a checkpoint with another adapter is no whole one
+            replace_files(lambda folder: self.write(model, folder, frozen), directory)
+            return
+        problem: Exception | None = None
+        with whole_adapter(model):
+            try:
+                if self.args.should_save:
+                    unmark(directory)
+                    replace_files(lambda folder: self.write(model, folder, frozen), directory)
+            except Exception as error:  # the others have to hear of it
+                problem = error
+        agree(problem)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            save_deepspeed(self, output_dir)
+            return
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.optimizer.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_sharded or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer.optimizer, self.lr_scheduler, checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
@@ -240,7 +332,10 @@ class AdapterTrainer(LossTrainer):
             rotate(run, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.read(self._bare_model() if model is None else model, require_complete(resume_from_checkpoint))
+        model = self._bare_model() if model is None else model
+        if self.sharding is not None:
+            self.sharding.sharded(model, self.args.device)
+        self.read(model, require_complete(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self.read(self._bare_model(), require_complete(self.state.best_model_checkpoint))

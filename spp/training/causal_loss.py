@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spp.distributed.sharded import is_sharded
 from spp.errors import ConfigError, NonFiniteError, arg
 from spp.evaluation import IGNORED, evaluating
 
@@ -242,6 +243,11 @@ def _loss(
     hidden = states.reshape(-1, states.shape[-1])[places]  # (k, hidden)
     objective = Objective() if lesson is None else lesson.objective(places)
     total: Any = 0.0 if lesson is None else lesson.rest(places)
+    if is_sharded(head._parameters.get("weight")):
+        raise ConfigError(
+            "the output head is sharded again when its loss is taken in chunks: shard it with reshard_after_forward="
+            f"False, as accelerate's FSDP2 does, or leave {arg('loss_chunk')} out"
+        )
     if type(head) is nn.Linear:
         # One that trains beside an adapter is float32, and rounded for the product.
         weight, bias = (p if p is None else p.to(states.dtype) for p in (head.weight, head.bias))

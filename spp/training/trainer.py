@@ -15,8 +15,9 @@ from spp.errors import CheckpointError, ConfigError, WrapError, arg
 from spp.masks.patterns import nonzero_mask
 from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.mask_updates import MaskUpdates
+from spp.training.sharding import Sharding
 from spp.wrapping.adapter_files import MASKS_STATE_NAME
-from spp.wrapping.adapters import base_masks, load_adapter, warn_without_effect, write_adapter
+from spp.wrapping.adapters import base_masks, load_adapter, refill, warn_without_effect, write_adapter
 from spp.wrapping.state import uncompiled
 from spp.wrapping.wrap import adapter_layers, adapter_parameters, also_trained, is_wrapped
 
@@ -43,6 +44,7 @@ class SPPTrainer(AdapterTrainer):
     Raises:
         WrapError: the model is not wrapped, or parameters other than the adapter's require gradients.
         MaskError: at a save, the base's zero pattern is not the one at the start, or of the last mask update.
+        ConfigError: FSDP1, FSDP2 with mixed precision, or DeepSpeed in another dtype than the base's.
         AdapterError: a checkpoint does not fit the model.
         CheckpointError: a checkpoint to resume from is not whole.
 
@@ -53,6 +55,7 @@ class SPPTrainer(AdapterTrainer):
     """
 
     compared = "the zero pattern of the base"
+    can_shard = True
 
     def __init__(
         self,
@@ -91,6 +94,8 @@ class SPPTrainer(AdapterTrainer):
             self._masks = base_masks(model)
         else:
             self.mask_updates.attach(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.sharding = Sharding(model, self.expected, self.args.should_save)
 
     @property
     def expected(self) -> dict[str, str]:
@@ -119,12 +124,15 @@ class SPPTrainer(AdapterTrainer):
 
     def write(self, model: nn.Module, directory: Path, frozen: dict[str, Any]) -> None:
         """Write the adapter, and the masks where they are updated."""
-        write_adapter(model, directory, frozen)
+        write_adapter(model, directory, frozen, self.sharding.values if self.sharding is not None else None)
         if self.mask_updates is not None:
             self.mask_updates.state.save(directory)
 
     def read(self, model: nn.Module, directory: Path) -> None:
         """Load the adapter, after the masks that it was trained on."""
+        if self.sharding is not None and self.sharding.on:
+            refill(model, directory, self.sharding.masks)
+            return
         has_masks = (directory / MASKS_STATE_NAME).exists()
         if has_masks != (self.mask_updates is not None):
             raise CheckpointError(
@@ -138,12 +146,14 @@ class SPPTrainer(AdapterTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; unless the Trainer itself asks, for a checkpoint, warn if it changes no weight."""
         super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save:
+        if not _internal_call and self.args.should_save and not self.is_sharded:
             warn_without_effect(self._bare_model())
 
     @property
     def sparsity(self) -> float:
         """The fraction of zeros in the weights that the adapter scales, in [0, 1]."""
+        if self.sharding is not None and self.sharding.on:
+            return self.sharding.sparsity
         return self._zeros.sparsity(self._bare_model())
 
 

@@ -76,24 +76,34 @@ class HoldsWeight(HookedAdapter):
         """Return the frozen weight; its tensors are the module's."""
         if self.packed_layout is None:
             return parameter_weight(self, input_axis=self.input_axis)
-        weight = _KINDS[type(self.packed_layout)](
-            self.packed_layout, *(values(self, name) for name in NAMES if name in self._buffers)
-        )
+        weight = _KINDS[type(self.packed_layout)](self.packed_layout, *self.stored_tensors())
         weight.input_axis = self.input_axis
         return weight
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Return the tensors that hold W: the Parameter, or what is packed; they may be sharded."""
+        if self.packed_layout is None:
+            return [self.stored_weight]
+        return [values(self, name) for name in NAMES if name in self._buffers or name in self._parameters]
 
     def hold_packed(self, packed: Weight) -> None:
         """Take a packed or quantized weight in place of what is held."""
         self.drop_weight()
         self.packed_layout = packed.layout
         for name, tensor in zip(NAMES, packed.tensors(), strict=False):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
+
+    def make_shardable(self) -> None:
+        """Hold packed tensors as frozen Parameters: FSDP2 shards these, and leaves buffers whole on every rank."""
+        for name in [name for name in NAMES if name in self._buffers]:
+            self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))  # type: ignore[arg-type]
 
     def drop_weight(self) -> None:
         """Free the weight, in any form."""
         self._parameters.pop("weight", None)
         for name in NAMES:
             self._buffers.pop(name, None)
+            self._parameters.pop(name, None)
         self.packed_layout = None
 
     def resident_names(self) -> tuple[str, ...]:

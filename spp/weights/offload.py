@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spp.distributed.sharded import is_sharded
 from spp.errors import ConfigError
 from spp.weights.base import DenseWeight, Weight
 
@@ -229,7 +230,7 @@ class HookedAdapter(nn.Module):
         raise NotImplementedError
 
     def hook_changed(self) -> None:
-        """Take note that the module has another hook now, or none."""
+        """Take note that the module has another hook now, or none, or that its weight is sharded."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_old_forward":  # accelerate sets it, moves the parameters, and then sets _hf_hook
@@ -238,7 +239,7 @@ class HookedAdapter(nn.Module):
             self._put_back(value)
             value = _blind(value, self.resident_names())
         super().__setattr__(name, value)
-        if name == "_hf_hook":
+        if name == "_hf_hook" or (name == "weight" and is_sharded(value)):
             self.hook_changed()
 
     def __delattr__(self, name: str) -> None:

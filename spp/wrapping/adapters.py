@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from spp.configs.adapter import SPPConfig
+from spp.distributed.ranks import is_first
+from spp.distributed.sharded import (
+    agree,
+    assign,
+    full,
+    gathered,
+    holds_shards,
+    is_sharded,
+    meet,
+    refuse_shards,
+    settle,
+    whole_shape,
+)
 from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
 from spp.models.projection import Projection
@@ -20,6 +34,7 @@ from spp.models.targets import resolve_projections
 from spp.rules import get_rule
 from spp.rules.adapter import effect_of, idle_reason, no_update_text, rounded_away_text
 from spp.weights import Weight
+from spp.weights.base import DenseWeight
 from spp.weights.base_values import NOT_COMPARABLE, OTHER, BaseComparison, BaseVerdict, where_it_belongs
 from spp.wrapping.adapter_files import (
     PEFT_TYPE,
@@ -87,6 +102,17 @@ def base_masks(model: nn.Module) -> dict[str, str]:
     return {path: mask for path, mask in masks.items() if mask is not None}
 
 
+def whole_weight(target: Projection | AdapterLayer) -> Weight:
+    """Return a target's weight, gathered where it is sharded, which every rank must ask for: one at a time."""
+    if isinstance(target, Projection) or not any(map(is_sharded, target.stored_tensors())):
+        return target.held()
+    if target.packed_layout is None:
+        return DenseWeight(full(target.stored_weight), target.input_axis)
+    whole: Weight = target.held().maker()(*map(full, target.stored_tensors()))
+    whole.input_axis = target.input_axis
+    return whole
+
+
 def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, str]]:
     """Return what an adapter's config says of the values of its base: the fields "base_values" and "base_forms".
 
@@ -102,6 +128,8 @@ def base_values(weights: Iterable[tuple[str, Weight]]) -> dict[str, dict[str, st
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the adapter to a directory that appears whole or not at all; identical input gives identical bytes.
+
+    Of a model that is sharded (FSDP2) every rank must call this: all gather, and rank 0 writes.
 
     Args:
         model: wrapped.
@@ -119,18 +147,58 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     Example:
         >>> save_adapter(model, "adapter")  # doctest: +SKIP
     """
+    if holds_shards(uncompiled(model)):
+        require_layers(model)
+        _save_together(model, path, overwrite)
+        return Path(path)
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_adapter(model, directory)
     warn_without_effect(model)
     return Path(path)
 
 
-def write_adapter(model: nn.Module, directory: Path, masks: Mapping[str, str] | None = None) -> None:
+def _save_together(model: nn.Module, path: str | Path, overwrite: bool) -> None:
+    """Write the adapter of a sharded model: every rank gathers, a weight at a time for its hashes, and one writes."""
+    meet("spp.save_adapter")
+    problem: Exception | None = None
+    with whole_adapter(model):
+        masks = base_masks(model)
+        values = base_values((path, whole_weight(layer)) for path, layer in adapter_layers(model).items())
+        try:
+            if is_first():
+                with atomic_directory(path, overwrite=overwrite) as directory:
+                    write_adapter(model, directory, masks, values)
+        except Exception as error:  # the others have to hear of it
+            problem = error
+    agree(problem)
+
+
+@contextlib.contextmanager
+def whole_adapter(model: nn.Module) -> Iterator[None]:
+    """Have the adapter of a sharded model whole, to be read: a context manager that every rank must enter."""
+    settle(uncompiled(model))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gathered(adapter_layers(model).values(), lambda layer: layer.resident_names()))
+        for one in also_trained(model).values():
+            stack.enter_context(one.whole())
+        yield
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: Path,
+    masks: Mapping[str, str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> None:
     """Write the two files of an adapter into a directory that exists (`save_adapter` is the safe whole).
 
     One that was loaded, and not trained since, belongs to the values that its files name, whatever it was loaded onto.
+
+    Args:
+        masks, values: of the base, as `base_masks` and `base_values` return them; None looks.
     """
     origin = origin_of_loaded(model)
+    origin = values if origin is None else origin
     if origin is None:
         origin = base_values((path, layer.held()) for path, layer in require_layers(model).items())
     hashes = {"base_masks": base_masks(model) if masks is None else dict(masks), **origin}
@@ -251,6 +319,7 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
         >>> model = load_adapter(pruned, "adapter")  # doctest: +SKIP
     """
     passed, model = model, uncompiled(model)
+    refuse_shards(model, "spp.load_adapter", "load the adapter first and shard the model afterwards")
     files = read_adapter(path)
     wrapped = is_wrapped(model)
     targets: Targets = require_layers(model) if wrapped else _targets(model, files)
@@ -276,6 +345,29 @@ def load_adapter(model: Model, path: str | Path, *, strict: bool = True, strict_
     return passed
 
 
+def refill(model: nn.Module, path: str | Path, masks: Mapping[str, str]) -> None:
+    """Give the adapter of a sharded model the values of another one of the same run, without a look at a weight.
+
+    Args:
+        masks: of the base, as `base_masks` returned them while it was whole.
+
+    Raises:
+        AdapterError, MaskError: as `load_adapter`.
+    """
+    model, files = uncompiled(model), read_adapter(path)
+    settle(model)
+    layers, also = require_layers(model), also_trained(model)
+    _check_same_config(adapter_config(model), files)
+    _check_keys(layers, also, files, strict=True)
+    differing = sorted(path for path, mask in masks.items() if (files.base_masks or {}).get(path, mask) != mask)
+    if differing:
+        raise MaskError(f"the zeros of the base differ from those of {files.source}: {some_of(differing)}")
+    fill(model, files.tensors)
+    for name, one in also.items():
+        if name in files.also:
+            one.fill(files.also[name])
+
+
 @torch.no_grad()
 def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Give a layer the values that there are for its parameters; those on the meta device become materialised."""
@@ -286,7 +378,7 @@ def _fill(layer: AdapterLayer, path: str, tensors: Mapping[str, Tensor]) -> None
             value = tensor.to(tensor.device if weight.device.type == "meta" else weight.device, copy=True)
             setattr(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         elif tensor is not None:
-            parameter.copy_(tensor)
+            assign(parameter, tensor)
 
 
 def _generates(model: nn.Module) -> bool:
@@ -329,12 +421,12 @@ def _check_keys(
     rule = get_rule(files.config.rule)
     expected: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
-        experts = target.held().shape[:-2]
+        experts = tuple(target.held().shape[:-2]) if isinstance(target, Projection) else target.experts_shape
         shapes = rule.shapes(target.out_features, target.in_features, files.config.rank_for(path))
         for name, shape in zip(rule.attribute_names(), shapes, strict=True):
             expected[f"{path}.{name}"] = (*experts, *shape)
     for name, one in also.items():
-        expected[name] = tuple((one.trained if isinstance(one, AlsoTrained) else one).shape)
+        expected[name] = whole_shape(one.trained if isinstance(one, AlsoTrained) else one)
     keys, misshapen = misfits(expected, shapes_of({**files.tensors, **files.also}))
     strange = sorted((files.base_masks or {}).keys() - targets.keys())
     keys += [f"unexpected {path} in base_masks: the model has no such layer to adapt" for path in strange]
@@ -387,6 +479,6 @@ def _check_values(
 
 
 def mask_of(target: Projection | AdapterLayer) -> str | None:
-    """Return the hash of a target's zeros; None for a weight on the meta device."""
-    weight = target.held().dense()
+    """Return the hash of a target's zeros, of a sharded one gathered; None for a weight on the meta device."""
+    weight = whole_weight(target).dense()
     return None if weight.is_meta else mask_sha256(weight)

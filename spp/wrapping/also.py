@@ -13,8 +13,9 @@ bfloat16 takes 4 bytes a value more, and AdamW's two moments 8.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from spp.distributed.sharded import assign, full, is_sharded
 from spp.errors import ConfigError, SPPWarning, arg
 from spp.models.projection import find_projections, plain_name
 from spp.models.targets import input_embedding, other_sides, output_head, text_side
@@ -62,6 +64,26 @@ class AlsoTrained:
         module, name = self.holders[0]
         return module._parameters[name]
 
+    def follow(self) -> None:
+        """Take note of the parameter that fully_shard has put in the place of the trained one."""
+        if is_sharded(shown := self.shown()):
+            self.trained = shown
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have `trained` whole where it is sharded, to be read: a context manager that every rank must enter."""
+        held = self.trained
+        try:
+            self._hold(nn.Parameter(full(held).detach(), requires_grad=held.requires_grad))
+            yield
+        finally:
+            self._hold(held)
+
+    def _hold(self, parameter: nn.Parameter) -> None:
+        self.trained = parameter
+        for module, name in self.holders:
+            module._parameters[name] = parameter
+
     def changed(self) -> bool:
         """Whether rounding to the base's dtype leaves other values than the original's; False on the meta device."""
         if self.trained.is_meta:
@@ -73,7 +95,7 @@ class AlsoTrained:
     def fill(self, value: Tensor) -> None:
         """Take trained values; of a parameter on the meta device, which becomes materialised, in a new one."""
         if not self.trained.is_meta:
-            self.trained.copy_(value)
+            assign(self.trained, value)
             return
         self.trained = nn.Parameter(value.to(self.dtype, copy=True), requires_grad=self.trained.requires_grad)
         self.show(self.trained)

@@ -14,6 +14,7 @@ from torch import nn
 
 from spp.configs.adapter import SPPConfig, check_also_train
 from spp.configs.checks import name_matches
+from spp.distributed.sharded import refuse_shards
 from spp.errors import ConfigError, arg
 from spp.files.hashes import content_sha256
 from spp.kernels import check_saved_activations
@@ -53,6 +54,7 @@ adapter_layers = _SPP.layers  # {path: layer} in module order, fused experts und
 is_wrapped = _SPP.is_in
 require_layers = _SPP.require
 refuse_wrapped = _SPP.refuse
+SAVED_BY_ALL = "the adapter is saved by spp.save_adapter(model, path), called on every rank, or by SPPTrainer"
 _LAYER_OPTIONS = ("scaling", "dropout", "dropout_mode", "rule", "packed")  # of SPPConfig, the same for all
 
 
@@ -141,12 +143,14 @@ def unwrap(model: Model) -> Model:
         The same object.
 
     Raises:
-        WrapError: the model is not wrapped.
+        WrapError: the model is not wrapped, or is sharded.
 
     Example:
         >>> pruned = unwrap(model)  # doctest: +SKIP
     """
-    for layer in require_layers(model).values():
+    layers = require_layers(model).values()
+    refuse_shards(uncompiled(model), "spp.unwrap", f"load the pruned model anew; {SAVED_BY_ALL}")
+    for layer in layers:
         if isinstance(layer, SPPExperts):
             release_experts(layer.projection.module, SPPExperts)
     take_also(also_trained(model))
@@ -172,6 +176,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
         ...     pruned_logits = model(ids).logits
     """
     layers, also = list(require_layers(model).values()), also_trained(model).values()
+    if also:
+        instead = f"load the pruned model beside it, or wrap without {arg('also_train')}"
+        refuse_shards(uncompiled(model), f"spp.disabled of a model with {arg('also_train')}", instead)
     before, shown = [layer.disabled for layer in layers], [one.shown() for one in also]
     try:
         for layer in layers:
@@ -247,6 +254,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def also_trained(model: nn.Module) -> dict[str, AlsoTrained]:
     """Return {parameter name: what trains beside the adapter of a wrapped model}, in module order."""
     found: dict[str, AlsoTrained] = _SPP.state(model).also
+    for one in found.values():
+        one.follow()
     return found
 
 
