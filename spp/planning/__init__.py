@@ -1,4 +1,4 @@
-"""The memory that a training takes on each device, from the model's config alone: bytes by kind, and the largest batch."""
+"""The memory of a training on each device, from the model's config alone: bytes by kind, and the largest batch."""
 
 from __future__ import annotations
 

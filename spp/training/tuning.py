@@ -32,6 +32,7 @@ from spp.models.streamed import trim_memory
 from spp.models.tokens import check_ids, check_length
 from spp.pruning.own_text import own_windows
 from spp.pruning.plan import tell_patterns
+from spp.training.adapter_trainer import AdapterTrainer
 from spp.training.callbacks import LogFile, ProgressBar, StopOnSignal, TrainingInterrupted
 from spp.training.checkpoints import last_complete
 from spp.training.data import (
@@ -215,13 +216,11 @@ def _run(
         saved = of_first(last_complete(run.checkpoints))
         assert saved is not None, "the callback asked for a checkpoint"
         raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
-    base: Path | None = None
+    base = _finish(method, trainer, model, tokenizer, run)
     with together():
-        frozen = trainer.check(model)
-        if is_first():
-            base = method.finish(model, tokenizer, run, frozen)
+        if is_first() or trainer.is_sharded:  # each rank computes a part of the layers then
             perplexities["after"] = measure(model)
-            run.write_eval(perplexities)
+        run.write_eval(perplexities)
     base, perplexities = of_first((base, perplexities))
     before, after = perplexities["before"], perplexities["after"]
     return TuneResult(
@@ -237,11 +236,21 @@ def _run(
         seconds=log.seconds,
         sparsity=trainer.sparsity,
         data=data.summary,
-        without_effect=method.without_effect(model),
+        without_effect=None if trainer.is_sharded else method.without_effect(model),
         measured_on={
             name: value for name, value in (after or {}).items() if name not in ("perplexity", "loss", "window")
         },
     )
+
+
+def _finish(method: Method, trainer: AdapterTrainer, model: Any, tokenizer: Any, run: RunDirectory) -> Path | None:
+    """Write the final adapter, one of several ranks; return the path of the model that it belongs to, if it is new."""
+    if trainer.is_sharded:
+        trainer.save_model(str(run.adapter), _internal_call=True)  # every rank gathers
+        return None
+    with together():
+        frozen = trainer.check(model)
+        return method.finish(model, tokenizer, run, frozen) if is_first() else None
 
 
 def _start(config: TuneConfig, run: RunDirectory, model: nn.Module, measure: _Measure) -> tuple[Any, dict[str, Any]]:

@@ -42,6 +42,16 @@ def program_stopped(rank: int, arguments: Sequence[str], run: str) -> None:
     program(rank, [arguments])
 
 
+def program_sharded(rank: int, arguments: Sequence[str]) -> None:
+    """The same, with what accelerate launch sets for FSDP2."""
+    from tests.helpers.fsdp import choose_engine
+
+    choose_engine(True)
+    os.environ.update({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"})
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    program(rank, [arguments])
+
+
 def program_failing(rank: int, arguments: Sequence[str], killed: bool) -> None:
     """The same; rank 1 fails, or dies, in its third step."""
     from spp.training import SPPTrainer
@@ -142,6 +152,21 @@ def test_what_fails_on_one_rank_ends_all(pruned: Path, text: Path, tmp_path: Pat
     other.write_text("\n\n".join(reversed(LINES)), encoding="utf-8")
     outcomes = launch(2, good, [other if word is text else word for word in good])
     assert [outcome.code for outcome in outcomes] == [1, 1] and "rank 1 has read other" in outcomes[0].output
+
+
+@pytest.mark.slow
+def test_fsdp_is_ddp(pruned: Path, text: Path, tmp_path: Path) -> None:
+    """The same adapter and perplexities, and a checkpoint that one process goes on from."""
+    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
+    assert_well(launch(2, tuning(pruned, ddp, text, "--batch-size", 1, "--steps", STEPS)))
+    words = [str(word) for word in tuning(pruned, fsdp, text, "--batch-size", 1, "--steps", STEPS)]
+    outcomes = run_ranks(program_sharded, 2, words, group=False)
+    assert_well(outcomes)
+    assert outcomes[1].output == ""
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (ddp / name).read_bytes() == (fsdp / name).read_bytes(), name
+    found, expected = (json.loads((run / "eval.json").read_text()) for run in (fsdp, ddp))
+    assert found["after"]["perplexity"] == pytest.approx(expected["after"]["perplexity"], rel=1e-6)
 
 
 @pytest.mark.slow
