@@ -87,6 +87,8 @@ class FromLogits(Objective):
             teacher.div_(heat)
         q = teacher.exp()
         gaps = _dot(q, teacher.sub_(logits))  # Σ q (log q − log p), but for the normalisers
+        if not bool(gaps.isfinite().all()):  # a vocabulary filled up has logits of −∞, and 0 · (−∞) is no number
+            gaps = _dot(q, teacher.masked_fill_(q == 0, 0.0))
         p, q_sum = logits.exp_(), q.sum(1, keepdim=True)
         p_sum = p.sum(1, keepdim=True)
         losses = (gaps / q_sum - q_sum.log() + p_sum.log()) * (kl * heat**2)
@@ -129,8 +131,8 @@ class FromTop(Objective):
         p_rest = p.sum(1, keepdim=True).clamp_min_(SMALLEST)
         p_sum = p_rest + p_top.sum(1, keepdim=True)
         q, q_rest = logs.exp(), rest.exp()
-        divergence = (q * (logs - top + p_sum.log())).sum(1, keepdim=True)
-        divergence += q_rest * (rest - p_rest.log() + p_sum.log())
+        divergence = _or_zero(q, logs - top + p_sum.log()).sum(1, keepdim=True)
+        divergence += _or_zero(q_rest, rest - p_rest.log() + p_sum.log())
         losses = divergence * kl + (p_sum.log() - picked) * ce
         if gradient:
             mass = kl * (q.sum(1, keepdim=True) + q_rest) + ce  # Σ q = 1, but for rounding
@@ -138,6 +140,11 @@ class FromTop(Objective):
             p.scatter_(1, ids, p_top * (mass / p_sum) - q * kl)
             p.scatter_add_(1, labels, torch.full_like(picked, -ce))
         return losses.sum()
+
+
+def _or_zero(q: Tensor, gap: Tensor) -> Tensor:
+    """Return q · gap, 0 where q is: a gap is infinite there for logits of −∞."""
+    return torch.where(q == 0, torch.zeros_like(q), q * gap)
 
 
 def top_of(outputs: Tensor, form: Form, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -197,3 +197,27 @@ def test_weights_without_a_teacher(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name} is 0.5, but there is no teacher"):
         Distillation(**{name: 0.5}).require_weights(False)
     Distillation(kl_weight=0.5).require_weights(True)  # of one in memory
+
+
+@pytest.mark.parametrize("weights", CASES[:3], ids=str)
+def test_a_vocabulary_that_is_filled_up_has_logits_of_minus_infinity(weights: Weights) -> None:
+    """Teacher and student, or the teacher alone, give the last tokens −∞: value and gradient are those without them."""
+    z, y, labels = drawn(1, TOKENS, VOCABULARY), drawn(2, TOKENS, VOCABULARY), labelled().clamp(max=VOCABULARY - 4)
+    counts = labels != -100
+    places = slice(0, int(counts.sum()))
+    short = z[:, :-3].clone().requires_grad_()
+    expected = plain(weights, short, y[:, :-3], labels)
+    (wanted,) = torch.autograd.grad(expected, short)
+    filled, other = (torch.cat([t[:, :-3], torch.full((TOKENS, 3), -torch.inf, dtype=t.dtype)], 1) for t in (z, y))
+    head = nn.Identity()
+    objectives: list[Any] = [FromLogits(weights, head, Form(), other[counts])]
+    if weights.temperature == 1.0:
+        ids, logs, rest = top_of(other[counts].clone(), Form(), VOCABULARY - 1)  # −∞ among the highest, nothing left
+        objectives.append(FromTop(weights, ids.long(), logs.double(), rest.double()))
+    for objective in objectives:
+        objective.chunk(places)
+        logits = filled[counts].clone()
+        value = objective.measure_(logits, labels[counts], places, True)
+        assert_matches(value, expected.detach(), torch.float32)
+        assert_matches(logits[:, :-3], wanted[counts], torch.float32)
+        assert not logits[:, -3:].any()
