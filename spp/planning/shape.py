@@ -97,8 +97,8 @@ def shape_of_model(model: nn.Module) -> ModelShape:
     found = resolve_projections(model)
     matrices: list[tuple[int, int]] = []
     for target in found.values():
-        experts = target.held().shape[:-2]
-        matrices += [(target.out_features, target.in_features)] * int(torch.Size(experts).numel())
+        count = torch.Size(target.held().shape[:-2]).numel()  # of experts; 1 of a matrix
+        matrices += [(target.out_features, target.in_features)] * count
     total = sum(p.numel() for p in model.parameters())
     head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
     tied = head is None or (embedding is not None and head.weight is embedding.weight)
