@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from spp.configs.planning import FORMS, PlanConfig
+from spp.files.tables import Table
 from spp.planning import plan
 
 HERE = Path(__file__).parent
@@ -19,7 +20,7 @@ PAPER = (("llama-7b", "ddp", False), ("llama-30b", "fsdp", True), ("llama-2-70b"
 
 def forms() -> str:
     """A row a model and form of the weights: GiB on each GPU, with checkpointing, 1 × 2048 tokens."""
-    lines = ["| model | weights | one GPU | 8 × DDP | 8 × FSDP2 |", "| --- | --- | --: | --: | --: |"]
+    rows = []
     for model in MODELS:
         for form in FORMS:
             cells = []
@@ -34,8 +35,8 @@ def forms() -> str:
                     )
                 )
                 cells.append(f"{found.memory.total / GIB:.1f}")
-            lines.append(f"| {model} | {form} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((model, form, *cells))
+    return Table("", ("model", "weights", "one GPU", "8 × DDP", "8 × FSDP2"), tuple(rows)).markdown()
 
 
 def paper() -> str:
