@@ -6,16 +6,29 @@ Run it in this folder after a change of the planner: python tables.py
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 from spp.configs.planning import FORMS, PlanConfig
 from spp.files.tables import Table
-from spp.planning import plan
+from spp.planning import ModelShape, plan, shape_of
+from spp.planning.shape import read_config
 
 HERE = Path(__file__).parent
 MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b")
 GPUS, GIB = 8, 2**30
 PAPER = (("llama-7b", "ddp", False), ("llama-30b", "fsdp", True), ("llama-2-70b", "fsdp", True))
+
+
+def config_of(model: str) -> str:
+    """Return the path of a model's config."""
+    return str(HERE / "configs" / f"{model}.json")
+
+
+@cache
+def shape(model: str) -> ModelShape:
+    """Return the shape of a model, which takes the most of the time."""
+    return shape_of(read_config(config_of(model)))
 
 
 def forms() -> str:
@@ -27,12 +40,13 @@ def forms() -> str:
             for strategy, world in (("none", 1), ("ddp", GPUS), ("fsdp", GPUS)):
                 found = plan(
                     PlanConfig(
-                        model=str(HERE / "configs" / f"{model}.json"),
+                        model=config_of(model),
                         weights=form,
                         world=world,
                         strategy=strategy,
                         gradient_checkpointing=True,
-                    )
+                    ),
+                    shape(model),
                 )
                 cells.append(f"{found.memory.total / GIB:.1f}")
             rows.append((model, form, *cells))
@@ -45,15 +59,16 @@ def paper() -> str:
     for model, strategy, checkpointing in PAPER:
         found = plan(
             PlanConfig(
-                model=str(HERE / "configs" / f"{model}.json"),
+                model=config_of(model),
                 world=GPUS,
                 strategy=strategy,
                 memory="80GB",
                 gradient_checkpointing=checkpointing,
-            )
+            ),
+            shape(model),
         )
         assert found.largest_batch is not None
-        command = found.command.replace(str(HERE / "configs" / f"{model}.json"), f"{model}-2of4")
+        command = found.command.replace(config_of(model), f"{model}-2of4")
         command = command.replace(" -m ", " \\\n  -m ").replace(" run --data", " run \\\n  --data")
         rows = ", ".join(map(str, found.largest_batch))
         totals = ", ".join(f"{one.total / GIB:.1f}" for one in (found.memory, found.lora, found.full))

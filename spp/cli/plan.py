@@ -20,5 +20,6 @@ def run(config: PlanConfig) -> None:
     found = plan(config)
     console.answer(found.to_dict())
     console.show(found.table())
-    console.say("Allocations of torch: leave some room for its libraries and for fragments.")
+    for note in found.notes:
+        console.say(note)
     console.say(found.command)

@@ -7,13 +7,17 @@ dtype, w the devices that share (1 where each holds all), P the parameters of th
     adapter     4·P / w
     gradients   4·P / w, twice with DDP, which sums them in buckets    w with FSDP2, ZeRO-2, ZeRO-3
     optimizer   8·P / w: two moments of AdamW                          w with FSDP2, ZeRO-2, ZeRO-3
-    block       f·T·(2h + h + h + 2k + h + h + 4i): inputs of the norms, of q, k, v; q, k, v, what attention gives;
-                input of gate and up, these, silu, their product
-    saved       L·block + f·T·h + 4·T·V; with checkpointing L·f·T·h + f·T·h + 4·T·V and one block; with a loss in
+    block       4·T·2h + f·T·(h + h + 2k + h + h + 4i): inputs of the norms, which compute in float32; input of q, k, v;
+                q, k, v, what attention gives; input of gate and up, these, silu, their product
+    saved       L·block + 4·T·h + 4·T·V; with checkpointing L·f·T·h + 4·T·h + 4·T·V and one block; with a loss in
                 chunks of c tokens 4·c·V for 4·T·V
     head        8·T·V: logits and their gradient beside what is saved; 8·c·V in chunks
-    workspace   W_eff and G of one layer
-    units       the two largest units whole, where weights are sharded: that which computes, and the next one
+    workspace   W_eff of one layer, as the model's dtype, and a block of G
+    units       where weights are sharded, what is outside the blocks, and two blocks: that which computes, and the next
+
+LoRA saves X A too, and under a 16-bit model a float32 copy of the input of every projection, since PEFT keeps its
+matrices in float32. Full fine-tuning saves what the norms' scales and the head multiply, and where weights are sharded
+it holds the gradients of a whole unit.
 
 With checkpointing the head's tensors are gone when the first block is computed again: the larger of the two counts.
 """
@@ -24,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spp.configs.adapter import SPPConfig
 from spp.configs.pattern import Pattern
 from spp.configs.planning import DTYPES, PlanConfig, parse_size
 from spp.files.tables import Table, byte_text
@@ -35,7 +40,8 @@ _WHOLE = ("none", "ddp", "zero2")  # strategies in which each device holds all w
 _NF4_BLOCK, _INT8_SCALE = 64, 4  # weights that share a scale of four bytes; bytes of a row's scale
 _LORA_R = 8
 _LARGEST_BATCH = 1 << 20
-_BLOCK_ELEMENTS = 1 << 22  # of a weight that is worked on at a time on a CPU: what a workspace holds at most
+_BLOCK_ELEMENTS = 1 << 22  # of G that are made at a time, at most
+_MEASURED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # tests/planning
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,33 @@ class Plan:
         """The command line that starts it."""
         tune = f"spp tune {self.config.model} run --data DATA --batch-size {self.config.batch_size}"
         tune += f" --block-length {self.config.block_length}"
+        tune += f" --dtype {self.config.dtype}"
+        given = (("rule", SPPConfig.rule), ("r", SPPConfig.r), ("loss_chunk", None))
+        for name, default in given:
+            if (value := getattr(self.config, name)) != default:
+                tune += f" --{name.replace('_', '-')} {value}"
         if self.config.gradient_checkpointing:
             tune += " --gradient-checkpointing"
         if self.config.strategy == "none":
             return tune
         file = f"examples/distributed/{self.config.strategy}.yaml"
         return f"accelerate launch --config_file {file} --num_processes {self.config.world} -m {tune}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what the figures leave out, and on what was not measured."""
+        notes = ["These are allocations of torch: leave some room for its libraries and for fragments."]
+        if self.shape.name not in _MEASURED:
+            notes.append(
+                f"Activations are counted as those of a Llama block. {self.shape.name} was not measured: other norms, "
+                "eager attention, dropout or shared experts keep more (twice as much was seen), plain feed-forward "
+                "parts less."
+            )
+        if self.config.strategy in ("zero2", "zero3"):
+            notes.append("The buckets of DeepSpeed (reduce_bucket_size and what it prefetches) are not counted.")
+        if self.config.weights in ("int8", "nf4") and self.config.strategy in ("fsdp", "zero3"):
+            notes.append(f"Weights in {self.config.weights} have not been sharded yet: a share of them is assumed.")
+        return tuple(notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
@@ -101,6 +128,7 @@ class Plan:
         asked |= {name: getattr(self.config, name) for name in ("weights", "dtype", "batch_size", "block_length")}
         return {
             **asked,
+            "notes": list(self.notes),
             "parameters": self.shape.parameters,
             "adapter": self.memory.to_dict(),
             "lora": self.lora.to_dict(),
@@ -177,9 +205,10 @@ def adapter_memory(config: PlanConfig, shape: ModelShape) -> Memory:
 
 
 def lora_memory(config: PlanConfig, shape: ModelShape) -> Memory:
-    """Return what LoRA takes: r = 8 on every projection of the dense model, X A saved beside the inputs."""
+    """Return what LoRA takes: r = 8 on every projection of the dense model, in float32 as PEFT makes it."""
     trained = sum(_LORA_R * (m + n) for m, n in shape.projections)
-    extra = _LORA_R * len(_per_token(shape))
+    wide = DTYPES[config.dtype] < 4  # then PEFT makes a float32 copy of each input
+    extra = 4 * sum(_LORA_R + (n if wide else 0) for _, n in _per_token(shape))
     weights, block = _weights(config, shape, "dense"), _block_weights(config, shape, "dense")
     return _memory(config, shape, weights, block, 4 * trained, 4 * trained, 8 * trained, extra=extra)
 
@@ -188,7 +217,8 @@ def full_memory(config: PlanConfig, shape: ModelShape) -> Memory:
     """Return what full fine-tuning takes: gradients and both moments in the model's dtype."""
     size = DTYPES[config.dtype] * shape.parameters
     weights, block = _weights(config, shape, "dense"), _block_weights(config, shape, "dense")
-    return _memory(config, shape, weights, block, 0, size, 2 * size, extra=0)
+    extra = 2 * shape.hidden * DTYPES[config.dtype]
+    return _memory(config, shape, weights, block, 0, size, 2 * size, extra=extra)
 
 
 def _memory(
@@ -206,8 +236,8 @@ def _memory(
 
     Args:
         weights, block_weights: of the model, and of its largest block.
-        adapter, gradients, optimizer: of one device that holds all.
-        extra: values that are saved for a token in a block beyond the formula.
+        adapter, gradients, optimizer: of one device that holds all; no adapter means that the model itself trains.
+        extra: bytes that are saved for a token in a block beyond the formula.
     """
     f, tokens = DTYPES[config.dtype], config.batch_size * config.block_length
     h, length = shape.hidden, shape.blocks
@@ -215,8 +245,9 @@ def _memory(
     shared = 1 if whole else config.world
     states = config.world if config.strategy in ("fsdp", "zero2", "zero3") else 1
     wide = min(config.loss_chunk or tokens, tokens) * shape.vocabulary
-    block = f * tokens * (6 * h + 2 * shape.keys + 4 * shape.inner + (shape.routed - 1) * h) + f * tokens * extra
-    last, soft, head = f * tokens * h, 4 * wide, 2 * 4 * wide
+    block = f * (4 * h + 2 * shape.keys + 4 * shape.inner + (shape.routed - 1) * h) + 4 * 2 * h + extra
+    block *= tokens
+    last, soft, head = (4 if adapter else 4 + 2 * f) * tokens * h, 4 * wide, 2 * 4 * wide
     if config.gradient_checkpointing:
         saved = length * f * tokens * h + last + soft
         head = max(head, block - soft)
@@ -224,7 +255,9 @@ def _memory(
         saved = length * block + last + soft
     largest = max((m * n for m, n in shape.projections), default=0)
     bucket = 2 if config.strategy == "ddp" else 1
-    unit = block_weights + (shape.head or shape.vocabulary * h) * f
+    units = 2 * block_weights + shape.outside * f
+    if not adapter:
+        units += shape.largest_block * f + shape.outside * f
     return Memory(
         weights=weights // shared,
         adapter=adapter // shared,
@@ -232,8 +265,8 @@ def _memory(
         optimizer=optimizer // states,
         saved=saved,
         head=head,
-        workspace=2 * 4 * min(largest, _BLOCK_ELEMENTS) if adapter else 0,
-        units=0 if whole or config.world == 1 else unit,
+        workspace=f * largest + 4 * min(largest, _BLOCK_ELEMENTS) if adapter else 0,
+        units=0 if whole or config.world == 1 else units,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spp.errors import CheckpointError, ConfigError
-from spp.models.targets import output_head, resolve_projections
+from spp.models.targets import resolve_projections
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")  # the path of the block that a module is in
 
@@ -29,7 +29,7 @@ class ModelShape:
         routed: experts that a token is routed to; 1 without experts.
         projections: the (m, n) of every matrix that an adapter would have, those of each expert too.
         others: parameters that are none of these: embeddings, norms, biases, head.
-        head: parameters of the output head; 0 where it is the embedding.
+        outside: parameters outside the blocks: embeddings, last norm, head.
         largest_block: parameters of the largest block.
     """
 
@@ -42,7 +42,7 @@ class ModelShape:
     routed: int
     projections: tuple[tuple[int, int], ...]
     others: int
-    head: int
+    outside: int
     largest_block: int
 
     @property
@@ -100,8 +100,6 @@ def shape_of_model(model: nn.Module) -> ModelShape:
         count = torch.Size(target.held().shape[:-2]).numel()  # of experts; 1 of a matrix
         matrices += [(target.out_features, target.in_features)] * count
     total = sum(p.numel() for p in model.parameters())
-    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
-    tied = head is None or (embedding is not None and head.weight is embedding.weight)
     by_block: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if block := _BLOCK.match(name):
@@ -123,7 +121,7 @@ def shape_of_model(model: nn.Module) -> ModelShape:
         routed=routed if experts else 1,
         projections=tuple(matrices),
         others=total - sum(m * n for m, n in matrices),
-        head=0 if tied or head is None else sum(p.numel() for p in head.parameters()),
+        outside=total - sum(by_block.values()),
         largest_block=max(by_block.values(), default=total),
     )
 

@@ -104,7 +104,11 @@ RUNS: list[tuple[tuple[object, ...], list[str], set[str]]] = [
         {"repo_id", "url", "files", "card", "dry_run"},
     ),
     (("compare", "--list"), [], {"contenders", "groups"}),
-    (("plan", "{dense}", "--memory", "1GB"), [], {"parameters", "adapter", "lora", "full", "largest_batch", "command"}),
+    (
+        ("plan", "{dense}", "--memory", "1GB"),
+        [],
+        {"parameters", "adapter", "lora", "full", "largest_batch", "notes", "command"},
+    ),
 ]
 
 

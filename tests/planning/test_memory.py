@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+)
 
 import spp
 from benchmarks.harness import saved_bytes
@@ -46,19 +53,23 @@ def llama(case: tuple[Any, ...]) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def measured(case: tuple[Any, ...]) -> tuple[int, int]:
-    """The bytes that a forward leaves for its backward, and the most that a step allocates beside what is held."""
-    vocabulary, rows, tokens, checkpointing, packed = case[3], *case[6:10]
-    model = spp.wrap(prune_nm_(llama(case)), r=4, packed=packed, seed=0)
-    model.config.use_cache = False
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
+def wrapped(model: Any, packed: bool = False) -> Any:
+    """The model with an adapter whose every parameter gets a gradient."""
+    model = spp.wrap(prune_nm_(model), r=4, packed=packed, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("spp_beta"):
                 parameter.fill_(0.01)
-    ids = torch.randint(3, vocabulary, (rows, tokens))
+    return model
+
+
+def measured(model: Any, rows: int, tokens: int, checkpointing: bool = False) -> tuple[int, int]:
+    """The bytes that a forward leaves for its backward, and the most that a step allocates beside what is held."""
+    model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.randint(3, model.config.vocab_size, (rows, tokens))
 
     def loss() -> torch.Tensor:
         found: torch.Tensor = model(input_ids=ids, labels=ids).loss
@@ -66,7 +77,7 @@ def measured(case: tuple[Any, ...]) -> tuple[int, int]:
 
     def step() -> None:
         loss().backward()
-        for parameter in spp.adapter_parameters(model):
+        for parameter in model.parameters():
             parameter.grad = None
 
     step()
@@ -94,10 +105,62 @@ def test_the_estimate_is_what_a_step_takes(case: tuple[Any, ...]) -> None:
         r=4,
     )
     found = plan(config, shape_of(llama(case).config)).memory
-    saved, peak = measured(case)
+    near(found, *measured(wrapped(llama(case), packed), rows, tokens, checkpointing))
+
+
+def near(found: Memory, saved: int, peak: int) -> None:
+    """The estimate is 1 % low at most, and 20 % high at most."""
     assert 0.99 <= found.saved / saved <= 1.2, (found.saved, saved)
     step = found.saved + found.head + found.gradients + found.workspace
     assert 0.99 <= step / peak <= 1.2, (step, peak, found)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_norms_of_a_16_bit_model_keep_float32(checkpointing: bool) -> None:
+    """Model's dtype alone would be 4 % low."""
+    options: Any = {"dtype": "bfloat16", "batch_size": 2, "block_length": 256, "r": 4}
+    model = llama(CASES[2])
+    found = plan(PlanConfig(model="x", gradient_checkpointing=checkpointing, **options), shape_of(model.config))
+    near(found.memory, *measured(wrapped(model.to(torch.bfloat16)), 2, 256, checkpointing))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_it_is_compared_with_is_measured_too(dtype: str) -> None:
+    """Without PEFT's float32 copies, LoRA on a 16-bit model would be 38 % low."""
+    peft = pytest.importorskip("peft")
+    config = PlanConfig(model="x", dtype=dtype, batch_size=2, block_length=256)
+    found = plan(config, shape_of(llama(CASES[2]).config))
+    model = llama(CASES[2]).to(getattr(torch, dtype))
+    near(found.full, *measured(model, 2, 256))
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
+    near(found.lora, *measured(lora, 2, 256))
+    assert found.lora.adapter == sum(p.nbytes for p in lora.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
+def test_other_models_that_are_llamas(kind: Any) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "vocab_size": 1024}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    found = plan(PlanConfig(model="x", dtype="float32", block_length=256, r=4), shape_of(model.config))
+    assert len(found.notes) == 1
+    near(found.memory, *measured(wrapped(model), 1, 256))
+
+
+def test_what_is_not_measured_is_said() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
+    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    asked = PlanConfig(model="x", world=2, strategy="zero3", weights="nf4")
+    notes = " ".join(plan(asked, shape_of(config)).notes)
+    for part in ("Gemma2ForCausalLM was not measured", "buckets of DeepSpeed", "nf4 have not been sharded"):
+        assert part in notes
+
+
+def test_the_command_has_what_was_planned() -> None:
+    config = PlanConfig(model="x", r=8, rule="hira", loss_chunk=64, gradient_checkpointing=True, dtype="float32")
+    words = plan(config, SHAPE).command.split()
+    for name, value in (("r", "8"), ("rule", "hira"), ("loss-chunk", "64"), ("dtype", "float32"), ("batch-size", "1")):
+        assert words[words.index(f"--{name}") + 1] == value
+    assert "--gradient-checkpointing" in words
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -138,7 +201,8 @@ def test_what_each_strategy_shares() -> None:
     none, ddp, fsdp, zero2, zero3 = map(memory_of, ("none", "ddp", "fsdp", "zero2", "zero3"))
     assert ddp.weights == none.weights == zero2.weights == 4 * fsdp.weights and fsdp == zero3
     assert ddp.gradients == 2 * none.gradients and none.optimizer == 4 * zero2.optimizer == 4 * fsdp.optimizer
-    assert none.units == ddp.units == 0 < fsdp.units and none.saved == fsdp.saved
+    assert none.units == ddp.units == 0 and none.saved == fsdp.saved
+    assert fsdp.units == 2 * (2 * SHAPE.largest_block + SHAPE.outside)  # all but the blocks, and two of them
     assert memory_of("none", gradient_checkpointing=True).saved < none.saved
     chunked = memory_of("none", loss_chunk=64)
     assert chunked.saved < none.saved and chunked.head == 8 * 64 * 256
