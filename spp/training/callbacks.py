@@ -182,10 +182,19 @@ class StopOnSignal(TrainerCallback):
         """Restore the handlers that were there before."""
         self._restore()
 
+    def agree(self) -> int | None:
+        """Return the signal that any rank got, the same on all; each calls this at the same point.
+
+        One that comes while the ranks ask each other is kept for the next call: the others do not know of it yet.
+        """
+        found = largest(self.received or 0)
+        if found:
+            self.received = found
+        return found or None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
         """Ask the Trainer to save and stop; of several ranks all, after the step in which one got a signal."""
-        self.received = largest(self.received or 0) or None
-        if self.received is not None:
+        if self.agree() is not None:
             control.should_save = True
             control.should_training_stop = True
         return control

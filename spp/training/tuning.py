@@ -212,10 +212,11 @@ def _run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if log.seconds > timed:  # resuming a finished run changes nothing
         run.write_peak(peak_bytes(next(model.parameters()).device))
-    if stop.received is not None:
+    received = stop.agree()
+    if received is not None:
         saved = of_first(last_complete(run.checkpoints))
         assert saved is not None, "the callback asked for a checkpoint"
-        raise TrainingInterrupted(stop.received, saved, trainer.state.global_step)
+        raise TrainingInterrupted(received, saved, trainer.state.global_step)
     base = _finish(method, trainer, model, tokenizer, run)
     with together():
         if is_first() or trainer.is_sharded:  # each rank computes a part of the layers then

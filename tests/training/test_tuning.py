@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from spp.errors import (
     CheckpointError,
@@ -247,6 +247,26 @@ class TestInterruption:
         finally:
             signal.signal(signal.SIGINT, before)
         assert not isinstance(caught.value, TrainingInterrupted)
+
+    def test_one_that_comes_while_ranks_agree_waits_for_the_next_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The other ranks were told of no signal: this rank alone must neither stop nor forget it."""
+
+        asked: list[int] = []
+
+        def largest(value: int) -> int:
+            asked.append(value)
+            if len(asked) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return value
+
+        monkeypatch.setattr("spp.training.callbacks.largest", largest)
+        control = TrainerControl()
+        with StopOnSignal() as stop:
+            stop.on_step_end(None, None, control)
+            assert not control.should_training_stop and not control.should_save
+            stop.on_step_end(None, None, control)
+        assert control.should_training_stop and control.should_save
+        assert stop.agree() == signal.SIGTERM and asked == [0, signal.SIGTERM, signal.SIGTERM]
 
     def test_resuming_a_finished_run_changes_nothing(self, finished: TuneResult, text: Path, run: Path) -> None:
         before = bytes_of(run / "adapter"), bytes_of(run)
