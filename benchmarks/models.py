@@ -29,13 +29,30 @@ def model_arguments(options: argparse.Namespace) -> list[str]:
     return ["--model", options.model] if options.model else ["--shape", options.shape]
 
 
+def llama_config(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
+) -> Any:
+    """Return transformers' config of a Llama, in the order of SHAPES."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
 def load_dense(options: argparse.Namespace) -> nn.Module:
     """Return the model of --model or --shape in --dtype on --device, without a key-value cache.
 
     Raises:
         CheckpointError: the model cannot be found, reached or read.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from spp.training.loading import load_model  # which imports the trainer: seconds that --help need not take
 
@@ -46,17 +63,7 @@ def load_dense(options: argparse.Namespace) -> nn.Module:
         for parameter in model.parameters():  # else a view of the mapped file, which stays while any of them does
             parameter.data = parameter.data.clone()
     else:
-        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[options.shape]
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-            tie_word_embeddings=tied,
-        )
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM(llama_config(*SHAPES[options.shape])).to(dtype)
     model.config.use_cache = False
     return model.to(options.device)

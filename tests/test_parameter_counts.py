@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import spp
+from benchmarks.models import llama_config
 
 # hidden, intermediate, layers, heads, key-value heads: per mille of all parameters, the adapter's among them
 MODELS = {
@@ -21,18 +22,10 @@ MODELS = {
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_papers_table(name: str) -> None:
-    (hidden, intermediate, layers, heads, kv_heads), expected = MODELS[name]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    )
+    shape, expected = MODELS[name]
+    hidden, intermediate, layers, heads, kv_heads = shape
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama_config(*shape, 32000, False))
     spp.wrap(model, r=16)
     trained = sum(parameter.numel() for parameter in spp.adapter_parameters(model))
     inner = hidden // heads * kv_heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 from spp.distributed.ranks import is_first, world
 from spp.errors import ConfigError
@@ -45,10 +45,14 @@ def ranks() -> Iterator[None]:
     from spp.distributed.sums import is_shared, joined, together
 
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            silent = () if is_first() else (redirect_stdout(nowhere), redirect_stderr(nowhere))
-            with silent[0] if silent else nullcontext(), silent[1] if silent else nullcontext(), joined(), together():
-                yield
+        with ExitStack() as stack:
+            if not is_first():
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            stack.enter_context(joined())
+            stack.enter_context(together())
+            yield
     except Exception as error:
         if is_shared(error) and not is_first():
             raise SystemExit(1) from error

@@ -9,14 +9,14 @@ from typing import Any
 
 def world() -> int:
     """Return the number of processes: of the process group if there is one, else of the launcher's environment."""
-    group = _group()
-    return group.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
+    found = group()
+    return found.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """Return this process's number, from 0: the one that writes, prints and locks is rank 0."""
-    group = _group()
-    return group.get_rank() if group else int(os.environ.get("RANK", "0"))
+    found = group()
+    return found.get_rank() if found else int(os.environ.get("RANK", "0"))
 
 
 def is_first() -> bool:
@@ -24,7 +24,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def _group() -> Any:
+def group() -> Any:
     """Return torch.distributed if a process group is up, else None; torch is not loaded for the question."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():

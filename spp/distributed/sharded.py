@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from spp.distributed.ranks import rank, world
-from spp.errors import SPPError, WrapError
+from spp.errors import WrapError
 
 MEETING = 60.0  # seconds that a rank waits for the others to call what all have to
 _meetings = itertools.count()
@@ -133,34 +133,6 @@ def refuse_shards(model: nn.Module, what: str, instead: str) -> None:
     """
     if holds_shards(model):
         raise WrapError(f"{what} needs whole weights, and this model's are sharded over {world()} ranks: {instead}")
-
-
-# ---- What all ranks do together.
-
-
-def agree(problem: Exception | None) -> None:
-    """Raise on every rank what any of them met; every rank must call it.
-
-    Raises:
-        SPPError: of the class that the first rank with a problem met, with its message.
-        RuntimeError: that was no error of spp.
-    """
-    told = None if problem is None else (rank(), type(problem).__name__, str(problem))
-    found: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(found, told)
-    if problem is not None:
-        raise problem
-    for one in found:
-        if one is not None:
-            kinds = {kind.__name__: kind for kind in _kinds(SPPError)}
-            raise kinds.get(one[1], RuntimeError)(f"rank {one[0]}: {one[2]}")
-
-
-def _kinds(kind: type[Exception]) -> Iterator[type[Exception]]:
-    """Yield a class of exceptions and all below it."""
-    yield kind
-    for one in kind.__subclasses__():
-        yield from _kinds(one)
 
 
 def meet(what: str, limit: float | None = None) -> None:

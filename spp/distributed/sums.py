@@ -10,13 +10,16 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from spp.distributed.ranks import group, rank, world
 from spp.errors import RankError, SPPError
+
+Failure = TypeVar("Failure", bound=BaseException)
 
 _SHARED = "_shared"  # the attribute of an error that all ranks raise
 _FAILED = "spp/failed"  # the key of the group's store under which a rank that fails says why
@@ -26,12 +29,12 @@ _LIMIT = datetime.timedelta(minutes=30)  # that a rank waits for the others, at 
 
 def members() -> int:
     """Return how many ranks compute together: those of the process group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return world() if group() else 1
 
 
 def place() -> int:
     """Return this rank's number among them, from 0."""
-    return dist.get_rank() if members() > 1 else 0
+    return rank() if group() else 0
 
 
 def gathered(value: Any) -> list[Any]:
@@ -61,8 +64,13 @@ def of_first(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Run what can fail on one rank: an error of one is raised by all, that of the lowest rank: a context manager."""
+def together(*, named: bool = False) -> Iterator[None]:
+    """Run what can fail on one rank: an error of one is raised by all, that of the lowest rank: a context manager.
+
+    Args:
+        named: a rank that fails raises its own error, and the others one that names the rank, an SPPError of the same
+            class or a RuntimeError.
+    """
     if members() == 1:
         yield
         return
@@ -73,10 +81,18 @@ def together() -> Iterator[None]:
         if is_shared(found):
             raise
         error = found
-    first = next((found for found in gathered(_told(error)) if found is not None), None)
-    if first is not None:
-        first.__dict__[_SHARED] = True
-        raise first from error
+    failed = [(number, found) for number, found in enumerate(gathered(_told(error))) if found is not None]
+    if not failed:
+        return
+    if named and error is not None:
+        error.__dict__[_SHARED] = True
+        raise error
+    number, first = failed[0]
+    if named:
+        kind = type(first) if isinstance(first, SPPError) else RuntimeError
+        first = kind(f"rank {number}: {first}")
+    first.__dict__[_SHARED] = True
+    raise first from error
 
 
 @contextlib.contextmanager
@@ -138,9 +154,10 @@ def is_shared(error: BaseException) -> bool:
     return bool(error.__dict__.get(_SHARED))
 
 
-def share(error: BaseException, other: BaseException) -> None:
-    """Note that all ranks raise an error if all raise another one, which it tells more of."""
+def shared_as(error: Failure, other: BaseException) -> Failure:
+    """Return an error, noted as one that all ranks raise if all raise another one, which it tells more of."""
     error.__dict__[_SHARED] = is_shared(other)
+    return error
 
 
 def _told(error: Exception | None) -> Exception | None:
@@ -189,7 +206,7 @@ def joined() -> Iterator[None]:
 
     A rank takes the GPU of its local number.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if world() == 1 or group():
         yield
         return
     own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -22,8 +22,6 @@ from spp.masks.patterns import all_finite, nonzero_mask
 from spp.merging.report import LayerMerge, sum_layers, survived_share
 from spp.rules import Adapter, rescue_
 from spp.rules.adapter import arithmetic_dtype
-from spp.rules.full import FullRule
-from spp.rules.low_rank import LowRankRule
 from spp.weights import FLOATS, QuantizedWeight
 from spp.wrapping.state import layer_generator
 
@@ -137,10 +135,8 @@ def merge_cannot_fail(
         factors = adapter.on(None).factors(out_features, arithmetic)
         if rule.multiplies:
             bound = max(largest, 1.0) * (1 + rule.largest_factor(factors))  # 1 + u is a value of its own
-        elif isinstance(rule, (LowRankRule, FullRule)):
-            bound = largest + rule.bound(factors)
         else:
-            return False
+            bound = largest + rule.bound(factors)
         if not bound < _MARGIN * limit:
             return False
     return True

@@ -24,6 +24,7 @@ With checkpointing the head's tensors are gone when the first block is computed 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -200,7 +201,7 @@ def adapter_memory(config: PlanConfig, shape: ModelShape) -> Memory:
     rule = get_rule(config.rule)
     r = 1 if config.rule == "full" else config.r
     trained = sum(a * b for m, n in shape.projections for a, b in rule.shapes(m, n, min(r, rule.largest_rank(m, n))))
-    weights, block = _weights(config, shape, config.weights), _block_weights(config, shape, config.weights)
+    weights, block = _frozen(config, shape, config.weights)
     return _memory(config, shape, weights, block, 4 * trained, 4 * trained, 8 * trained, extra=0)
 
 
@@ -209,14 +210,14 @@ def lora_memory(config: PlanConfig, shape: ModelShape) -> Memory:
     trained = sum(_LORA_R * (m + n) for m, n in shape.projections)
     wide = DTYPES[config.dtype] < 4  # then PEFT makes a float32 copy of each input
     extra = 4 * sum(_LORA_R + (n if wide else 0) for _, n in _per_token(shape))
-    weights, block = _weights(config, shape, "dense"), _block_weights(config, shape, "dense")
+    weights, block = _frozen(config, shape, "dense")
     return _memory(config, shape, weights, block, 4 * trained, 4 * trained, 8 * trained, extra=extra)
 
 
 def full_memory(config: PlanConfig, shape: ModelShape) -> Memory:
     """Return what full fine-tuning takes: gradients and both moments in the model's dtype."""
     size = DTYPES[config.dtype] * shape.parameters
-    weights, block = _weights(config, shape, "dense"), _block_weights(config, shape, "dense")
+    weights, block = _frozen(config, shape, "dense")
     extra = 2 * shape.hidden * DTYPES[config.dtype]
     return _memory(config, shape, weights, block, 0, size, 2 * size, extra=extra)
 
@@ -270,15 +271,13 @@ def _memory(
     )
 
 
-def _weights(config: PlanConfig, shape: ModelShape, form: str) -> int:
-    return sum(_matrix(config, m, n, form) for m, n in shape.projections) + shape.others * DTYPES[config.dtype]
-
-
-def _block_weights(config: PlanConfig, shape: ModelShape, form: str) -> int:
-    """Return the bytes of the largest block."""
-    dense = sum(m * n for m, n in shape.projections)
-    share = _weights(config, shape, form) - shape.others * DTYPES[config.dtype]
-    return int(shape.largest_block * share / dense) if dense else 0
+def _frozen(config: PlanConfig, shape: ModelShape, form: str) -> tuple[int, int]:
+    """Return the bytes of the model, whose projections have a form, and of its largest block."""
+    counts = Counter(shape.projections).items()  # experts and blocks have few shapes
+    matrices = sum(count * _matrix(config, m, n, form) for (m, n), count in counts)
+    values = sum(count * m * n for (m, n), count in counts)
+    block = int(shape.largest_block * matrices / values) if values else 0
+    return matrices + shape.others * DTYPES[config.dtype], block
 
 
 def _matrix(config: PlanConfig, m: int, n: int, form: str) -> int:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from spp.certifying.save import note_origin
 from spp.configs.pruning import OWL, Names, Patterns, PruneOptions
 from spp.configs.reconstruction import Reconstruction
-from spp.distributed.sums import share, together
+from spp.distributed.sums import shared_as, together
 from spp.errors import NonFiniteError, WrapError
 from spp.evaluation import evaluating
 from spp.packing.model import packed_layers
@@ -133,6 +133,5 @@ def prune_by(model: nn.Module, options: PruneOptions, tokenizer: Any = None) -> 
             done, repaired = prune_blocks(plan, of_block, lambda: plan.runner(model, root, blocks), BlockStore())
         except NonFiniteError as error:
             told = NonFiniteError(f"{error.marked} (blocks before it are pruned already: load the model anew)")
-            share(told, error)
-            raise told from error
+            raise shared_as(told, error) from error
     return plan.report(done, started, repaired)

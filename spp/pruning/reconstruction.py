@@ -27,7 +27,7 @@ from spp.certifying.sources import checkpoint_directory
 from spp.configs.adapter import SPPConfig
 from spp.configs.checks import BOS, check_choice, check_int
 from spp.configs.reconstruction import Reconstruction
-from spp.distributed.sums import share, together
+from spp.distributed.sums import shared_as, together
 from spp.errors import ConfigError, NonFiniteError, WrapError, arg
 from spp.evaluation import evaluating
 from spp.files import CheckpointReader, check_target, dtype_name
@@ -122,8 +122,7 @@ def reconstruct(
         except NonFiniteError as error:
             done = "" if options.adapter is not None else " (blocks before it are repaired already)"
             told = NonFiniteError(f"{error.marked}{done}")
-            share(told, error)
-            raise told from error
+            raise shared_as(told, error) from error
     if options.adapter is not None:
         fill(wrap(model, options.adapter), store.adapters)
     starts = begins_with_bos(calibration, tokenizer, bos)

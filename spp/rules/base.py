@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spp.errors import AdapterError, ConfigError, arg
-from spp.masks.patterns import nonzero_mask
 
 KAIMING_A = math.sqrt(5)  # U(−1/√n, 1/√n), as nn.Linear and the paper initialise
 Params = Sequence[Tensor]  # θ, in the rule's order
@@ -116,6 +115,10 @@ class Rule(ABC):
     def largest_factor(self, factors: Any) -> float:
         """Return an upper bound of |W_eff / W − 1| over the layer: it tells cheaply that nothing can round to zero."""
 
+    def bound(self, factors: Any) -> float:
+        """Return an upper bound of |W_eff − W| that does not hang on W, for a rule that adds; inf if there is none."""
+        return math.inf
+
     def rows_at_once(self, block: Tensor) -> int:
         """Return how many rows of a block are built, rounded and looked at before the next ones: by default all."""
         return max(1, len(block))
@@ -163,8 +166,3 @@ class Rule(ABC):
             )
             raise AdapterError(f"{where}: weight is ({out_features}, {in_features}), but {listing} at r = {r}")
         self.check_rank(out_features, in_features, r, where)
-
-
-def mask_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [W ≠ 0] in the arithmetic's dtype: a CPU multiplies by floats several times faster than by bools."""
-    return nonzero_mask(weight).to(dtype)

@@ -7,6 +7,7 @@ training log has the sparsity; the loss is that of LossTrainer (spp.training.los
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from abc import abstractmethod
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from spp.distributed.sharded import agree
-from spp.errors import CheckpointError, DataError, MaskError, WrapError
+from spp.distributed.sums import together
+from spp.errors import CheckpointError, DataError, WrapError
 from spp.files import output_error
 from spp.models.tokens import check_ids, embedding_rows, position_limit, refuse_ids
 from spp.training.checkpoints import (
@@ -36,6 +37,7 @@ from spp.training.data import TokenBlocks, TokenRows
 from spp.training.loss_trainer import LossTrainer
 from spp.training.sharding import (
     Sharding,
+    changed_error,
     check_engine,
     check_resumable,
     load_deepspeed,
@@ -124,12 +126,9 @@ class AdapterTrainer(LossTrainer):
             self.sharding.check(model, self.compared)  # type: ignore[union-attr]
             return dict(self.expected)
         expected, now = self.expected, self.frozen(model)
-        changed = sorted(path for path in expected.keys() | now.keys() if expected.get(path) != now.get(path))
+        changed = [path for path in expected.keys() | now.keys() if expected.get(path) != now.get(path)]
         if changed:
-            raise MaskError(
-                f"{self.compared} changed during training: {', '.join(changed)}. Nothing was saved; something wrote to "
-                "frozen weights: load the model anew and resume from the last checkpoint"
-            )
+            raise changed_error(self.compared, changed)
         return now
 
     @property
@@ -243,7 +242,7 @@ class AdapterTrainer(LossTrainer):
             load_deepspeed(self, checkpoint)
             self._load_optimizer_and_scheduler(checkpoint)
             self._load_scaler(checkpoint)
-        self.sharding.sharded(self._bare_model(), self.args.device)
+        self.sharding.sharded(self._bare_model())
         return found
 
     def evaluation_loop(self, *rest: Any, **options: Any) -> Any:
@@ -252,7 +251,7 @@ class AdapterTrainer(LossTrainer):
             return super().evaluation_loop(*rest, **options)
         self._shard_soon(None)
         found = super().evaluation_loop(*rest, **options)
-        self.sharding.sharded(self._bare_model(), self.args.device)
+        self.sharding.sharded(self._bare_model())
         return found
 
     def _shard_soon(self, checkpoint: str | None) -> None:
@@ -261,13 +260,9 @@ class AdapterTrainer(LossTrainer):
             return
         if self.is_fsdp_enabled:
             self.sharding.prepare(self._bare_model())  # type: ignore[union-attr]
-        problem: Exception | None = None
-        try:
+        with together(named=True):  # a rank without weights has nothing to compare
             if checkpoint is not None:
                 self.read(self._bare_model(), require_complete(checkpoint))
-        except Exception as error:  # a rank without weights has nothing to compare
-            problem = error
-        agree(problem)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained; of a sharded model every rank must ask for it, and one writes."""
@@ -283,19 +278,13 @@ class AdapterTrainer(LossTrainer):
             return
         model, directory = self._bare_model(), output_dir if output_dir is not None else str(self.args.output_dir)
         frozen = self.check(model)
-        if not self.is_sharded:
-            unmark(directory)  # a checkpoint with another adapter is no whole one
-            replace_files(lambda folder: self.write(model, folder, frozen), directory)
-            return
-        problem: Exception | None = None
-        with whole_adapter(model):
-            try:
-                if self.args.should_save:
-                    unmark(directory)
-                    replace_files(lambda folder: self.write(model, folder, frozen), directory)
-            except Exception as error:  # the others have to hear of it
-                problem = error
-        agree(problem)
+        with contextlib.ExitStack() as stack:
+            if self.is_sharded:  # all ranks are here
+                stack.enter_context(whole_adapter(model))
+                stack.enter_context(together(named=True))
+            if self.args.should_save:
+                unmark(directory)  # a checkpoint with another adapter is no whole one
+                replace_files(lambda folder: self.write(model, folder, frozen), directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -334,7 +323,7 @@ class AdapterTrainer(LossTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self._bare_model() if model is None else model
         if self.sharding is not None:
-            self.sharding.sharded(model, self.args.device)
+            self.sharding.sharded(model)
         self.read(model, require_complete(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

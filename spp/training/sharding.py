@@ -13,7 +13,7 @@ weights: they are resumed by DeepSpeed on as many ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from spp.distributed.sharded import (
-    agree,
     full_optimizer_state,
     holds_shards,
     is_sharded,
@@ -29,6 +28,7 @@ from spp.distributed.sharded import (
     local,
     settle,
 )
+from spp.distributed.sums import together, total
 from spp.errors import CheckpointError, ConfigError, MaskError, arg
 from spp.files import content_sha256, dtype_name, mask_sha256
 from spp.masks.patterns import nonzero_mask
@@ -142,8 +142,8 @@ class Sharding:
             if one.trained.is_meta:
                 one.fill(torch.zeros_like(one.trained, device="cpu"))
 
-    def sharded(self, model: nn.Module, device: torch.device) -> None:
-        """Take note of the shards; every rank calls it, with the device that the ranks communicate by."""
+    def sharded(self, model: nn.Module) -> None:
+        """Take note of the shards; every rank calls it."""
         if self.on or not holds_shards(model):
             return
         settle(model)
@@ -152,9 +152,7 @@ class Sharding:
         stored = [layer.stored_weight for layer in layers.values()]
         kept = [int(nonzero_mask(local(one).detach()).sum()) for one in stored]
         whole = sum(count for count, one in zip(kept, stored, strict=True) if not is_sharded(one))  # packed, in buffers
-        total = torch.tensor(sum(kept) - whole, device=device)
-        torch.distributed.all_reduce(total)
-        self.sparsity = 1 - (int(total) + whole) / max(self._numel, 1)
+        self.sparsity = 1 - (int(total(sum(kept) - whole)) + whole) / max(self._numel, 1)
 
     def check(self, model: nn.Module, compared: str) -> None:
         """Compare this rank's shards with what they were; every rank calls it, and all raise if one has to.
@@ -164,14 +162,21 @@ class Sharding:
         """
         settle(model)
         changed = [path for path, layer in adapter_layers(model).items() if _hashes(layer) != self._shards.get(path)]
-        agree(
-            MaskError(
-                f"{compared} changed during training: {', '.join(sorted(changed))}. Nothing was saved; something wrote "
-                "to frozen weights: load the model anew and resume from the last checkpoint"
-            )
-            if changed
-            else None
-        )
+        with together(named=True):
+            if changed:
+                raise changed_error(compared, changed)
+
+
+def changed_error(compared: str, changed: Iterable[str]) -> MaskError:
+    """Return the error of a save that finds frozen weights changed.
+
+    Args:
+        compared: a name of what was. changed: the paths of the layers.
+    """
+    return MaskError(
+        f"{compared} changed during training: {', '.join(sorted(changed))}. Nothing was saved; something wrote to "
+        "frozen weights: load the model anew and resume from the last checkpoint"
+    )
 
 
 def _hashes(layer: AdapterLayer) -> tuple[str, ...]:

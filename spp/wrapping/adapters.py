@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from spp.configs.adapter import SPPConfig
 from spp.distributed.ranks import is_first
 from spp.distributed.sharded import (
-    agree,
     assign,
     full,
     gathered,
@@ -27,6 +26,7 @@ from spp.distributed.sharded import (
     settle,
     whole_shape,
 )
+from spp.distributed.sums import together
 from spp.errors import AdapterError, ConfigError, MaskError, SPPWarning, TargetError, arg, call, some_of
 from spp.files import atomic_directory, mask_sha256
 from spp.models.projection import Projection
@@ -160,17 +160,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 def _save_together(model: nn.Module, path: str | Path, overwrite: bool) -> None:
     """Write the adapter of a sharded model: every rank gathers, a weight at a time for its hashes, and one writes."""
     meet("spp.save_adapter")
-    problem: Exception | None = None
     with whole_adapter(model):
         masks = base_masks(model)
         values = base_values((path, whole_weight(layer)) for path, layer in adapter_layers(model).items())
-        try:
+        with together(named=True):
             if is_first():
                 with atomic_directory(path, overwrite=overwrite) as directory:
                     write_adapter(model, directory, masks, values)
-        except Exception as error:  # the others have to hear of it
-            problem = error
-    agree(problem)
 
 
 @contextlib.contextmanager

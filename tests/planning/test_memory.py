@@ -20,6 +20,7 @@ from transformers import (
 
 import spp
 from benchmarks.harness import saved_bytes
+from benchmarks.models import llama_config
 from spp.configs.planning import PlanConfig, parse_size
 from spp.errors import CheckpointError, ConfigError
 from spp.planning import Memory, plan, shape_of
@@ -40,17 +41,7 @@ CASES = [
 
 def llama(case: tuple[Any, ...]) -> LlamaForCausalLM:
     h, inner, blocks, vocabulary, heads, keys, *_, tied = case
-    config = LlamaConfig(
-        hidden_size=h,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(llama_config(h, inner, blocks, heads, keys, vocabulary, tied))
 
 
 def wrapped(model: Any, packed: bool = False) -> Any:
